@@ -1,0 +1,269 @@
+"""Arguments are checked here, before anything compiles.
+
+Every message says which argument, which values it had, at which leaf, and one way out.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unrollgrad.types import Key, State, Theta, UnrolledProblem
+
+
+def typed_key(key: Key) -> Key:
+    """Returns ``key`` as a typed key; wraps a raw uint32 one.
+
+    Raises:
+        TypeError: If ``key`` is neither.
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape:
+            raise TypeError(
+                f"`key` must be a single PRNG key; got an array of keys of shape {key.shape}. "
+                "Split it and vmap, or pass one of them."
+            )
+        return key
+    if getattr(key, "dtype", None) == np.uint32 and np.ndim(key) == 1:
+        return jax.random.wrap_key_data(jnp.asarray(key))
+    raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0); got {describe(key)}.")
+
+
+def floating_theta(theta: Theta) -> Theta:
+    """Returns theta with every leaf a strongly typed floating array.
+
+    Raises:
+        ValueError: If theta has no leaves.
+        TypeError: If a leaf is not floating.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    if not leaves:
+        raise ValueError(
+            f"`theta` has no floating leaves; got {theta!r}. Pass the parameters to be tuned."
+        )
+    for path, leaf in leaves:
+        if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+            raise TypeError(
+                f"theta{jax.tree_util.keystr(path)} is {describe(leaf)}; outer parameters must be "
+                "real floating-point arrays. Move it out of theta (into the problem's closure or "
+                "the inner state), or make it floating."
+            )
+        if np.size(leaf) == 0:
+            raise ValueError(
+                f"theta{jax.tree_util.keystr(path)} is empty: {describe(leaf)}. Remove the leaf."
+            )
+    return jax.tree.map(strong, theta)
+
+
+def strong_state(state: State, made_by: str) -> State:
+    """Returns the inner state with every leaf a strongly typed array.
+
+    Raises:
+        TypeError: If a leaf is not an array (a function in an equinox module, a string).
+    """
+
+    def leaf(path, x):
+        try:
+            return strong(x)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"`{made_by}` put {describe(x)} at state{jax.tree_util.keystr(path)}; the inner "
+                "state may hold arrays and PRNG keys only. Keep the rest in a closure (equinox: "
+                "`eqx.partition(model, eqx.is_array)`; flax: keep the module outside, its params "
+                "inside)."
+            ) from error
+
+    return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def strong(x: Any) -> jax.Array:
+    """Returns ``x`` as an array whose dtype is not weak."""
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype)
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype ``x`` has or would have as an array; object where it cannot be one."""
+    if hasattr(x, "dtype"):
+        return x.dtype
+    return jnp.result_type(x) if isinstance(x, bool | int | float | complex) else np.dtype(object)
+
+
+def describe(x: Any) -> str:
+    """Describes a leaf: ``float32[3,2]``, or its type where it is not an array."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return f"{x!r} ({type(x).__name__})"
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Returns ``value`` as an int.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is below one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be a whole number; got {value!r} ({type(value).__name__}).")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {name}={value}.")
+    return int(value)
+
+
+def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
+    """Returns the horizon as an int.
+
+    Raises:
+        ValueError: If the horizon is sampled.
+    """
+    if callable(problem.horizon):
+        raise ValueError(
+            f"{needed_by} needs a static horizon; got problem.horizon={problem.horizon!r}, a "
+            "sampler. Set a whole number with problem._replace(horizon=...), or use an estimator "
+            "with a `truncation`, such as pes or tbptt."
+        )
+    return positive_int("problem.horizon", problem.horizon)
+
+
+def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
+    """Returns the truncation as an int, having checked it against the horizon.
+
+    Raises:
+        ValueError: If it does not divide a static horizon, or if ``evaluate`` meets a sampled one.
+    """
+    truncation = positive_int("truncation", truncation)
+    if callable(problem.horizon):
+        if problem.evaluate is not None:
+            static_horizon(problem, "problem.evaluate")
+        return truncation
+    horizon = positive_int("problem.horizon", problem.horizon)
+    if horizon % truncation:
+        divisors = [d for d in range(1, horizon + 1) if horizon % d == 0]
+        raise ValueError(
+            f"`truncation` must divide `problem.horizon`; got truncation={truncation} and "
+            f"problem.horizon={horizon}. Use one of {_shorten(divisors)}."
+        )
+    return truncation
+
+
+def _shorten(numbers: list[int], most: int = 24) -> str:
+    if len(numbers) <= most:
+        return ", ".join(map(str, numbers))
+    half = most // 2
+    return ", ".join([*map(str, numbers[:half]), "...", *map(str, numbers[-half:])])
+
+
+def check_sigma(sigma: Any) -> None:
+    """Raises ValueError if any known value in ``sigma`` is not positive and finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(sigma)
+    if not leaves:
+        raise ValueError(f"`sigma` has no leaves; got {sigma!r}. Pass a float such as 0.1.")
+    for path, leaf in leaves:
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        value = np.asarray(leaf, dtype=np.float64)
+        if not (np.all(np.isfinite(value)) and np.all(value > 0)):
+            raise ValueError(
+                f"`sigma` must be positive and finite; got sigma{jax.tree_util.keystr(path)}="
+                f"{leaf}. It is the perturbation's standard deviation in theta's units."
+            )
+
+
+def broadcast_sigma(sigma: Any, theta: Theta) -> Any:
+    """Returns ``sigma`` as a tree with theta's structure.
+
+    Raises:
+        ValueError: If ``sigma`` is no pytree prefix of theta, or a leaf does not broadcast.
+    """
+    try:
+        full = jax.tree.broadcast(sigma, theta)
+    except ValueError as error:
+        raise ValueError(
+            "`sigma` must be a number or a pytree prefix of theta; got structure "
+            f"{jax.tree.structure(sigma)} for theta of structure {jax.tree.structure(theta)}."
+        ) from error
+
+    def check(path, s, x):
+        if np.broadcast_shapes(np.shape(s), x.shape) != x.shape:
+            raise ValueError(
+                f"sigma{jax.tree_util.keystr(path)} has shape {np.shape(s)}, which does not "
+                f"broadcast to theta's {describe(x)} there. Use a scalar or the leaf's shape."
+            )
+
+    jax.tree_util.tree_map_with_path(check, full, theta)
+    return full
+
+
+def check_data(data: Any, size: int, axis: str, what: str = "inner step") -> None:
+    """Raises ValueError if a leaf of ``data`` has not ``size`` as its leading axis."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] != size:
+            raise ValueError(
+                f"data{jax.tree_util.keystr(path)} is {describe(leaf)}; its leading axis must be "
+                f"{axis}={size}, one slice per {what}. Reshape or stack the batches."
+            )
+
+
+def check_step(problem: UnrolledProblem, key: Key, theta: Theta, data: Any = None) -> None:
+    """Traces one inner step abstractly and checks what it returns.
+
+    Raises:
+        TypeError: If ``step`` does not return (state, loss), or changes the state's structure,
+            shapes or dtypes; the message lists the differing paths.
+        ValueError: If the loss is not a scalar.
+    """
+
+    def first_step(key, theta, data):
+        state = strong_state(problem.init(key, theta), "init")
+        extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
+        return state, problem.step(key, theta, state, jnp.int32(0), *extra)
+
+    def checked(key, theta, data):
+        before, result = first_step(key, theta, data)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"`step` must return (state, loss); got {type(result).__name__} "
+                f"{jax.tree.structure(result)}."
+            )
+        after, loss = result
+        _check_same(before, strong_state(after, "step"))
+        check_loss("step", loss)
+        if problem.evaluate is not None:
+            check_loss("evaluate", problem.evaluate(key, theta, before))
+        return ()
+
+    jax.eval_shape(checked, key, theta, data)
+
+
+def check_loss(made_by: str, loss: Any) -> None:
+    """Raises ValueError if ``loss`` is not a real scalar."""
+    if np.shape(loss) != ():
+        raise ValueError(
+            f"the loss of `{made_by}` must be a scalar; got shape {np.shape(loss)}. Take its mean."
+        )
+    if not jnp.issubdtype(dtype_of(loss), np.number) and dtype_of(loss) != np.bool_:
+        raise ValueError(f"the loss of `{made_by}` must be a number; got {describe(loss)}.")
+    if jnp.issubdtype(dtype_of(loss), jnp.complexfloating):
+        raise ValueError(f"the loss of `{made_by}` must be real; got {describe(loss)}.")
+
+
+def _check_same(before: State, after: State) -> None:
+    def leaves(tree):
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): describe(x) for path, x in named}
+
+    old, new = leaves(before), leaves(after)
+    differences = [
+        f"  state{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
+        for path in [*old, *(path for path in new if path not in old)]
+        if old.get(path) != new.get(path)
+    ]
+    if not differences and jax.tree.structure(before) != jax.tree.structure(after):
+        differences = [f"  {jax.tree.structure(before)} -> {jax.tree.structure(after)}"]
+    if differences:
+        raise TypeError(
+            "`step` must return a state with the structure, shapes and dtypes that it was given "
+            "(those of `init`); it changed:\n" + "\n".join(differences) + "\nCast or reshape in "
+            "`step`, or begin with the final form in `init`."
+        )

@@ -1,0 +1,158 @@
+"""Gradient estimators side by side on one problem at one theta."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unrollgrad import checks
+from unrollgrad.diagnostics import statistics
+from unrollgrad.diagnostics.report import Comparison
+from unrollgrad.noise import wide
+from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
+
+
+def compare(
+    problem: UnrolledProblem,
+    theta: Theta,
+    estimators: Mapping[str, GradientEstimator],
+    *,
+    reference: GradientEstimator | Theta,
+    num_samples: int,
+    key: Key,
+    batch_size: int = 16,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Measures bias, variance and cost of estimators at a frozen theta.
+
+    A sample is one episode of a fresh estimator: the mean of its ``grad`` over the T/K windows, so
+    that all estimators aim at the gradient of J. Samples are independent.
+
+    Args:
+        problem: The inner loop, with a static horizon.
+        theta: Where to measure; it stays as it is.
+        estimators: By name.
+        reference: The gradient of J: a tree like theta, taken as exact; or an unbiased estimator,
+            of which ``num_samples`` are drawn and whose noise is accounted for. Evolution
+            strategies estimate the gradient of the smoothed J, so that against J's own they show
+            the smoothing, O(sigma^2), as bias.
+        num_samples: Samples per estimator, at least 3.
+        key: Of all samples.
+        batch_size: Samples per dispatch, in parallel: more is faster and takes more memory.
+        progress: Called as ``progress(name, done, total)`` after each dispatch.
+
+    Returns:
+        A ``Comparison``; its ``rows`` are dicts with ``name, norm, bias, bias_se, variance,
+        norm_ratio, cosine, snr, nmse, inner_steps, seconds``. ``inner_steps`` and ``seconds`` are
+        per sample, compilation not counted.
+
+    Raises:
+        ValueError: For a sampled horizon, fewer than 3 samples, no estimators, or a reference of
+            another structure than theta.
+
+    Example:
+        >>> import jax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=50)
+        >>> comparison = ug.diagnostics.compare(
+        ...     problem, theta, {"tbptt": ug.tbptt(problem, truncation=10)},
+        ...     reference=ug.bptt(problem), num_samples=4, key=jax.random.key(0))
+        >>> round(comparison.rows[0]["cosine"])
+        1
+    """
+    horizon = checks.static_horizon(problem, "compare")
+    num_samples = checks.positive_int("num_samples", num_samples)
+    batch_size = checks.positive_int("batch_size", batch_size)
+    theta, key = checks.floating_theta(theta), checks.typed_key(key)
+    if num_samples < 3:
+        raise ValueError(
+            f"`num_samples` must be at least 3 for a variance and its error; got {num_samples}."
+        )
+    if not estimators:
+        raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
+
+    def draw(name, estimator, index):
+        return _draw(
+            lambda done: progress and progress(name, done, num_samples),
+            estimator,
+            theta,
+            jax.random.fold_in(key, index),
+            horizon,
+            num_samples,
+            batch_size,
+        )
+
+    if isinstance(reference, GradientEstimator):
+        truth = draw("reference", reference, 0)["samples"]
+    else:
+        truth = _flat_reference(reference, theta)
+    rows, samples = [], {}
+    for index, (name, estimator) in enumerate(estimators.items(), start=1):
+        drawn = draw(name, estimator, index)
+        samples[name] = drawn.pop("samples")
+        rows.append({"name": name, **statistics.describe(samples[name], truth), **drawn})
+    return Comparison(rows, samples, truth)
+
+
+def _draw(report, estimator, theta, key, horizon, num_samples, batch_size) -> dict[str, Any]:
+    """Draws samples in equal chunks, one dispatch each; a last few too many are dropped."""
+    num_chunks = -(-num_samples // batch_size)
+    size = -(-num_samples // num_chunks)
+
+    def chunk(key, first):
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
+        return jax.vmap(lambda k: episode_mean(estimator, k, theta, horizon))(keys)
+
+    begun = time.perf_counter()
+    compiled = jax.jit(chunk).lower(key, jnp.int32(0)).compile()
+    compile_seconds = time.perf_counter() - begun
+    chunks, steps, seconds = [], 0, 0.0
+    for i in range(num_chunks):
+        begun = time.perf_counter()
+        grads, steps = jax.block_until_ready(compiled(key, jnp.int32(i * size)))
+        seconds += time.perf_counter() - begun
+        leaves = [np.asarray(g, np.float64).reshape(size, -1) for g in jax.tree.leaves(grads)]
+        chunks.append(np.concatenate(leaves, axis=1))
+        report(min((i + 1) * size, num_samples))
+    return {
+        "inner_steps": int(np.asarray(steps).ravel()[0]),
+        "seconds": seconds / (num_chunks * size),
+        "compile_seconds": compile_seconds,
+        "samples": np.concatenate(chunks)[:num_samples],
+    }
+
+
+def episode_mean(
+    estimator: GradientEstimator, key: Key, theta: Theta, horizon: int
+) -> tuple[Theta, jax.Array]:
+    """One episode of a fresh estimator at frozen theta.
+
+    Returns:
+        The mean of its ``grad`` over the windows, at least float32, and the inner steps spent.
+    """
+    key_init, key_run = jax.random.split(key)
+    num_windows = horizon // (estimator.truncation or horizon)
+
+    def call(carry, i):
+        state, total, steps = carry
+        estimate, state = estimator.estimate(jax.random.fold_in(key_run, i), theta, state)
+        total = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, estimate.grad)
+        return (state, total, steps + estimate.info.inner_steps), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
+    begin = (estimator.init(key_init, theta), zero, jnp.int32(0))
+    (_, total, steps), _ = jax.lax.scan(call, begin, jnp.arange(num_windows))
+    return jax.tree.map(lambda g: g / num_windows, total), steps
+
+
+def _flat_reference(reference: Theta, theta: Theta) -> np.ndarray:
+    same = jax.tree.structure(reference) == jax.tree.structure(theta)
+    leaves, like = jax.tree.leaves(reference), jax.tree.leaves(theta)
+    if not same or [np.shape(r) for r in leaves] != [np.shape(x) for x in like]:
+        raise ValueError(
+            "`reference` must be a gradient with theta's structure and shapes, or an estimator; "
+            f"got {jax.tree.map(np.shape, reference)} for theta {jax.tree.map(np.shape, theta)}."
+        )
+    return np.concatenate([np.asarray(r, np.float64).ravel() for r in leaves])[None]

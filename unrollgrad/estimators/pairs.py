@@ -1,0 +1,120 @@
+"""Antithetic pairs: theta + eps and theta - eps through the same window of the same episode."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unrollgrad import checks, unroll
+from unrollgrad.noise import Noise, gaussian, wide
+from unrollgrad.types import Episode, Estimate, Info, Key, State, Theta, UnrolledProblem
+
+
+def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
+    """Checks what every evolution-strategies factory takes; returns the perturbation law."""
+    checks.check_sigma(sigma)
+    checks.positive_int("num_pairs", num_pairs)
+    return gaussian() if noise is None else noise
+
+
+def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> tuple[Theta, Theta]:
+    """Draws the pairs' perturbations.
+
+    Returns:
+        The unit-variance perturbations as realised, ((theta + eps) - (theta - eps)) / (2 sigma) in
+        at least float32, leading axis ``num_pairs``; and the perturbed thetas in theta's dtypes,
+        leading axes ``(num_pairs, 2)``. In bfloat16 much of a small eps is lost to rounding;
+        weighing with what is left keeps the estimate true.
+    """
+    unit = law.sample(key, law.init(theta), theta, num_pairs)
+
+    def perturb(x, s, u):
+        eps = jnp.asarray(s, wide(x.dtype)) * u
+        center = x.astype(eps.dtype)
+        return jnp.stack([_round(center + eps, x.dtype), _round(center - eps, x.dtype)], axis=1)
+
+    def realised(s, both):
+        return (both[:, 0] - both[:, 1]) / (2 * jnp.asarray(s, both.dtype))
+
+    sigma = checks.broadcast_sigma(sigma, theta)
+    both = jax.tree.map(perturb, theta, sigma, unit)
+    thetas = jax.tree.map(lambda b, x: b.astype(x.dtype), both, theta)
+    return jax.tree.map(realised, sigma, both), thetas
+
+
+def _round(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounds to the precision of ``dtype``; XLA may drop a cast there and back, never this."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
+def spread(state: State, num_pairs: int) -> State:
+    """The same state for both signs of every pair: leading axes ``(num_pairs, 2)``."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *x.shape)), state)
+
+
+def run(
+    problem: UnrolledProblem,
+    episode: Episode,
+    thetas: Theta,
+    states: State | None,
+    num_steps: int,
+    data: Any = None,
+    starts: jax.Array | None = None,
+) -> unroll.Window:
+    """Runs one window of every pair; leading axes ``(num_pairs, 2)`` in and out."""
+
+    def one(theta, state, start):
+        return unroll.window(problem, episode, theta, state, num_steps, data, start)
+
+    return jax.vmap(jax.vmap(one))(thetas, states, starts)
+
+
+def estimate(
+    window: unroll.Window,
+    sigma: Any,
+    theta: Theta,
+    weight: Theta,
+    before: Theta,
+    inner_steps: int,
+) -> Estimate:
+    """Weighs the pairs' loss differences with their noise.
+
+    ``grad`` = mean over pairs of (weight (D + D_end) - before D_start) / sigma, where D, D_end and
+    D_start are half the difference between the signs of the window's mean loss and of
+    (T/K) ``evaluate`` at its end and start. The losses are subtracted step by step, before they
+    are averaged, so that small differences keep their digits.
+
+    Args:
+        window: The pairs' window.
+        sigma: A pytree prefix of theta.
+        theta: For structure and dtypes.
+        weight: Unit-variance noise accumulated up to this window, leading axis ``num_pairs``.
+        before: The same up to the window before; it weighs the evaluation at the start.
+        inner_steps: What the call spent.
+    """
+
+    def half_difference(x):
+        return (x[:, 0] - x[:, 1]) / 2
+
+    ends = jnp.mean(half_difference(window.losses), axis=1)
+    if window.end is not None:
+        ends = ends + half_difference(window.end)
+
+    def leaf(x, s, w, b):
+        g = _weighted_mean(ends, w)
+        if window.start is not None:
+            g = g - _weighted_mean(half_difference(window.start), b)
+        return (g / jnp.asarray(s, g.dtype)).astype(x.dtype)
+
+    grad = jax.tree.map(leaf, theta, checks.broadcast_sigma(sigma, theta), weight, before)
+    loss = jnp.mean(jax.vmap(jax.vmap(unroll.Window.loss))(window))
+    return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
+
+
+def _weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:
+    # Full precision: TF32 or bfloat16 products would cost digits where the differences are small.
+    total = jnp.tensordot(
+        differences.astype(noise.dtype), noise, axes=1, precision=jax.lax.Precision.HIGHEST
+    )
+    return total / differences.shape[0]

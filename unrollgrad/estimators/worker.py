@@ -1,0 +1,51 @@
+"""What one worker carries between calls, how it begins, and what every call checks first."""
+
+from typing import Any, NamedTuple
+
+from unrollgrad import checks, unroll
+from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
+
+
+class EpisodeState(NamedTuple):
+    """The state of a worker whose every call is a whole episode."""
+
+    episode: Episode
+
+
+class MeanState(NamedTuple):
+    """The state of a worker that carries one inner state, advanced with theta itself.
+
+    Attributes:
+        episode: Where it stands.
+        state: The inner state.
+    """
+
+    episode: Episode
+    state: State
+
+
+def init_episode(problem: UnrolledProblem, key: Key, theta: Theta, horizon: int) -> EpisodeState:
+    """A worker state at t = 0 without an inner state."""
+    checks.floating_theta(theta)
+    return EpisodeState(unroll.new_episode(problem, checks.typed_key(key), horizon))
+
+
+def init_mean(problem: UnrolledProblem, key: Key, theta: Theta, truncation: int) -> MeanState:
+    """A worker state at t = 0 with one inner state, which the first call replaces."""
+    theta = checks.floating_theta(theta)
+    episode = unroll.new_episode(problem, checks.typed_key(key), truncation)
+    return MeanState(episode, unroll.initial_state(problem, episode, theta))
+
+
+def admit(
+    problem: UnrolledProblem, key: Key, theta: Theta, data: Any, num_steps: int, axis: str
+) -> tuple[Key, Theta]:
+    """Checks the arguments of ``estimate`` and the problem's step on them.
+
+    Returns:
+        The typed key and theta as strongly typed arrays.
+    """
+    key, theta = checks.typed_key(key), checks.floating_theta(theta)
+    checks.check_data(data, num_steps, axis)
+    checks.check_step(problem, key, theta, data)
+    return key, theta

@@ -1,0 +1,19 @@
+"""Canonical inner problems with known answers, for tests, examples and benchmarks.
+
+Each factory returns a NamedTuple that begins with ``problem`` and a default ``theta``.
+"""
+
+from unrollgrad.problems import theory
+from unrollgrad.problems.influence_balancing import influence_balancing
+from unrollgrad.problems.linear_recurrence import LinearRecurrence, linear_recurrence
+from unrollgrad.problems.toy_regression import toy_regression
+from unrollgrad.problems.types import Example
+
+__all__ = [
+    "Example",
+    "LinearRecurrence",
+    "influence_balancing",
+    "linear_recurrence",
+    "theory",
+    "toy_regression",
+]

@@ -1,0 +1,132 @@
+"""From a loss and an optax optimizer to an unrolled problem: inner training loops."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unrollgrad import checks
+from unrollgrad.types import Key, State, Theta, UnrolledProblem
+
+
+class TrainingState(NamedTuple):
+    """The inner state of ``training_problem``.
+
+    Attributes:
+        params: Inner weights.
+        opt_state: The inner optimizer's state.
+    """
+
+    params: Any
+    opt_state: Any
+
+
+def training_problem(
+    *,
+    loss: Callable[[Theta, Any, Any, Key], Any],
+    init_params: Callable[[Key], Any],
+    optimizer: Callable[[Theta, Any], optax.GradientTransformation],
+    sample_batch: Callable[[Key], Any] | None = None,
+    meta_loss: Callable[[Theta, Any, Key], Any] | None = None,
+    horizon: int | Callable[[Key], Any] = 1000,
+) -> UnrolledProblem:
+    """Training inner weights with an optimizer that theta controls, as an unrolled problem.
+
+    One inner step draws a batch, takes the gradient of ``loss`` with respect to the weights, and
+    applies ``optimizer(theta, t)``; its step loss is ``meta_loss`` at the new weights. Theta may
+    enter anywhere: learning rates, regularisation, data weights, augmentation, or all the weights
+    of a learned optimizer, which is just such a function of (theta, t).
+
+    Args:
+        loss: ``loss(theta, params, batch, key) -> scalar``, the inner training loss.
+        init_params: ``init_params(key) -> params``, any pytree of arrays: a dict, flax parameters,
+            the arrays of an equinox module (``eqx.partition(model, eqx.is_array)[0]``).
+        optimizer: ``optimizer(theta, t) -> optax transform``, called inside every step; its state
+            must have the same structure for every (theta, t). Line searches get ``value``, ``grad``
+            and ``value_fn``.
+        sample_batch: ``sample_batch(key) -> batch`` from data on the device. None: batches are
+            streamed through ``estimate(..., data=)``, one slice per step.
+        meta_loss: ``meta_loss(theta, params, key) -> scalar``, such as the validation loss. By
+            default the training loss at the new weights, on the same batch.
+        horizon: Inner steps in an episode, or a sampler of them.
+
+    Returns:
+        A problem whose inner state is ``TrainingState(params, opt_state)``.
+
+    Raises:
+        ValueError: When stepping, if neither ``sample_batch`` nor ``data`` gives a batch.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
+        >>> problem = ug.training_problem(
+        ...     loss=lambda theta, w, batch, key: jnp.mean((w - batch) ** 2),
+        ...     init_params=lambda key: jnp.zeros(3),
+        ...     optimizer=lambda theta, t: optax.sgd(jnp.exp(theta["log_lr"])),
+        ...     sample_batch=lambda key: 1 + 0.1 * jax.random.normal(key, (3,)), horizon=20)
+        >>> theta = {"log_lr": jnp.log(0.1)}
+        >>> round(float(ug.episode_loss(problem, jax.random.key(0), theta)), 1)
+        0.3
+    """
+
+    def init(key: Key, theta: Theta) -> TrainingState:
+        params = init_params(key)
+        return TrainingState(params, optimizer(theta, jnp.int32(0)).init(params))
+
+    def step(key: Key, theta: Theta, state: TrainingState, t: Any, batch: Any = None):
+        key_batch, key_loss, key_meta = jax.random.split(key, 3)
+        if batch is None:
+            if sample_batch is None:
+                raise ValueError(
+                    "no batch: this training_problem has `sample_batch=None`, so pass "
+                    "`data=` to `estimate`, with one batch per inner step along its leading axis."
+                )
+            batch = sample_batch(key_batch)
+        params = state.params
+
+        def inner(params):
+            return loss(theta, params, batch, key_loss)
+
+        value, grad = jax.value_and_grad(inner)(params)
+        transform = optax.with_extra_args_support(optimizer(theta, t))
+        updates, opt_state = transform.update(
+            grad, state.opt_state, params, value=value, grad=grad, value_fn=inner
+        )
+        params = optax.apply_updates(params, updates)
+        outer = inner(params) if meta_loss is None else meta_loss(theta, params, key_meta)
+        return TrainingState(params, opt_state), outer
+
+    return UnrolledProblem(init, step, horizon)
+
+
+def final_loss(
+    problem: UnrolledProblem, evaluate: Callable[[Key, Theta, State], Any]
+) -> UnrolledProblem:
+    """The problem whose J is exactly the loss of the final state: zero step losses, ``evaluate``.
+
+    Windowed estimators see it as a telescoping sum, (T/K) (L_end - L_start) per window, with the
+    evaluation's key fixed for the episode; persistent ones weigh the two ends with their own
+    accumulated noise, which is unbiased and of lower variance.
+
+    Args:
+        problem: The inner loop; its horizon must be static. Its own step losses are dropped.
+        evaluate: ``evaluate(key, theta, state) -> scalar``.
+
+    Raises:
+        ValueError: If the horizon is sampled.
+
+    Example:
+        >>> import jax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=500)
+        >>> final = ug.final_loss(problem, lambda key, theta, s: 0.5 * (s[0] - 1) ** 2)
+        >>> round(float(ug.episode_loss(final, jax.random.key(0), theta)), 3)
+        8.0
+    """
+    checks.static_horizon(problem, "final_loss")
+
+    def step(key: Key, theta: Theta, state: State, t: Any, *data: Any):
+        state, loss = problem.step(key, theta, state, t, *data)
+        return state, jnp.zeros_like(loss)
+
+    return problem._replace(step=step, evaluate=evaluate)

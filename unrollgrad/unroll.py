@@ -1,0 +1,202 @@
+"""Episodes and the one scan over inner steps that every estimator shares.
+
+All randomness of an episode comes from its key, by stream: the initial state, step t, noise period
+j, the evaluation and the horizon. Nothing is drawn from the key of a later call, so a step is a
+pure function of (episode, t): both signs of a pair see the same data, a truncated run sees what the
+untruncated one sees, and a saved state continues bit for bit.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unrollgrad import checks
+from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
+
+_INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
+
+
+def noise_key(episode: Episode, period: Any) -> Key:
+    """The key of the episode's noise period ``period``."""
+    return jax.random.fold_in(jax.random.fold_in(episode.key, _NOISE), period)
+
+
+def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
+    """An episode at t = 0; a sampled horizon is rounded up to a multiple of ``truncation``.
+
+    Raises:
+        TypeError: If the horizon's sampler does not return a whole number.
+    """
+    horizon = problem.horizon
+    if callable(horizon):
+        horizon = horizon(jax.random.fold_in(key, _HORIZON))
+        if not jnp.issubdtype(checks.dtype_of(horizon), jnp.integer) or jnp.shape(horizon) != ():
+            raise TypeError(
+                "`problem.horizon(key)` must return a whole number; got "
+                f"{checks.describe(horizon)}. Round it and cast it to int32."
+            )
+        horizon = truncation * jnp.maximum(-(-jnp.asarray(horizon) // truncation), 1)
+    return Episode(key, jnp.zeros((), jnp.int32), checks.strong(jnp.asarray(horizon, jnp.int32)))
+
+
+def continue_or_begin(
+    problem: UnrolledProblem, key: Key, episode: Episode, truncation: int
+) -> Episode:
+    """The episode as it stands, or where t is 0 a new one from ``key``.
+
+    Raises:
+        TypeError: If ``key`` is of another PRNG implementation than the episode's.
+    """
+    if key.dtype != episode.key.dtype:
+        raise TypeError(
+            f"`key` is of dtype {key.dtype} but the worker state holds {episode.key.dtype}; use "
+            "one PRNG implementation throughout."
+        )
+    begun = new_episode(problem, key, truncation)
+    return jax.tree.map(lambda new, old: jnp.where(episode.t == 0, new, old), begun, episode)
+
+
+def advance(episode: Episode, truncation: int) -> Episode:
+    """The episode ``truncation`` steps on; t = 0 if that ends it."""
+    t = episode.t + truncation
+    return episode._replace(t=jnp.where(t >= episode.horizon, 0, t))
+
+
+def initial_state(problem: UnrolledProblem, episode: Episode, theta: Theta) -> State:
+    """The state in which the episode begins."""
+    return checks.strong_state(
+        problem.init(jax.random.fold_in(episode.key, _INIT), theta), made_by="init"
+    )
+
+
+def evaluate(problem: UnrolledProblem, episode: Episode, theta: Theta, state: State) -> jax.Array:
+    """``problem.evaluate`` of the state, with the key that is fixed for the episode."""
+    assert problem.evaluate is not None
+    key = jax.random.fold_in(episode.key, _EVALUATE)
+    return _as_loss(problem.evaluate(key, theta, state))
+
+
+def evaluate_shape(problem: UnrolledProblem, episode: Episode, theta: Theta, state: State) -> Any:
+    """The shape and dtype of ``evaluate``'s result; nothing is computed."""
+    return jax.eval_shape(lambda *args: evaluate(problem, *args), episode, theta, state)
+
+
+def unroll(
+    problem: UnrolledProblem,
+    episode: Episode,
+    theta: Theta,
+    state: State,
+    num_steps: int,
+    data: Any = None,
+) -> tuple[State, jax.Array]:
+    """Runs ``num_steps`` inner steps from ``episode.t``.
+
+    Returns:
+        The state after them and the losses of shape ``(num_steps,)``, at least float32.
+    """
+    step_key = jax.random.fold_in(episode.key, _STEP)
+
+    def body(state, inputs):
+        i, batch = inputs
+        t = episode.t + i
+        extra = () if data is None else (batch,)
+        state, loss = problem.step(jax.random.fold_in(step_key, t), theta, state, t, *extra)
+        return checks.strong_state(state, made_by="step"), _as_loss(loss)
+
+    return jax.lax.scan(body, state, (jnp.arange(num_steps, dtype=jnp.int32), data))
+
+
+class Window(NamedTuple):
+    """One window of one trajectory.
+
+    Attributes:
+        state: The inner state at its end.
+        losses: The losses of its steps, shape ``(num_steps,)``.
+        start: (T/K) times ``evaluate`` at its start, 0 in the first; None without ``evaluate``.
+        end: (T/K) times ``evaluate`` at its end; None without ``evaluate``.
+    """
+
+    state: State
+    losses: jax.Array
+    start: jax.Array | None
+    end: jax.Array | None
+
+    def loss(self) -> jax.Array:
+        """What the window contributes to J: averaged over an episode's windows it is J."""
+        mean = jnp.mean(self.losses)
+        if self.start is None or self.end is None:
+            return mean
+        return mean + self.end - self.start
+
+
+def window(
+    problem: UnrolledProblem,
+    episode: Episode,
+    theta: Theta,
+    state: State | None,
+    num_steps: int,
+    data: Any = None,
+    start: jax.Array | None = None,
+) -> Window:
+    """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.
+
+    Args:
+        problem: The inner loop.
+        episode: Where the trajectory stands.
+        theta: Outer parameters, perturbed or not; a gradient through them includes ``init``.
+        state: The state at the window's start; ignored where t is 0. None: the window is a whole
+            episode.
+        num_steps: Inner steps.
+        data: One slice per step, or None.
+        start: The ``end`` of the window before, where the caller kept it; else the state at the
+            window's start is evaluated.
+    """
+
+    def begin():
+        return initial_state(problem, episode, theta)
+
+    before = begin() if state is None else jax.lax.cond(episode.t == 0, begin, lambda: state)
+    after, losses = unroll(problem, episode, theta, before, num_steps, data)
+    if problem.evaluate is None:
+        return Window(after, losses, None, None)
+    scale = checks.static_horizon(problem, "problem.evaluate") / num_steps
+    end = scale * evaluate(problem, episode, theta, after)
+    if state is None:
+        return Window(after, losses, jnp.zeros_like(end), end)
+    if start is None:
+        start = scale * evaluate(problem, episode, theta, before)
+    return Window(after, losses, jnp.where(episode.t == 0, 0.0, start), end)
+
+
+def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any = None):
+    """The loss of one whole episode: one unbiased sample of J(theta).
+
+    Args:
+        problem: The inner loop, with a static horizon.
+        key: The episode's key; ``bptt(problem).estimate(key, ...)`` sees the same episode.
+        theta: Outer parameters.
+        data: Streaming data with leading axis ``horizon``, or None.
+
+    Returns:
+        A scalar, at least float32.
+
+    Raises:
+        ValueError: If the horizon is sampled.
+
+    Example:
+        >>> import jax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=100)
+        >>> round(float(ug.episode_loss(problem, jax.random.key(0), theta)), 3)
+        9.948
+    """
+    horizon = checks.static_horizon(problem, "episode_loss")
+    checks.check_data(data, horizon, "horizon")
+    theta = checks.floating_theta(theta)
+    episode = new_episode(problem, checks.typed_key(key), horizon)
+    return window(problem, episode, theta, None, horizon, data).loss()
+
+
+def _as_loss(loss: Any) -> jax.Array:
+    loss = jnp.asarray(loss)
+    return loss.astype(jnp.promote_types(loss.dtype, jnp.float32))
