@@ -3,15 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY
 
 
-@pytest.fixture
-def key():
-    return jax.random.key(20261120)
+def pytest_configure(config):
+    """Keeps compiled programs: many tests compile the same one, and so does the next run."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class Samples:

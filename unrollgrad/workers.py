@@ -62,7 +62,8 @@ def average(
     def worker(key, theta, state, data):
         return estimator.estimate(key, theta, state, data=data)
 
-    def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
+    @jax.jit
+    def mean(key, theta, state, data):
         checks.check_data(data, num_workers, "num_workers", what="worker")
         _check_state(state, num_workers)
         each, state = jax.vmap(worker, in_axes=(0, None, 0, 0))(keys(key), theta, state, data)
@@ -76,15 +77,19 @@ def average(
             grad_variance=_variance_of_mean(each.grad, grad, good, count),
         )
         grad = jax.tree.map(lambda m, g: m.astype(g.dtype), grad, each.grad)
+        restarted = state.episode._replace(t=jnp.where(good, state.episode.t, 0))
         out = Estimate(grad, _mean(each.loss, good, count), info)
+        return out, state._replace(episode=restarted), count, each.loss[0]
+
+    def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
+        out, state, count, first_loss = mean(key, theta, state, data)
         if not isinstance(count, jax.core.Tracer) and int(count) == 0:
             raise FloatingPointError(
                 f"all {num_workers} workers returned a non-finite loss or gradient (first loss "
-                f"{each.loss[0]}). Lower sigma or the inner step size, or look at one worker with "
+                f"{first_loss}). Lower sigma or the inner step size, or look at them with "
                 '`average(..., nonfinite="propagate")`.'
             )
-        restarted = state.episode._replace(t=jnp.where(good, state.episode.t, 0))
-        return out, state._replace(episode=restarted)
+        return out, state
 
     return GradientEstimator(init, estimate, estimator.truncation)
 

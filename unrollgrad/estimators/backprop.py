@@ -59,7 +59,7 @@ def bptt(problem: UnrolledProblem) -> GradientEstimator:
         out, _ = _backprop(problem, "bptt", episode, theta, None, horizon, data)
         return out, worker.EpisodeState(unroll.advance(episode, horizon))
 
-    return GradientEstimator(init, estimate, None)
+    return worker.compiled(init, estimate, None)
 
 
 def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
@@ -107,7 +107,7 @@ def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
         out, after = _backprop(problem, "tbptt", episode, theta, state.state, truncation, data)
         return out, worker.MeanState(unroll.advance(episode, truncation), after)
 
-    return GradientEstimator(init, estimate, truncation)
+    return worker.compiled(init, estimate, truncation)
 
 
 def _backprop(

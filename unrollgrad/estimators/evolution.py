@@ -91,7 +91,7 @@ def full_es(
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
         return out, worker.EpisodeState(unroll.advance(episode, horizon))
 
-    return GradientEstimator(init, estimate, None)
+    return worker.compiled(init, estimate, None)
 
 
 def truncated_es(
@@ -159,7 +159,7 @@ def truncated_es(
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
         return out, worker.MeanState(unroll.advance(episode, truncation), mean.state)
 
-    return GradientEstimator(init, estimate, truncation)
+    return worker.compiled(init, estimate, truncation)
 
 
 def gpes(
@@ -269,7 +269,7 @@ def gpes(
         episode = unroll.advance(episode, truncation)
         return out, PersistentState(episode, result.state, accumulated, result.end)
 
-    return GradientEstimator(init, estimate, truncation)
+    return worker.compiled(init, estimate, truncation)
 
 
 def pes(

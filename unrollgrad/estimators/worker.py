@@ -1,9 +1,21 @@
 """What one worker carries between calls, how it begins, and what every call checks first."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from unrollgrad import checks, unroll
-from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
+from unrollgrad.types import (
+    Episode,
+    EstimateFn,
+    GradientEstimator,
+    Key,
+    State,
+    Theta,
+    UnrolledProblem,
+    WorkerState,
+)
 
 
 class EpisodeState(NamedTuple):
@@ -49,3 +61,14 @@ def admit(
     checks.check_data(data, num_steps, axis)
     checks.check_step(problem, key, theta, data)
     return key, theta
+
+
+def compiled(
+    init: Callable[[Key, Theta], WorkerState], estimate: EstimateFn, truncation: int | None
+) -> GradientEstimator:
+    """The estimator, with its ``estimate`` under ``jit``.
+
+    Called outside any ``jit`` the scan over inner steps would otherwise compile anew every time;
+    inside one this changes nothing.
+    """
+    return GradientEstimator(init, jax.jit(estimate), truncation)
