@@ -185,9 +185,11 @@ def broadcast_sigma(sigma: Any, theta: Theta) -> Any:
         ) from error
 
     def check(path, s, x):
-        if np.broadcast_shapes(np.shape(s), x.shape) != x.shape:
+        shape = np.shape(s)
+        aligned = zip(shape[::-1], x.shape[::-1], strict=False)
+        if len(shape) > x.ndim or not all(a in (1, b) for a, b in aligned):
             raise ValueError(
-                f"sigma{jax.tree_util.keystr(path)} has shape {np.shape(s)}, which does not "
+                f"sigma{jax.tree_util.keystr(path)} has shape {shape}, which does not "
                 f"broadcast to theta's {describe(x)} there. Use a scalar or the leaf's shape."
             )
 

@@ -74,10 +74,23 @@ class Comparison(NamedTuple):
             "reference": self.reference.mean(axis=0).tolist(),
             "environment": environment(),
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(folder / "summary.json", summary)
         figure = self.plot()
         figure.savefig(folder / "figure.png", dpi=150)
         return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes strict JSON; a number that is not finite (the SNR without spread) becomes null."""
+
+    def finite(x):
+        if isinstance(x, dict):
+            return {k: finite(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(v) for v in x]
+        return None if isinstance(x, float) and not np.isfinite(x) else x
+
+    path.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def environment() -> dict[str, Any]:

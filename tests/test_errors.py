@@ -1,0 +1,296 @@
+"""Bad input is refused before anything compiles, with the argument, the values and a way out."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import build, quadratic
+
+import unrollgrad as ug
+from unrollgrad.estimators import REGISTRY
+
+KEY = jax.random.key(0)
+NAMES = list(REGISTRY)
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def refuses(error, *parts):
+    """A context that expects ``error`` with all the parts in its message."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
+
+
+def run(name, problem, theta, **changes):
+    estimator = build(name, problem, **changes)
+    return estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+
+
+def taking(setting):
+    return pytest.mark.parametrize("name", [n for n in NAMES if REGISTRY[n].takes(setting)])
+
+
+@taking("truncation")
+def test_truncation_that_does_not_divide_the_horizon(name):
+    problem, _ = quadratic(horizon=20)
+    with refuses(ValueError, "truncation=7", "horizon=20", "1, 2, 4, 5, 10, 20"):
+        build(name, problem, truncation=7, noise_period=14)
+    with refuses(ValueError, "truncation=40", "horizon=20"):
+        build(name, problem, truncation=40, noise_period=40)
+
+
+@taking("truncation")
+@pytest.mark.parametrize("value", [0, -3])
+def test_truncation_that_is_not_positive(name, value):
+    problem, _ = quadratic()
+    with refuses(ValueError, "`truncation` must be at least 1", f"truncation={value}"):
+        build(name, problem, truncation=value)
+
+
+def test_sizes_that_are_no_whole_numbers():
+    problem, _ = quadratic()
+    for value in [2.0, True, "2", None]:
+        with refuses(TypeError, "`truncation` must be a whole number", repr(value)):
+            ug.tbptt(problem, truncation=value)
+    assert ug.tbptt(problem, truncation=np.int64(5)).truncation == 5
+
+
+@every
+@pytest.mark.parametrize("horizon", [0, -1])
+def test_horizon_that_is_not_positive(name, horizon):
+    problem, _ = quadratic()
+    with refuses(ValueError, "`problem.horizon` must be at least 1", f"={horizon}"):
+        build(name, problem._replace(horizon=horizon))
+
+
+@taking("sigma")
+@pytest.mark.parametrize("sigma", [0.0, -0.1, float("nan"), float("inf"), {"a": 1.0, "b": -1.0}])
+def test_sigma_that_is_not_positive(name, sigma):
+    problem, _ = quadratic()
+    where = "sigma['b']=-1.0" if isinstance(sigma, dict) else f"sigma={sigma}"
+    with refuses(ValueError, "`sigma` must be positive and finite", where):
+        build(name, problem, sigma=sigma)
+
+
+@taking("sigma")
+def test_sigma_that_does_not_fit_theta(name):
+    problem, theta = quadratic()
+    with refuses(ValueError, "`sigma` must be a number or a pytree prefix of theta"):
+        run(name, problem, theta, sigma={"log_rate": 0.1})
+    with refuses(ValueError, "sigma['start'] has shape (2,)", "float32[3]"):
+        run(name, problem, theta, sigma={"log_rate": 0.1, "start": jnp.ones(2)})
+
+
+@taking("num_pairs")
+def test_num_pairs_that_is_not_positive(name):
+    problem, _ = quadratic()
+    with refuses(ValueError, "`num_pairs` must be at least 1", "num_pairs=0"):
+        build(name, problem, num_pairs=0)
+
+
+@pytest.mark.parametrize("period", [7, 12, 0])
+def test_noise_period_that_is_no_multiple_of_the_truncation(period):
+    problem, _ = quadratic()
+    with refuses(ValueError, "`noise_period`", str(period)):
+        ug.gpes(problem, truncation=5, sigma=0.1, noise_period=period)
+
+
+@every
+def test_theta_that_is_not_floating(name):
+    problem, theta = quadratic()
+    bad = {**theta, "layers": {"width": jnp.int32(3)}}
+    with refuses(TypeError, "theta['layers']['width'] is int32[]", "floating"):
+        build(name, problem).init(KEY, bad)
+    with refuses(TypeError, "theta['layers']['width'] is int32[]"):
+        estimator = build(name, problem)
+        estimator.estimate(KEY, bad, estimator.init(KEY, theta))
+    for leaf in [3, True, 1j, KEY, "x", jnp.ones(2, jnp.complex64)]:
+        with refuses(TypeError, "theta['leaf']"):
+            build(name, problem).init(KEY, {**theta, "leaf": leaf})
+
+
+@every
+@pytest.mark.parametrize("theta", [{}, (), None, {"a": None}])
+def test_theta_that_is_empty(name, theta):
+    problem, _ = quadratic()
+    with refuses(ValueError, "`theta` has no floating leaves"):
+        build(name, problem).init(KEY, theta)
+
+
+@every
+def test_a_leaf_of_theta_that_is_empty(name):
+    problem, theta = quadratic()
+    with refuses(ValueError, "theta['start'] is empty: float32[0]"):
+        build(name, problem).init(KEY, {**theta, "start": jnp.zeros(0)})
+
+
+@every
+def test_loss_that_is_no_scalar(name):
+    problem, theta = quadratic()
+
+    def step(key, theta, state, t):
+        state, loss = problem.step(key, theta, state, t)
+        return state, jnp.stack([loss, loss])
+
+    with refuses(ValueError, "the loss of `step` must be a scalar", "(2,)"):
+        run(name, problem._replace(step=step), theta)
+    evaluate = problem._replace(evaluate=lambda key, theta, s: s["x"])
+    with refuses(ValueError, "the loss of `evaluate` must be a scalar", "(3,)"):
+        run(name, evaluate, theta)
+
+
+@every
+def test_step_that_does_not_return_two_things(name):
+    problem, theta = quadratic()
+    only_state = problem._replace(step=lambda *args: problem.step(*args)[0])
+    with refuses(TypeError, "`step` must return (state, loss)", "dict"):
+        run(name, only_state, theta)
+
+
+@every
+def test_step_that_changes_the_state(name):
+    problem, theta = quadratic()
+
+    def changed(change):
+        def step(key, theta, state, t):
+            state, loss = problem.step(key, theta, state, t)
+            return change(state), loss
+
+        return problem._replace(step=step)
+
+    cases = {
+        "state['n']: int32[] -> float32[]": lambda s: {**s, "n": s["n"] * 1.0},
+        "state['x']: float32[3] -> float32[2]": lambda s: {**s, "x": s["x"][:2]},
+        "state['new']: absent -> float32[3]": lambda s: {**s, "new": s["x"]},
+        "state['n']: int32[] -> absent": lambda s: {"x": s["x"]},
+        "->": lambda s: tuple(s.values()),
+    }
+    for message, change in cases.items():
+        with refuses(TypeError, "`step` must return a state", message):
+            run(name, changed(change), theta)
+
+
+@every
+def test_state_that_holds_a_function(name):
+    problem, theta = quadratic()
+    if build(name, problem).truncation is None:
+        bad = problem._replace(init=lambda key, theta: {"net": [jnp.tanh]})
+        with refuses(TypeError, "`init` put", "state['net'][0]", "eqx.partition"):
+            run(name, bad, theta)
+        return
+    bad = problem._replace(init=lambda key, theta: {"net": [jnp.tanh]})
+    with refuses(TypeError, "`init` put", "state['net'][0]", "eqx.partition"):
+        build(name, bad).init(KEY, theta)
+
+
+@every
+def test_while_loop(name):
+    def step(key, theta, state, t):
+        state = jax.lax.while_loop(lambda s: s > 1.0, lambda s: 0.5 * s, state + theta)
+        return state, state
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 20)
+    if not REGISTRY[name].reverse_mode:
+        assert np.isfinite(run(name, problem, jnp.float32(0.3))[0].loss)
+        return
+    with refuses(ValueError, name, "while_loop", "full_es, truncated_es, pes, es_single, gpes"):
+        run(name, problem, jnp.float32(0.3))
+
+
+def sampled(problem):
+    return problem._replace(horizon=lambda key: jax.random.randint(key, (), 1, 9))
+
+
+def test_sampled_horizon_where_a_static_one_is_needed():
+    problem, theta = quadratic()
+    for name in NAMES:
+        if build(name, problem).truncation is None:
+            with refuses(ValueError, f"{name} needs a static horizon", "sampler"):
+                build(name, sampled(problem))
+        else:
+            run(name, sampled(problem), theta)
+            evaluated = sampled(problem)._replace(evaluate=lambda key, theta, s: s["x"].sum())
+            with refuses(ValueError, "problem.evaluate needs a static horizon"):
+                build(name, evaluated)
+    with refuses(ValueError, "final_loss needs a static horizon"):
+        ug.final_loss(sampled(problem), lambda key, theta, s: 0.0)
+    with refuses(ValueError, "episode_loss needs a static horizon"):
+        ug.episode_loss(sampled(problem), KEY, theta)
+    with refuses(ValueError, "compare needs a static horizon"):
+        ug.diagnostics.compare(sampled(problem), theta, {}, reference=theta, num_samples=3, key=KEY)
+
+
+def test_sampler_of_horizons_that_returns_no_whole_number():
+    problem, theta = quadratic()
+    uniform = problem._replace(horizon=lambda key: 20 * jax.random.uniform(key))
+    with refuses(TypeError, "`problem.horizon(key)` must return a whole number", "float32[]"):
+        run("pes", uniform, theta)
+
+
+@every
+def test_data_of_the_wrong_axis(name):
+    problem, theta = quadratic()
+    with_data = problem._replace(
+        step=lambda key, theta, s, t, batch: problem.step(key, theta, s, t)
+    )
+    estimator = build(name, with_data)
+    state = estimator.init(KEY, theta)
+    axis = "horizon=20" if estimator.truncation is None else "truncation=5"
+    for bad, shape in [(jnp.ones((4, 2)), "float32[4,2]"), (jnp.ones(()), "float32[]")]:
+        with refuses(ValueError, "data['images'] is " + shape, axis):
+            estimator.estimate(KEY, theta, state, data={"images": bad})
+    many = ug.average(estimator, 3)
+    with refuses(ValueError, "data['images'] is float32[2,5]", "num_workers=3"):
+        many.estimate(KEY, theta, many.init(KEY, theta), data={"images": jnp.ones((2, 5))})
+
+
+@every
+def test_keys_that_are_none(name):
+    problem, theta = quadratic()
+    estimator = build(name, problem)
+    for bad in [0, None, jnp.zeros(2), jax.random.split(KEY, 2)]:
+        with refuses(TypeError, "`key` must be"):
+            estimator.init(bad, theta)
+    if estimator.truncation is not None:
+        other = jax.random.key(0, impl="rbg")
+        with refuses(TypeError, "key<rbg>", "one PRNG implementation"):
+            estimator.estimate(other, theta, estimator.init(KEY, theta))
+
+
+def test_average():
+    problem, theta = quadratic()
+    estimator = ug.pes(problem, truncation=5, sigma=0.1)
+    with refuses(ValueError, "`num_workers` must be at least 1"):
+        ug.average(estimator, 0)
+    with refuses(ValueError, '`nonfinite` must be "drop" or "propagate"', "'mask'"):
+        ug.average(estimator, 2, nonfinite="mask")
+    three = ug.average(estimator, 3).init(KEY, theta)
+    with refuses(ValueError, "`state` is that of 3 worker(s)", "num_workers=2"):
+        ug.average(estimator, 2).estimate(KEY, theta, three)
+
+
+def test_training_problem_without_a_batch():
+    problem = ug.training_problem(
+        loss=lambda theta, w, batch, key: jnp.sum((w - batch) ** 2),
+        init_params=lambda key: jnp.zeros(2),
+        optimizer=lambda theta, t: __import__("optax").sgd(theta),
+        horizon=10,
+    )
+    with refuses(ValueError, "no batch", "data="):
+        run("pes", problem, jnp.float32(0.1))
+
+
+def test_compare():
+    problem, theta = quadratic()
+    estimators = {"pes": ug.pes(problem, truncation=5, sigma=0.1)}
+
+    def compare(**changes):
+        arguments = {"estimators": estimators, "reference": theta, "num_samples": 3, "key": KEY}
+        return ug.diagnostics.compare(problem, theta, **{**arguments, **changes})
+
+    with refuses(ValueError, "`num_samples` must be at least 3", "got 2"):
+        compare(num_samples=2)
+    with refuses(ValueError, "`estimators` is empty"):
+        compare(estimators={})
+    with refuses(ValueError, "`reference` must be a gradient with theta's structure"):
+        compare(reference={"log_rate": 1.0})

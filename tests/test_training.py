@@ -1,0 +1,137 @@
+"""``training_problem``: any loss, any optax optimizer, theta anywhere; ``final_loss``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import unrollgrad as ug
+
+KEY = jax.random.key(0)
+
+
+def make(optimizer, horizon=8, **changes):
+    arguments = {
+        "loss": lambda theta, w, batch, key: jnp.mean((w["w"] - batch) ** 2),
+        "init_params": lambda key: {"w": jax.random.normal(key, (3,))},
+        "optimizer": optimizer,
+        "sample_batch": lambda key: 1 + 0.1 * jax.random.normal(key, (3,)),
+        "horizon": horizon,
+    }
+    return ug.training_problem(**{**arguments, **changes})
+
+
+def test_it_is_the_loop_written_by_hand():
+    """SGD with momentum: losses and hypergradient against a Python loop and its jax.grad."""
+    problem = make(lambda theta, t: optax.sgd(jnp.exp(theta["log_lr"]), theta["momentum"]))
+    theta = {"log_lr": jnp.log(jnp.float32(0.2)), "momentum": jnp.float32(0.7)}
+
+    def by_hand(theta):
+        w = jax.random.normal(jax.random.fold_in(KEY, 0), (3,))
+        velocity, losses = jnp.zeros(3), []
+        for t in range(8):
+            key = jax.random.fold_in(jax.random.fold_in(KEY, 1), t)
+            batch = 1 + 0.1 * jax.random.normal(jax.random.split(key, 3)[0], (3,))
+            velocity = theta["momentum"] * velocity + 2 * (w - batch) / 3
+            w = w - jnp.exp(theta["log_lr"]) * velocity
+            losses.append(jnp.mean((w - batch) ** 2))
+        return jnp.mean(jnp.stack(losses))
+
+    estimator = ug.bptt(problem)
+    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+    value, grad = jax.value_and_grad(by_hand)(theta)
+    np.testing.assert_allclose(estimate.loss, value, rtol=1e-5)
+    for name in theta:
+        np.testing.assert_allclose(estimate.grad[name], grad[name], rtol=1e-4)
+
+
+OPTIMIZERS = {
+    "adam": lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8),
+    "adamw with a decay": lambda theta, t: optax.adamw(
+        jnp.exp(theta) / (1 + t), weight_decay=1e-3, eps_root=1e-8
+    ),
+    "rmsprop": lambda theta, t: optax.rmsprop(jnp.exp(theta), eps=1e-4),
+    "chain": lambda theta, t: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.trace(0.9), optax.scale(-jnp.exp(theta))
+    ),
+    "injected": lambda theta, t: optax.inject_hyperparams(optax.sgd)(jnp.exp(theta)),
+    "learned": lambda theta, t: optax.stateless(
+        lambda g, p: jax.tree.map(lambda g: -jnp.exp(theta) * jnp.tanh(g), g)
+    ),
+    "polyak": lambda theta, t: optax.polyak_sgd(scaling=jnp.exp(theta)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_optimizer_through_both_families(optimizer):
+    problem, theta = make(optimizer), jnp.log(jnp.float32(0.1))
+    exact, _ = ug.bptt(problem).estimate(KEY, theta, ug.bptt(problem).init(KEY, theta))
+    assert np.isfinite(float(exact.grad))
+    assert float(exact.grad) != 0
+    # One scalar, tiny sigma: full ES is u^2 g, with u^2 known from its own draw.
+    estimator = ug.full_es(problem, sigma=1e-2)
+    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+    noise = jax.random.fold_in(jax.random.fold_in(KEY, 2), 0)
+    unit = ug.noise.gaussian().sample(noise, (), theta, 1)[0]
+    np.testing.assert_allclose(estimate.grad, unit**2 * exact.grad, rtol=0.02)
+
+
+def test_line_search_with_its_while_loop():
+    problem = make(lambda theta, t: optax.lbfgs(jnp.exp(theta), memory_size=2))
+    theta = jnp.log(jnp.float32(0.5))
+    for factory in [ug.pes, ug.truncated_es]:
+        estimator = factory(problem, truncation=4, sigma=0.1)
+        estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+        assert np.isfinite(float(estimate.grad))
+
+
+def test_meta_loss_sees_the_new_weights_and_theta_may_regularise():
+    problem = make(
+        lambda theta, t: optax.sgd(0.1),
+        loss=lambda theta, w, batch, key: (
+            jnp.mean((w["w"] - batch) ** 2) + jnp.exp(theta) * jnp.sum(w["w"] ** 2)
+        ),
+        meta_loss=lambda theta, w, key: jnp.sum(w["w"]),
+        horizon=1,
+    )
+    theta = jnp.float32(-1.0)
+    state = problem.init(KEY, theta)
+    after, loss = problem.step(KEY, theta, state, 0)
+    np.testing.assert_allclose(loss, after.params["w"].sum(), rtol=1e-6)
+    exact = jax.grad(lambda x: ug.episode_loss(problem, KEY, x))(theta)
+    start = jax.random.normal(jax.random.fold_in(KEY, 0), (3,))
+    np.testing.assert_allclose(exact, -0.1 * np.exp(-1) * 2 * start.sum(), rtol=1e-4)
+
+
+def test_streamed_batches_replace_sampled_ones():
+    batches = jax.random.normal(KEY, (8, 3))
+    problem = make(lambda theta, t: optax.sgd(theta), sample_batch=None)
+    estimator = ug.bptt(problem)
+    theta = jnp.float32(0.1)
+    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta), data=batches)
+    assert np.isfinite(float(estimate.grad))
+    other, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta), data=batches + 1)
+    assert float(other.loss) != float(estimate.loss)
+
+
+def test_bf16_weights():
+    problem = make(
+        lambda theta, t: optax.sgd(jnp.exp(theta), 0.9),
+        init_params=lambda key: {"w": jnp.zeros(3, jnp.bfloat16)},
+    )
+    for factory in [ug.bptt, lambda p: ug.pes(p, truncation=4, sigma=0.1)]:
+        estimator = factory(problem)
+        theta = jnp.log(jnp.float32(0.1))
+        estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+        assert estimate.loss.dtype == jnp.float32
+        assert np.isfinite(float(estimate.grad))
+
+
+def test_final_loss_is_the_loss_of_the_final_state():
+    problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=6, memory=0.5)
+    final = ug.final_loss(problem, lambda key, theta, s: jnp.sum(s**2))
+    s = np.ones(3)
+    for _ in range(6):
+        s = 0.5 * s + np.asarray(theta)
+    np.testing.assert_allclose(ug.episode_loss(final, KEY, theta), np.sum(s**2), rtol=1e-5)
