@@ -363,6 +363,7 @@ def test_inner_steps_are_those_that_run(name):
     estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
     jax.effects_barrier()
     assert int(estimate.info.inner_steps) == count
+    assert count == REGISTRY[name].passes(2) * call_steps(estimator, problem)
 
 
 @every

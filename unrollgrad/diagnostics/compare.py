@@ -1,8 +1,9 @@
 """Gradient estimators side by side on one problem at one theta."""
 
+import functools
 import time
+import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,55 +74,49 @@ def compare(
     if not estimators:
         raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
 
-    def draw(name, estimator, index):
-        return _draw(
-            lambda done: progress and progress(name, done, num_samples),
-            estimator,
-            theta,
-            jax.random.fold_in(key, index),
-            horizon,
-            num_samples,
-            batch_size,
-        )
+    chunks = -(-num_samples // batch_size)
+    size = -(-num_samples // chunks)
+
+    @functools.cache
+    def compiled(estimator):
+        """Draws ``size`` samples in one dispatch; and the seconds that compiling took."""
+
+        def chunk(key, first):
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
+            return jax.vmap(lambda k: episode_mean(estimator, k, theta, horizon))(keys)
+
+        begun = time.perf_counter()
+        program = jax.jit(chunk).lower(key, jnp.int32(0)).compile()
+        return program, time.perf_counter() - begun
+
+    def draw(name, estimator):
+        program, compile_seconds = compiled(estimator)
+        own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # whatever the other names
+        samples, steps, seconds = [], np.zeros(1), 0.0
+        for i in range(chunks):  # equal chunks: a last few samples too many are dropped
+            begun = time.perf_counter()
+            grads, steps = jax.block_until_ready(program(own_key, jnp.int32(i * size)))
+            seconds += time.perf_counter() - begun
+            leaves = [np.asarray(g, np.float64).reshape(size, -1) for g in jax.tree.leaves(grads)]
+            samples.append(np.concatenate(leaves, axis=1))
+            if progress is not None:
+                progress(name, min((i + 1) * size, num_samples), num_samples)
+        cost = {
+            "inner_steps": int(np.ravel(steps)[0]),
+            "seconds": seconds / (chunks * size),
+            "compile_seconds": compile_seconds,
+        }
+        return np.concatenate(samples)[:num_samples], cost
 
     if isinstance(reference, GradientEstimator):
-        truth = draw("reference", reference, 0)["samples"]
+        truth, _ = draw("reference", reference)
     else:
         truth = _flat_reference(reference, theta)
     rows, samples = [], {}
-    for index, (name, estimator) in enumerate(estimators.items(), start=1):
-        drawn = draw(name, estimator, index)
-        samples[name] = drawn.pop("samples")
-        rows.append({"name": name, **statistics.describe(samples[name], truth), **drawn})
+    for name, estimator in estimators.items():
+        samples[name], cost = draw(name, estimator)
+        rows.append({"name": name, **statistics.describe(samples[name], truth), **cost})
     return Comparison(rows, samples, truth)
-
-
-def _draw(report, estimator, theta, key, horizon, num_samples, batch_size) -> dict[str, Any]:
-    """Draws samples in equal chunks, one dispatch each; a last few too many are dropped."""
-    num_chunks = -(-num_samples // batch_size)
-    size = -(-num_samples // num_chunks)
-
-    def chunk(key, first):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
-        return jax.vmap(lambda k: episode_mean(estimator, k, theta, horizon))(keys)
-
-    begun = time.perf_counter()
-    compiled = jax.jit(chunk).lower(key, jnp.int32(0)).compile()
-    compile_seconds = time.perf_counter() - begun
-    chunks, steps, seconds = [], 0, 0.0
-    for i in range(num_chunks):
-        begun = time.perf_counter()
-        grads, steps = jax.block_until_ready(compiled(key, jnp.int32(i * size)))
-        seconds += time.perf_counter() - begun
-        leaves = [np.asarray(g, np.float64).reshape(size, -1) for g in jax.tree.leaves(grads)]
-        chunks.append(np.concatenate(leaves, axis=1))
-        report(min((i + 1) * size, num_samples))
-    return {
-        "inner_steps": int(np.asarray(steps).ravel()[0]),
-        "seconds": seconds / (num_chunks * size),
-        "compile_seconds": compile_seconds,
-        "samples": np.concatenate(chunks)[:num_samples],
-    }
 
 
 def episode_mean(

@@ -12,16 +12,15 @@ import numpy as np
 
 COLUMNS = {
     "name": "estimator",
-    "norm": "|mean|",
     "bias": "bias",
-    "bias_se": "± SE",
-    "variance": "variance",
+    "bias_se": "±SE",
+    "variance": "var",
     "norm_ratio": "norm ratio",
     "cosine": "cosine",
     "snr": "SNR",
     "nmse": "NMSE",
-    "inner_steps": "inner steps",
-    "seconds": "seconds",
+    "inner_steps": "steps",
+    "seconds": "s",
 }
 
 
@@ -41,15 +40,20 @@ class Comparison(NamedTuple):
 
     def table(self) -> None:
         """Prints the rows. Needs rich (``pip install "unrollgrad[experiments]"``)."""
-        console, table = (
-            _need("rich.console", "rich").Console(),
-            _need("rich.table", "rich").Table(),
+        console = _need("rich.console", "rich").Console()
+        if not console.is_terminal:
+            console.width = 120
+        table = _need("rich.table", "rich").Table(
+            box=_need("rich.box", "rich").SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+            caption="norm ratio, cosine: of the mean to the reference; var, steps, s: per sample",
         )
         for column, title in COLUMNS.items():
             left = column == "name"
-            table.add_column(title, justify="left" if left else "right", no_wrap=True)
+            table.add_column(title, justify="left" if left else "right", no_wrap=left)
         for row in self.rows:
-            table.add_row(*[_format(row[column]) for column in COLUMNS])
+            table.add_row(*[_format(column, row[column]) for column in COLUMNS])
         console.print(table)
 
     def plot(self) -> Any:
@@ -111,60 +115,53 @@ _RECORDED = ("jax", "jaxlib", "optax", "numpy", "unrollgrad")
 def draw(rows: list[dict[str, Any]], norm: float) -> Any:
     """Draws rows as ``Comparison.plot`` does; ``norm`` is that of the reference gradient."""
     figure = _need("matplotlib.figure", "matplotlib").Figure(
-        figsize=(11, 4.5), layout="constrained"
+        figsize=(11, 4.8), layout="constrained"
     )
     left, right = figure.subplots(1, 2)
-    bias = [row["bias"] / norm for row in rows]
-    bias_se = [row["bias_se"] / norm for row in rows]
-    deviation = [np.sqrt(row["variance"]) / norm for row in rows]
-    positive = [x for x in [*bias, *bias_se, *deviation] if x > 0] or [1.0]
-    floor = min(positive) / 2
+    bias, bias_se = (np.array([row[k] for row in rows]) / norm for k in ("bias", "bias_se"))
+    deviation = np.sqrt([row["variance"] for row in rows]) / norm
+    seen = bias > 3 * bias_se
+    height = np.where(seen, bias, bias + 2 * bias_se)
+    positive = np.concatenate([height, deviation])
+    floor = np.min(positive[positive > 0], initial=1.0) / 3
     for i, row in enumerate(rows):
-        upper = max(bias[i] + bias_se[i], floor)
-        shown = max(bias[i], floor)
         left.errorbar(
             max(deviation[i], floor),
-            shown,
-            yerr=[[min(bias_se[i], shown - floor)], [upper - shown]],
-            fmt="o" if bias[i] > 2 * bias_se[i] else "v",
+            max(height[i], floor),
+            yerr=bias_se[i] if seen[i] else None,
+            fmt="o" if seen[i] else "v",
             capsize=3,
+            markersize=7,
             label=row["name"],
         )
     left.set(
         xscale="log",
         yscale="log",
         xlabel="standard deviation of a sample / |g|",
-        ylabel="bias / |g|  (± SE; ▽: no bias seen)",
-        title="bias against spread, one episode",
+        ylabel="bias / |g|",
+        title="●  bias ± SE      ▼  no bias seen: upper limit (2 SE)",
     )
-    left.grid(alpha=0.3, which="both")
+    left.grid(alpha=0.3)
     left.legend(fontsize=8)
-    names = [row["name"] for row in rows][::-1]
-    squared = np.square(bias[::-1])
-    spread = np.square(deviation[::-1])
-    y = np.arange(len(rows))
-    right.barh(y + 0.2, np.maximum(squared, floor**2), 0.4, label="bias²")
-    right.barh(y - 0.2, np.maximum(spread, floor**2), 0.4, label="variance")
+    y = np.arange(len(rows))[::-1]
+    parts = {"bias²": np.where(seen, bias, 0) ** 2, "variance": deviation**2}
+    for offset, (part, values) in zip((0.2, -0.2), parts.items(), strict=True):
+        right.barh(y[values > 0] + offset, values[values > 0], 0.4, label=part)
     right.set(
         xscale="log",
         yticks=y,
-        yticklabels=names,
-        xlabel="squared error / |g|²",
-        title="what the error is made of",
+        yticklabels=[row["name"] for row in rows],
+        xlabel="squared error of a sample / |g|²",
     )
     right.grid(alpha=0.3, axis="x")
-    right.legend(fontsize=8)
+    right.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
 
 
-def _format(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.3g}"
-    )
+def _format(column: str, value: Any) -> str:
+    if isinstance(value, str | int):
+        return str(value)
+    return f"{value:.2f}" if column in ("norm_ratio", "cosine") else f"{value:.2g}"
 
 
 def _need(module: str, package: str) -> Any:

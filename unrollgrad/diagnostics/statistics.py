@@ -27,7 +27,7 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         return {
             "norm": norm,
             "bias": float(bias),
-            "bias_se": _root_se(bias, squared_bias_se),
+            "bias_se": _root_se(squared_bias, squared_bias_se),
             "variance": variance,
             "norm_ratio": float(np.divide(norm, g_norm)),
             "cosine": float(np.divide(mean @ g, norm * g_norm)),
@@ -65,6 +65,12 @@ def _squared_norm(x: np.ndarray) -> tuple[float, float]:
     return float(value), float((n - 1) / n * np.sum((without - without.mean()) ** 2))
 
 
-def _root_se(root: float, square_se: float) -> float:
-    """The standard error of a square root; near zero, where the slope is infinite, sqrt(se) / 2."""
-    return float(square_se / (2 * max(root, np.sqrt(square_se)))) if square_se > 0 else 0.0
+def _root_se(square: float, square_se: float) -> float:
+    """The standard error of a square root: how far down the root of one error less is.
+
+    Far from zero that is square_se / (2 root); within one error of zero sqrt(square_se), so that
+    noise never looks like a bias of several errors, as the slope of the root would have it.
+    """
+    if square <= square_se:
+        return float(np.sqrt(square_se))
+    return float(np.sqrt(square) - np.sqrt(square - square_se))

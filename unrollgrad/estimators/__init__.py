@@ -29,6 +29,8 @@ class Row(NamedTuple):
         unbiased_for: What its mean over an episode's windows is the gradient of; "biased" if none.
         variance: Per pair, of the mean over an episode's n windows, for quadratic losses; P is
             dim(theta), g the gradient.
+        passes: Forward passes over a window for N pairs: ``info.inner_steps`` of one worker is
+            ``passes(num_pairs)`` times the steps of a call.
         time: Inner steps per call for N pairs; K the truncation, T the horizon, B the cost of a
             backward step.
         memory: Beyond the problem's own, in states S and thetas P.
@@ -39,6 +41,7 @@ class Row(NamedTuple):
     factory: Callable[..., GradientEstimator]
     unbiased_for: str
     variance: str
+    passes: Callable[[int], int]
     time: str
     memory: str
     paper: str
@@ -53,40 +56,78 @@ class Row(NamedTuple):
         return self.factory(problem, **{k: v for k, v in settings.items() if self.takes(k)})
 
 
+def _both_signs(num_pairs: int) -> int:
+    return 2 * num_pairs
+
+
+def _once(num_pairs: int) -> int:
+    return 1
+
+
 REGISTRY: dict[str, Row] = {
-    "full_es": Row(full_es, "smoothed J", "(P+1)|g|²", "2NT", "2N(S+P)", "Salimans et al. 2017"),
+    "full_es": Row(
+        full_es,
+        unbiased_for="smoothed J",
+        variance="(P+1)‖g‖²",
+        passes=_both_signs,
+        time="2NT",
+        memory="2N(S+P)",
+        paper="Salimans et al. 2017",
+    ),
     "truncated_es": Row(
         truncated_es,
-        "biased",
-        "(P+1)|window g|²",
-        "(2N+1)K",
-        "(2N+1)S + 2NP",
-        "Metz et al. 2019",
+        unbiased_for="biased",
+        variance="(P+1)‖g of a window‖²/n",
+        passes=lambda num_pairs: 2 * num_pairs + 1,
+        time="(2N+1)K",
+        memory="(2N+1)S + 2NP",
+        paper="Metz et al. 2019",
     ),
     "pes": Row(
         pes,
-        "smoothed J",
-        "≈ (P/2)|g|² if windows agree; × n if they conflict",
-        "2NK",
-        "2NS + 3NP",
-        "Vicol et al. 2021",
+        unbiased_for="smoothed J",
+        variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
+        passes=_both_signs,
+        time="2NK",
+        memory="2NS + 3NP",
+        paper="Vicol et al. 2021",
     ),
     "es_single": Row(
         es_single,
-        "smoothed J",
-        "(P+1)|g|²",
-        "2NK",
-        "2N(S+P)",
-        "Vicol et al. 2023; Li et al. 2023 (NRES)",
+        unbiased_for="smoothed J",
+        variance="(P+1)‖g‖²",
+        passes=_both_signs,
+        time="2NK",
+        memory="2N(S+P)",
+        paper="Vicol et al. 2023; Li et al. 2023 (NRES)",
     ),
     "gpes": Row(
         gpes,
-        "smoothed J",
-        "between pes and es_single",
-        "2NK",
-        "2NS + 3NP",
-        "Li et al. 2023",
+        unbiased_for="smoothed J",
+        variance="between pes and es_single",
+        passes=_both_signs,
+        time="2NK",
+        memory="2NS + 3NP",
+        paper="Li et al. 2023",
     ),
-    "bptt": Row(bptt, "J", "of the data only", "T(1+B)", "TS", "Werbos 1990", True),
-    "tbptt": Row(tbptt, "biased", "of the data only", "K(1+B)", "KS", "Williams & Peng 1990", True),
+    "bptt": Row(
+        bptt,
+        unbiased_for="J",
+        variance="of the data alone",
+        passes=_once,
+        time="T(1+B)",
+        memory="TS",
+        paper="Werbos 1990",
+        reverse_mode=True,
+    ),
+    "tbptt": Row(
+        tbptt,
+        unbiased_for="biased",
+        variance="of the data alone",
+        passes=_once,
+        time="K(1+B)",
+        memory="KS",
+        paper="Williams & Peng 1990",
+        reverse_mode=True,
+    ),
 }

@@ -1,0 +1,84 @@
+"""Tuning a learning-rate and momentum schedule for an MLP on scikit-learn's digits.
+
+The data are 1797 real 8x8 images that come with scikit-learn: nothing is downloaded.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from sklearn import datasets
+
+import unrollgrad as ug
+from unrollgrad.problems import Example
+
+
+class MLP(nnx.Module):
+    """One hidden layer of ReLUs."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(inputs, hidden, rngs=rngs)
+        self.out = nnx.Linear(hidden, classes, rngs=rngs)
+
+    def __call__(self, x):
+        """Logits of a batch."""
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+def digits(
+    horizon: int = 100, *, num_knots: int = 4, hidden: int = 16, batch_size: int = 16
+) -> Example:
+    """An MLP trained by SGD with momentum; theta is the schedule, the loss that of validation.
+
+    theta = {"log_lr": (num_knots,), "momentum_logit": (num_knots,)}: knots of two piecewise-linear
+    schedules over the episode, log learning rate and logit of the momentum. Every episode draws new
+    weights and new batches from 1200 training images; the step loss is the cross-entropy on a batch
+    of the other 597. At the default theta the rate falls from 0.1 to 0.02 and the momentum is 0.9:
+    training is smooth, so that backpropagation is a good reference.
+
+    Args:
+        horizon: Inner steps in an episode.
+        num_knots: Knots per schedule.
+        hidden: Units in the hidden layer.
+        batch_size: Of training and of validation.
+
+    Returns:
+        ``Example(problem, theta)``.
+    """
+    images, labels = datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images = jnp.asarray(images[order] / 16 - 0.5, jnp.float32)
+    labels = jnp.asarray(labels[order], jnp.int32)
+    train = (images[:1200], labels[:1200])
+    validation = (images[1200:], labels[1200:])
+    graph = nnx.graphdef(MLP(64, hidden, 10, rngs=nnx.Rngs(0)))
+
+    def draw(data, key):
+        rows = jax.random.randint(key, (batch_size,), 0, len(data[0]))
+        return data[0][rows], data[1][rows]
+
+    def cross_entropy(params, batch):
+        logits = nnx.merge(graph, params)(batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    def at(knots, t):
+        return jnp.interp(t / horizon * (num_knots - 1), jnp.arange(float(num_knots)), knots)
+
+    def optimizer(theta, t):
+        rate = jnp.exp(at(theta["log_lr"], t))
+        return optax.sgd(rate, momentum=jax.nn.sigmoid(at(theta["momentum_logit"], t)))
+
+    problem = ug.training_problem(
+        loss=lambda theta, params, batch, key: cross_entropy(params, batch),
+        init_params=lambda key: nnx.state(MLP(64, hidden, 10, rngs=nnx.Rngs(key)), nnx.Param),
+        optimizer=optimizer,
+        sample_batch=lambda key: draw(train, key),
+        meta_loss=lambda theta, params, key: cross_entropy(params, draw(validation, key)),
+        horizon=horizon,
+    )
+    theta = {
+        "log_lr": jnp.linspace(jnp.log(0.1), jnp.log(0.02), num_knots, dtype=jnp.float32),
+        "momentum_logit": jnp.full(num_knots, jnp.log(9.0), jnp.float32),
+    }
+    return Example(problem, theta)

@@ -1,0 +1,94 @@
+"""``python -m experiments variance``: gradient estimators side by side at equal inner steps."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+import unrollgrad as ug
+from experiments.problems import PROBLEMS
+from experiments.progress import bars
+from unrollgrad.diagnostics.report import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compare, and how long."""
+
+    problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
+    """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
+    estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = tuple(ug.REGISTRY)  # type: ignore[valid-type]
+    """Which estimators, in which order."""
+    num_workers: int = 12
+    """Workers of one antithetic pair each; the others get as many as cost the same."""
+    num_samples: int = 64
+    """Independent samples per estimator."""
+    sigma: float | None = None
+    """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
+    truncation: int | None = None
+    """Inner steps per window (K). Default: the problem's."""
+    noise_period: int | None = None
+    """Inner steps between the draws of gpes. Default: two windows."""
+    horizon: int | None = None
+    """Inner steps per episode (T). Default: the problem's."""
+    seed: int = 0
+    """Of everything."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+def run(settings: Settings) -> tuple[ug.diagnostics.Comparison, dict[str, Any]]:
+    """Compares the estimators at equal inner steps.
+
+    Returns:
+        The comparison, and the settings with the problem's defaults filled in.
+    """
+    choice = PROBLEMS[settings.problem]
+    horizon = choice.horizon if settings.horizon is None else settings.horizon
+    truncation = choice.truncation if settings.truncation is None else settings.truncation
+    common = {
+        "truncation": truncation,
+        "sigma": choice.sigma if settings.sigma is None else settings.sigma,
+        "noise_period": settings.noise_period or 2 * truncation,
+    }
+    problem, theta, *_ = choice.make(horizon)
+
+    def workers(name):
+        row = ug.REGISTRY[name]
+        number = -(-2 * settings.num_workers // row.passes(1))
+        return ug.average(row.build(problem, **common), number)
+
+    estimators = {name: workers(name) for name in settings.estimators}
+    with bars(total=len(estimators) + 1) as report:
+        comparison = ug.diagnostics.compare(
+            problem,
+            theta,
+            estimators,
+            reference=estimators.get("bptt") or workers("bptt"),
+            num_samples=settings.num_samples,
+            key=jax.random.key(settings.seed),
+            batch_size=1,  # the workers are batch enough, and one sample compiles fastest
+            progress=report,
+        )
+    return comparison, {**dataclasses.asdict(settings), "horizon": horizon, **common}
+
+
+def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> Path:
+    """Compare gradient estimators on one problem: bias, variance and cost at equal inner steps.
+
+    Every row of the table spends the same number of inner steps per sample, 2 x num-workers
+    episodes; a sample is one episode of every worker, averaged. The reference is the mean of bptt,
+    the exact gradient of each episode's loss: what evolution strategies add by smoothing,
+    O(sigma^2), counts as bias. Prints the table; writes it with a picture to a new folder.
+    """
+    begun = time.perf_counter()
+    folder = settings.out / f"variance-{settings.problem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    comparison, config = run(settings)
+    comparison.table()
+    comparison.save(folder)
+    write_json(folder / "config.json", {**config, "out": str(settings.out)})
+    print(f"{time.perf_counter() - begun:.0f} s; table and picture are in {folder}")
+    return folder
