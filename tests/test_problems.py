@@ -61,3 +61,44 @@ def test_linear_recurrence_influence(gradients, init_influence):
 def test_linear_recurrence_refuses_other_gradients():
     with pytest.raises(ValueError, match="'other'"):
         ug.problems.linear_recurrence(gradients="other")
+
+
+@pytest.mark.parametrize(("theta", "exponent"), [(3.2, -0.916), (3.9, 0.495), (4.0, 0.693)])
+def test_chaotic_map_has_its_lyapunov_exponents(theta, exponent):
+    problem, _ = ug.problems.chaotic_map(horizon=20_000)
+
+    def step(x, t):
+        after, _ = problem.step(KEY, jnp.float32(theta), x, t)
+        return after, jnp.log(jnp.abs(theta * (1 - 2 * x)))
+
+    _, logs = jax.lax.scan(step, jnp.float32(0.3), jnp.arange(20_000))
+    np.testing.assert_allclose(logs.mean(), exponent, atol=0.03)
+
+
+def test_chaotic_map_explodes_backwards_and_leaves_beyond_four():
+    problem, theta = ug.problems.chaotic_map()
+    gradient = jax.grad(lambda x: ug.episode_loss(problem, KEY, x))(theta)
+    assert abs(gradient) > 1e10
+    assert not np.isfinite(loss(problem, jnp.float32(4.1)))
+
+
+def test_lorenz():
+    for horizon, expected in [(100, 750.07), (500, 322.06)]:
+        problem, theta = ug.problems.lorenz(horizon)
+        np.testing.assert_allclose(loss(problem, theta), expected, rtol=1e-3)
+        assert loss(problem, jnp.log(jnp.array([10.0, 28.0]))) < 1e-6
+    with jax.enable_x64(True):
+        problem, theta = ug.problems.lorenz()
+        np.testing.assert_allclose(loss(problem, jnp.array([3.116, 3.7], float)), 353.3, rtol=1e-3)
+
+
+def test_control():
+    problem, theta = ug.problems.control()
+    keys = jax.random.split(KEY, 1000)
+
+    def mean(theta):
+        return float(jax.vmap(lambda k: ug.episode_loss(problem, k, theta))(keys).mean())
+
+    np.testing.assert_allclose(mean(theta), 12.8, rtol=0.05)
+    np.testing.assert_allclose(mean(jnp.array([0.0, 0.0, 20.0, 0.0])), 0.094, rtol=0.2)
+    np.testing.assert_allclose(mean(jnp.array(ug.problems.LQR_POLICY)), 0.0039, rtol=0.3)

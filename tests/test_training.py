@@ -115,17 +115,30 @@ def test_streamed_batches_replace_sampled_ones():
     assert float(other.loss) != float(estimate.loss)
 
 
-def test_bf16_weights():
-    problem = make(
-        lambda theta, t: optax.sgd(jnp.exp(theta), 0.9),
-        init_params=lambda key: {"w": jnp.zeros(3, jnp.bfloat16)},
-    )
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda theta, t: optax.sgd(jnp.exp(theta[0]), theta[1]),
+        lambda theta, t: optax.adam(jnp.exp(theta[0]), b1=theta[1], eps_root=1e-6),
+    ],
+)
+def test_bf16_weights(optimizer):
+    """Float32 hyperparameters do not widen the state of bfloat16 weights."""
+    problem = make(optimizer, init_params=lambda key: {"w": jnp.zeros(3, jnp.bfloat16)})
+    theta = jnp.array([-2.0, 0.9])
     for factory in [ug.bptt, lambda p: ug.pes(p, truncation=4, sigma=0.1)]:
         estimator = factory(problem)
-        theta = jnp.log(jnp.float32(0.1))
         estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
         assert estimate.loss.dtype == jnp.float32
-        assert np.isfinite(float(estimate.grad))
+        assert np.all(np.isfinite(estimate.grad))
+
+
+def test_params_with_functions_are_refused_by_name():
+    problem = make(
+        lambda theta, t: optax.sgd(theta, 0.9), init_params=lambda key: {"act": [jnp.tanh]}
+    )
+    with pytest.raises(TypeError, match=r"`init_params` put .*state\['act'\]\[0\].*partition"):
+        ug.bptt(problem).estimate(KEY, jnp.float32(0.1), ug.bptt(problem).init(KEY, 0.1))
 
 
 def test_final_loss_is_the_loss_of_the_final_state():

@@ -44,8 +44,8 @@ def training_problem(
         init_params: ``init_params(key) -> params``, any pytree of arrays: a dict, flax parameters,
             the arrays of an equinox module (``eqx.partition(model, eqx.is_array)[0]``).
         optimizer: ``optimizer(theta, t) -> optax transform``, called inside every step; its state
-            must have the same structure for every (theta, t). Line searches get ``value``, ``grad``
-            and ``value_fn``.
+            must have the same structure for every (theta, t) and keeps the dtypes it begins with.
+            Line searches get ``value``, ``grad`` and ``value_fn``.
         sample_batch: ``sample_batch(key) -> batch`` from data on the device. None: batches are
             streamed through ``estimate(..., data=)``, one slice per step.
         meta_loss: ``meta_loss(theta, params, key) -> scalar``, such as the validation loss. By
@@ -71,7 +71,7 @@ def training_problem(
     """
 
     def init(key: Key, theta: Theta) -> TrainingState:
-        params = init_params(key)
+        params = checks.strong_state(init_params(key), made_by="init_params")
         return TrainingState(params, optimizer(theta, jnp.int32(0)).init(params))
 
     def step(key: Key, theta: Theta, state: TrainingState, t: Any, batch: Any = None):
@@ -94,10 +94,23 @@ def training_problem(
             grad, state.opt_state, params, value=value, grad=grad, value_fn=inner
         )
         params = optax.apply_updates(params, updates)
+        opt_state = _keep_dtypes(state.opt_state, opt_state)
         outer = inner(params) if meta_loss is None else meta_loss(theta, params, key_meta)
         return TrainingState(params, opt_state), outer
 
     return UnrolledProblem(init, step, horizon)
+
+
+def _keep_dtypes(old: Any, new: Any) -> Any:
+    """Rounds to the dtypes the optimizer began with: a float32 theta would widen bfloat16 state."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return new  # refused by name, in ``checks.check_step``
+
+    def leaf(old, new):
+        floating = jnp.issubdtype(checks.dtype_of(old), jnp.floating)
+        return jnp.asarray(new, checks.dtype_of(old)) if floating else new
+
+    return jax.tree.map(leaf, old, new)
 
 
 def final_loss(

@@ -76,7 +76,7 @@ def test_state_keeps_its_types(make, name):
     problem, theta = quadratic()
     estimator = make(name, problem)
     state = estimator.init(KEY, theta)
-    estimate, after = jax.jit(estimator.estimate)(OTHER, theta, state)
+    estimate, after = estimator.estimate(OTHER, theta, state)
     assert jax.tree.structure(state) == jax.tree.structure(after)
     assert types(state) == types(after)
     assert types(theta) == types(estimate.grad)
@@ -176,7 +176,7 @@ def test_later_keys_of_an_episode_change_nothing(name):
 def test_saved_mid_episode_continues_bit_for_bit(make, name):
     problem, theta = quadratic()
     estimator = make(name, problem)
-    estimate = jax.jit(estimator.estimate)
+    estimate = estimator.estimate
     keys = jax.random.split(KEY, 7)
     state = estimator.init(KEY, theta)
     for key in keys[:3]:
@@ -197,7 +197,7 @@ def test_saved_mid_episode_continues_bit_for_bit(make, name):
         outs.append(out)
     abstract = jax.eval_shape(estimator.init, KEY, theta)
     restored = jax.tree.map(from_host, saved, abstract)
-    fresh = jax.jit(make(name, problem).estimate)
+    fresh = make(name, problem).estimate
     for key, out in zip(keys[3:], outs, strict=True):
         again, restored = fresh(key, theta, restored)
         assert_same(out, again)
@@ -226,7 +226,7 @@ def test_any_theta(name, theta):
         horizon=10,
     )
     estimator = averaged(name, problem, truncation=10, sigma=0.05, num_pairs=50)
-    estimate, _ = jax.jit(estimator.estimate)(KEY, theta, estimator.init(KEY, theta))
+    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
     assert types(estimate.grad) == types(theta)
     exact, _ = ug.bptt(problem).estimate(KEY, theta, ug.bptt(problem).init(KEY, theta))
     norm = np.sqrt(float(total(exact.grad)))
@@ -274,47 +274,41 @@ def test_inner_state_of_ints_bools_and_keys(make, name):
     estimator = make(name, problem)
     theta = jnp.float32(0.5)
     state = estimator.init(KEY, theta)
-    estimate, after = jax.jit(estimator.estimate)(OTHER, theta, state)
+    estimate, after = estimator.estimate(OTHER, theta, state)
     assert types(state) == types(after)
     assert np.isfinite(float(estimate.grad))
 
 
-def linear(params, x):
-    return params["w"] @ x + params["b"]
+def equinox_mlp():
+    arrays, static = eqx.partition(eqx.nn.MLP(2, 1, 4, 1, key=KEY), eqx.is_array)
+    return arrays, lambda params, x: eqx.combine(params, static)(x)
 
 
-def test_inner_state_of_equinox_and_flax():
-    """Params of both kinds train through every estimator, and agree with a plain dict."""
-    mlp = eqx.nn.MLP(2, 1, 4, 1, key=KEY)
-    arrays, static = eqx.partition(mlp, eqx.is_array)
-    graph, params = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+def flax_mlp():
+    graph, params = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Param)
+    return params, lambda params, x: nnx.merge(graph, params)(x)
 
-    def train(init_params, predict):
-        def loss(theta, params, batch, key):
-            return jnp.mean((jax.vmap(partial(predict, params))(batch) - 1.0) ** 2)
 
-        return ug.training_problem(
-            loss=loss,
-            init_params=init_params,
-            optimizer=lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8),
-            sample_batch=lambda key: jax.random.normal(key, (8, 2)),
-            horizon=10,
-        )
-
-    problems = [
-        train(lambda key: arrays, lambda p, x: eqx.combine(p, static)(x)),
-        train(lambda key: params, lambda p, x: nnx.merge(graph, p)(x)),
-        train(lambda key: {"w": jnp.ones((1, 2)), "b": jnp.zeros(1)}, linear),
-    ]
+@every
+@pytest.mark.parametrize("model", [equinox_mlp, flax_mlp])
+def test_params_of_equinox_and_flax(model, name):
+    params, predict = model()
+    problem = ug.training_problem(
+        loss=lambda theta, params, batch, key: jnp.mean(
+            (jax.vmap(partial(predict, params))(batch) - 1.0) ** 2
+        ),
+        init_params=lambda key: params,
+        optimizer=lambda theta, t: optax.sgd(jnp.exp(theta), momentum=0.9),
+        sample_batch=lambda key: jax.random.uniform(key, (8, 2)),
+        horizon=10,
+    )
     theta = jnp.log(jnp.float32(0.05))
-    for problem in problems:
-        for name in NAMES:
-            estimator = averaged(name, problem)
-            state = estimator.init(KEY, theta)
-            estimate, after = jax.jit(estimator.estimate)(OTHER, theta, state)
-            assert types(state) == types(after)
-            assert np.isfinite(float(estimate.grad))
-            assert float(estimate.grad) != 0
+    estimator = build(name, problem)
+    state = estimator.init(KEY, theta)
+    estimate, after = estimator.estimate(OTHER, theta, state)
+    assert types(state) == types(after)
+    assert np.isfinite(float(estimate.grad))
+    assert float(estimate.grad) != 0
 
 
 @every
@@ -444,7 +438,7 @@ def test_bf16_uses_the_realised_difference(name):
     problem = ug.UnrolledProblem(lambda key, theta: jnp.zeros(()), step, 1)
     sigma = 0.02  # bf16 near 1 resolves 1/128 above and 1/256 below: most of eps is rounded
     estimator = build(name, problem, truncation=1, noise_period=1, sigma=sigma, num_pairs=1)
-    estimate, _ = jax.jit(estimator.estimate)(OTHER, theta, estimator.init(KEY, theta))
+    estimate, _ = estimator.estimate(OTHER, theta, estimator.init(KEY, theta))
     unit = ug.noise.gaussian().sample(
         jax.random.fold_in(jax.random.fold_in(OTHER, 2), 0), (), theta, 1
     )[0]
