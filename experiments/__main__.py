@@ -16,5 +16,7 @@ if __name__ == "__main__":
             prog="python -m experiments",
             description="Experiments with gradients through unrolled computation.",
         )
-    except ValueError as error:
+    except (ValueError, OverflowError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -1,6 +1,7 @@
 """``python -m experiments variance``: gradient estimators side by side at equal inner steps."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ import jax
 import tyro
 
 import unrollgrad as ug
+from experiments import results
 from experiments.problems import PROBLEMS
 from experiments.progress import bars
 from unrollgrad.diagnostics.report import write_json
@@ -23,8 +25,9 @@ class Settings:
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = tuple(ug.REGISTRY)  # type: ignore[valid-type]
     """Which estimators, in which order."""
     num_workers: int = 12
-    """Workers of one antithetic pair each; the others get as many as cost the same."""
-    num_samples: int = 64
+    """Workers of one antithetic pair each; the others get as many as cost the same. Rounded up so
+    that they can (to a multiple of 3 with truncated_es)."""
+    num_samples: int = 48
     """Independent samples per estimator."""
     sigma: float | None = None
     """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
@@ -52,14 +55,16 @@ def run(settings: Settings) -> tuple[ug.diagnostics.Comparison, dict[str, Any]]:
     common = {
         "truncation": truncation,
         "sigma": choice.sigma if settings.sigma is None else settings.sigma,
-        "noise_period": settings.noise_period or 2 * truncation,
+        "noise_period": 2 * truncation if settings.noise_period is None else settings.noise_period,
     }
     problem, theta, *_ = choice.make(horizon)
 
+    passes = {name: ug.REGISTRY[name].passes(1) for name in [*settings.estimators, "bptt"]}
+    equal = math.lcm(*passes.values())
+    episodes = -(-2 * settings.num_workers // equal) * equal
+
     def workers(name):
-        row = ug.REGISTRY[name]
-        number = -(-2 * settings.num_workers // row.passes(1))
-        return ug.average(row.build(problem, **common), number)
+        return ug.average(ug.REGISTRY[name].build(problem, **common), episodes // passes[name])
 
     estimators = {name: workers(name) for name in settings.estimators}
     with bars(total=len(estimators) + 1) as report:
@@ -73,7 +78,8 @@ def run(settings: Settings) -> tuple[ug.diagnostics.Comparison, dict[str, Any]]:
             batch_size=1,  # the workers are batch enough, and one sample compiles fastest
             progress=report,
         )
-    return comparison, {**dataclasses.asdict(settings), "horizon": horizon, **common}
+    used = {"horizon": horizon, "num_workers": episodes // 2, **common}
+    return comparison, {**dataclasses.asdict(settings), **used}
 
 
 def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> Path:
@@ -85,7 +91,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> Path:
     O(sigma^2), counts as bias. Prints the table; writes it with a picture to a new folder.
     """
     begun = time.perf_counter()
-    folder = settings.out / f"variance-{settings.problem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = results.new_folder(settings.out, f"variance-{settings.problem}")
     comparison, config = run(settings)
     comparison.table()
     comparison.save(folder)

@@ -5,8 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from conftest import build, quadratic
+from conftest import build, quadratic, settings
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY
@@ -81,6 +82,21 @@ def test_sigma_that_does_not_fit_theta(name):
         run(name, problem, theta, sigma={"log_rate": 0.1, "start": jnp.ones(2)})
 
 
+@taking("sigma")
+def test_sigma_and_noise_that_are_something_else(name):
+    problem, _ = quadratic()
+    for bad in ["0.1", 1j, None]:
+        with refuses((TypeError, ValueError), "`sigma`"):
+            build(name, problem, sigma=bad)
+    for bad in ["gaussian", ug.noise.gaussian]:
+        with refuses(TypeError, "`noise` must be a law", "ug.noise.gaussian()"):
+            REGISTRY[name].factory(
+                problem,
+                **{k: v for k, v in settings().items() if REGISTRY[name].takes(k)},
+                noise=bad,
+            )
+
+
 @taking("num_pairs")
 def test_num_pairs_that_is_not_positive(name):
     problem, _ = quadratic()
@@ -139,12 +155,55 @@ def test_loss_that_is_no_scalar(name):
         run(name, evaluate, theta)
 
 
+def test_episode_loss_checks_the_step():
+    problem, theta = quadratic()
+    vector = problem._replace(step=lambda *args: (problem.step(*args)[0], jnp.ones(2)))
+    with refuses(ValueError, "the loss of `step` must be a scalar", "(2,)"):
+        ug.episode_loss(vector, KEY, theta)
+
+
+@every
+def test_problem_that_is_none(name):
+    with refuses(TypeError, "`problem` must be an UnrolledProblem", "Example", "Unpack it"):
+        build(name, ug.problems.influence_balancing())
+    with refuses(TypeError, "`problem` must be an UnrolledProblem", "function"):
+        build(name, lambda key: key)
+
+
+@every
+def test_step_of_another_signature(name):
+    problem, theta = quadratic()
+    needs = problem._replace(step=lambda key, theta, s, t, b: problem.step(key, theta, s, t))
+    with refuses(TypeError, "step(key, theta, state, t)", "estimate(..., data=)"):
+        run(name, needs, theta)
+    estimator = build(name, problem)
+    with refuses(TypeError, "step(key, theta, state, t, batch)", "only when data is streamed"):
+        data = jnp.ones(estimator.truncation or 20)
+        estimator.estimate(KEY, theta, estimator.init(KEY, theta), data=data)
+
+
+@every
+def test_state_of_another_estimator(name):
+    problem, theta = quadratic()
+    estimator = build(name, problem)
+    other = ug.UnrolledProblem(lambda key, th: jnp.zeros(7), problem.step, 20)
+    stranger = ug.pes(other, truncation=5, sigma=0.1, num_pairs=3).init(KEY, theta)
+    with refuses(TypeError, "`state` is not this estimator's", "estimator.init(key, theta)"):
+        estimator.estimate(KEY, theta, stranger)
+    if name == "pes":
+        more = ug.pes(problem, truncation=5, sigma=0.1, num_pairs=4).init(KEY, theta)
+        with refuses(TypeError, "state.states['x']: float32[2,2,3] -> float32[4,2,3]"):
+            estimator.estimate(KEY, theta, more)
+
+
 @every
 def test_step_that_does_not_return_two_things(name):
     problem, theta = quadratic()
     only_state = problem._replace(step=lambda *args: problem.step(*args)[0])
     with refuses(TypeError, "`step` must return (state, loss)", "dict"):
         run(name, only_state, theta)
+    with refuses(TypeError, "`step` must return (state, loss)", "dict"):
+        run(name, ug.final_loss(only_state, lambda key, theta, s: s["x"].sum()), theta)
 
 
 @every
@@ -210,7 +269,7 @@ def test_sampled_horizon_where_a_static_one_is_needed():
         else:
             run(name, sampled(problem), theta)
             evaluated = sampled(problem)._replace(evaluate=lambda key, theta, s: s["x"].sum())
-            with refuses(ValueError, "problem.evaluate needs a static horizon"):
+            with refuses(ValueError, "problem.evaluate needs a static horizon", "evaluate=None"):
                 build(name, evaluated)
     with refuses(ValueError, "final_loss needs a static horizon"):
         ug.final_loss(sampled(problem), lambda key, theta, s: 0.0)
@@ -225,6 +284,13 @@ def test_sampler_of_horizons_that_returns_no_whole_number():
     uniform = problem._replace(horizon=lambda key: 20 * jax.random.uniform(key))
     with refuses(TypeError, "`problem.horizon(key)` must return a whole number", "float32[]"):
         run("pes", uniform, theta)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_sampled_horizon_of_a_narrow_dtype(dtype):
+    problem, theta = quadratic()
+    narrow = problem._replace(horizon=lambda key: dtype(120))
+    assert int(build("pes", narrow, truncation=50).init(KEY, theta).episode.horizon) == 150
 
 
 @every
@@ -264,20 +330,34 @@ def test_average():
         ug.average(estimator, 0)
     with refuses(ValueError, '`nonfinite` must be "drop" or "propagate"', "'mask'"):
         ug.average(estimator, 2, nonfinite="mask")
+    with refuses(TypeError, "`estimator` must be a GradientEstimator", "UnrolledProblem"):
+        ug.average(problem, 2)
+    with refuses(ValueError, "nested averages"):
+        ug.average(ug.average(estimator, 3), 3).init(KEY, theta)
     three = ug.average(estimator, 3).init(KEY, theta)
     with refuses(ValueError, "`state` is that of 3 worker(s)", "num_workers=2"):
         ug.average(estimator, 2).estimate(KEY, theta, three)
 
 
-def test_training_problem_without_a_batch():
-    problem = ug.training_problem(
-        loss=lambda theta, w, batch, key: jnp.sum((w - batch) ** 2),
-        init_params=lambda key: jnp.zeros(2),
-        optimizer=lambda theta, t: __import__("optax").sgd(theta),
-        horizon=10,
-    )
+def train(**changes):
+    arguments = {
+        "loss": lambda theta, w, batch, key: jnp.sum((w - 1) ** 2),
+        "init_params": lambda key: jnp.zeros(2),
+        "optimizer": lambda theta, t: optax.sgd(theta),
+        "sample_batch": lambda key: None,
+        "horizon": 10,
+    }
+    return ug.training_problem(**{**arguments, **changes})
+
+
+def test_training_problem():
+    theta = jnp.float32(0.1)
     with refuses(ValueError, "no batch", "data="):
-        run("pes", problem, jnp.float32(0.1))
+        run("pes", train(sample_batch=None), theta, noise_period=5)
+    with refuses(TypeError, "`optimizer` must be a function", "lambda theta, t: optax"):
+        train(optimizer=optax.adam(0.1))
+    with refuses(ValueError, "the loss of `loss` must be a scalar", "(2,)"):
+        run("pes", train(loss=lambda theta, w, batch, key: w - 1), theta)
 
 
 def test_compare():
@@ -292,5 +372,8 @@ def test_compare():
         compare(num_samples=2)
     with refuses(ValueError, "`estimators` is empty"):
         compare(estimators={})
+    with refuses(ValueError, "truncation=15 does not divide", "made for another problem"):
+        other = ug.pes(problem._replace(horizon=30), truncation=15, sigma=0.1)
+        compare(estimators={"pes": other})
     with refuses(ValueError, "`reference` must be a gradient with theta's structure"):
         compare(reference={"log_rate": 1.0})

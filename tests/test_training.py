@@ -133,6 +133,24 @@ def test_bf16_weights(optimizer):
         assert np.all(np.isfinite(estimate.grad))
 
 
+def test_params_that_are_not_floating_stay_as_they_are():
+    """Counters and keys among the params, as nnx keeps them: seen by the loss, never trained."""
+    problem = make(
+        lambda theta, t: optax.adam(theta, eps_root=1e-6),
+        init_params=lambda key: {"w": jnp.zeros(3), "count": jnp.int32(3), "key": key},
+        loss=lambda theta, p, batch, key: jnp.mean((p["w"] - p["count"]) ** 2),
+    )
+    theta = jnp.float32(0.1)
+    state, _ = problem.step(KEY, theta, problem.init(KEY, theta), 0)
+    assert int(state.params["count"]) == 3
+    assert state.params["key"].dtype == KEY.dtype
+    np.testing.assert_allclose(state.params["w"], 0.1, rtol=1e-3)
+    for factory in [ug.bptt, lambda p: ug.pes(p, truncation=4, sigma=0.01)]:
+        estimator = factory(problem)
+        estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+        assert float(estimate.grad) != 0
+
+
 def test_params_with_functions_are_refused_by_name():
     problem = make(
         lambda theta, t: optax.sgd(theta, 0.9), init_params=lambda key: {"act": [jnp.tanh]}

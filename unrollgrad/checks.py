@@ -3,6 +3,7 @@
 Every message says which argument, which values it had, at which leaf, and one way out.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -26,7 +27,13 @@ def typed_key(key: Key) -> Key:
             )
         return key
     if getattr(key, "dtype", None) == np.uint32 and np.ndim(key) == 1:
-        return jax.random.wrap_key_data(jnp.asarray(key))
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError as error:
+            raise TypeError(
+                f"`key` is raw key data, {describe(key)}, of another implementation than the "
+                "default; wrap it yourself: jax.random.wrap_key_data(key, impl=...)."
+            ) from error
     raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0); got {describe(key)}.")
 
 
@@ -111,12 +118,26 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_problem(problem: Any) -> None:
+    """Raises TypeError if ``problem`` is no ``UnrolledProblem``."""
+    if not isinstance(problem, UnrolledProblem):
+        hint = ""
+        if hasattr(problem, "problem") and hasattr(problem, "theta"):
+            hint = " Unpack it: `problem, theta, *_ = ...`."
+        raise TypeError(
+            f"`problem` must be an UnrolledProblem(init, step, horizon); got a "
+            f"{type(problem).__name__}.{hint}"
+        )
+
+
 def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
     """Returns the horizon as an int.
 
     Raises:
+        TypeError: If ``problem`` is no ``UnrolledProblem``.
         ValueError: If the horizon is sampled.
     """
+    check_problem(problem)
     if callable(problem.horizon):
         raise ValueError(
             f"{needed_by} needs a static horizon; got problem.horizon={problem.horizon!r}, a "
@@ -132,10 +153,15 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
     Raises:
         ValueError: If it does not divide a static horizon, or if ``evaluate`` meets a sampled one.
     """
+    check_problem(problem)
     truncation = positive_int("truncation", truncation)
     if callable(problem.horizon):
         if problem.evaluate is not None:
-            static_horizon(problem, "problem.evaluate")
+            raise ValueError(
+                "problem.evaluate needs a static horizon, since a window counts T/K times; got "
+                f"problem.horizon={problem.horizon!r}, a sampler. Set a whole number, or drop the "
+                "evaluation with problem._replace(evaluate=None)."
+            )
         return truncation
     horizon = positive_int("problem.horizon", problem.horizon)
     if horizon % truncation:
@@ -155,18 +181,21 @@ def _shorten(numbers: list[int], most: int = 24) -> str:
 
 
 def check_sigma(sigma: Any) -> None:
-    """Raises ValueError if any known value in ``sigma`` is not positive and finite."""
+    """Raises ValueError or TypeError if a known value in ``sigma`` is no positive number."""
     leaves = jax.tree_util.tree_leaves_with_path(sigma)
     if not leaves:
         raise ValueError(f"`sigma` has no leaves; got {sigma!r}. Pass a float such as 0.1.")
     for path, leaf in leaves:
         if isinstance(leaf, jax.core.Tracer):
             continue
+        where = f"sigma{jax.tree_util.keystr(path)}"
+        if not jnp.issubdtype(dtype_of(leaf), np.number) or np.iscomplexobj(leaf):
+            raise TypeError(f"`sigma` must be real numbers; got {where}={describe(leaf)}.")
         value = np.asarray(leaf, dtype=np.float64)
         if not (np.all(np.isfinite(value)) and np.all(value > 0)):
             raise ValueError(
-                f"`sigma` must be positive and finite; got sigma{jax.tree_util.keystr(path)}="
-                f"{leaf}. It is the perturbation's standard deviation in theta's units."
+                f"`sigma` must be positive and finite; got {where}={leaf}. It is the standard "
+                "deviation of the perturbation in theta's units."
             )
 
 
@@ -219,6 +248,7 @@ def check_step(problem: UnrolledProblem, key: Key, theta: Theta, data: Any = Non
     def first_step(key, theta, data):
         state = strong_state(problem.init(key, theta), "init")
         extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
+        _check_takes(problem.step, key, theta, state, 0, *extra)
         return state, problem.step(key, theta, state, jnp.int32(0), *extra)
 
     def checked(key, theta, data):
@@ -238,6 +268,38 @@ def check_step(problem: UnrolledProblem, key: Key, theta: Theta, data: Any = Non
     jax.eval_shape(checked, key, theta, data)
 
 
+def _check_takes(step: Any, *arguments: Any) -> None:
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):
+        return  # nothing can be known of it
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        given = "key, theta, state, t" + (", batch" if len(arguments) == 5 else "")
+        raise TypeError(
+            f"`step{signature}` cannot be called as step({given}): {error}. The fifth argument is "
+            "the slice of `estimate(..., data=)`, there only when data is streamed."
+        ) from error
+
+
+def check_worker_state(state: Any, like: Any) -> None:
+    """Raises TypeError if a worker's state has not the structure and shapes of ``like``."""
+    held = getattr(getattr(state, "episode", None), "key", like.episode.key)
+    if held.dtype != like.episode.key.dtype:
+        raise TypeError(
+            f"`key` is of dtype {like.episode.key.dtype} but the worker state holds {held.dtype}; "
+            "use one PRNG implementation throughout."
+        )
+    differences = _differences("state", like, state)
+    if differences:
+        raise TypeError(
+            f"`state` is not this estimator's for this theta (a {type(state).__name__}; its `init` "
+            f"makes a {type(like).__name__}). Expected -> got:\n{differences}\nMake it with "
+            "`estimator.init(key, theta)` of the same estimator."
+        )
+
+
 def check_loss(made_by: str, loss: Any) -> None:
     """Raises ValueError if ``loss`` is not a real scalar."""
     if np.shape(loss) != ():
@@ -251,21 +313,28 @@ def check_loss(made_by: str, loss: Any) -> None:
 
 
 def _check_same(before: State, after: State) -> None:
+    differences = _differences("state", before, after)
+    if differences:
+        raise TypeError(
+            "`step` must return a state with the structure, shapes and dtypes that it was given "
+            f"(those of `init`); it changed:\n{differences}\nCast or reshape in `step`, or begin "
+            "with the final form in `init`."
+        )
+
+
+def _differences(name: str, old: Any, new: Any) -> str:
+    """The leaves in which two trees differ, a line each; empty where they do not."""
+
     def leaves(tree):
         named = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): describe(x) for path, x in named}
 
-    old, new = leaves(before), leaves(after)
-    differences = [
-        f"  state{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
-        for path in [*old, *(path for path in new if path not in old)]
-        if old.get(path) != new.get(path)
+    a, b = leaves(old), leaves(new)
+    lines = [
+        f"  {name}{path}: {a.get(path, 'absent')} -> {b.get(path, 'absent')}"
+        for path in [*a, *(path for path in b if path not in a)]
+        if a.get(path) != b.get(path)
     ]
-    if not differences and jax.tree.structure(before) != jax.tree.structure(after):
-        differences = [f"  {jax.tree.structure(before)} -> {jax.tree.structure(after)}"]
-    if differences:
-        raise TypeError(
-            "`step` must return a state with the structure, shapes and dtypes that it was given "
-            "(those of `init`); it changed:\n" + "\n".join(differences) + "\nCast or reshape in "
-            "`step`, or begin with the final form in `init`."
-        )
+    if not lines and jax.tree.structure(old) != jax.tree.structure(new):
+        lines = [f"  {jax.tree.structure(old)} -> {jax.tree.structure(new)}"]
+    return "\n".join(lines)

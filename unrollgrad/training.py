@@ -42,7 +42,8 @@ def training_problem(
     Args:
         loss: ``loss(theta, params, batch, key) -> scalar``, the inner training loss.
         init_params: ``init_params(key) -> params``, any pytree of arrays: a dict, flax parameters,
-            the arrays of an equinox module (``eqx.partition(model, eqx.is_array)[0]``).
+            the arrays of an equinox module (``eqx.partition(model, eqx.is_array)[0]``). Leaves that
+            are not floating (counters, keys) stay as they are.
         optimizer: ``optimizer(theta, t) -> optax transform``, called inside every step; its state
             must have the same structure for every (theta, t) and keeps the dtypes it begins with.
             Line searches get ``value``, ``grad`` and ``value_fn``.
@@ -56,7 +57,9 @@ def training_problem(
         A problem whose inner state is ``TrainingState(params, opt_state)``.
 
     Raises:
-        ValueError: When stepping, if neither ``sample_batch`` nor ``data`` gives a batch.
+        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is no function.
+        ValueError: When stepping, if the loss is no scalar, or neither ``sample_batch`` nor
+        ``data`` gives a batch.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
@@ -69,10 +72,21 @@ def training_problem(
         >>> round(float(ug.episode_loss(problem, jax.random.key(0), theta)), 1)
         0.3
     """
+    for name, function in {
+        "loss": loss,
+        "init_params": init_params,
+        "optimizer": optimizer,
+    }.items():
+        if not callable(function):
+            raise TypeError(
+                f"`{name}` must be a function; got a {type(function).__name__}. For a fixed "
+                "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
+            )
 
     def init(key: Key, theta: Theta) -> TrainingState:
         params = checks.strong_state(init_params(key), made_by="init_params")
-        return TrainingState(params, optimizer(theta, jnp.int32(0)).init(params))
+        opt_state = optimizer(theta, jnp.int32(0)).init(_floating(params))
+        return TrainingState(params, opt_state)
 
     def step(key: Key, theta: Theta, state: TrainingState, t: Any, batch: Any = None):
         key_batch, key_loss, key_meta = jax.random.split(key, 3)
@@ -83,10 +97,15 @@ def training_problem(
                     "`data=` to `estimate`, with one batch per inner step along its leading axis."
                 )
             batch = sample_batch(key_batch)
-        params = state.params
+        params = _floating(state.params)
+
+        def whole(params):
+            return _merged(params, state.params)
 
         def inner(params):
-            return loss(theta, params, batch, key_loss)
+            value = loss(theta, whole(params), batch, key_loss)
+            checks.check_loss("loss", value)
+            return value
 
         value, grad = jax.value_and_grad(inner)(params)
         transform = optax.with_extra_args_support(optimizer(theta, t))
@@ -95,10 +114,31 @@ def training_problem(
         )
         params = optax.apply_updates(params, updates)
         opt_state = _keep_dtypes(state.opt_state, opt_state)
-        outer = inner(params) if meta_loss is None else meta_loss(theta, params, key_meta)
-        return TrainingState(params, opt_state), outer
+        if meta_loss is None:
+            outer = inner(params)
+        else:
+            outer = meta_loss(theta, whole(params), key_meta)
+        return TrainingState(whole(params), opt_state), outer
 
     return UnrolledProblem(init, step, horizon)
+
+
+def _floating(params: Any) -> Any:
+    """The leaves that are trained; None in place of the others."""
+
+    def leaf(x):
+        return x if jnp.issubdtype(checks.dtype_of(x), jnp.inexact) else None
+
+    return jax.tree.map(leaf, params)
+
+
+def _merged(trained: Any, params: Any) -> Any:
+    """``params`` with the trained leaves in place of their own."""
+
+    def leaf(new, old):
+        return old if new is None else new
+
+    return jax.tree.map(leaf, trained, params, is_leaf=lambda x: x is None)
 
 
 def _keep_dtypes(old: Any, new: Any) -> Any:
@@ -139,7 +179,9 @@ def final_loss(
     checks.static_horizon(problem, "final_loss")
 
     def step(key: Key, theta: Theta, state: State, t: Any, *data: Any):
-        state, loss = problem.step(key, theta, state, t, *data)
-        return state, jnp.zeros_like(loss)
+        result = problem.step(key, theta, state, t, *data)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            return result  # refused with its own message, in ``checks.check_step``
+        return result[0], jnp.zeros_like(result[1])
 
     return problem._replace(step=step, evaluate=evaluate)

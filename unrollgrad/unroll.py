@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks
+from unrollgrad import checks, varying
 from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
 
 _INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
@@ -36,23 +36,16 @@ def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
                 "`problem.horizon(key)` must return a whole number; got "
                 f"{checks.describe(horizon)}. Round it and cast it to int32."
             )
-        horizon = truncation * jnp.maximum(-(-jnp.asarray(horizon) // truncation), 1)
-    return Episode(key, jnp.zeros((), jnp.int32), checks.strong(jnp.asarray(horizon, jnp.int32)))
+        windows = -(-jnp.asarray(horizon, jnp.int32) // truncation)
+        horizon = truncation * jnp.maximum(windows, 1)
+    episode = Episode(key, jnp.zeros((), jnp.int32), checks.strong(jnp.asarray(horizon, jnp.int32)))
+    return varying.over(varying.axes(key), episode)
 
 
 def continue_or_begin(
     problem: UnrolledProblem, key: Key, episode: Episode, truncation: int
 ) -> Episode:
-    """The episode as it stands, or where t is 0 a new one from ``key``.
-
-    Raises:
-        TypeError: If ``key`` is of another PRNG implementation than the episode's.
-    """
-    if key.dtype != episode.key.dtype:
-        raise TypeError(
-            f"`key` is of dtype {key.dtype} but the worker state holds {episode.key.dtype}; use "
-            "one PRNG implementation throughout."
-        )
+    """The episode as it stands, or where t is 0 a new one from ``key``."""
     begun = new_episode(problem, key, truncation)
     return jax.tree.map(lambda new, old: jnp.where(episode.t == 0, new, old), begun, episode)
 
@@ -65,9 +58,9 @@ def advance(episode: Episode, truncation: int) -> Episode:
 
 def initial_state(problem: UnrolledProblem, episode: Episode, theta: Theta) -> State:
     """The state in which the episode begins."""
-    return checks.strong_state(
-        problem.init(jax.random.fold_in(episode.key, _INIT), theta), made_by="init"
-    )
+    key = jax.random.fold_in(episode.key, _INIT)
+    state = checks.strong_state(problem.init(key, theta), made_by="init")
+    return varying.over(varying.axes((key, theta)), state)
 
 
 def evaluate(problem: UnrolledProblem, episode: Episode, theta: Theta, state: State) -> jax.Array:
@@ -164,9 +157,13 @@ def window(
     end = scale * evaluate(problem, episode, theta, after)
     if state is None:
         return Window(after, losses, jnp.zeros_like(end), end)
+    first = episode.t == 0
     if start is None:
-        start = scale * evaluate(problem, episode, theta, before)
-    return Window(after, losses, jnp.where(episode.t == 0, 0.0, start), end)
+        # Where the window is the first, no gradient goes this way: 0 times one that is not finite
+        # would be NaN.
+        fixed = jax.tree.map(lambda x: jnp.where(first, jax.lax.stop_gradient(x), x), theta)
+        start = scale * evaluate(problem, episode, fixed, state)
+    return Window(after, losses, jnp.where(first, 0.0, start), end)
 
 
 def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any = None):
@@ -182,7 +179,8 @@ def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any 
         A scalar, at least float32.
 
     Raises:
-        ValueError: If the horizon is sampled.
+        ValueError: If the horizon is sampled, or the loss is not a scalar.
+        TypeError: If the step changes the state's structure.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -191,9 +189,10 @@ def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any 
         9.948
     """
     horizon = checks.static_horizon(problem, "episode_loss")
+    key, theta = checks.typed_key(key), checks.floating_theta(theta)
     checks.check_data(data, horizon, "horizon")
-    theta = checks.floating_theta(theta)
-    episode = new_episode(problem, checks.typed_key(key), horizon)
+    checks.check_step(problem, key, theta, data)
+    episode = new_episode(problem, key, horizon)
     return window(problem, episode, theta, None, horizon, data).loss()
 
 

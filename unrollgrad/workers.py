@@ -35,8 +35,9 @@ def average(
         has leaves ``(num_workers, truncation, ...)``, and whose ``info`` is an ``AverageInfo``.
 
     Raises:
-        ValueError: If num_workers is not positive, ``nonfinite`` is something else, or a leaf of
-            ``data`` has not ``num_workers`` as its leading axis.
+        TypeError: If ``estimator`` is none.
+        ValueError: If num_workers is not positive, ``nonfinite`` is something else, the estimator
+            is itself an average, or a leaf of ``data`` has not ``num_workers`` as its leading axis.
         FloatingPointError: Outside ``jit``, if no worker is left; inside, grad and loss are NaN.
 
     Example:
@@ -48,6 +49,11 @@ def average(
         >>> int(estimate.info.inner_steps), int(estimate.info.num_nonfinite)
         (1280, 0)
     """
+    if not isinstance(estimator, GradientEstimator):
+        raise TypeError(
+            f"`estimator` must be a GradientEstimator such as ug.pes(problem, ...); got a "
+            f"{type(estimator).__name__}."
+        )
     num_workers = checks.positive_int("num_workers", num_workers)
     if nonfinite not in ("drop", "propagate"):
         raise ValueError(f'`nonfinite` must be "drop" or "propagate"; got {nonfinite!r}.')
@@ -56,8 +62,17 @@ def average(
         key = checks.typed_key(key)
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_workers))
 
+    def one_worker(key: Key, theta: Theta) -> WorkerState:
+        state = estimator.init(key, theta)
+        if jnp.ndim(state.episode.t) != 0:
+            raise ValueError(
+                "`average` takes one worker, not an average: nested averages would hide which "
+                "worker is which. Use one `average` with the product of the numbers of workers."
+            )
+        return state
+
     def init(key: Key, theta: Theta) -> WorkerState:
-        return jax.vmap(estimator.init, in_axes=(0, None))(keys(key), theta)
+        return jax.vmap(one_worker, in_axes=(0, None))(keys(key), theta)
 
     def worker(key, theta, state, data):
         return estimator.estimate(key, theta, state, data=data)

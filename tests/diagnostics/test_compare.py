@@ -183,3 +183,23 @@ def test_missing_extras_are_named(monkeypatch):
         comparison.table()
     with pytest.raises(ImportError, match="needs matplotlib"):
         comparison.plot()
+
+
+def test_a_reference_of_zero_and_samples_of_nan_still_save(tmp_path):
+    rows = [{**dict.fromkeys(COLUMNS, 0.0), "name": "zero", "inner_steps": 1}]
+    rows += [{**dict.fromkeys(COLUMNS, np.nan), "name": "nan", "inner_steps": 1}]
+    for norm in [0.0, 1.0]:
+        comparison = ug.diagnostics.Comparison(rows, {}, np.full((1, 2), norm))
+        folder = comparison.save(tmp_path / str(norm))
+        assert (folder / "figure.png").exists()
+        assert json.loads((folder / "summary.json").read_text())["rows"][1]["bias"] is None
+
+
+def test_workers_left_out_are_counted():
+    problem, theta = ug.problems.chaotic_map(horizon=20)
+    workers = ug.average(ug.pes(problem, truncation=10, sigma=0.1), 20)
+    comparison = ug.diagnostics.compare(
+        problem, theta, {"pes": workers}, reference=0.0, num_samples=10, key=jax.random.key(0)
+    )
+    assert comparison.rows[0]["num_nonfinite"] > 0
+    assert np.isfinite(comparison.rows[0]["variance"])

@@ -398,32 +398,15 @@ def test_sigma_may_be_traced_and_a_prefix(name):
 
 
 def test_sigma_may_change_inside_an_episode():
-    """The accumulator is in units of sigma: a linear problem's estimate does not notice."""
+    """The accumulator is in units of sigma: another one does not change what is in it."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=4, memory=1.0)
-
-    def run(sigmas):
-        state = ug.pes(problem, truncation=2, sigma=sigmas[0]).init(KEY, theta)
-        grads = []
-        for sigma in sigmas:
-            estimator = ug.es_single(problem, truncation=2, sigma=sigma)
-            state = estimator.init(KEY, theta) if not grads else state
-            estimate, state = estimator.estimate(OTHER, theta, state)
-            grads.append(estimate.grad)
-        return grads
-
-    np.testing.assert_allclose(run([0.1, 0.1])[0], run([0.1, 0.4])[0], rtol=1e-6)
-    state = None
-    accumulated = []
+    state = ug.pes(problem, truncation=2, sigma=0.1).init(KEY, theta)
     for sigma in [0.1, 0.4]:
         estimator = ug.pes(problem, truncation=2, sigma=sigma)
-        state = estimator.init(KEY, theta) if state is None else state
         _, state = estimator.estimate(OTHER, theta, state)
-        accumulated.append(state.accumulated)
-    assert float(jnp.max(jnp.abs(accumulated[0]))) < 5  # unit variance, not 0.1 of it
-    law = ug.noise.gaussian()
-    noise = jax.random.fold_in(OTHER, 2)
+    law, noise = ug.noise.gaussian(), jax.random.fold_in(OTHER, 2)
     unit = sum(law.sample(jax.random.fold_in(noise, j), (), theta, 1) for j in range(2))
-    np.testing.assert_allclose(accumulated[1], unit, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state.accumulated, unit, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if REGISTRY[n].takes("sigma")])

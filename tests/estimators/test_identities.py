@@ -120,3 +120,21 @@ def test_small_sigma_keeps_its_digits():
     estimate = one_call(ug.full_es(shifted, sigma=1e-2), theta)
     plain = one_call(ug.full_es(problem, sigma=1e-2), theta)
     np.testing.assert_allclose(estimate.grad, plain.grad, rtol=1e-3)
+
+
+def test_an_evaluation_that_cannot_be_differentiated_at_the_start():
+    """The norm of a state that begins at zero: the first window has no L_start to go through."""
+    problem = ug.UnrolledProblem(
+        init=lambda key, theta: jnp.zeros(3) * theta,
+        step=lambda key, theta, s, t: (s + theta, 0.0),
+        horizon=20,
+        evaluate=lambda key, theta, s: jnp.linalg.norm(s) + jnp.sqrt(jnp.abs(theta * s[0])),
+    )
+    theta = jnp.float32(2.0)
+    exact = one_call(ug.bptt(problem), theta)
+    window = one_call(ug.tbptt(problem, truncation=20), theta)
+    np.testing.assert_allclose(window.grad, exact.grad, rtol=1e-6)
+    workers = ug.average(ug.tbptt(problem, truncation=5), 2)
+    averaged = one_call(workers, theta)
+    assert np.isfinite(averaged.grad)
+    assert averaged.info.num_nonfinite == 0

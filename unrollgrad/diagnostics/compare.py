@@ -47,12 +47,14 @@ def compare(
 
     Returns:
         A ``Comparison``; its ``rows`` are dicts with ``name, norm, bias, bias_se, variance,
-        norm_ratio, cosine, snr, nmse, inner_steps, seconds``. ``inner_steps`` and ``seconds`` are
-        per sample, compilation not counted.
+        norm_ratio, cosine, snr, nmse, inner_steps, seconds, compile_seconds, num_nonfinite``.
+        ``inner_steps`` and ``seconds`` are per sample, compilation not counted; ``num_nonfinite``
+        is that of all samples, and where it is not 0 ``average`` has left workers out, which
+        biases.
 
     Raises:
-        ValueError: For a sampled horizon, fewer than 3 samples, no estimators, or a reference of
-            another structure than theta.
+        ValueError: For a sampled horizon, fewer than 3 samples, no estimators, one of another
+            problem's truncation, or a reference of another structure than theta.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -85,6 +87,11 @@ def compare(
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(size))
             return jax.vmap(lambda k: episode_mean(estimator, k, theta, horizon))(keys)
 
+        if horizon % (estimator.truncation or horizon):
+            raise ValueError(
+                f"an estimator's truncation={estimator.truncation} does not divide problem.horizon="
+                f"{horizon}: it was made for another problem. Make it with this one."
+            )
         begun = time.perf_counter()
         program = jax.jit(chunk).lower(key, jnp.int32(0)).compile()
         return program, time.perf_counter() - begun
@@ -92,10 +99,11 @@ def compare(
     def draw(name, estimator):
         program, compile_seconds = compiled(estimator)
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # whatever the other names
-        samples, steps, seconds = [], np.zeros(1), 0.0
+        samples, steps, nonfinite, seconds = [], np.zeros(1), 0, 0.0
         for i in range(chunks):  # equal chunks: a last few samples too many are dropped
             begun = time.perf_counter()
-            grads, steps = jax.block_until_ready(program(own_key, jnp.int32(i * size)))
+            grads, steps, bad = jax.block_until_ready(program(own_key, jnp.int32(i * size)))
+            nonfinite += int(np.sum(bad))
             seconds += time.perf_counter() - begun
             leaves = [np.asarray(g, np.float64).reshape(size, -1) for g in jax.tree.leaves(grads)]
             samples.append(np.concatenate(leaves, axis=1))
@@ -105,11 +113,12 @@ def compare(
             "inner_steps": int(np.ravel(steps)[0]),
             "seconds": seconds / (chunks * size),
             "compile_seconds": compile_seconds,
+            "num_nonfinite": nonfinite,
         }
         return np.concatenate(samples)[:num_samples], cost
 
     if isinstance(reference, GradientEstimator):
-        truth, _ = draw("reference", reference)
+        truth, _ = draw(" reference", reference)
     else:
         truth = _flat_reference(reference, theta)
     rows, samples = [], {}
@@ -121,25 +130,27 @@ def compare(
 
 def episode_mean(
     estimator: GradientEstimator, key: Key, theta: Theta, horizon: int
-) -> tuple[Theta, jax.Array]:
+) -> tuple[Theta, jax.Array, jax.Array]:
     """One episode of a fresh estimator at frozen theta.
 
     Returns:
-        The mean of its ``grad`` over the windows, at least float32, and the inner steps spent.
+        The mean of its ``grad`` over the windows, at least float32; the inner steps spent; and the
+        number of windows with a non-finite loss, under ``average`` of workers left out.
     """
     key_init, key_run = jax.random.split(key)
     num_windows = horizon // (estimator.truncation or horizon)
 
     def call(carry, i):
-        state, total, steps = carry
+        state, total, steps, nonfinite = carry
         estimate, state = estimator.estimate(jax.random.fold_in(key_run, i), theta, state)
         total = jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, estimate.grad)
-        return (state, total, steps + estimate.info.inner_steps), None
+        bad = getattr(estimate.info, "num_nonfinite", ~jnp.isfinite(estimate.loss))
+        return (state, total, steps + estimate.info.inner_steps, nonfinite + bad), None
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
-    begin = (estimator.init(key_init, theta), zero, jnp.int32(0))
-    (_, total, steps), _ = jax.lax.scan(call, begin, jnp.arange(num_windows))
-    return jax.tree.map(lambda g: g / num_windows, total), steps
+    begin = (estimator.init(key_init, theta), zero, jnp.int32(0), jnp.int32(0))
+    (_, total, steps, nonfinite), _ = jax.lax.scan(call, begin, jnp.arange(num_windows))
+    return jax.tree.map(lambda g: g / num_windows, total), steps, nonfinite
 
 
 def _flat_reference(reference: Theta, theta: Theta) -> np.ndarray:

@@ -118,12 +118,17 @@ def draw(rows: list[dict[str, Any]], norm: float) -> Any:
         figsize=(11, 4.8), layout="constrained"
     )
     left, right = figure.subplots(1, 2)
-    bias, bias_se = (np.array([row[k] for row in rows]) / norm for k in ("bias", "bias_se"))
-    deviation = np.sqrt([row["variance"] for row in rows]) / norm
+    with np.errstate(divide="ignore", invalid="ignore"):  # a reference of zero
+        bias, bias_se = (np.array([row[k] for row in rows]) / norm for k in ("bias", "bias_se"))
+        deviation = np.sqrt([row["variance"] for row in rows]) / norm
     seen = bias > 3 * bias_se
     height = np.where(seen, bias, bias + 2 * bias_se)
     positive = np.concatenate([height, deviation])
-    floor = np.min(positive[positive > 0], initial=1.0) / 3
+    positive = positive[(positive > 0) & np.isfinite(positive)]
+    if not positive.size:
+        figure.suptitle("nothing to show: no finite positive bias or spread relative to |g|")
+        return figure
+    floor = np.min(positive) / 3
     for i, row in enumerate(rows):
         left.errorbar(
             max(deviation[i], floor),
@@ -146,7 +151,8 @@ def draw(rows: list[dict[str, Any]], norm: float) -> Any:
     y = np.arange(len(rows))[::-1]
     parts = {"bias²": np.where(seen, bias, 0) ** 2, "variance": deviation**2}
     for offset, (part, values) in zip((0.2, -0.2), parts.items(), strict=True):
-        right.barh(y[values > 0] + offset, values[values > 0], 0.4, label=part)
+        shown = (values > 0) & np.isfinite(values)
+        right.barh(y[shown] + offset, values[shown], 0.4, label=part)
     right.set(
         xscale="log",
         yticks=y,

@@ -71,7 +71,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g‖²",
         passes=_both_signs,
         time="2NT",
-        memory="2N(S+P)",
+        memory="2NS + 3NP",
         paper="Salimans et al. 2017",
     ),
     "truncated_es": Row(
@@ -80,7 +80,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g of a window‖²/n",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1)K",
-        memory="(2N+1)S + 2NP",
+        memory="(2N+1)S + 3NP",
         paper="Metz et al. 2019",
     ),
     "pes": Row(
@@ -89,7 +89,7 @@ REGISTRY: dict[str, Row] = {
         variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 3NP",
+        memory="2NS + 4NP",
         paper="Vicol et al. 2021",
     ),
     "es_single": Row(
@@ -98,16 +98,16 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g‖²",
         passes=_both_signs,
         time="2NK",
-        memory="2N(S+P)",
+        memory="2NS + 3NP",
         paper="Vicol et al. 2023; Li et al. 2023 (NRES)",
     ),
     "gpes": Row(
         gpes,
         unbiased_for="smoothed J",
-        variance="between pes and es_single",
+        variance="usually between pes and es_single",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 3NP",
+        memory="2NS + 4NP",
         paper="Li et al. 2023",
     ),
     "bptt": Row(

@@ -54,7 +54,7 @@ def bptt(problem: UnrolledProblem) -> GradientEstimator:
         return worker.init_episode(problem, key, theta, horizon)
 
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
-        key, theta = worker.admit(problem, key, theta, data, horizon, "horizon")
+        key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
         episode = unroll.new_episode(problem, key, horizon)
         out, _ = _backprop(problem, "bptt", episode, theta, None, horizon, data)
         return out, worker.EpisodeState(unroll.advance(episode, horizon))
@@ -102,7 +102,7 @@ def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
         return worker.init_mean(problem, key, theta, truncation)
 
     def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
-        key, theta = worker.admit(problem, key, theta, data, truncation, "truncation")
+        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         out, after = _backprop(problem, "tbptt", episode, theta, state.state, truncation, data)
         return out, worker.MeanState(unroll.advance(episode, truncation), after)

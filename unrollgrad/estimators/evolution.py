@@ -83,7 +83,7 @@ def full_es(
         return worker.init_episode(problem, key, theta, horizon)
 
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
-        key, theta = worker.admit(problem, key, theta, data, horizon, "horizon")
+        key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
         episode = unroll.new_episode(problem, key, horizon)
         unit, thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
         result = pairs.run(problem, episode, thetas, None, horizon, data)
@@ -111,7 +111,7 @@ def truncated_es(
     only with truncation = horizon or without memory.
 
     Variance: (P + 1) |g_window|^2 / num_pairs for one window of quadratic losses. Time:
-    (2 num_pairs + 1) K steps a call. Memory: (2 num_pairs + 1) state + 2 num_pairs theta.
+    (2 num_pairs + 1) K steps a call. Memory: (2 num_pairs + 1) state + 3 num_pairs theta.
 
     Args:
         problem: The inner loop.
@@ -148,7 +148,7 @@ def truncated_es(
         return worker.init_mean(problem, key, theta, truncation)
 
     def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
-        key, theta = worker.admit(problem, key, theta, data, truncation, "truncation")
+        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         noise_key = unroll.noise_key(episode, episode.t // truncation)
         unit, thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
@@ -183,9 +183,12 @@ def gpes(
     ``noise_period=truncation`` is ``pes``; None, one draw per episode, is ``es_single``. With
     ``evaluate`` a window adds (T/K) (xi_t L_end - xi_{t-1} L_start), xi the accumulated noise.
 
-    Variance, one pair, quadratic losses: between those of ``pes`` and ``es_single``; the least for
-    a single window with the longest period. Time: 2 num_pairs K steps a call. Memory: 2 num_pairs
-    state + 3 num_pairs theta (the accumulator is one of them).
+    Variance, one pair, quadratic losses, the mean over n windows with h[k, j] the influence of
+    period j on the loss of window k, whose own period is J(k): (1/n^2) sum_{k,s} [P min(J(k), J(s))
+    sum_{j <= min} h[k, j].h[s, j] + (sum_{j <= min} h[s, j]).(sum_{j <= min} h[k, j])]. Usually
+    that lies between those of ``pes`` and ``es_single``. For one window at a random place it is
+    least with a single period. Time: 2 num_pairs K steps a call. Memory: 2 num_pairs state + 4
+    num_pairs theta (both signs, the noise and the accumulator).
 
     Args:
         problem: The inner loop.
@@ -247,7 +250,7 @@ def gpes(
         return PersistentState(mean.episode, states, accumulated, evaluated)
 
     def estimate(key: Key, theta: Theta, state: PersistentState, *, data: Any = None):
-        key, theta = worker.admit(problem, key, theta, data, truncation, "truncation")
+        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         t = episode.t
         noise_key = unroll.noise_key(episode, 0 if noise_period is None else t // noise_period)
@@ -291,7 +294,7 @@ def pes(
     window i on the loss of window k: (1/n^2) sum_{k,s} [P min(k, s) sum_{i <= min(k, s)}
     g[k, i].g[s, i] + (sum_{i <= min(k, s)} g[s, i]).(sum_{i <= min(k, s)} g[k, i])]: about
     (P/2) |g|^2 where the windows agree, growing like n where they conflict. Time: 2 num_pairs K
-    steps a call. Memory: 2 num_pairs state + 3 num_pairs theta.
+    steps a call. Memory: 2 num_pairs state + 4 num_pairs theta.
 
     Args:
         problem: The inner loop.
@@ -347,8 +350,8 @@ def es_single(
     their episodes make it NRES.
 
     Variance: (P + 1) |g|^2 / num_pairs for the mean over an episode, whatever the number of windows
-    (quadratic losses). Time: 2 num_pairs K steps a call. Memory: 2 num_pairs (state + theta); the
-    noise is drawn again from the episode's key.
+    (quadratic losses). Time: 2 num_pairs K steps a call. Memory: 2 num_pairs state + 3 num_pairs
+    theta, of which none is kept between calls: the noise is drawn again from the episode's key.
 
     Args:
         problem: The inner loop.

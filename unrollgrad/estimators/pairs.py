@@ -14,6 +14,8 @@ def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
     """Checks what every evolution-strategies factory takes; returns the perturbation law."""
     checks.check_sigma(sigma)
     checks.positive_int("num_pairs", num_pairs)
+    if noise is not None and not isinstance(noise, Noise):
+        raise TypeError(f"`noise` must be a law such as ug.noise.gaussian(); got {noise!r}.")
     return gaussian() if noise is None else noise
 
 

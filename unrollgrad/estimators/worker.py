@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from unrollgrad import checks, unroll
+from unrollgrad import checks, unroll, varying
 from unrollgrad.types import (
     Episode,
     EstimateFn,
@@ -50,17 +50,31 @@ def init_mean(problem: UnrolledProblem, key: Key, theta: Theta, truncation: int)
 
 
 def admit(
-    problem: UnrolledProblem, key: Key, theta: Theta, data: Any, num_steps: int, axis: str
+    problem: UnrolledProblem,
+    init: Callable[[Key, Theta], WorkerState],
+    key: Key,
+    theta: Theta,
+    state: WorkerState,
+    data: Any,
+    num_steps: int,
+    axis: str,
 ) -> tuple[Key, Theta]:
-    """Checks the arguments of ``estimate`` and the problem's step on them.
+    """Checks the arguments of ``estimate``, and the problem's step on them.
 
     Returns:
-        The typed key and theta as strongly typed arrays.
+        The typed key, and theta as strongly typed arrays; inside ``shard_map`` both vary over all
+        axes over which the key, the state or the data do.
+
+    Raises:
+        TypeError: If an argument is not what it should be, or the state is another estimator's.
+        ValueError: For theta without leaves, or data of another length.
     """
     key, theta = checks.typed_key(key), checks.floating_theta(theta)
     checks.check_data(data, num_steps, axis)
     checks.check_step(problem, key, theta, data)
-    return key, theta
+    checks.check_worker_state(state, jax.eval_shape(init, key, theta))
+    names = varying.axes((key, theta, state, data))
+    return varying.over(names, (key, theta))
 
 
 def compiled(

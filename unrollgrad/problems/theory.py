@@ -56,7 +56,7 @@ def window_variance(
     """The variance of ``gpes`` for one window at a uniformly random place of the episode.
 
     (1/n) sum_k [(P + 2) |g_k|^2 + (P/2) sum_{j,j' <= J(k)} |h[k, j] - h[k, j']|^2] - |g|^2, with
-    g_k = sum_j h[k, j] (Li et al. 2023): the longer the noise period the smaller.
+    g_k = sum_j h[k, j] (Li et al. 2023). It is least with a single period.
 
     Args:
         influence: Shape (T, T, P).

@@ -1,0 +1,70 @@
+"""Every estimator inside a user's own ``shard_map``: the numbers are those of a single device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import build, quadratic
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import unrollgrad as ug
+from unrollgrad.estimators import REGISTRY
+
+KEYS = jax.random.split(jax.random.key(0), 2)
+
+
+def with_constants(problem):
+    """Leaves of the initial state that depend on neither key nor theta."""
+    return problem._replace(
+        init=lambda key, theta: {**problem.init(key, theta), "n": jnp.int32(0)},
+        evaluate=lambda key, theta, s: jnp.sum(s["x"] ** 2),
+    )
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_each_device_is_its_own_worker(name):
+    """Replicated theta, sharded keys and states: not the sum of the gradients, as jax.grad has."""
+    problem, theta = quadratic()
+    estimator = build(name, with_constants(problem))
+    mesh = jax.make_mesh((2,), ("workers",), axis_types=(AxisType.Auto,))
+
+    def init(keys, theta):
+        return jax.tree.map(lambda x: x[None], estimator.init(keys[0], theta))
+
+    def estimate(keys, theta, states):
+        state = jax.tree.map(lambda x: x[0], states)
+        out = estimator.estimate(keys[0], theta, state)
+        return jax.tree.map(lambda x: x[None], out)
+
+    one_each = P("workers")
+    sharded_init = jax.shard_map(init, mesh=mesh, in_specs=(one_each, P()), out_specs=one_each)
+    sharded = jax.shard_map(
+        estimate, mesh=mesh, in_specs=(one_each, P(), one_each), out_specs=one_each
+    )
+    states = jax.jit(sharded_init)(KEYS, theta)
+    for _ in range(2):
+        many, states = jax.jit(sharded)(KEYS, theta, states)
+    for i, key in enumerate(KEYS):
+        state = estimator.init(key, theta)
+        for _ in range(2):
+            one, state = estimator.estimate(key, theta, state)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+            np.testing.assert_allclose(a, b[i], rtol=1e-5, atol=1e-6)
+
+
+def test_average_inside_shard_map():
+    problem, theta = ug.problems.influence_balancing(horizon=20)
+    workers = ug.average(ug.tbptt(problem, truncation=5), 3)
+    mesh = jax.make_mesh((2,), ("workers",), axis_types=(AxisType.Auto,))
+
+    def estimate(keys, theta):
+        out, _ = workers.estimate(keys[0], theta, workers.init(keys[0], theta))
+        return jax.tree.map(lambda x: x[None], out)
+
+    sharded = jax.shard_map(
+        estimate, mesh=mesh, in_specs=(P("workers"), P()), out_specs=P("workers")
+    )
+    many = jax.jit(sharded)(KEYS, theta)
+    one, _ = workers.estimate(KEYS[1], theta, workers.init(KEYS[1], theta))
+    np.testing.assert_allclose(many.grad[1], one.grad, rtol=1e-5)
