@@ -1,5 +1,7 @@
 """Shared by all tests: how samples are drawn and judged."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,17 @@ def settings(truncation=5, sigma=0.1, noise_period=10, num_pairs=2):
 
 
 def build(name, problem, **changes):
-    return REGISTRY[name].build(problem, **settings(**changes))
+    """The estimator; the same one for the same arguments, so that it compiles once."""
+    given = tuple(settings(**changes).items())
+    plain = all(isinstance(value, int | float | None) for _, value in given)
+    if plain and isinstance(problem, ug.UnrolledProblem):
+        return _build(name, problem, given)
+    return REGISTRY[name].build(problem, **dict(given))
+
+
+@functools.cache
+def _build(name, problem, given):
+    return REGISTRY[name].build(problem, **dict(given))
 
 
 def call_steps(estimator, problem):
@@ -77,6 +89,7 @@ def call_steps(estimator, problem):
     return estimator.truncation or problem.horizon
 
 
+@functools.cache
 def quadratic(horizon=20):
     """A small nonlinear problem with data, used where any problem will do."""
 
