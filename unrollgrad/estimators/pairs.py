@@ -14,9 +14,14 @@ def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
     """Checks what every evolution-strategies factory takes; returns the perturbation law."""
     checks.check_sigma(sigma)
     checks.positive_int("num_pairs", num_pairs)
-    if noise is not None and not isinstance(noise, Noise):
-        raise TypeError(f"`noise` must be a law such as ug.noise.gaussian(); got {noise!r}.")
-    return gaussian() if noise is None else noise
+    if noise is None:
+        return gaussian()
+    if isinstance(noise, tuple) and len(noise) == 2 and all(map(callable, noise)):
+        return Noise(*noise)
+    raise TypeError(
+        "`noise` must be a law, a pair of functions (init, sample) such as ug.noise.gaussian(); "
+        f"got {noise!r}."
+    )
 
 
 def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> tuple[Theta, Theta]:
