@@ -14,12 +14,16 @@ class Choice(NamedTuple):
         horizon: By default.
         truncation: By default.
         sigma: By default, in theta's units.
+        reference: Whose mean is the truth by default: bptt, or full_es (the gradient of the
+        smoothed
+            J) where backpropagation explodes.
     """
 
     make: Callable[[int], Any]
     horizon: int
     truncation: int
     sigma: float
+    reference: str = "bptt"
 
 
 def _digits(horizon: int) -> Any:
@@ -40,4 +44,9 @@ PROBLEMS = {
         truncation=5,
         sigma=0.1,
     ),
+    "chaotic_map": Choice(
+        ug.problems.chaotic_map, horizon=100, truncation=10, sigma=0.01, reference="full_es"
+    ),
+    "lorenz": Choice(ug.problems.lorenz, horizon=200, truncation=20, sigma=0.04),
+    "control": Choice(ug.problems.control, horizon=200, truncation=20, sigma=0.3),
 }

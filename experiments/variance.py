@@ -37,6 +37,9 @@ class Settings:
     """Inner steps between the draws of gpes. Default: two windows."""
     horizon: int | None = None
     """Inner steps per episode (T). Default: the problem's."""
+    reference: Literal["bptt", "full_es"] | None = None
+    """Whose mean counts as the truth: bptt, the gradient of J itself, or full_es, that of the
+    smoothed J. Default: the problem's (full_es where backpropagation explodes)."""
     seed: int = 0
     """Of everything."""
     out: Path = Path("results")
@@ -58,8 +61,9 @@ def run(settings: Settings) -> tuple[ug.diagnostics.Comparison, dict[str, Any]]:
         "noise_period": 2 * truncation if settings.noise_period is None else settings.noise_period,
     }
     problem, theta, *_ = choice.make(horizon)
+    reference = choice.reference if settings.reference is None else settings.reference
 
-    passes = {name: ug.REGISTRY[name].passes(1) for name in [*settings.estimators, "bptt"]}
+    passes = {name: ug.REGISTRY[name].passes(1) for name in [*settings.estimators, reference]}
     equal = math.lcm(*passes.values())
     episodes = -(-2 * settings.num_workers // equal) * equal
 
@@ -72,13 +76,13 @@ def run(settings: Settings) -> tuple[ug.diagnostics.Comparison, dict[str, Any]]:
             problem,
             theta,
             estimators,
-            reference=estimators.get("bptt") or workers("bptt"),
+            reference=estimators.get(reference) or workers(reference),
             num_samples=settings.num_samples,
             key=jax.random.key(settings.seed),
             batch_size=1,  # the workers are batch enough, and one sample compiles fastest
             progress=report,
         )
-    used = {"horizon": horizon, "num_workers": episodes // 2, **common}
+    used = {"horizon": horizon, "num_workers": episodes // 2, "reference": reference, **common}
     return comparison, {**dataclasses.asdict(settings), **used}
 
 
@@ -86,13 +90,18 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> Path:
     """Compare gradient estimators on one problem: bias, variance and cost at equal inner steps.
 
     Every row of the table spends the same number of inner steps per sample, 2 x num-workers
-    episodes; a sample is one episode of every worker, averaged. The reference is the mean of bptt,
-    the exact gradient of each episode's loss: what evolution strategies add by smoothing,
-    O(sigma^2), counts as bias. Prints the table; writes it with a picture to a new folder.
+    episodes; a sample is one episode of every worker, averaged. The reference is the mean of other
+    samples of bptt, the exact gradient of each episode's loss: what evolution strategies add by
+    smoothing, O(sigma^2), counts as bias. Prints the table; writes it with a picture to a new
+    folder.
     """
     begun = time.perf_counter()
     folder = results.new_folder(settings.out, f"variance-{settings.problem}")
-    comparison, config = run(settings)
+    try:
+        comparison, config = run(settings)
+    except BaseException:
+        folder.rmdir()  # nothing is in it yet
+        raise
     comparison.table()
     comparison.save(folder)
     write_json(folder / "config.json", {**config, "out": str(settings.out)})

@@ -31,7 +31,15 @@ def test_help_names_every_flag():
 
 
 @pytest.mark.parametrize(
-    "problem", ["digits", "influence_balancing", "toy_regression", "linear_recurrence"]
+    "problem",
+    [
+        "digits",
+        "influence_balancing",
+        "toy_regression",
+        "linear_recurrence",
+        "chaotic_map",
+        "control",
+    ],
 )
 def test_small_run(problem, tmp_path):
     flags = ["--problem", problem, "--horizon", "8", "--truncation", "4", "--num-samples", "4"]
@@ -91,3 +99,4 @@ def test_a_mistake_is_a_message_and_no_traceback(flags, message, tmp_path):
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
