@@ -167,7 +167,8 @@ def draw(rows: list[dict[str, Any]], norm: float) -> Any:
 def _format(column: str, value: Any) -> str:
     if isinstance(value, str | int):
         return str(value)
-    return f"{value:.2f}" if column in ("norm_ratio", "cosine") else f"{value:.2g}"
+    two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000
+    return f"{value:.2f}" if two_decimals else f"{value:.2g}"
 
 
 def _need(module: str, package: str) -> Any:
