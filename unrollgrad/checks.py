@@ -291,7 +291,7 @@ def check_worker_state(state: Any, like: Any) -> None:
             f"`key` is of dtype {like.episode.key.dtype} but the worker state holds {held.dtype}; "
             "use one PRNG implementation throughout."
         )
-    differences = _differences("state", like, state)
+    differences = _differences(like, state)
     if differences:
         raise TypeError(
             f"`state` is not this estimator's for this theta (a {type(state).__name__}; its `init` "
@@ -313,7 +313,7 @@ def check_loss(made_by: str, loss: Any) -> None:
 
 
 def _check_same(before: State, after: State) -> None:
-    differences = _differences("state", before, after)
+    differences = _differences(before, after)
     if differences:
         raise TypeError(
             "`step` must return a state with the structure, shapes and dtypes that it was given "
@@ -322,8 +322,8 @@ def _check_same(before: State, after: State) -> None:
         )
 
 
-def _differences(name: str, old: Any, new: Any) -> str:
-    """The leaves in which two trees differ, a line each; empty where they do not."""
+def _differences(old: Any, new: Any) -> str:
+    """The leaves in which two states differ, a line each; empty where they do not."""
 
     def leaves(tree):
         named = jax.tree_util.tree_leaves_with_path(tree)
@@ -331,7 +331,7 @@ def _differences(name: str, old: Any, new: Any) -> str:
 
     a, b = leaves(old), leaves(new)
     lines = [
-        f"  {name}{path}: {a.get(path, 'absent')} -> {b.get(path, 'absent')}"
+        f"  state{path}: {a.get(path, 'absent')} -> {b.get(path, 'absent')}"
         for path in [*a, *(path for path in b if path not in a)]
         if a.get(path) != b.get(path)
     ]

@@ -74,6 +74,15 @@ def test_gpes(noise_period, structure):
     assert agrees(Samples(grads.mean(axis=1)).variance(), exact)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_truncated_es(structure):
+    grads, influence = draw("truncated_es", structure, 4)
+    exact = theory.truncated_variance(influence, 4)
+    measured = Samples(grads.mean(axis=1)).variance()
+    assert agrees(measured, exact)
+    assert rejects(measured, theory.episode_variance(influence, 4, noise_period=4))  # PES's
+
+
 @pytest.mark.parametrize("structure", ["identical", "independent", "decaying"])
 @pytest.mark.parametrize(("name", "noise_period"), [("es_single", None), ("gpes", 8), ("pes", 2)])
 def test_one_window_at_a_uniform_offset(name, noise_period, structure):

@@ -77,7 +77,7 @@ REGISTRY: dict[str, Row] = {
     "truncated_es": Row(
         truncated_es,
         unbiased_for="biased",
-        variance="(P+1)‖g of a window‖²/n",
+        variance="(P+1)/n × mean over windows of ‖own g‖²",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1)K",
         memory="(2N+1)S + 3NP",

@@ -19,6 +19,17 @@ def truncated_gradient(influence: np.ndarray, truncation: int) -> np.ndarray:
     return np.einsum("kkp->p", _windows(influence, truncation)) / (len(influence) // truncation)
 
 
+def truncated_variance(influence: np.ndarray, truncation: int) -> float:
+    """The variance of the mean of ``truncated_es`` over the windows of one episode.
+
+    (1/n^2) sum_k (P + 1) |h[k, k]|^2, h[k, k] the influence of window k on its own mean loss: the
+    windows have independent noise and one mean state.
+    """
+    windows = _windows(influence, truncation)
+    own = np.einsum("kkp->kp", windows)
+    return float((own.shape[1] + 1) * np.sum(own**2) / len(own) ** 2)
+
+
 def episode_variance(
     influence: np.ndarray, truncation: int, noise_period: int | None = None
 ) -> float:
