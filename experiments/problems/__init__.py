@@ -15,8 +15,7 @@ class Choice(NamedTuple):
         truncation: By default.
         sigma: By default, in theta's units.
         reference: Whose mean is the truth by default: bptt, or full_es (the gradient of the
-        smoothed
-            J) where backpropagation explodes.
+            smoothed J) where backpropagation explodes.
     """
 
     make: Callable[[int], Any]
@@ -27,7 +26,7 @@ class Choice(NamedTuple):
 
 
 def _digits(horizon: int) -> Any:
-    from experiments.digits import digits  # here: scikit-learn and flax take seconds to import
+    from experiments.problems.digits import digits  # here: scikit-learn and flax take seconds to import
 
     return digits(horizon)
 
