@@ -26,7 +26,8 @@ class Choice(NamedTuple):
 
 
 def _digits(horizon: int) -> Any:
-    from experiments.problems.digits import digits  # here: scikit-learn and flax take seconds to import
+    # Imported here: scikit-learn and flax take seconds.
+    from experiments.problems.digits import digits
 
     return digits(horizon)
 
