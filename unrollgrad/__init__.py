@@ -7,7 +7,7 @@ An inner loop is an ``UnrolledProblem`` (or ``training_problem(...)``); an estim
 mean of many. See the README for a table of the estimators.
 """
 
-from unrollgrad import diagnostics, noise, problems
+from unrollgrad import constraints, diagnostics, noise, problems
 from unrollgrad.estimators import (
     REGISTRY,
     bptt,
@@ -43,6 +43,7 @@ __all__ = [
     "UnrolledProblem",
     "average",
     "bptt",
+    "constraints",
     "diagnostics",
     "episode_loss",
     "es_single",
