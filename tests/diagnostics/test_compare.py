@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from unrollgrad.diagnostics import statistics
+from unrollgrad.diagnostics import report, statistics
 from unrollgrad.problems import theory
 
 COLUMNS = {
@@ -23,6 +23,19 @@ COLUMNS = {
     "nmse",
     "inner_steps",
     "seconds",
+    "variance_of_mean",
+}
+
+UNITS = ("variance_of_mean", "variance_of_mean_se", "num_windows")
+ROW = {
+    **dict.fromkeys(COLUMNS, 0.0),
+    "name": "zero",
+    "inner_steps": 1,
+    "reference_norm": 1.0,
+    "bias_se": 0.0,
+    "variance_of_mean": {1: 0.0, 4: 0.0},
+    "variance_of_mean_se": {1: 0.0, 4: 0.0},
+    "num_windows": 4,
 }
 
 
@@ -40,7 +53,7 @@ def test_rows_against_closed_forms():
         "truncated_es": ug.truncated_es(problem, truncation=4, sigma=0.1),
         "tbptt": ug.tbptt(problem, truncation=4),
     }
-    seen = []
+    seen, announced = [], []
     comparison = ug.diagnostics.compare(
         problem,
         theta,
@@ -50,7 +63,10 @@ def test_rows_against_closed_forms():
         key=jax.random.key(0),
         batch_size=1000,
         progress=lambda *args: seen.append(args),
+        on_row=announced.append,
+        num_chains=0,
     )
+    assert announced == comparison.rows
     rows = {row["name"]: row for row in comparison.rows}
     assert list(rows) == list(estimators)
     assert set(rows["pes"]) >= COLUMNS
@@ -96,6 +112,7 @@ def test_reference_that_is_itself_sampled():
         num_samples=4000,
         key=jax.random.key(1),
         batch_size=1000,
+        num_chains=0,
     )
     row = comparison.rows[0]
     assert comparison.reference.shape == (4000, 5)
@@ -132,23 +149,77 @@ def test_sampled_reference_is_debiased_too():
     assert 0.9 < np.sqrt(np.mean(errors**2)) / values.std() < 1.8
 
 
-def test_same_key_same_numbers_whatever_the_batch():
+def test_same_key_same_numbers_whatever_the_batch_and_the_devices():
     problem, theta, influence = recurrence()
     g = theory.gradient(influence).astype(np.float32)
 
-    def samples(batch_size):
+    def samples(batch_size, devices=1):
         return ug.diagnostics.compare(
             problem,
             theta,
-            {"pes": ug.pes(problem, truncation=4, sigma=0.1)},
+            {"pes": ug.average(ug.pes(problem, truncation=4, sigma=0.1), 2)},
             reference=g,
             num_samples=10,
+            num_chains=0,
             key=jax.random.key(2),
             batch_size=batch_size,
+            devices=devices,
         ).samples["pes"]
 
     assert samples(4).shape == (10, 5)
     np.testing.assert_allclose(samples(4), samples(10), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(samples(4), samples(5, devices=2), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`devices` is 100, but jax sees 2.*jax_num_cpu_devices"):
+        samples(4, devices=100)
+
+
+def test_another_theta_or_seed_compiles_nothing_new():
+    problem, theta, _ = recurrence()
+    traced = []
+
+    def step(*args):
+        traced.append(1)
+        return problem.step(*args)
+
+    estimator = ug.pes(problem._replace(step=step), truncation=4, sigma=0.1)
+    counts = []
+    for i in range(3):
+        ug.diagnostics.compare(
+            problem,
+            theta + i,
+            {"pes": estimator},
+            reference=theta,
+            num_samples=3,
+            key=jax.random.key(i),
+        )
+        counts.append(len(traced))
+    assert 0 < counts[0] == counts[1] == counts[2]
+
+
+def test_the_matmul_precision_is_highest_unless_told_and_recorded(tmp_path):
+    seen = []
+
+    def step(key, theta, state, t):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return state, theta**2
+
+    problem = ug.UnrolledProblem(lambda key, theta: 0.0, step, 4)
+    for precision in ["highest", "default"]:
+        given = {} if precision == "highest" else {"matmul_precision": precision}
+        comparison = ug.diagnostics.compare(
+            problem,
+            1.0,
+            {"pes": ug.pes(problem, truncation=4, sigma=0.1)},
+            reference=2.0,
+            num_samples=3,
+            num_chains=0,
+            key=jax.random.key(0),
+            **given,
+        )
+        assert set(seen) == {precision}
+        seen.clear()
+        summary = json.loads((comparison.save(tmp_path) / "summary.json").read_text())
+        assert summary["settings"]["matmul_precision"] == precision
 
 
 def test_table_plot_and_save(tmp_path, capsys):
@@ -163,20 +234,34 @@ def test_table_plot_and_save(tmp_path, capsys):
     )
     comparison.table()
     printed = capsys.readouterr().out
-    assert "pes" in printed
-    assert "bias" in printed
+    for word in ["pes", "bias", "long run", "at equal steps"]:
+        assert word in printed
     folder = comparison.save(tmp_path / "deep" / "folder")
     with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["pes", "bptt"]
-    np.testing.assert_allclose(float(rows[0]["variance"]), comparison.rows[0]["variance"])
+        lines = list(csv.DictReader(file))
+    for row in comparison.rows:
+        flat = {x["metric"]: float(x["value"]) for x in lines if x["estimator"] == row["name"]}
+        assert report.row_of(row["name"], flat) == row
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["environment"]["jax"] == jax.__version__
+    assert "xla_flags" in summary["environment"]
+    raw = np.load(folder / "samples.npz")
+    for name, samples in zip(raw["estimators"], raw["samples"], strict=True):
+        np.testing.assert_array_equal(samples, comparison.samples[name])
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_equal_steps():
+    """At the costliest's inner steps: more workers divide the variance, the bias stays."""
+    cheap = {"variance": 8.0, "nmse": 1 + 8 / 4, "reference_norm": 2.0, "inner_steps": 10}
+    dear = {"variance": 4.0, "nmse": 4 / 4, "reference_norm": 2.0, "inner_steps": 40}
+    cheap, dear = report.at_equal_steps([cheap, dear])
+    assert cheap["nmse_equal_steps"] == pytest.approx(1 + 8 / 4 / 4)
+    assert dear["nmse_equal_steps"] == pytest.approx(1.0)
+
+
 def test_missing_extras_are_named(monkeypatch):
-    comparison = ug.diagnostics.Comparison([], {}, np.ones((1, 2)))
+    comparison = ug.diagnostics.Comparison([ROW], {}, np.ones((1, 2)), {})
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"needs rich: pip install \"unrollgrad\[experiments\]\""):
@@ -186,10 +271,11 @@ def test_missing_extras_are_named(monkeypatch):
 
 
 def test_a_reference_of_zero_and_samples_of_nan_still_save(tmp_path):
-    rows = [{**dict.fromkeys(COLUMNS, 0.0), "name": "zero", "inner_steps": 1}]
-    rows += [{**dict.fromkeys(COLUMNS, np.nan), "name": "nan", "inner_steps": 1}]
     for norm in [0.0, 1.0]:
-        comparison = ug.diagnostics.Comparison(rows, {}, np.full((1, 2), norm))
+        rows = [{**ROW, "reference_norm": norm}]
+        rows += [{k: v if k in ("name", "inner_steps", *UNITS) else np.nan for k, v in ROW.items()}]
+        comparison = ug.diagnostics.Comparison(rows, {}, np.full((1, 2), norm), {})
+        comparison.table()
         folder = comparison.save(tmp_path / str(norm))
         assert (folder / "figure.png").exists()
         assert json.loads((folder / "summary.json").read_text())["rows"][1]["bias"] is None
@@ -199,7 +285,70 @@ def test_workers_left_out_are_counted():
     problem, theta = ug.problems.chaotic_map(horizon=20)
     workers = ug.average(ug.pes(problem, truncation=10, sigma=0.1), 20)
     comparison = ug.diagnostics.compare(
-        problem, theta, {"pes": workers}, reference=0.0, num_samples=10, key=jax.random.key(0)
+        problem,
+        theta,
+        {"pes": workers},
+        reference=0.0,
+        num_samples=10,
+        num_chains=0,
+        key=jax.random.key(0),
     )
     assert comparison.rows[0]["num_nonfinite"] > 0
     assert np.isfinite(comparison.rows[0]["variance"])
+
+
+def test_bad_input():
+    problem, theta, _ = recurrence()
+    estimator = ug.pes(problem, truncation=4, sigma=0.1)
+
+    def compare(estimators=None, **changes):
+        settings = {"reference": theta, "num_samples": 5, "key": jax.random.key(0), **changes}
+        return ug.diagnostics.compare(problem, theta, estimators or {"pes": estimator}, **settings)
+
+    for chains in [1, 2, 6, -3]:
+        with pytest.raises(ValueError, match=f"num_chains={chains} and num_samples=5"):
+            compare(num_chains=chains)
+    other = ug.pes(problem._replace(horizon=35), truncation=7, sigma=0.1)
+    with pytest.raises(ValueError, match=r"'other': its truncation=7 .* problem\.horizon=16"):
+        compare({"other": other})
+    with pytest.raises(TypeError, match="estimator 'pes' must be a GradientEstimator"):
+        compare({"pes": ug.pes})
+
+
+def times(factor, estimator):
+    """The estimator with its gradient multiplied: a planted bias."""
+
+    def estimate(key, theta, state, *, data=None):
+        out, state = estimator.estimate(key, theta, state, data=data)
+        return out._replace(grad=jax.tree.map(lambda g: factor * g, out.grad)), state
+
+    return estimator._replace(estimate=estimate)
+
+
+@pytest.mark.slow
+def test_no_bias_is_seen_where_there_is_none_and_a_tenth_is_found():
+    """100 samples of 100 workers, 20 seeds: at most one outside 3 SE; 1.1 times g is outside."""
+    problem, theta, influence = recurrence()
+    g = theory.gradient(influence)
+    workers = ug.average(ug.es_single(problem, truncation=4, sigma=0.1), 100)
+    planted = times(1.1, workers)
+
+    def rows(seed):
+        return ug.diagnostics.compare(
+            problem,
+            theta,
+            {"right": workers, "planted": planted},
+            reference=g.astype(np.float32),
+            num_samples=100,
+            num_chains=0,
+            batch_size=100,
+            key=jax.random.key(seed),
+        ).rows
+
+    right, wrong = zip(*[rows(seed) for seed in range(20)], strict=True)
+    inside = [row["bias"] <= 3 * row["bias_se"] for row in right]
+    assert sum(inside) >= 19
+    assert all(row["bias_se"] < 0.05 * np.linalg.norm(g) for row in wrong)
+    seen = [row["bias"] for row in wrong if row["bias"] > 3 * row["bias_se"]]
+    assert len(seen) >= 19
+    assert np.mean(seen) == pytest.approx(0.1 * np.linalg.norm(g), rel=0.15)

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ COLUMNS = {
     "bias": "bias",
     "bias_se": "±SE",
     "variance": "var",
+    "long_run": "long run",
     "norm_ratio": "norm ratio",
     "cosine": "cosine",
     "snr": "SNR",
     "nmse": "NMSE",
+    "nmse_equal_steps": "at equal steps",
     "inner_steps": "steps",
     "seconds": "s",
 }
@@ -32,49 +35,54 @@ class Comparison(NamedTuple):
         samples: The raw samples by name, float64 of shape (num_samples, P), leaves of theta
             flattened in order.
         reference: Samples of the reference, (m, P); one row where it is exact.
+        settings: How it was measured: num_samples, num_chains, matmul_precision, devices.
     """
 
     rows: list[dict[str, Any]]
     samples: dict[str, np.ndarray]
     reference: np.ndarray
+    settings: dict[str, Any]
 
     def table(self) -> None:
         """Prints the rows. Needs rich (``pip install "unrollgrad[experiments]"``)."""
-        console = _need("rich.console", "rich").Console()
-        if not console.is_terminal:
-            console.width = 120
-        table = _need("rich.table", "rich").Table(
-            box=_need("rich.box", "rich").SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-            caption="norm ratio, cosine: of the mean to the reference; var, steps, s: per sample",
-        )
-        for column, title in COLUMNS.items():
-            left = column == "name"
-            table.add_column(title, justify="left" if left else "right", no_wrap=left)
-        for row in self.rows:
-            table.add_row(*[_format(column, row[column]) for column in COLUMNS])
-        console.print(table)
+        print_table(self.rows)
 
     def plot(self) -> Any:
-        """Draws bias against standard deviation, and the error's two parts.
+        """Draws bias against noise, variance against U, and the error against its cost.
+
+        Left: a triangle is an upper limit, where no bias was seen. Middle: ``variance_of_mean``,
+        the variance per episode spent when U consecutive updates are averaged. Right: the squared
+        error against inner steps, from what was measured (the point: equal workers, if all have as
+        many) to 1000 times as many workers; at equal inner steps, read it vertically.
 
         Returns:
             A matplotlib figure. Needs matplotlib (``pip install "unrollgrad[experiments]"``).
         """
-        return draw(self.rows, float(np.linalg.norm(self.reference.mean(axis=0))))
+        return draw({"": self.rows})
 
     def save(self, folder: str | Path) -> Path:
-        """Writes ``metrics.csv``, ``summary.json`` and ``figure.png``; returns the folder."""
+        """Writes ``metrics.csv``, ``samples.npz``, ``summary.json`` and ``figure.png``.
+
+        The CSV is long, one line per estimator and metric; the raw samples are an array (estimators,
+        num_samples, P) beside the estimators' names.
+
+        Returns:
+            The folder, made where it did not exist.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "metrics.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
+            writer = csv.writer(file)
+            writer.writerow(["estimator", "metric", "value"])
+            for row in self.rows:
+                writer.writerows([row["name"], *item] for item in metrics(row).items())
+        names = np.array(list(self.samples))
+        np.savez_compressed(
+            folder / "samples.npz", estimators=names, samples=list(self.samples.values())
+        )
         summary = {
             "rows": self.rows,
-            "num_samples": {name: len(s) for name, s in self.samples.items()},
+            "settings": self.settings,
             "reference": self.reference.mean(axis=0).tolist(),
             "environment": environment(),
         }
@@ -82,6 +90,29 @@ class Comparison(NamedTuple):
         figure = self.plot()
         figure.savefig(folder / "figure.png", dpi=150)
         return folder
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers by metric; ``variance_of_mean`` by its U, as ``variance_of_mean[100]``."""
+    flat = {}
+    for metric, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{metric}[{u}]": x for u, x in value.items()}
+        elif metric != "name":
+            flat[metric] = value
+    return flat
+
+
+def row_of(name: str, flat: dict[str, float]) -> dict[str, Any]:
+    """The row that ``metrics`` made flat."""
+    row: dict[str, Any] = {"name": name}
+    for metric, value in flat.items():
+        if metric.endswith("]"):
+            group, u = metric[:-1].split("[")
+            row.setdefault(group, {})[int(u)] = value
+        else:
+            row[metric] = value
+    return row
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -98,7 +129,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device: what a number depends on besides the settings."""
+    """Versions, device and flags: what a number depends on besides the settings."""
     versions = {name: importlib.import_module(name).__version__ for name in _RECORDED}
     devices = jax.devices()
     return {
@@ -106,72 +137,192 @@ def environment() -> dict[str, Any]:
         **versions,
         "device": devices[0].device_kind,
         "num_devices": len(devices),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "x64": jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
+        "prng": str(jax.random.key_impl(jax.random.key(0))),
     }
 
 
 _RECORDED = ("jax", "jaxlib", "optax", "numpy", "unrollgrad")
 
 
-def draw(rows: list[dict[str, Any]], norm: float) -> Any:
-    """Draws rows as ``Comparison.plot`` does; ``norm`` is that of the reference gradient."""
-    figure = _need("matplotlib.figure", "matplotlib").Figure(
-        figsize=(11, 4.8), layout="constrained"
+def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
+    """Prints rows as ``Comparison.table`` does."""
+    console = need("rich.console", "rich").Console()
+    if not console.is_terminal:
+        console.width = 120
+    rows = [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
+    columns = dict(COLUMNS)
+    if len({row["inner_steps"] for row in rows}) < 2:
+        del columns["nmse_equal_steps"]  # it is the NMSE
+    if all(row["long_run"] is None for row in rows):
+        del columns["long_run"]
+    table = need("rich.table", "rich").Table(
+        box=need("rich.box", "rich").SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title=title,
+        caption="norm ratio, cosine: of the mean to the reference; var, steps, s: per sample; "
+        "long run: var per episode over 20 episodes",
     )
-    left, right = figure.subplots(1, 2)
+    for column, heading in columns.items():
+        left = column == "name"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    for row in rows:
+        table.add_row(*[_format(column, row[column]) for column in columns])
+    console.print(table)
+
+
+def at_equal_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with ``nmse_equal_steps``: the NMSE if each had workers for the costliest's steps.
+
+    More workers divide the variance and leave the bias.
+    """
+    most = max((row["inner_steps"] for row in rows), default=0)
+
+    def with_more_workers(row):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain = np.divide(row["variance"], np.square(row["reference_norm"]))
+            gain = gain * (1 - row["inner_steps"] / most)
+        return {**row, "nmse_equal_steps": float(row["nmse"] - gain)}
+
+    return [with_more_workers(row) for row in rows]
+
+
+def long_run(row: dict[str, Any]) -> float | None:
+    """The row's ``variance_of_mean`` over the longest run; None where only single episodes ran."""
+    values = row.get("variance_of_mean", {})
+    longest = max(values, default=0)
+    return values[longest] if longest > row.get("num_windows", 1) else None
+
+
+def draw(groups: dict[str, list[dict[str, Any]]]) -> Any:
+    """Draws rows as ``Comparison.plot`` does, one line of panels for each named group."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(
+        figsize=(14, 0.6 + 4.2 * len(groups)), layout="constrained"
+    )
+    lines = figure.subplots(len(groups), 3, squeeze=False)
+    handles: dict[str, Any] = {}
+    for (title, rows), axes in zip(groups.items(), lines, strict=True):
+        names = {row["name"]: f"C{i % 10}" for i, row in enumerate(rows)}
+        for panel, axis in zip((_bias_and_noise, _variance_of_means, _cost), axes, strict=True):
+            panel(axis, rows, names)
+            axis.grid(alpha=0.3)
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        if title:
+            axes[0].annotate(
+                title,
+                (0, 1.1),
+                xycoords="axes fraction",
+                fontsize=12,
+                fontweight="bold",
+            )
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(len(handles), 1))
+    return figure
+
+
+def _bias_and_noise(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    norm, bias, bias_se, variance = _columns(rows, "reference_norm", "bias", "bias_se", "variance")
     with np.errstate(divide="ignore", invalid="ignore"):  # a reference of zero
-        bias, bias_se = (np.array([row[k] for row in rows]) / norm for k in ("bias", "bias_se"))
-        deviation = np.sqrt([row["variance"] for row in rows]) / norm
+        bias, bias_se, deviation = bias / norm, bias_se / norm, np.sqrt(variance) / norm
     seen = bias > 3 * bias_se
     height = np.where(seen, bias, bias + 2 * bias_se)
-    positive = np.concatenate([height, deviation])
-    positive = positive[(positive > 0) & np.isfinite(positive)]
-    if not positive.size:
-        figure.suptitle("nothing to show: no finite positive bias or spread relative to |g|")
-        return figure
-    floor = np.min(positive) / 3
+    shown = np.concatenate([height, deviation])
+    floor = np.min(shown, where=_positive(shown), initial=np.inf) / 3
+    axis.set(
+        xlabel="standard deviation of a sample / |g|",
+        ylabel="bias / |g|",
+        title="●  bias ± SE      ▼  no bias seen: upper limit (2 SE)",
+    )
+    if not np.isfinite(floor):
+        axis.text(0.5, 0.5, "no finite bias or spread", ha="center", transform=axis.transAxes)
+        return
+    axis.set(xscale="log", yscale="log")
     for i, row in enumerate(rows):
-        left.errorbar(
+        axis.errorbar(
             max(deviation[i], floor),
             max(height[i], floor),
             yerr=bias_se[i] if seen[i] else None,
             fmt="o" if seen[i] else "v",
             capsize=3,
             markersize=7,
+            color=colors[row["name"]],
             label=row["name"],
         )
-    left.set(
+
+
+def _variance_of_means(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    axis.set(
         xscale="log",
-        yscale="log",
-        xlabel="standard deviation of a sample / |g|",
-        ylabel="bias / |g|",
-        title="●  bias ± SE      ▼  no bias seen: upper limit (2 SE)",
+        xlabel="updates averaged, in episodes (U/n)",
+        ylabel="variance of their mean × U/n / |g|²",
+        title="variance per episode spent",
     )
-    left.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    y = np.arange(len(rows))[::-1]
-    parts = {"bias²": np.where(seen, bias, 0) ** 2, "variance": deviation**2}
-    for offset, (part, values) in zip((0.2, -0.2), parts.items(), strict=True):
-        shown = (values > 0) & np.isfinite(values)
-        right.barh(y[shown] + offset, values[shown], 0.4, label=part)
-    right.set(
-        xscale="log",
-        yticks=y,
-        yticklabels=[row["name"] for row in rows],
-        xlabel="squared error of a sample / |g|²",
+    for row in rows:
+        u, values = np.array(list(row["variance_of_mean"].items()), float).reshape(-1, 2).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = values / np.square(row["reference_norm"])
+            errors = np.array(list(row["variance_of_mean_se"].values()))
+            errors = errors / np.square(row["reference_norm"])
+        shown = _positive(values)
+        if shown.any():
+            axis.set_yscale("log")
+            axis.errorbar(
+                u[shown] / row["num_windows"],
+                values[shown],
+                yerr=np.minimum(errors, 0.9 * values)[shown],
+                fmt="o-",
+                capsize=3,
+                markersize=5,
+                color=colors[row["name"]],
+            )
+
+
+def _cost(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    axis.set(
+        xlabel="inner steps per estimate",
+        ylabel="squared error / |g|² (NMSE)",
+        title="error as workers are added",
     )
-    right.grid(alpha=0.3, axis="x")
-    right.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    return figure
+    more = np.geomspace(1, 1000, 60)
+    for row in rows:
+        seen = row["bias"] > 3 * row["bias_se"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bias = row["bias"] / row["reference_norm"] if seen else 0.0
+            error = bias**2 + row["variance"] / np.square(row["reference_norm"]) / more
+        if _positive(error).all():
+            axis.set(xscale="log", yscale="log")
+            axis.plot(
+                row["inner_steps"] * more,
+                error,
+                marker="o",
+                markevery=[0],
+                color=colors[row["name"]],
+            )
+
+
+def _columns(rows: list[dict[str, Any]], *names: str) -> list[np.ndarray]:
+    return [np.array([row[name] for row in rows], float) for name in names]
+
+
+def _positive(x: np.ndarray) -> np.ndarray:
+    return (x > 0) & np.isfinite(x)
 
 
 def _format(column: str, value: Any) -> str:
-    if isinstance(value, str | int):
-        return str(value)
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if column == "inner_steps":
+        return f"{value:.0f}"
     two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000
     return f"{value:.2f}" if two_decimals else f"{value:.2g}"
 
 
-def _need(module: str, package: str) -> Any:
+def need(module: str, package: str) -> Any:
+    """Imports a module of the ``experiments`` extra, or says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -16,7 +16,7 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         ``norm`` |mean|; ``bias`` |mean - g| with the noise of both means taken out, and its
         jackknife standard error ``bias_se``; ``variance``, the trace of one sample's covariance;
         ``norm_ratio`` |mean| / |g|; ``cosine`` of mean and g; ``snr`` |mean| / sqrt(variance);
-        ``nmse`` (bias^2 + variance) / |g|^2.
+        ``nmse`` (bias^2 + variance) / |g|^2; ``reference_norm`` |g|.
     """
     mean, g = samples.mean(axis=0), reference.mean(axis=0)
     norm, g_norm = float(np.linalg.norm(mean)), float(np.linalg.norm(g))
@@ -33,12 +33,24 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
             "cosine": float(np.divide(mean @ g, norm * g_norm)),
             "snr": float(np.divide(norm, np.sqrt(variance))),
             "nmse": float(np.divide(bias**2 + variance, g_norm**2)),
+            "reference_norm": g_norm,
         }
 
 
 def total_variance(samples: np.ndarray) -> float:
     """The trace of the samples' covariance, unbiased."""
-    return float(np.sum((samples - samples.mean(axis=0)) ** 2) / (len(samples) - 1))
+    return float(np.mean(squares(samples)))
+
+
+def squares(samples: np.ndarray) -> np.ndarray:
+    """What each sample contributes to ``total_variance``, which is their mean."""
+    away = samples - samples.mean(axis=0)
+    return np.sum(away**2, axis=1) * len(samples) / (len(samples) - 1)
+
+
+def standard_error(x: np.ndarray) -> float:
+    """That of the mean of ``x``."""
+    return float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
 def squared_distance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
