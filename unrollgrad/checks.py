@@ -236,8 +236,14 @@ def check_data(data: Any, size: int, axis: str, what: str = "inner step") -> Non
             )
 
 
-def check_step(problem: UnrolledProblem, key: Key, theta: Theta, data: Any = None) -> None:
+def check_step(
+    problem: UnrolledProblem, key: Key, theta: Theta, data: Any = None
+) -> tuple[Any, int]:
     """Traces one inner step abstractly and checks what it returns.
+
+    Returns:
+        The trace, from (key, theta, t, data) to (state before, state after, losses); and the number
+        of leaves in the state.
 
     Raises:
         TypeError: If ``step`` does not return (state, loss), or changes the state's structure,
@@ -245,27 +251,32 @@ def check_step(problem: UnrolledProblem, key: Key, theta: Theta, data: Any = Non
         ValueError: If the loss is not a scalar.
     """
 
-    def first_step(key, theta, data):
-        state = strong_state(problem.init(key, theta), "init")
+    def first_step(key, theta, t, data):
+        # The barrier gives each leaf of the state a name of its own in the trace, constants too.
+        state = jax.lax.optimization_barrier(strong_state(problem.init(key, theta), "init"))
         extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
         _check_takes(problem.step, key, theta, state, 0, *extra)
-        return state, problem.step(key, theta, state, jnp.int32(0), *extra)
+        return state, problem.step(key, theta, state, t, *extra)
 
-    def checked(key, theta, data):
-        before, result = first_step(key, theta, data)
+    def checked(key, theta, t, data):
+        before, result = first_step(key, theta, t, data)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 f"`step` must return (state, loss); got {type(result).__name__} "
                 f"{jax.tree.structure(result)}."
             )
         after, loss = result
-        _check_same(before, strong_state(after, "step"))
+        after = strong_state(after, "step")
+        _check_same(before, after)
         check_loss("step", loss)
+        losses = [loss]
         if problem.evaluate is not None:
-            check_loss("evaluate", problem.evaluate(key, theta, before))
-        return ()
+            losses.append(problem.evaluate(key, theta, before))
+            check_loss("evaluate", losses[-1])
+        return before, after, losses
 
-    jax.eval_shape(checked, key, theta, data)
+    trace, (before, *_) = jax.make_jaxpr(checked, return_shape=True)(key, theta, jnp.int32(0), data)
+    return trace, len(jax.tree.leaves(before))
 
 
 def _check_takes(step: Any, *arguments: Any) -> None:
