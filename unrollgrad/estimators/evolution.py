@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll
+from unrollgrad import checks, resolution, unroll
 from unrollgrad.estimators import pairs, worker
 from unrollgrad.noise import Noise, wide
 from unrollgrad.types import Episode, GradientEstimator, Key, State, Theta, UnrolledProblem
@@ -80,6 +80,7 @@ def full_es(
     law = pairs.check(sigma, num_pairs, noise)
 
     def init(key: Key, theta: Theta) -> worker.EpisodeState:
+        resolution.check(sigma, checks.floating_theta(theta))
         return worker.init_episode(problem, key, theta, horizon)
 
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
@@ -145,6 +146,7 @@ def truncated_es(
     law = pairs.check(sigma, num_pairs, noise)
 
     def init(key: Key, theta: Theta) -> worker.MeanState:
+        resolution.check(sigma, checks.floating_theta(theta))
         return worker.init_mean(problem, key, theta, truncation)
 
     def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
@@ -236,6 +238,7 @@ def gpes(
 
     def init(key: Key, theta: Theta) -> PersistentState:
         theta = checks.floating_theta(theta)
+        resolution.check(sigma, theta)
         mean = worker.init_mean(problem, key, theta, truncation)
 
         def zeros(x):

@@ -1,0 +1,89 @@
+"""A sigma that rounding swallows is refused, with how much is lost and what would do."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import build
+
+import unrollgrad as ug
+from unrollgrad.estimators import REGISTRY, pairs
+from unrollgrad.resolution import fraction_lost
+
+KEY = jax.random.key(0)
+PROBLEM = ug.UnrolledProblem(
+    init=lambda key, theta: jnp.float32(0),
+    step=lambda key, theta, s, t: (s, sum(jnp.sum(x) for x in jax.tree.leaves(theta))),
+    horizon=20,
+)
+PERTURBING = [name for name, row in REGISTRY.items() if row.takes("sigma")]
+
+
+def begin(theta, sigma, name="pes"):
+    return build(name, PROBLEM, sigma=sigma).init(KEY, theta)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_the_predicted_fraction_is_the_measured_one(dtype, scale):
+    """Against the estimators' own rounding, for theta of many sizes, powers of two and zeros."""
+    x = jax.random.normal(KEY, (50_000,), jnp.float32)
+    x = x.at[:5000].set(1.0).at[5000:7000].set(-0.25).at[7000:9000].set(0.0).astype(dtype)
+    sigma = scale * float(jnp.finfo(dtype).eps) / 2
+    eps = sigma * jax.random.normal(jax.random.key(1), x.shape)
+    rounded = pairs._round(x.astype(jnp.float32) + eps, dtype).astype(dtype)
+    measured = float(jnp.mean(rounded == x))
+    assert abs(fraction_lost(sigma, x) - measured) < 0.02
+    assert 0.1 < measured < 0.9
+
+
+def test_subnormal_numbers_are_rounded_to_zero():
+    x = jnp.array([0.0, 1e-6, 3e-5] * 5000, jnp.float16)
+    for sigma in [3e-5, 1e-4]:
+        eps = sigma * jax.random.normal(KEY, x.shape)
+        rounded = pairs._round(x.astype(jnp.float32) + eps, jnp.float16)
+        assert abs(fraction_lost(sigma, x) - float(jnp.mean(rounded == 0))) < 0.05
+
+
+@pytest.mark.parametrize("name", PERTURBING)
+def test_a_sigma_that_rounding_swallows(name):
+    theta = {"b": jnp.zeros(2), "w": jnp.ones((3, 2), jnp.bfloat16)}
+    with pytest.raises(
+        ValueError,
+        match=r"^sigma=0.001 is under bfloat16's resolution of theta\['w'\] \(97% of perturbations "
+        r"round to zero\)\. Raise sigma to at least \S+, or hold theta in float32\.$",
+    ) as caught:
+        begin(theta, 0.001, name)
+    least = float(re.search(r"at least (\S+),", str(caught.value)).group(1))
+    begin(theta, least, name)  # what it advises passes
+    with pytest.raises(ValueError, match="resolution"):
+        begin(theta, 0.8 * least, name)
+    begin({**theta, "w": theta["w"].astype(jnp.float32)}, 0.001, name)
+
+
+def test_float32_and_sigmas_that_are_trees():
+    with pytest.raises(ValueError, match=r"sigma=1e-08 is under float32's .* of theta \(.*float64"):
+        begin(jnp.full(3, -2.0), 1e-8)
+    theta = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+    with pytest.raises(ValueError, match=r"sigma\['b'\]=0.001 .* theta\['b'\].*sigma\['b'\] to"):
+        begin(theta, {"a": 0.1, "b": 0.001})
+    with pytest.raises(ValueError, match=r"sigma\['b'\] is under .* Raise sigma\['b'\] \S+-fold"):
+        begin(theta, {"a": 0.1, "b": jnp.array([0.001, 0.002])})
+    begin(theta, {"a": 0.1, "b": jnp.array([0.001, 0.1])})
+
+
+def test_what_is_not_known_is_not_checked():
+    theta = jnp.ones(2, jnp.bfloat16)
+    jax.jit(lambda theta: begin(theta, 0.001))(theta)
+    jax.jit(lambda sigma: begin(theta, sigma))(0.001)
+    jax.eval_shape(build("pes", PROBLEM, sigma=0.001).init, KEY, theta)
+    with pytest.raises(ValueError, match="resolution"):
+        ug.average(build("pes", PROBLEM, sigma=0.001), 2).init(KEY, theta)
+
+
+def test_large_leaves_are_sampled():
+    x = jnp.ones((1000, 1000), jnp.bfloat16).at[:, ::2].set(100.0)
+    sigma = np.full((1000, 1), 0.01)
+    assert abs(fraction_lost(sigma, x) - 0.62) < 0.02
