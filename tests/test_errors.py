@@ -100,8 +100,10 @@ def test_sigma_and_noise_that_are_something_else(name):
 @taking("num_pairs")
 def test_num_pairs_that_is_not_positive(name):
     problem, _ = quadratic()
-    with raises(ValueError, "`num_pairs` must be at least 1", "num_pairs=0"):
+    with raises(ValueError, "`num_pairs` must be at least 1", "=0", "antithetic pairs, both signs"):
         build(name, problem, num_pairs=0)
+    with raises(TypeError, "`num_pairs` must be a whole number", "31.5", "pairs, both signs"):
+        build(name, problem, num_pairs=31.5)
 
 
 @pytest.mark.parametrize("period", [7, 12, 0])
@@ -194,6 +196,42 @@ def test_state_of_another_estimator(name):
         more = ug.pes(problem, truncation=5, sigma=0.1, num_pairs=4).init(KEY, theta)
         with raises(TypeError, "state.states['x']: float32[2,2,3] -> float32[4,2,3]"):
             estimator.estimate(KEY, theta, more)
+
+
+OTHER_SETTINGS = {
+    "truncation": ({"truncation": 10}, "truncation=10", "truncation=5"),
+    "horizon": ({"horizon": 40}, "horizon=40", "horizon=20"),
+    "noise_period": ({"noise_period": 20}, "noise_period=20", "noise_period=10"),
+}
+
+
+@every
+@pytest.mark.parametrize(("change", "theirs", "ours"), OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_state_of_other_settings(name, change, theirs, ours):
+    """Of the same shapes, so that only what the state says of itself tells them apart."""
+    problem, theta = quadratic()
+    if "horizon" not in change and not REGISTRY[name].takes(next(iter(change))):
+        return
+    longer = problem._replace(horizon=change.get("horizon", 20))
+    other = build(name, longer, **{k: v for k, v in change.items() if k != "horizon"})
+    estimator = build(name, problem)
+    for make in [lambda e: e, lambda e: ug.average(e, 2)]:
+        with raises(TypeError, "made by", theirs, "this is", f"{name}(", ours, "init"):
+            make(estimator).estimate(KEY, theta, make(other).init(KEY, theta))
+
+
+def test_state_of_an_estimator_of_another_name():
+    problem, theta = quadratic()
+    pes = ug.pes(problem, truncation=5, sigma=0.1)
+    theirs = ug.gpes(problem, truncation=5, sigma=0.1, noise_period=10).init(KEY, theta)
+    with raises(TypeError, "made by gpes(", "noise_period=10", "this is pes(truncation=5"):
+        pes.estimate(KEY, theta, theirs)
+    mean = ug.tbptt(problem, truncation=5).init(KEY, theta)
+    with raises(TypeError, "made by tbptt(truncation=5, horizon=20)", "this is truncated_es("):
+        ug.truncated_es(problem, truncation=5, sigma=0.1).estimate(KEY, theta, mean)
+    # The same estimator under its other name, or with another sigma, takes it over.
+    same = ug.gpes(problem, truncation=5, sigma=0.2, noise_period=5)
+    pes.estimate(KEY, theta, same.init(KEY, theta))
 
 
 @every
@@ -314,9 +352,17 @@ def test_data_of_the_wrong_axis(name):
 def test_keys_that_are_none(name):
     problem, theta = quadratic()
     estimator = build(name, problem)
+    many = ug.average(estimator, 2)
+    state, states = estimator.init(KEY, theta), many.init(KEY, theta)
     for bad in [0, None, jnp.zeros(2), jax.random.split(KEY, 2)]:
         with raises(TypeError, "`key` must be"):
             estimator.init(bad, theta)
+        with raises(TypeError, "`key` must be"):
+            estimator.estimate(bad, theta, state)
+        with raises(TypeError, "`key` must be"):
+            many.init(bad, theta)
+        with raises(TypeError, "`key` must be"):
+            many.estimate(bad, theta, states)
     if estimator.truncation is not None:
         other = jax.random.key(0, impl="rbg")
         with raises(TypeError, "key<rbg>", "one PRNG implementation"):

@@ -104,17 +104,19 @@ def describe(x: Any) -> str:
     return f"{x!r} ({type(x).__name__})"
 
 
-def positive_int(name: str, value: Any) -> int:
-    """Returns ``value`` as an int.
+def positive_int(name: str, value: Any, note: str = "") -> int:
+    """Returns ``value`` as an int; ``note`` ends the message where it is none.
 
     Raises:
         TypeError: If it is not a whole number.
         ValueError: If it is below one.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"`{name}` must be a whole number; got {value!r} ({type(value).__name__}).")
+        raise TypeError(
+            f"`{name}` must be a whole number; got {value!r} ({type(value).__name__}).{note}"
+        )
     if value < 1:
-        raise ValueError(f"`{name}` must be at least 1; got {name}={value}.")
+        raise ValueError(f"`{name}` must be at least 1; got {name}={value}.{note}")
     return int(value)
 
 
@@ -295,19 +297,21 @@ def _check_takes(step: Any, *arguments: Any) -> None:
 
 
 def check_worker_state(state: Any, like: Any) -> None:
-    """Raises TypeError if a worker's state has not the structure and shapes of ``like``."""
+    """Raises TypeError if a worker's state is not like ``like``: maker, structure, shapes."""
     held = getattr(getattr(state, "episode", None), "key", like.episode.key)
     if held.dtype != like.episode.key.dtype:
         raise TypeError(
             f"`key` is of dtype {like.episode.key.dtype} but the worker state holds {held.dtype}; "
             "use one PRNG implementation throughout."
         )
-    differences = _differences(like, state)
-    if differences:
+    theirs, ours = getattr(state, "made_by", None), like.made_by
+    differences = _differences(like._replace(made_by=theirs), state)
+    if differences or theirs != ours:
+        origin = f"was made by {theirs}" if theirs else f"is a {type(state).__name__}"
+        details = f" Expected -> got:\n{differences}\n" if differences else " "
         raise TypeError(
-            f"`state` is not this estimator's for this theta (a {type(state).__name__}; its `init` "
-            f"makes a {type(like).__name__}). Expected -> got:\n{differences}\nMake it with "
-            "`estimator.init(key, theta)` of the same estimator."
+            f"`state` is not this estimator's for this theta: it {origin}; this is {ours}."
+            f"{details}Make it with `estimator.init(key, theta)` of the same estimator."
         )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import pickle
 from functools import partial
 
 import equinox as eqx
@@ -208,6 +209,40 @@ def test_saved_mid_episode_continues_bit_for_bit(make, name):
         again, restored = fresh(key, theta, restored)
         assert_same(out, again)
     assert_same(state, restored)
+
+
+def as_data(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+@every
+@alone_and_averaged
+def test_states_survive_flattening_and_pickle(make, name):
+    problem, theta = quadratic()
+    estimator = make(name, problem)
+    state = estimator.init(KEY, theta)
+    expected, _ = estimator.estimate(OTHER, theta, state)
+    leaves, structure = jax.tree.flatten(state)
+    for again in [structure.unflatten(leaves), pickle.loads(pickle.dumps(state))]:
+        assert jax.tree.structure(again) == structure
+        assert again.episode.t.dtype == jnp.int32
+        assert_same(expected, estimator.estimate(OTHER, theta, again)[0])
+
+
+def test_states_survive_orbax(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    problem, theta = quadratic()
+    estimator = averaged("pes", problem)
+    _, state = estimator.estimate(OTHER, theta, estimator.init(KEY, theta))
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", jax.tree.map(as_data, state))
+        checkpointer.wait_until_finished()
+        fresh = jax.tree.map(as_data, estimator.init(OTHER, theta))
+        saved = checkpointer.restore(tmp_path / "state", fresh)
+    episode = saved.episode._replace(key=jax.vmap(jax.random.wrap_key_data)(saved.episode.key))
+    restored = saved._replace(episode=episode)
+    assert_same(state, restored)
+    assert_same(estimator.estimate(KEY, theta, state), estimator.estimate(KEY, theta, restored))
 
 
 THETAS = {

@@ -49,15 +49,16 @@ def bptt(problem: UnrolledProblem) -> GradientEstimator:
         Werbos, Backpropagation through time: what it does and how to do it, Proc. IEEE, 1990.
     """
     horizon = checks.static_horizon(problem, "bptt")
+    made_by = worker.made_by("bptt", problem)
 
     def init(key: Key, theta: Theta) -> worker.EpisodeState:
-        return worker.init_episode(problem, key, theta, horizon)
+        return worker.init_episode(problem, key, theta, horizon, made_by)
 
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
         episode = unroll.new_episode(problem, key, horizon)
         out, _ = _backprop(problem, "bptt", episode, theta, None, horizon, data)
-        return out, worker.EpisodeState(unroll.advance(episode, horizon))
+        return out, worker.EpisodeState(unroll.advance(episode, horizon), made_by)
 
     return worker.compiled(init, estimate, None)
 
@@ -97,15 +98,16 @@ def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
         network trajectories, Neural Computation, 1990.
     """
     truncation = checks.check_truncation(problem, truncation)
+    made_by = worker.made_by("tbptt", problem, truncation=truncation)
 
     def init(key: Key, theta: Theta) -> worker.MeanState:
-        return worker.init_mean(problem, key, theta, truncation)
+        return worker.init_mean(problem, key, theta, truncation, made_by)
 
     def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         out, after = _backprop(problem, "tbptt", episode, theta, state.state, truncation, data)
-        return out, worker.MeanState(unroll.advance(episode, truncation), after)
+        return out, worker.MeanState(unroll.advance(episode, truncation), after, made_by)
 
     return worker.compiled(init, estimate, truncation)
 

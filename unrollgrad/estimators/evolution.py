@@ -29,12 +29,14 @@ class PersistentState(NamedTuple):
             ``num_pairs``. None where a period is a whole episode.
         evaluated: (T/K) ``evaluate`` at the end of the last window, ``(num_pairs, 2)``; None
             without ``evaluate``.
+        made_by: The estimator whose it is.
     """
 
     episode: Episode
     states: State
     accumulated: Theta | None
     evaluated: jax.Array | None
+    made_by: worker.MadeBy
 
 
 def full_es(
@@ -78,10 +80,11 @@ def full_es(
     """
     horizon = checks.static_horizon(problem, "full_es")
     law = pairs.check(sigma, num_pairs, noise)
+    made_by = worker.made_by("full_es", problem)
 
     def init(key: Key, theta: Theta) -> worker.EpisodeState:
         resolution.check(sigma, checks.floating_theta(theta))
-        return worker.init_episode(problem, key, theta, horizon)
+        return worker.init_episode(problem, key, theta, horizon, made_by)
 
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
@@ -90,7 +93,7 @@ def full_es(
         result = pairs.run(problem, episode, thetas, None, horizon, data)
         steps = 2 * num_pairs * horizon
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
-        return out, worker.EpisodeState(unroll.advance(episode, horizon))
+        return out, worker.EpisodeState(unroll.advance(episode, horizon), made_by)
 
     return worker.compiled(init, estimate, None)
 
@@ -144,10 +147,11 @@ def truncated_es(
     """
     truncation = checks.check_truncation(problem, truncation)
     law = pairs.check(sigma, num_pairs, noise)
+    made_by = worker.made_by("truncated_es", problem, truncation=truncation)
 
     def init(key: Key, theta: Theta) -> worker.MeanState:
         resolution.check(sigma, checks.floating_theta(theta))
-        return worker.init_mean(problem, key, theta, truncation)
+        return worker.init_mean(problem, key, theta, truncation, made_by)
 
     def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
@@ -159,7 +163,8 @@ def truncated_es(
         mean = unroll.window(problem, episode, theta, state.state, truncation, data)
         steps = (2 * num_pairs + 1) * truncation
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
-        return out, worker.MeanState(unroll.advance(episode, truncation), mean.state)
+        episode = unroll.advance(episode, truncation)
+        return out, worker.MeanState(episode, mean.state, made_by)
 
     return worker.compiled(init, estimate, truncation)
 
@@ -235,11 +240,12 @@ def gpes(
                 "per episode."
             )
     law = pairs.check(sigma, num_pairs, noise)
+    made_by = _persistent(problem, truncation, noise_period, num_pairs)
 
     def init(key: Key, theta: Theta) -> PersistentState:
         theta = checks.floating_theta(theta)
         resolution.check(sigma, theta)
-        mean = worker.init_mean(problem, key, theta, truncation)
+        mean = worker.init_mean(problem, key, theta, truncation, made_by)
 
         def zeros(x):
             return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
@@ -250,7 +256,7 @@ def gpes(
             loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
             evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
         states = pairs.spread(mean.state, num_pairs)
-        return PersistentState(mean.episode, states, accumulated, evaluated)
+        return PersistentState(mean.episode, states, accumulated, evaluated, made_by)
 
     def estimate(key: Key, theta: Theta, state: PersistentState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
@@ -273,9 +279,18 @@ def gpes(
         steps = 2 * num_pairs * truncation
         out = pairs.estimate(result, sigma, theta, weight, before, inner_steps=steps)
         episode = unroll.advance(episode, truncation)
-        return out, PersistentState(episode, result.state, accumulated, result.end)
+        return out, PersistentState(episode, result.state, accumulated, result.end, made_by)
 
     return worker.compiled(init, estimate, truncation)
+
+
+def _persistent(
+    problem: UnrolledProblem, truncation: int, noise_period: int | None, num_pairs: int
+) -> worker.MadeBy:
+    """The same for ``gpes`` and the one of its ends that it is."""
+    name = {truncation: "pes", None: "es_single"}.get(noise_period, "gpes")
+    own = {"noise_period": noise_period} if name == "gpes" else {}
+    return worker.made_by(name, problem, truncation=truncation, **own, num_pairs=num_pairs)
 
 
 def pes(

@@ -13,7 +13,11 @@ from unrollgrad.types import Episode, Estimate, Info, Key, State, Theta, Unrolle
 def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
     """Checks what every evolution-strategies factory takes; returns the perturbation law."""
     checks.check_sigma(sigma)
-    checks.positive_int("num_pairs", num_pairs)
+    checks.positive_int(
+        "num_pairs",
+        num_pairs,
+        " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas.",
+    )
     if noise is None:
         return gaussian()
     if isinstance(noise, tuple) and len(noise) == 2 and all(map(callable, noise)):

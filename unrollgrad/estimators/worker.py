@@ -1,5 +1,6 @@
 """What one worker carries between calls, how it begins, and what every call checks first."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +19,35 @@ from unrollgrad.types import (
 )
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MadeBy:
+    """What a state fits besides its shapes. It is part of the state's structure, no leaf of it.
+
+    Attributes:
+        estimator: Its name.
+        settings: Those without which the state would mean something else, as (name, value). Sigma
+            is not among them: it may change between calls.
+    """
+
+    estimator: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __str__(self):
+        return f"{self.estimator}({', '.join(f'{k}={v}' for k, v in self.settings)})"
+
+
+def made_by(estimator: str, problem: UnrolledProblem, **settings: Any) -> MadeBy:
+    """The fingerprint of an estimator's states: its name, settings and the horizon."""
+    horizon = "sampled" if callable(problem.horizon) else int(problem.horizon)
+    return MadeBy(estimator, (*settings.items(), ("horizon", horizon)))
+
+
 class EpisodeState(NamedTuple):
     """The state of a worker whose every call is a whole episode."""
 
     episode: Episode
+    made_by: MadeBy
 
 
 class MeanState(NamedTuple):
@@ -30,23 +56,29 @@ class MeanState(NamedTuple):
     Attributes:
         episode: Where it stands.
         state: The inner state.
+        made_by: The estimator whose it is.
     """
 
     episode: Episode
     state: State
+    made_by: MadeBy
 
 
-def init_episode(problem: UnrolledProblem, key: Key, theta: Theta, horizon: int) -> EpisodeState:
+def init_episode(
+    problem: UnrolledProblem, key: Key, theta: Theta, horizon: int, made_by: MadeBy
+) -> EpisodeState:
     """A worker state at t = 0 without an inner state."""
     checks.floating_theta(theta)
-    return EpisodeState(unroll.new_episode(problem, checks.typed_key(key), horizon))
+    return EpisodeState(unroll.new_episode(problem, checks.typed_key(key), horizon), made_by)
 
 
-def init_mean(problem: UnrolledProblem, key: Key, theta: Theta, truncation: int) -> MeanState:
+def init_mean(
+    problem: UnrolledProblem, key: Key, theta: Theta, truncation: int, made_by: MadeBy
+) -> MeanState:
     """A worker state at t = 0 with one inner state, which the first call replaces."""
     theta = checks.floating_theta(theta)
     episode = unroll.new_episode(problem, checks.typed_key(key), truncation)
-    return MeanState(episode, unroll.initial_state(problem, episode, theta))
+    return MeanState(episode, unroll.initial_state(problem, episode, theta), made_by)
 
 
 def admit(
