@@ -149,7 +149,17 @@ def window(
     def begin():
         return initial_state(problem, episode, theta)
 
-    before = begin() if state is None else jax.lax.cond(episode.t == 0, begin, lambda: state)
+    if state is None:
+        before = begin()
+    elif varying.axes(episode.t):
+        # In shard_map no `cond`: under vmap JAX makes it a select of all it closes over, which then
+        # vary over devices where the branch was traced with constants, and fails (jax 0.10).
+        def select(new, old):
+            return jnp.where(episode.t == 0, new, old)
+
+        before = jax.tree.map(select, begin(), state)
+    else:
+        before = jax.lax.cond(episode.t == 0, begin, lambda: state)
     after, losses = unroll(problem, episode, theta, before, num_steps, data)
     if problem.evaluate is None:
         return Window(after, losses, None, None)
