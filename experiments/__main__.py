@@ -1,22 +1,110 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
+import jax
 import tyro
 
-from experiments import variance
+from experiments import experiment as framework
+from experiments import influence_balancing, report, results, variance
+from experiments.experiment import SCALES, Experiment
+from experiments.problems import PROBLEMS
+from unrollgrad.diagnostics.report import need
 
-app = tyro.extras.SubcommandApp()
-app.command(name="variance")(variance.main)
+EXPERIMENTS: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (variance, influence_balancing)
+}
+
+
+def listing() -> None:
+    """List the experiments, and the problems that `variance` knows."""
+    console = need("rich.console", "rich").Console()
+    for title, lines in {
+        "experiments": {name: e.about for name, e in EXPERIMENTS.items()},
+        "problems (variance --problem NAME)": {name: c.about for name, c in PROBLEMS.items()},
+    }.items():
+        table = need("rich.table", "rich").Table(title=title, title_justify="left", box=None)
+        for name, about in lines.items():
+            table.add_row(name, about)
+        console.print(table, "")
+
+
+def plot(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Draw a folder's figure.png again, from its metrics.csv.
+
+    Args:
+        folder: A folder of results.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no folder of results: it has no config.json.")
+    name = results.read_json(folder / "config.json")["experiment"]
+    print(framework.redraw(EXPERIMENTS[name], folder))
+
+
+def write_report(
+    folder: Path = Path("experiments/results"), out: Path = Path("experiments/RESULTS.md")
+) -> None:
+    """Write RESULTS.md from recorded results: claims, numbers, seeds, device, time, pictures.
+
+    Args:
+        folder: Where the recorded folders are; record one with `--out experiments/results`.
+        out: The file to write.
+    """
+    print(report.write(EXPERIMENTS, folder, out))
+
+
+def command(experiment: Experiment, default: Any) -> Callable[[Any], Path]:
+    """The experiment as a function of its settings, with the scale's defaults."""
+
+    def main(settings: Any) -> Path:
+        if getattr(settings, "devices", None) is not None:
+            _cpu_devices(settings.devices)
+        return framework.execute(experiment, settings)
+
+    main.__annotations__ = {"settings": Annotated[experiment.settings, tyro.conf.arg(name="")]}
+    main.__defaults__ = (default,)
+    main.__doc__ = experiment.settings.__doc__
+    return main
+
+
+def _cpu_devices(number: int) -> None:
+    """More devices where there are only CPUs; has to come before jax computes anything."""
+    if number > 1:
+        jax.config.update("jax_num_cpu_devices", number)
+
+
+def scale(arguments: list[str]) -> str:
+    """The scale among the arguments: it decides the defaults of the others."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--scale":
+            value = value if equals else "".join(arguments[i + 1 : i + 2])
+            return value if value in SCALES else "cpu"  # tyro says what is wrong with it
+    return "cpu"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    app = tyro.extras.SubcommandApp()
+    for name, experiment in EXPERIMENTS.items():
+        app.command(name=name)(command(experiment, experiment.scales[scale(arguments)]))
+    app.command(name="list")(listing)
+    app.command(name="plot")(plot)
+    app.command(name="report")(write_report)
+    app.cli(
+        args=arguments,
+        prog="python -m experiments",
+        description="Experiments with gradients through unrolled computation.",
+    )
 
 
 if __name__ == "__main__":
     try:
-        app.cli(
-            prog="python -m experiments",
-            description="Experiments with gradients through unrolled computation.",
-        )
-    except (ValueError, OverflowError, OSError) as error:
+        main(sys.argv[1:])
+    except (ValueError, OverflowError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -4,31 +4,27 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextlib.contextmanager
-def bars(total: int) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``report(name, done, of)``: one bar over ``total`` names, labelled with the current.
-
-    Args:
-        total: How many names will be reported.
-    """
+def bar() -> Iterator[Callable[[str, float], None]]:
+    """Yields ``progress(text, fraction)``: what is being done, and how much of the whole is."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:>14}"),
+        TextColumn("{task.description:>24}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("compiling", total=total)
-        finished: list[str] = []
-
-        def report(name: str, done: int, of: int) -> None:
-            if not finished or finished[-1] != name:
-                finished.append(name)
-            completed = len(finished) - 1 + done / of
-            progress.update(task, description=name, completed=completed)
-
-        yield report
+        task = progress.add_task("compiling", total=1.0)
+        yield lambda text, fraction: progress.update(task, description=text, completed=fraction)

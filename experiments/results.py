@@ -1,7 +1,63 @@
-"""Where results go: a new folder for every run."""
+"""The folder of a run: how it is written and read."""
 
+import contextlib
+import csv
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unrollgrad.diagnostics.report import environment, metrics, write_json
+
+__all__ = ["Record", "Summary", "compile_seconds", "new_folder", "read", "write_json", "writer"]
+
+ROOT = Path(__file__).parents[1]
+
+
+class Record(NamedTuple):
+    """One line of ``metrics.csv``.
+
+    Attributes:
+        seed: Of the run.
+        step: Along a run; None where there is no such thing.
+        labels: What tells its series apart, such as the estimator.
+        metric: What the number is.
+        value: The number.
+    """
+
+    seed: int
+    step: int | None
+    labels: dict[str, str]
+    metric: str
+    value: float
+
+
+class Summary(NamedTuple):
+    """``summary.json``.
+
+    Attributes:
+        results: Dicts with the labels, ``metric``, ``mean``, ``se`` and ``n`` over the seeds, at
+            the last step of each series.
+        about: Everything else: experiment, config, status, seconds, environment.
+    """
+
+    results: list[dict[str, Any]]
+    about: dict[str, Any]
+
+    def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
+        """The result of this metric and these labels, if there is one."""
+        wanted = {"metric": metric, **labels}
+        found = [r for r in self.results if all(r.get(k) == v for k, v in wanted.items())]
+        return found[0] if found else None
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -21,3 +77,138 @@ def new_folder(out: Path, name: str) -> Path:
         else:
             return folder
     raise FileExistsError(f"100 folders named {folder}")
+
+
+def remove(folder: Path) -> None:
+    """Removes a run's folder."""
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def writer(
+    folder: Path, labels: tuple[str, ...]
+) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """Yields ``write(seed, numbers)``, which appends to ``metrics.csv`` and flushes."""
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["seed", "step", *labels, "metric", "value"])
+
+        def write(seed: int, numbers: dict[str, Any]) -> None:
+            step = numbers.get("step", "")
+            series = [numbers[label] for label in labels]
+            rest = {k: v for k, v in numbers.items() if k not in ("step", *labels)}
+            for metric, value in metrics(rest).items():
+                lines.writerow([seed, step, *series, metric, float(value)])
+            file.flush()
+
+        yield write
+
+
+def read(folder: Path) -> list[Record]:
+    """Reads ``metrics.csv``.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+    """
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no folder of results: it has no metrics.csv.")
+    with open(path, newline="") as file:
+        return [
+            Record(
+                seed=int(line.pop("seed")),
+                step=int(step) if (step := line.pop("step")) else None,
+                metric=line.pop("metric"),
+                value=float(line.pop("value")),
+                labels=line,
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one of the folder's JSON files."""
+    return json.loads(path.read_text())
+
+
+def write_summary(
+    folder: Path,
+    config: dict[str, Any],
+    records: list[Record],
+    status: str,
+    seconds: float,
+    compiling: float,
+) -> None:
+    """Writes ``summary.json``."""
+    about = {
+        "experiment": config["experiment"],
+        "scale": config["scale"],
+        "seeds": list(config["seeds"]),
+        "status": status,
+        "command": " ".join(["python -m experiments", *sys.argv[1:]]),
+        "seconds": round(seconds, 1),
+        "compile_seconds": round(compiling, 1),
+        "run_seconds": round(seconds - compiling, 1),
+        "environment": {**environment(), "git_revision": git_revision()},
+    }
+    write_json(folder / "summary.json", {**about, "results": summarise(records)})
+
+
+def read_summary(folder: Path) -> Summary:
+    """Reads ``summary.json`` and ``config.json``."""
+    about = read_json(folder / "summary.json")
+    about["config"] = read_json(folder / "config.json")
+    return Summary(about.pop("results"), about)
+
+
+def summarise(records: list[Record]) -> list[dict[str, Any]]:
+    """Mean, standard error (None for one seed) and n over seeds, at each series' last step."""
+
+    def series(record):
+        return (*record.labels.values(), record.metric)
+
+    out = []
+    order = {key: i for i, key in enumerate(dict.fromkeys(map(series, records)))}
+    records = sorted(records, key=lambda r: order[series(r)])
+    for _, group in itertools.groupby(records, key=series):
+        group = list(group)
+        last = {r.seed: r for r in sorted(group, key=lambda r: r.step or 0)}
+        values = np.array([r.value for r in last.values()])
+        n = len(values)
+        with np.errstate(invalid="ignore"):  # the SNR without spread is infinite
+            se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+            mean = float(values.mean())
+        here = {**group[0].labels, "metric": group[0].metric}
+        out.append({**here, "mean": mean, "se": se, "n": n})
+    return out
+
+
+def git_revision() -> str | None:
+    """The commit, with "+" where files differ from it; None outside a repository."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+_compiling = 0.0
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in lowering and compiling so far, without tracing."""
+    return _compiling
+
+
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    global _compiling
+    # Traces are nested in one another: their sum would count some of the time twice.
+    if event.startswith("/jax/core/compile/") and "trace" not in event:
+        _compiling += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)

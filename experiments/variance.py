@@ -1,34 +1,54 @@
-"""``python -m experiments variance``: gradient estimators side by side at equal inner steps."""
+"""``variance``: gradient estimators side by side, at several places of a training run."""
 
 import dataclasses
+import functools
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
-import tyro
+import optax
 
 import unrollgrad as ug
-from experiments import results
+from experiments import training
+from experiments.experiment import Claim, Experiment
 from experiments.problems import PROBLEMS
-from experiments.progress import bars
-from unrollgrad.diagnostics.report import write_json
+from experiments.results import Record, Summary
+from unrollgrad.diagnostics.report import draw, print_table, row_of
+
+PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
+"""Places of a training run, as a fraction of its updates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to compare, and how long."""
+    """Compare gradient estimators on one problem: bias, variance and cost at frozen theta.
 
+    A sample is one episode of every worker, averaged. The reference is the mean of other samples of
+    bptt, the exact gradient of each episode's loss: what evolution strategies add by smoothing,
+    O(sigma^2), counts as bias. Prints a table; writes it with a picture to a new folder.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. smoke: seconds. cpu: two minutes. paper: for an accelerator."""
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = tuple(ug.REGISTRY)  # type: ignore[valid-type]
     """Which estimators, in which order."""
-    num_workers: int = 12
-    """Workers of one antithetic pair each; the others get as many as cost the same. Rounded up so
-    that they can (to a multiple of 3 with truncated_es)."""
-    num_samples: int = 48
+    thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]
+    """Where to measure: at the start, in the middle or at the end of training theta."""
+    num_updates: int = 100
+    """Outer updates from start to end, by Adam on the reference's gradient."""
+    num_workers: int = 6
+    """Workers of one antithetic pair each. Rounded up so that the others can have as many as cost
+    the same (to a multiple of 3 with truncated_es)."""
+    equal: Literal["inner_steps", "workers"] = "inner_steps"
+    """What the estimators have in common. inner_steps: the cheaper have more workers."""
+    num_samples: int = 64
     """Independent samples per estimator."""
+    num_chains: int = 8
+    """Samples that run on for 20 episodes, for the long-run variance; 0: none."""
     sigma: float | None = None
     """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
     truncation: int | None = None
@@ -40,70 +60,220 @@ class Settings:
     reference: Literal["bptt", "full_es"] | None = None
     """Whose mean counts as the truth: bptt, the gradient of J itself, or full_es, that of the
     smoothed J. Default: the problem's (full_es where backpropagation explodes)."""
-    seed: int = 0
-    """Of everything."""
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    """Of all matrix products. Less than highest swallows small differences of losses."""
+    devices: int | None = None
+    """Devices that share the samples. Default: all that there are; on a CPU, one."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a whole repetition, training of theta included."""
     out: Path = Path("results")
     """Results go to a new folder in here."""
 
 
-def run(settings: Settings) -> tuple[ug.diagnostics.Comparison, dict[str, Any]]:
-    """Compares the estimators at equal inner steps.
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("pes", "tbptt"),
+        horizon=8,
+        truncation=4,
+        num_workers=2,
+        num_samples=4,
+        num_chains=3,
+        num_updates=2,
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        problem="text_lstm",
+        horizon=1000,
+        truncation=100,
+        sigma=1e-3,
+        num_workers=500,
+        num_samples=50,
+        num_chains=10,
+        thetas=("start", "middle", "end"),
+        num_updates=1000,
+        seeds=(0, 1, 2),
+    ),
+}
 
-    Returns:
-        The comparison, and the settings with the problem's defaults filled in.
-    """
+
+def filled(settings: Settings) -> Settings:
+    """The settings with the problem's defaults in place of None."""
     choice = PROBLEMS[settings.problem]
-    horizon = choice.horizon if settings.horizon is None else settings.horizon
     truncation = choice.truncation if settings.truncation is None else settings.truncation
-    common = {
+    defaults: dict[str, Any] = {
+        "horizon": choice.horizon,
         "truncation": truncation,
-        "sigma": choice.sigma if settings.sigma is None else settings.sigma,
-        "noise_period": 2 * truncation if settings.noise_period is None else settings.noise_period,
+        "sigma": choice.sigma,
+        "noise_period": 2 * truncation,
+        "reference": choice.reference,
+        "devices": jax.device_count(),
     }
-    problem, theta, *_ = choice.make(horizon)
-    reference = choice.reference if settings.reference is None else settings.reference
+    missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
+    return dataclasses.replace(settings, **missing)
 
-    passes = {name: ug.REGISTRY[name].passes(1) for name in [*settings.estimators, reference]}
-    equal = math.lcm(*passes.values())
-    episodes = -(-2 * settings.num_workers // equal) * equal
 
-    def workers(name):
-        return ug.average(ug.REGISTRY[name].build(problem, **common), episodes // passes[name])
+def run(
+    settings: Settings,
+    seed: int,
+    write: Callable[[dict[str, Any]], None],
+    progress: Callable[[str, float], None],
+) -> None:
+    """Writes a row per place and estimator, as soon as it is measured."""
+    settings = filled(settings)
+    assert settings.reference is not None and settings.devices is not None
+    names = list(dict.fromkeys(settings.estimators))
+    problem, theta, workers, optimizer = _prepare(settings)
+    reference = workers[settings.reference]
+    key_train, key = jax.random.split(jax.random.key(seed))
+    progress("training theta", 0.0)
+    thetas = _thetas(settings, reference, optimizer, theta, key_train)
 
-    estimators = {name: workers(name) for name in settings.estimators}
-    with bars(total=len(estimators) + 1) as report:
-        comparison = ug.diagnostics.compare(
+    order = [" reference", *names]
+    for i, (place, theta) in enumerate(thetas.items()):
+
+        def report(name: str, part: int, of: int, i: int = i, place: str = place) -> None:
+            done = order.index(name) + part / of
+            progress(f"{place}: {name.strip()}", (i + done / len(order)) / len(thetas))
+
+        def on_row(row: dict[str, Any], place: str = place) -> None:
+            numbers = {k: v for k, v in row.items() if k != "name"}
+            write({"theta": place, "estimator": row["name"], **numbers})
+
+        ug.diagnostics.compare(
             problem,
             theta,
-            estimators,
-            reference=estimators.get(reference) or workers(reference),
+            {name: workers[name] for name in names},
+            reference=reference,
             num_samples=settings.num_samples,
-            key=jax.random.key(settings.seed),
-            batch_size=1,  # the workers are batch enough, and one sample compiles fastest
+            num_chains=settings.num_chains,
+            batch_size=settings.devices,  # the workers are batch enough, and it compiles fastest
+            devices=settings.devices,
+            matmul_precision=settings.matmul_precision,
+            key=key,
             progress=report,
+            on_row=on_row,
         )
-    used = {"horizon": horizon, "num_workers": episodes // 2, "reference": reference, **common}
-    return comparison, {**dataclasses.asdict(settings), **used}
 
 
-def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> Path:
-    """Compare gradient estimators on one problem: bias, variance and cost at equal inner steps.
+@functools.lru_cache(maxsize=1)
+def _prepare(
+    settings: Settings,
+) -> tuple[ug.UnrolledProblem, Any, dict[str, ug.GradientEstimator], optax.GradientTransformation]:
+    """Problem, theta, workers, outer optimizer: the same for all seeds, so that they compile once.
 
-    Every row of the table spends the same number of inner steps per sample, 2 x num-workers
-    episodes; a sample is one episode of every worker, averaged. The reference is the mean of other
-    samples of bptt, the exact gradient of each episode's loss: what evolution strategies add by
-    smoothing, O(sigma^2), counts as bias. Prints the table; writes it with a picture to a new
-    folder.
+    The estimators and the reference have as many workers as the comparison asks for.
     """
-    begun = time.perf_counter()
-    folder = results.new_folder(settings.out, f"variance-{settings.problem}")
-    try:
-        comparison, config = run(settings)
-    except BaseException:
-        folder.rmdir()  # nothing is in it yet
-        raise
-    comparison.table()
-    comparison.save(folder)
-    write_json(folder / "config.json", {**config, "out": str(settings.out)})
-    print(f"{time.perf_counter() - begun:.0f} s; table and picture are in {folder}")
-    return folder
+    choice = PROBLEMS[settings.problem]
+    problem, theta, *_ = choice.make(settings.horizon)
+    common = {
+        "truncation": settings.truncation,
+        "sigma": settings.sigma,
+        "noise_period": settings.noise_period,
+    }
+    names = dict.fromkeys([*settings.estimators, settings.reference])
+    passes = {name: ug.REGISTRY[name].passes(1) for name in names}
+    if settings.equal == "workers":
+        passes = dict.fromkeys(names, 2)
+    equal = math.lcm(*passes.values())
+    episodes = -(-2 * settings.num_workers // equal) * equal
+    workers = {
+        name: ug.average(ug.REGISTRY[name].build(problem, **common), episodes // passes[name])
+        for name in names
+    }
+    schedule = optax.cosine_decay_schedule(choice.outer_rate, max(settings.num_updates, 1))
+    return problem, theta, workers, optax.adam(schedule)
+
+
+def _thetas(
+    settings: Settings,
+    estimator: ug.GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    theta: Any,
+    key: jax.Array,
+) -> dict[str, Any]:
+    """Theta at the places that are asked for."""
+    if set(settings.thetas) == {"start"}:
+        return {"start": theta}
+    # An update is one estimate: a whole episode of bptt or full_es.
+    with jax.default_matmul_precision(settings.matmul_precision):
+        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_updates)
+
+    def at(fraction):
+        return jax.tree.map(lambda x: x[round(fraction * settings.num_updates)], path)
+
+    return {place: at(PLACES[place]) for place in dict.fromkeys(settings.thetas)}
+
+
+def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
+    """Rows as ``compare`` makes them, averaged over seeds, by the place of theta."""
+    flat: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for r in records:
+        estimators = flat.setdefault(r.labels["theta"], {})
+        estimators.setdefault(r.labels["estimator"], {}).setdefault(r.metric, []).append(r.value)
+    return {
+        place: [
+            row_of(name, {metric: sum(x) / len(x) for metric, x in numbers.items()})
+            for name, numbers in estimators.items()
+        ]
+        for place, estimators in flat.items()
+    }
+
+
+def draw_records(records: list[Record], config: dict[str, Any]) -> Any:
+    """A line of panels per place, as ``Comparison.plot``."""
+    figure = draw({f"{config['problem']}, {place}": r for place, r in rows(records).items()})
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints a table per place."""
+    groups = rows(records)
+    for place, group in groups.items():
+        print_table(group, title=f"theta: {place}" if len(groups) > 1 else None)
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """What the papers say of bias and of long-run variance."""
+    out = []
+    for place in summary.about["config"]["thetas"]:
+
+        def number(metric: str, name: str, place: str = place) -> float | None:
+            found = summary.find(metric, theta=place, estimator=name)
+            return found and found["mean"]
+
+        for name, biased in {
+            "pes": False,
+            "es_single": False,
+            "truncated_es": True,
+            "tbptt": True,
+        }.items():
+            bias, se = number("bias", name), number("bias_se", name)
+            norm = number("reference_norm", name)
+            if bias is None or se is None or not norm:
+                continue
+            seen = bias > 3 * se
+            out.append(
+                Claim(
+                    says=f"{name} is {'biased' if biased else 'unbiased'}",
+                    source="Vicol et al. 2021, 2023",
+                    ours=f"at the {place}: bias/|g| {bias / norm:.2g} ± {se / norm:.2g}",
+                    holds=seen == biased,
+                )
+            )
+    return out
+
+
+EXPERIMENT = Experiment(
+    name="variance",
+    about="Gradient estimators side by side: bias, variance over U updates, cost.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("theta", "estimator"),
+    run=run,
+    draw=draw_records,
+    show=show,
+    claims=claims,
+    title=lambda settings: f"variance-{settings.problem}",
+)

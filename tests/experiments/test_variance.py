@@ -1,14 +1,20 @@
-"""``python -m experiments variance`` as a user runs it, small."""
+"""``python -m experiments variance``: every problem at smoke scale, and as a user runs it."""
 
-import csv
+import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from stored import expect
 
-import unrollgrad as ug
+from experiments import __main__ as cli
+from experiments import experiment as framework
+from experiments import results, variance
+from experiments.problems import PROBLEMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,80 +29,166 @@ def command(*arguments):
     )
 
 
-def test_help_names_every_flag():
-    out = command("variance", "--help").stdout
-    flags = ["problem", "estimators", "num-workers", "num-samples", "sigma", "truncation"]
-    for flag in [*flags, "horizon", "seed", "out"]:
-        assert f"--{flag}" in out
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_problem_at_smoke_scale(problem, tmp_path, capsys):
+    settings = dataclasses.replace(variance.SCALES["smoke"], problem=problem, out=tmp_path)
+    folder = framework.execute(variance.EXPERIMENT, settings)
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    summary = results.read_summary(folder)
+    numbers = {}
+    for name in settings.estimators:
+        assert name in printed
+        # Equal inner steps: 2 signs x 2 workers x 8 steps.
+        assert summary.find("inner_steps", estimator=name)["mean"] == 32
+        for metric in ["norm", "variance", "variance_of_mean[40]"]:
+            numbers[f"{name} {metric}"] = summary.find(metric, estimator=name)["mean"]
+    # Strict JSON has null for what is not finite: only the SNR where there is no spread.
+    assert {x["metric"] for x in summary.results if x["mean"] is None} <= {"snr"}
+    expect(problem, numbers)
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        "digits",
-        "influence_balancing",
-        "toy_regression",
-        "linear_recurrence",
-        "chaotic_map",
-        "control",
-    ],
-)
-def test_small_run(problem, tmp_path):
-    flags = ["--problem", problem, "--horizon", "8", "--truncation", "4", "--num-samples", "4"]
-    flags += ["--num-workers", "2", "--sigma", "0.05", "--seed", "1", "--out", str(tmp_path)]
-    everything = problem == "linear_recurrence"
-    if not everything:
-        flags += ["--estimators", "pes", "tbptt"]
-    done = command("variance", *flags)
+def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
+    settings = dataclasses.replace(
+        variance.SCALES["smoke"],
+        problem="influence_balancing",
+        estimators=variance.Settings().estimators,
+        thetas=("start", "end"),
+        num_updates=20,
+        seeds=(0, 1),
+        devices=2,
+        out=tmp_path,
+    )
+    folder = framework.execute(variance.EXPERIMENT, settings)
+    printed = capsys.readouterr().out
+    assert "theta: start" in printed
+    assert "theta: end" in printed
+    rows = variance.rows(results.read(folder))
+    assert list(rows) == ["start", "end"]
+    for group in rows.values():
+        assert [row["name"] for row in group] == list(settings.estimators)
+        for row in group:
+            # 3 workers' worth of episodes, both signs, that truncated_es can have 2.
+            assert row["inner_steps"] == 48
+            assert (
+                list(row["variance_of_mean"])
+                == [1, row["num_windows"], 20 * row["num_windows"]][
+                    1 if row["num_windows"] == 1 else 0 :
+                ]
+            )
+    norms = [group[0]["reference_norm"] for group in rows.values()]
+    assert norms[1] < norms[0]  # nearer to the optimum
+    claims = variance.claims(results.read_summary(folder))
+    says = {claim.says for claim in claims}
+    assert {"pes is unbiased", "tbptt is biased"} <= says
+    assert next(c for c in claims if c.says == "tbptt is biased").holds
+
+
+def test_equal_workers(tmp_path):
+    settings = dataclasses.replace(
+        variance.SCALES["smoke"],
+        problem="influence_balancing",
+        estimators=("truncated_es", "pes", "tbptt"),
+        equal="workers",
+        num_chains=0,
+        out=tmp_path,
+    )
+    (group,) = variance.rows(
+        results.read(framework.execute(variance.EXPERIMENT, settings))
+    ).values()
+    assert {row["name"]: row["inner_steps"] for row in group} == {
+        "truncated_es": 48,
+        "pes": 32,
+        "tbptt": 16,
+    }
+
+
+def test_as_a_user_runs_it(tmp_path):
+    flags = ["--scale", "smoke", "--problem", "linear_recurrence", "--out", str(tmp_path)]
+    done = command("variance", *flags, "--sigma", "0.05")
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     assert str(folder) in done.stdout.replace("\n", "")
     assert "…" not in done.stdout
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json",
-        "figure.png",
-        "metrics.csv",
-        "summary.json",
-    ]
-    with open(folder / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == (len(ug.REGISTRY) if everything else 2)
-    for row in rows:
-        assert row["name"] in done.stdout
-        # Equal inner steps: 2 signs x 2 workers x 8 steps; 3 workers with truncated_es.
-        assert int(row["inner_steps"]) == (48 if everything else 32)
-        assert "nan" not in row.values()
+    assert done.stderr == ""  # no progress bar where nobody watches
     config = json.loads((folder / "config.json").read_text())
     assert config["sigma"] == 0.05
     assert config["horizon"] == 8
+    mistake = command("variance", *flags, "--truncation", "7")
+    assert mistake.returncode != 0
+    assert "error: `truncation` must divide" in mistake.stderr
+    assert "Traceback" not in mistake.stderr
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_same_seed_same_numbers(tmp_path):
-    flags = ["--problem", "linear_recurrence", "--num-samples", "4", "--num-workers", "3"]
-    flags += ["--estimators", "tbptt", "pes"]
     values = []
-    for seed, out in [("3", "a"), ("3", "b"), ("4", "c")]:
-        done = command("variance", *flags, "--seed", seed, "--out", str(tmp_path / out))
-        assert done.returncode == 0, done.stderr
-        (folder,) = (tmp_path / out).iterdir()
-        values.append(json.loads((folder / "summary.json").read_text())["rows"][1]["variance"])
+    for i, seed in enumerate([3, 3, 4]):
+        settings = dataclasses.replace(
+            variance.SCALES["smoke"],
+            problem="linear_recurrence",
+            seeds=(seed,),
+            out=tmp_path / str(i),
+        )
+        folder = framework.execute(variance.EXPERIMENT, settings)
+        values.append(results.read_summary(folder).find("variance", estimator="pes")["mean"])
     assert values[0] == values[1] != values[2]
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["variance", "--help"])
+    out = capsys.readouterr().out
+    for field in dataclasses.fields(variance.Settings):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+def test_ctrl_c_leaves_what_was_computed(tmp_path):
+    flags = ["--problem", "influence_balancing", "--num-samples", "3000"]
+    flags += ["--estimators", "tbptt", "pes", "--reference", "bptt", "--num-chains", "0"]
+    arguments = [sys.executable, "-m", "experiments", "variance", *flags, "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    lines = 0
+    for _ in range(1200):
+        found = list(tmp_path.glob("*/metrics.csv"))
+        lines = len(found[0].read_text().splitlines()) if found else 0
+        if lines > 1 or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert lines > 1
+    assert process.returncode != 0
+    assert "Traceback" not in error
+    assert "interrupted" in error
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in error.replace("\n", "")
+    summary = results.read_summary(folder)
+    assert summary.about["status"] == "interrupted"
+    assert summary.find("bias", estimator="tbptt") is not None
+    assert summary.find("bias", estimator="pes") is None
+    assert (folder / "figure.png").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--truncation", "7"], "truncation=7"),
-        (["--noise-period", "0"], "noise_period=0"),
+        (["--truncation", "0"], "truncation=0"),
+        (["--estimators", "gpes", "--noise-period", "0"], "noise_period=0"),
         (["--num-workers", "0"], "`num_workers` must be at least 1"),
         (["--num-samples", "2"], "`num_samples` must be at least 3"),
-        (["--seed", str(10**20)], "too large"),
+        (["--num-chains", "2"], "num_chains=2"),
+        (["--seeds", str(10**20)], "too large"),
+        (["--seeds"], "`seeds` must be different numbers"),
         (["--out", str(ROOT / "README.md")], "README.md"),
     ],
 )
-def test_a_mistake_is_a_message_and_no_traceback(flags, message, tmp_path):
-    done = command("variance", "--problem", "toy_regression", "--out", str(tmp_path), *flags)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_a_message_and_leaves_nothing(flags, message, tmp_path):
+    """What ``main`` catches; the subprocess above shows that it prints no traceback."""
+    flags = ["--scale", "smoke", "--problem", "toy_regression", "--out", str(tmp_path), *flags]
+    with pytest.raises((ValueError, OverflowError, OSError), match=message):
+        cli.main(["variance", *flags])
     assert not list(tmp_path.iterdir())

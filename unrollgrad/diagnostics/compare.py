@@ -59,8 +59,8 @@ def compare(
         num_samples: Samples per estimator, at least 3.
         key: Of all samples.
         num_chains: Samples that run on for 19 more episodes, at least 3, or 0 to leave U = 20 n
-            out. By default num_samples / 20 and at least 3, rounded up to full dispatches; with
-            many samples this doubles the time.
+            out; below ten its standard error is rough. By default num_samples / 20 and at least 3,
+            rounded up to full dispatches; with many samples this doubles the time.
         batch_size: Samples per dispatch, in parallel: more is faster and takes more memory.
         devices: Over how many the samples of a dispatch are spread; they stay the same numbers.
         matmul_precision: Of all matrix products, as in ``jax.default_matmul_precision``; None

@@ -1,0 +1,118 @@
+"""What an experiment is, and how one runs: seeds, files, interruptions."""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import results
+from experiments.progress import bar
+from experiments.results import Record, Summary
+
+SCALES = ("smoke", "cpu", "paper")
+"""smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
+
+
+class Claim(NamedTuple):
+    """What a paper (or the theory) says, and what came out here.
+
+    Attributes:
+        says: The claim.
+        source: Where it stands.
+        ours: What was measured, with its standard error.
+        holds: Whether it came out; None where this run cannot tell.
+    """
+
+    says: str
+    source: str
+    ours: str
+    holds: bool | None
+
+
+class Experiment(NamedTuple):
+    """One figure or table.
+
+    Attributes:
+        name: On the command line.
+        about: One line.
+        settings: A frozen dataclass with fields ``scale``, ``seeds`` and ``out`` among others.
+        scales: Settings by scale: "smoke", "cpu", "paper".
+        labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
+        run: ``run(settings, seed, write, progress)`` calls ``write(numbers)`` with what is computed
+            as soon as it is: a dict of the labels, perhaps ``step``, and numbers by metric; and
+            ``progress(text, fraction)`` in between.
+        draw: ``draw(records, config)`` returns a matplotlib figure, from the CSV alone.
+        show: ``show(records)`` prints the result.
+        claims: ``claims(summary)`` compares a recorded result with the papers.
+        title: ``title(settings)``, the name of the results' folder.
+    """
+
+    name: str
+    about: str
+    settings: type
+    scales: dict[str, Any]
+    labels: tuple[str, ...]
+    run: Callable[[Any, int, Callable[[dict[str, Any]], None], Callable[[str, float], None]], None]
+    draw: Callable[[list[Record], dict[str, Any]], Any]
+    show: Callable[[list[Record]], None]
+    claims: Callable[[Summary], list[Claim]]
+    title: Callable[[Any], str]
+
+
+def execute(experiment: Experiment, settings: Any) -> Path:
+    """Runs all seeds and leaves everything in a new folder, whatever happens on the way.
+
+    The folder holds ``config.json``, ``metrics.csv`` (written line by line while it runs),
+    ``summary.json`` and ``figure.png``. Interrupted or failed, it keeps what was computed, and the
+    summary says so.
+
+    Raises:
+        ValueError: Without seeds, or with one twice.
+        OSError: If the folder cannot be made.
+    """
+    seeds = tuple(settings.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
+    begun, compiled = time.perf_counter(), results.compile_seconds()
+    folder = results.new_folder(settings.out, experiment.title(settings))
+    config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
+    results.write_json(folder / "config.json", {**config, "out": str(settings.out)})
+    status = "complete"
+    try:
+        with results.writer(folder, experiment.labels) as write, bar() as progress:
+            for i, seed in enumerate(seeds):
+
+                def report(text: str, fraction: float, i: int = i) -> None:
+                    progress(text, (i + fraction) / len(seeds))
+
+                experiment.run(settings, seed, functools.partial(write, seed), report)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = "interrupted" if interrupted else f"failed: {error}"
+        raise
+    finally:
+        seconds = time.perf_counter() - begun
+        records = results.read(folder)
+        if records:
+            results.write_summary(
+                folder, config, records, status, seconds, results.compile_seconds() - compiled
+            )
+            redraw(experiment, folder)
+            if status != "complete":
+                print(f"what was computed is in {folder}", file=sys.stderr)
+        else:
+            results.remove(folder)  # nothing was computed
+    experiment.show(records)
+    print(f"{seconds:.0f} s; table and picture are in {folder}")
+    return folder
+
+
+def redraw(experiment: Experiment, folder: Path) -> Path:
+    """Draws ``figure.png`` from the folder's CSV."""
+    figure = experiment.draw(results.read(folder), results.read_json(folder / "config.json"))
+    path = folder / "figure.png"
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,201 @@
+"""How experiments run, what they leave behind, and how it is read again."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import __main__ as cli
+from experiments import experiment as framework
+from experiments import results
+from experiments.experiment import SCALES, Claim, Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A toy.
+
+    Of no meaning.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Scale."""
+    seeds: tuple[int, ...] = (3, 4)
+    """Seeds."""
+    fail: str = ""
+    """How it fails, and at which seed."""
+    out: Path = Path("results")
+    """Out."""
+
+
+def run(settings, seed, write, progress):
+    if settings.fail == f"at once {seed}":
+        raise KeyboardInterrupt
+    for name in ["a", "b"]:
+        for step in [0, 10]:
+            progress(name, step / 20)
+            write({"estimator": name, "step": step, "loss": seed + step, "by_u": {1: 0.5}})
+        if settings.fail == f"interrupt {seed}":
+            raise KeyboardInterrupt
+        if settings.fail == f"error {seed}":
+            raise FloatingPointError("nan in b")
+
+
+def draw(records, config):
+    figure = Figure()
+    figure.subplots().plot([r.value for r in records])
+    return figure
+
+
+def claims(summary):
+    loss = summary.find("loss", estimator="a")["mean"]
+    return [
+        Claim("a falls", "A 2020", f"{loss}", loss < 0),
+        Claim("a is 13.5", "B 2021", f"{loss}", loss == 13.5),
+        Claim("who knows", "C 2022", "?", None),
+    ]
+
+
+TOY = Experiment(
+    name="toy",
+    about="A toy.",
+    settings=Settings,
+    scales={"smoke": Settings(scale="smoke", seeds=(0,)), "cpu": Settings(), "paper": Settings()},
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=lambda records: print(f"{len(records)} records"),
+    claims=claims,
+    title=lambda settings: "toy",
+)
+
+
+def only_folder(path):
+    (folder,) = path.iterdir()
+    return folder
+
+
+def test_a_run_leaves_everything(tmp_path, capsys):
+    folder = framework.execute(TOY, Settings(out=tmp_path))
+    assert folder == only_folder(tmp_path)
+    files = ["config.json", "figure.png", "metrics.csv", "summary.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    assert str(folder) in capsys.readouterr().out
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert lines[:3] == [
+        "seed,step,estimator,metric,value",
+        "3,0,a,loss,3.0",
+        "3,0,a,by_u[1],0.5",
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["experiment"] == "toy"
+    assert config["seeds"] == [3, 4]
+    summary = results.read_summary(folder)
+    assert summary.about["status"] == "complete"
+    assert summary.about["seconds"] >= summary.about["run_seconds"] >= 0
+    for recorded in ["jax", "optax", "device", "xla_flags", "git_revision", "num_devices"]:
+        assert recorded in summary.about["environment"]
+    # Over seeds, at the last step: 13 and 14.
+    loss = summary.find("loss", estimator="b")
+    assert (loss["mean"], loss["n"]) == (13.5, 2)
+    assert loss["se"] == pytest.approx(np.std([13, 14], ddof=1) / np.sqrt(2))
+    assert summary.find("loss", estimator="c") is None
+
+
+def test_one_seed_has_no_standard_error(tmp_path):
+    folder = framework.execute(TOY, Settings(seeds=(0,), out=tmp_path))
+    assert results.read_summary(folder).find("loss", estimator="a")["se"] is None
+
+
+@pytest.mark.parametrize(
+    ("fail", "error", "status"),
+    [
+        ("interrupt 4", KeyboardInterrupt, "interrupted"),
+        ("error 4", FloatingPointError, "failed: nan in b"),
+    ],
+)
+def test_what_was_computed_is_kept(fail, error, status, tmp_path, capsys):
+    with pytest.raises(error):
+        framework.execute(TOY, Settings(fail=fail, out=tmp_path))
+    folder = only_folder(tmp_path)
+    assert str(folder) in capsys.readouterr().err
+    records = results.read(folder)
+    assert len(records) == 8 + 4  # both estimators of seed 3, one of seed 4
+    summary = results.read_summary(folder)
+    assert summary.about["status"] == status
+    assert summary.find("loss", estimator="a")["n"] == 2
+    assert summary.find("loss", estimator="b")["n"] == 1
+    assert (folder / "figure.png").exists()
+
+
+def test_nothing_computed_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        framework.execute(TOY, Settings(fail="at once 3", out=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_seeds_that_are_no_list_of_different_numbers(seeds, tmp_path):
+    with pytest.raises(ValueError, match="`seeds` must be different numbers"):
+        framework.execute(TOY, Settings(seeds=seeds, out=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.EXPERIMENTS, "toy", TOY)
+    folder = framework.execute(TOY, Settings(out=tmp_path))
+    picture = (folder / "figure.png").read_bytes()
+    (folder / "figure.png").unlink()
+    cli.main(["plot", str(folder)])
+    assert (folder / "figure.png").read_bytes() == picture
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join(lines[:3]))
+    cli.main(["plot", str(folder)])
+    assert (folder / "figure.png").read_bytes() != picture
+    with pytest.raises(FileNotFoundError, match="is no folder of results"):
+        cli.main(["plot", str(tmp_path)])
+
+
+def test_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.EXPERIMENTS, "toy", TOY)
+    recorded, out = tmp_path / "results", tmp_path / "RESULTS.md"
+    with pytest.raises(FileNotFoundError, match="no results in"):
+        cli.main(["report", "--folder", str(recorded), "--out", str(out)])
+    done = framework.execute(TOY, Settings(out=recorded))
+    with pytest.raises(KeyboardInterrupt):
+        framework.execute(TOY, Settings(fail="interrupt 4", out=recorded))
+    cli.main(["report", "--folder", str(recorded), "--out", str(out)])
+    text = out.read_text()
+    assert text.count("## toy-") == 2
+    assert "| a falls | A 2020 | 13.5 | **does not reproduce** |" in text
+    assert "| a is 13.5 | B 2021 | 13.5 | yes |" in text
+    assert "| who knows | C 2022 | ? | cannot tell |" in text
+    assert "**Not complete: interrupted.**" in text
+    assert "Seeds 3, 4; scale cpu; cpu × 2;" in text
+    assert "minutes" in text
+    assert "revision" in text
+    assert f"(results/{done.name}/figure.png)" in text
+    assert "    python -m experiments" in text
+
+
+def test_the_scale_decides_the_defaults():
+    assert cli.scale(["variance"]) == "cpu"
+    assert cli.scale(["variance", "--sigma", "1", "--scale", "smoke"]) == "smoke"
+    assert cli.scale(["variance", "--scale=paper"]) == "paper"
+    assert cli.scale(["variance", "--scale", "huge"]) == "cpu"  # refused later, by the parser
+    for experiment in cli.EXPERIMENTS.values():
+        assert tuple(experiment.scales) == SCALES
+        for scale, settings in experiment.scales.items():
+            assert settings.scale == scale
+            assert settings.seeds
+
+
+def test_list_names_everything(capsys):
+    cli.main(["list"])
+    out = capsys.readouterr().out
+    for name in [*cli.EXPERIMENTS, *cli.PROBLEMS]:
+        assert name in out

@@ -1,0 +1,21 @@
+"""The numbers of the smoke runs, stored: ``expected.json``."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+EXPECTED = Path(__file__).with_name("expected.json")
+
+
+def expect(name, numbers):
+    """Compares with the stored numbers; 1 % leaves room for other versions and processors.
+
+    UPDATE_EXPECTED=1 writes them anew (run with -n 0), for somebody to look at the change.
+    """
+    stored = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    if os.environ.get("UPDATE_EXPECTED"):
+        stored[name] = numbers
+        EXPECTED.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+    assert numbers == pytest.approx(stored[name], rel=0.01, abs=1e-6)
