@@ -41,6 +41,7 @@ class Experiment(NamedTuple):
         settings: A frozen dataclass with fields ``scale``, ``seeds`` and ``out`` among others.
         scales: Settings by scale: "smoke", "cpu", "paper".
         labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
+        fill: ``fill(settings)`` puts what depends on other settings in place of None.
         run: ``run(settings, seed, write, progress)`` calls ``write(numbers)`` with what is computed
             as soon as it is: a dict of the labels, perhaps ``step``, and numbers by metric; and
             ``progress(text, fraction)`` in between.
@@ -55,6 +56,7 @@ class Experiment(NamedTuple):
     settings: type
     scales: dict[str, Any]
     labels: tuple[str, ...]
+    fill: Callable[[Any], Any]
     run: Callable[[Any, int, Callable[[dict[str, Any]], None], Callable[[str, float], None]], None]
     draw: Callable[[list[Record], dict[str, Any]], Any]
     show: Callable[[list[Record]], None]
@@ -73,7 +75,7 @@ def execute(experiment: Experiment, settings: Any) -> Path:
         ValueError: Without seeds, or with one twice.
         OSError: If the folder cannot be made.
     """
-    seeds = tuple(settings.seeds)
+    settings, seeds = experiment.fill(settings), tuple(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
     begun, compiled = time.perf_counter(), results.compile_seconds()

@@ -159,6 +159,7 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),
+    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,

@@ -115,14 +115,12 @@ def filled(settings: Settings) -> Settings:
 
 
 def run(
-    settings: Settings,
+    settings: Any,
     seed: int,
     write: Callable[[dict[str, Any]], None],
     progress: Callable[[str, float], None],
 ) -> None:
-    """Writes a row per place and estimator, as soon as it is measured."""
-    settings = filled(settings)
-    assert settings.reference is not None and settings.devices is not None
+    """Writes a row per place and estimator, as soon as it is measured; settings are ``filled``."""
     names = list(dict.fromkeys(settings.estimators))
     problem, theta, workers, optimizer = _prepare(settings)
     reference = workers[settings.reference]
@@ -159,7 +157,7 @@ def run(
 
 @functools.lru_cache(maxsize=1)
 def _prepare(
-    settings: Settings,
+    settings: Any,
 ) -> tuple[ug.UnrolledProblem, Any, dict[str, ug.GradientEstimator], optax.GradientTransformation]:
     """Problem, theta, workers, outer optimizer: the same for all seeds, so that they compile once.
 
@@ -172,7 +170,7 @@ def _prepare(
         "sigma": settings.sigma,
         "noise_period": settings.noise_period,
     }
-    names = dict.fromkeys([*settings.estimators, settings.reference])
+    names: dict[str, None] = dict.fromkeys([*settings.estimators, settings.reference])
     passes = {name: ug.REGISTRY[name].passes(1) for name in names}
     if settings.equal == "workers":
         passes = dict.fromkeys(names, 2)
@@ -187,7 +185,7 @@ def _prepare(
 
 
 def _thetas(
-    settings: Settings,
+    settings: Any,
     estimator: ug.GradientEstimator,
     optimizer: optax.GradientTransformation,
     theta: Any,
@@ -241,7 +239,7 @@ def claims(summary: Summary) -> list[Claim]:
 
         def number(metric: str, name: str, place: str = place) -> float | None:
             found = summary.find(metric, theta=place, estimator=name)
-            return found and found["mean"]
+            return None if found is None else found["mean"]
 
         for name, biased in {
             "pes": False,
@@ -271,6 +269,7 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("theta", "estimator"),
+    fill=filled,
     run=run,
     draw=draw_records,
     show=show,

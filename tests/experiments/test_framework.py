@@ -66,6 +66,7 @@ TOY = Experiment(
     settings=Settings,
     scales={"smoke": Settings(scale="smoke", seeds=(0,)), "cpu": Settings(), "paper": Settings()},
     labels=("estimator",),
+    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=lambda records: print(f"{len(records)} records"),

@@ -114,6 +114,8 @@ def test_as_a_user_runs_it(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["sigma"] == 0.05
     assert config["horizon"] == 8
+    assert config["noise_period"] == 8  # the problem's default: two windows
+    assert config["reference"] == "bptt"
     mistake = command("variance", *flags, "--truncation", "7")
     assert mistake.returncode != 0
     assert "error: `truncation` must divide" in mistake.stderr
