@@ -11,18 +11,22 @@ class Choice(NamedTuple):
 
     Attributes:
         make: ``make(horizon)`` returns a problem, a theta, and perhaps more.
+        about: What theta is and what is unrolled, in one line.
         horizon: By default.
         truncation: By default.
         sigma: By default, in theta's units.
         reference: Whose mean is the truth by default: bptt, or full_es (the gradient of the
             smoothed J) where backpropagation explodes.
+        outer_rate: Of Adam, where theta is trained.
     """
 
     make: Callable[[int], Any]
+    about: str
     horizon: int
     truncation: int
     sigma: float
     reference: str = "bptt"
+    outer_rate: float = 0.05
 
 
 def _digits(horizon: int) -> Any:
@@ -33,20 +37,54 @@ def _digits(horizon: int) -> Any:
 
 
 PROBLEMS = {
-    "digits": Choice(_digits, horizon=100, truncation=10, sigma=0.1),
-    "influence_balancing": Choice(
-        ug.problems.influence_balancing, horizon=100, truncation=10, sigma=0.1
+    "digits": Choice(
+        _digits,
+        about="The learning-rate and momentum schedule with which an MLP learns digits.",
+        horizon=100,
+        truncation=10,
+        sigma=0.1,
     ),
-    "toy_regression": Choice(ug.problems.toy_regression, horizon=100, truncation=10, sigma=0.3),
+    "influence_balancing": Choice(
+        ug.problems.influence_balancing,
+        about="The drive of a linear system whose short-term effect has the wrong sign.",
+        horizon=100,
+        truncation=10,
+        sigma=0.1,
+    ),
+    "toy_regression": Choice(
+        ug.problems.toy_regression,
+        about="The learning rates of gradient descent on a wiggly function of two variables.",
+        horizon=100,
+        truncation=10,
+        sigma=0.3,
+    ),
     "linear_recurrence": Choice(
         lambda horizon: ug.problems.linear_recurrence(5, horizon, memory=0.8),
+        about="The input of a linear recurrence: all variances are known in closed form.",
         horizon=20,
         truncation=5,
         sigma=0.1,
     ),
     "chaotic_map": Choice(
-        ug.problems.chaotic_map, horizon=100, truncation=10, sigma=0.01, reference="full_es"
+        ug.problems.chaotic_map,
+        about="The rate of the logistic map, at which it is chaotic.",
+        horizon=100,
+        truncation=10,
+        sigma=0.01,
+        reference="full_es",
     ),
-    "lorenz": Choice(ug.problems.lorenz, horizon=200, truncation=20, sigma=0.04),
-    "control": Choice(ug.problems.control, horizon=200, truncation=20, sigma=0.3),
+    "lorenz": Choice(
+        ug.problems.lorenz,
+        about="Two constants of the Lorenz system, to be found from a trajectory.",
+        horizon=200,
+        truncation=20,
+        sigma=0.04,
+    ),
+    "control": Choice(
+        ug.problems.control,
+        about="A linear policy that balances a pole on a cart.",
+        horizon=200,
+        truncation=20,
+        sigma=0.3,
+    ),
 }
