@@ -1,5 +1,6 @@
 """From a loss and an optax optimizer to an unrolled problem: inner training loops."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks
+from unrollgrad import checks, inner_optimizers
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
 
 
@@ -39,6 +40,11 @@ def training_problem(
     enter anywhere: learning rates, regularisation, data weights, augmentation, or all the weights
     of a learned optimizer, which is just such a function of (theta, t).
 
+    Backpropagation goes through the optimizer's own arithmetic, which some have not been written
+    for. It is tried once when the step is about to be differentiated, and a warning names the
+    setting that helps: ``eps_root`` for optax.adam and its relatives; nothing for optax.radam.
+    Evolution strategies only run it forwards.
+
     Args:
         loss: ``loss(theta, params, batch, key) -> scalar``, the inner training loss.
         init_params: ``init_params(key) -> params``, any pytree of arrays: a dict, flax parameters,
@@ -59,7 +65,8 @@ def training_problem(
     Raises:
         TypeError: If ``loss``, ``init_params`` or ``optimizer`` is no function.
         ValueError: When stepping, if the loss is no scalar, or neither ``sample_batch`` nor
-        ``data`` gives a batch.
+            ``data`` gives a batch; in ``init``, if ``optax.inject_hyperparams`` keeps
+            hyperparameters in 16 bits.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
@@ -83,10 +90,17 @@ def training_problem(
                 "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
             )
 
+    # Tried once for the same shapes, not in every trace.
+    derivatives = functools.cache(
+        functools.partial(inner_optimizers.warn_of_derivatives, optimizer)
+    )
+    float16 = functools.cache(functools.partial(inner_optimizers.warn_of_float16, optimizer))
+
     def init(key: Key, theta: Theta) -> TrainingState:
         params = checks.strong_state(init_params(key), made_by="init_params")
-        opt_state = optimizer(theta, jnp.int32(0)).init(_floating(params))
-        return TrainingState(params, opt_state)
+        trained = _floating(params)
+        float16(inner_optimizers.shapes(theta), inner_optimizers.shapes(trained))
+        return TrainingState(params, inner_optimizers.init(optimizer, theta, trained))
 
     def step(key: Key, theta: Theta, state: TrainingState, t: Any, batch: Any = None):
         key_batch, key_loss, key_meta = jax.random.split(key, 3)
@@ -108,12 +122,16 @@ def training_problem(
             return value
 
         value, grad = jax.value_and_grad(inner)(params)
-        transform = optax.with_extra_args_support(optimizer(theta, t))
-        updates, opt_state = transform.update(
-            grad, state.opt_state, params, value=value, grad=grad, value_fn=inner
+        updates, opt_state = inner_optimizers.update(
+            optimizer, theta, t, grad, state.opt_state, params, value=value, value_fn=inner
+        )
+        updates = inner_optimizers.when_differentiated(
+            updates,
+            functools.partial(
+                derivatives, inner_optimizers.shapes(theta), inner_optimizers.shapes(params)
+            ),
         )
         params = optax.apply_updates(params, updates)
-        opt_state = _keep_dtypes(state.opt_state, opt_state)
         if meta_loss is None:
             outer = inner(params)
         else:
@@ -139,18 +157,6 @@ def _merged(trained: Any, params: Any) -> Any:
         return old if new is None else new
 
     return jax.tree.map(leaf, trained, params, is_leaf=lambda x: x is None)
-
-
-def _keep_dtypes(old: Any, new: Any) -> Any:
-    """Rounds to the dtypes the optimizer began with: a float32 theta would widen bfloat16 state."""
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        return new  # refused by name, in ``checks.check_step``
-
-    def leaf(old, new):
-        floating = jnp.issubdtype(checks.dtype_of(old), jnp.floating)
-        return jnp.asarray(new, checks.dtype_of(old)) if floating else new
-
-    return jax.tree.map(leaf, old, new)
 
 
 def final_loss(

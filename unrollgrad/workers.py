@@ -99,10 +99,16 @@ def average(
     def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
         out, state, count, first_loss = mean(key, theta, state, data)
         if not isinstance(count, jax.core.Tracer) and int(count) == 0:
+            if jnp.isfinite(first_loss):
+                cause = (
+                    "The losses are finite, so it is the derivatives: a square root or norm at "
+                    "zero, as in optax.adam without eps_root, or steps that amplify"
+                )
+            else:
+                cause = "Lower sigma or the inner step size"
             raise FloatingPointError(
                 f"all {num_workers} workers returned a non-finite loss or gradient (first loss "
-                f"{first_loss}). Lower sigma or the inner step size, or look at them with "
-                '`average(..., nonfinite="propagate")`.'
+                f'{first_loss}). {cause}. To look at them: `average(..., nonfinite="propagate")`.'
             )
         return out, state
 

@@ -1,0 +1,226 @@
+"""Inner optimizers under differentiation: right, or a message that names what makes it right."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import unrollgrad as ug
+from unrollgrad import inner_optimizers
+
+KEY = jax.random.key(0)
+RATE = jnp.float32(-2.0)  # the logarithm of the inner learning rate
+ZERO = "where an inner gradient is exactly zero"
+PLAIN = "on plain gradients"
+
+
+def make(optimizer, start=(0.0, 3.0, 1.0), dtype=jnp.float32, horizon=8):
+    """A quadratic in (w, its square root); the third coordinate sits at its optimum."""
+
+    def loss(theta, w, batch, key):
+        return jnp.mean((w["w"].astype(jnp.float32) - 1.0) ** 2)
+
+    return ug.training_problem(
+        loss=loss,
+        init_params=lambda key: {"w": jnp.array(start, dtype)},
+        optimizer=optimizer,
+        sample_batch=lambda key: None,
+        horizon=horizon,
+    )
+
+
+def gradient(problem, factory=ug.bptt, theta=RATE, **settings):
+    estimator = factory(problem, **settings)
+    return estimator.estimate(KEY, theta, estimator.init(KEY, theta))[0].grad
+
+
+def shapes_of(tree):
+    return inner_optimizers.shapes(tree)
+
+
+def said(optimizer, params, theta=RATE):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inner_optimizers.warn_of_derivatives(optimizer, shapes_of(theta), shapes_of(params))
+    return [str(w.message) for w in caught]
+
+
+OPTIMIZERS = {
+    "adam": (lambda lr: optax.adam(lr), ZERO),
+    "nadamw": (lambda lr: optax.nadamw(lr), ZERO),
+    "rmsprop, eps outside": (lambda lr: optax.rmsprop(lr, eps_in_sqrt=False), ZERO),
+    "radam": (lambda lr: optax.radam(lr), PLAIN),
+    "radam eps_root": (lambda lr: optax.radam(lr, eps_root=1e-8), PLAIN),
+    "adam eps_root": (lambda lr: optax.adam(lr, eps_root=1e-8), None),
+    "adamw eps_root": (lambda lr: optax.adamw(lr, eps_root=1e-8), None),
+    "rmsprop": (lambda lr: optax.rmsprop(lr, momentum=0.9), None),
+    "sgd": (lambda lr: optax.sgd(lr), None),
+    "momentum": (lambda lr: optax.sgd(lr, 0.9, nesterov=True), None),
+    "clipped": (lambda lr: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(lr)), None),
+    "lion": (lambda lr: optax.lion(lr), None),
+    "a line search": (lambda lr: optax.lbfgs(lr, memory_size=2), None),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_which_optimizers_are_warned_of(optimizer, expected):
+    messages = said(lambda theta, t: optimizer(jnp.exp(theta)), {"w": jnp.ones((20, 3))})
+    assert [expected] == [m for m in [ZERO, PLAIN] if m in "".join(messages)] or not expected
+    assert len(messages) == (expected is not None)
+
+
+def averaged(problem, **settings):
+    return ug.average(ug.tbptt(problem, **settings), 2)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [(ug.bptt, {}), (ug.tbptt, {"truncation": 4}), (averaged, {"truncation": 4})],
+)
+def test_adam_at_a_zero_gradient_is_warned_of_once_and_eps_root_cures_it(factory, settings):
+    problem = make(lambda theta, t: optax.adam(jnp.exp(theta)))
+    inside = lambda: gradient(problem, factory, **settings)  # noqa: E731
+    with pytest.warns(UserWarning, match="eps_root=1e-8") as caught:
+        assert np.isnan(float(jax.jit(inside)()))  # what it is warned of is true
+    assert len(caught) == 1
+    assert np.isnan(float(jax.jit(lambda: 2 * inside())()))  # and not again
+    cured = make(lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8))
+    assert np.isfinite(float(gradient(cured, factory, **settings)))
+
+
+def test_derivatives_with_eps_root_are_those_of_central_differences():
+    """Of rate, both decays and eps_root itself, with a coordinate without gradient."""
+
+    def optimizer(theta, t):
+        b1, b2 = jax.nn.sigmoid(theta["b1"]), jax.nn.sigmoid(theta["b2"])
+        return optax.adam(jnp.exp(theta["rate"]), b1, b2, eps_root=jnp.exp(theta["eps_root"]))
+
+    problem = make(optimizer)
+    theta = {"rate": RATE, "b1": 2.0, "b2": 1.0, "eps_root": -3.0}
+    theta = jax.tree.map(jnp.float32, theta)
+    exact = gradient(problem, theta=theta)
+    loss = jax.jit(lambda theta: ug.episode_loss(problem, KEY, theta))
+    for name, x in theta.items():
+        up, down = (float(loss({**theta, name: x + h})) for h in (0.02, -0.02))
+        np.testing.assert_allclose(exact[name], (up - down) / 0.04, rtol=5e-3, atol=2e-5)
+
+
+def test_radam_is_nan_in_reverse_mode_from_its_third_update_on():
+    with pytest.warns(UserWarning, match="update 3.*optax.radam does this"):
+        reverse = gradient(make(lambda theta, t: optax.radam(jnp.exp(theta), eps_root=1e-8)))
+    assert np.isnan(float(reverse))
+    cured = make(lambda theta, t: optax.nadam(jnp.exp(theta), eps_root=1e-8))
+    assert np.isfinite(float(gradient(cured)))
+
+
+def test_evolution_strategies_and_forward_runs_are_not_warned():
+    for optimizer in [optax.adam, optax.radam]:
+        problem = make(lambda theta, t: optimizer(jnp.exp(theta)))  # noqa: B023
+        assert np.isfinite(float(gradient(problem, ug.pes, truncation=4, sigma=0.1)))
+        assert np.isfinite(float(ug.episode_loss(problem, KEY, RATE)))
+
+
+def test_any_differentiation_is_seen():
+    for differentiate in [jax.grad, jax.jacfwd]:
+        problem = make(lambda theta, t: optax.adam(jnp.exp(theta)))
+        with pytest.warns(UserWarning, match=ZERO):
+            differentiate(lambda theta: ug.episode_loss(problem, KEY, theta))(RATE)  # noqa: B023
+
+
+def test_optimizers_that_a_trial_does_not_suit():
+    params = {"w": jnp.ones((20, 3)), "b": jnp.ones(3)}
+
+    def by_name(theta, t):
+        return optax.multi_transform(
+            {"adam": optax.adam(jnp.exp(theta)), "sgd": optax.sgd(0.1)}, {"w": "adam", "b": "sgd"}
+        )
+
+    assert len(said(by_name, params)) == 1  # tried on the real structure
+    raising = optax.GradientTransformation(lambda p: (), lambda g, s, p: 1 / 0)
+    assert said(lambda theta, t: raising, params) == []
+
+    @jax.jit
+    def inside(scale):  # the trial cannot know a traced value that the optimizer holds
+        return gradient(make(lambda theta, t: optax.adam(scale * jnp.exp(theta)), (0.0, 3.0)))
+
+    assert np.isfinite(float(inside(1.0)))
+
+
+def test_float16_weights_where_eps_is_rounded_to_zero():
+    """One warning, in init; with a larger eps the forward run is finite."""
+    small = make(lambda theta, t: optax.adam(jnp.exp(theta)), dtype=jnp.float16)
+    with pytest.warns(UserWarning, match=r"float16, in which its eps .*eps=1e-4") as caught:
+        assert not np.isfinite(float(gradient(small, ug.pes, truncation=4, sigma=0.1)))
+    assert len(caught) == 1
+    cured = make(lambda theta, t: optax.adam(jnp.exp(theta), eps=1e-4), dtype=jnp.float16)
+    assert np.isfinite(float(gradient(cured, ug.pes, truncation=4, sigma=0.1)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_hyperparameters_that_are_kept_in_16_bits(dtype):
+    def optimizer(theta, t, **more):
+        inner = optax.inject_hyperparams(optax.adam, **more)
+        return optax.chain(optax.clip(1.0), inner(jnp.exp(theta), eps=1e-4, eps_root=1e-4))
+
+    problem = make(optimizer, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            ValueError,
+            match=rf"hyperparameter 'b1' in {dtype.__name__}.*\['b1'\].*hyperparam_dtype=",
+        ):
+            gradient(problem, ug.pes, truncation=4, sigma=0.1)
+
+
+def test_bf16_weights_with_injected_float32_hyperparameters():
+    """Finite, and the gradients of float32 weights to a few percent."""
+
+    def optimizer(theta, t):
+        inner = optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.float32)
+        return inner(jnp.exp(theta["rate"]), jax.nn.sigmoid(theta["b1"]), eps_root=1e-6)
+
+    theta = {"rate": jnp.float32(-3.0), "b1": jnp.float32(2.0)}
+    start = (0.0, 3.0, -2.0)
+    for factory, settings in [
+        (ug.bptt, {}),
+        (ug.pes, {"truncation": 4, "sigma": 0.3, "num_pairs": 50}),
+    ]:
+        low, full = (
+            gradient(make(optimizer, start, dtype), factory, theta, **settings)
+            for dtype in (jnp.bfloat16, jnp.float32)
+        )
+        for name in theta:
+            np.testing.assert_allclose(low[name], full[name], rtol=0.05, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_theta_in_16_bits(dtype):
+    problem = make(lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8))
+    for factory, settings in [
+        (ug.bptt, {}),
+        (ug.pes, {"truncation": 4, "sigma": 0.1, "num_pairs": 20}),
+    ]:
+        low, full = (
+            gradient(problem, factory, RATE.astype(d), **settings) for d in (dtype, jnp.float32)
+        )
+        assert low.dtype == dtype
+        np.testing.assert_allclose(np.float32(low), full, rtol=0.05)
+
+
+def test_whole_numbers_among_the_hyperparameters():
+    """They may be given to optax as they are; injected, they are arrays, and optax may refuse."""
+    start = np.zeros((4, 3))
+    plain = make(lambda theta, t: optax.adafactor(jnp.exp(theta), min_dim_size_to_factor=2), start)
+    assert np.isfinite(float(gradient(plain, ug.pes, truncation=4, sigma=0.1)))
+
+    def injected(theta, t, static_args=()):
+        inner = optax.inject_hyperparams(optax.adafactor, static_args=static_args)
+        return inner(jnp.exp(theta), min_dim_size_to_factor=2)
+
+    with pytest.raises(TypeError, match=r"needs a Python number .*static_args"):
+        gradient(make(injected, start), ug.pes, truncation=4, sigma=0.1)
+    named = make(lambda theta, t: injected(theta, t, "min_dim_size_to_factor"), start)
+    assert np.isfinite(float(gradient(named, ug.pes, truncation=4, sigma=0.1)))
