@@ -22,6 +22,8 @@ EXPERIMENTS: dict[str, Experiment] = {
 def listing() -> None:
     """List the experiments, and the problems that `variance` knows."""
     console = need("rich.console", "rich").Console()
+    if not console.is_terminal:
+        console.width = 120
     for title, lines in {
         "experiments": {name: e.about for name, e in EXPERIMENTS.items()},
         "problems (variance --problem NAME)": {name: c.about for name, c in PROBLEMS.items()},
