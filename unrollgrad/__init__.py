@@ -8,6 +8,7 @@ mean of many. See the README for a table of the estimators.
 """
 
 from unrollgrad import constraints, diagnostics, noise, problems
+from unrollgrad.curriculum import curriculum
 from unrollgrad.estimators import (
     REGISTRY,
     bptt,
@@ -44,6 +45,7 @@ __all__ = [
     "average",
     "bptt",
     "constraints",
+    "curriculum",
     "diagnostics",
     "episode_loss",
     "es_single",

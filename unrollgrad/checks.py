@@ -337,19 +337,24 @@ def _check_same(before: State, after: State) -> None:
         )
 
 
-def _differences(old: Any, new: Any) -> str:
-    """The leaves in which two states differ, a line each; empty where they do not."""
+def leaf_differences(old: Any, new: Any, name: str = "state") -> list[str]:
+    """The leaves in which two trees differ, a line each."""
 
     def leaves(tree):
         named = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): describe(x) for path, x in named}
 
     a, b = leaves(old), leaves(new)
-    lines = [
-        f"  state{path}: {a.get(path, 'absent')} -> {b.get(path, 'absent')}"
+    return [
+        f"  {name}{path}: {a.get(path, 'absent')} -> {b.get(path, 'absent')}"
         for path in [*a, *(path for path in b if path not in a)]
         if a.get(path) != b.get(path)
     ]
+
+
+def _differences(old: Any, new: Any) -> str:
+    """The leaves in which two states differ, or else their structures; empty where they do not."""
+    lines = leaf_differences(old, new)
     if not lines and jax.tree.structure(old) != jax.tree.structure(new):
         lines = [f"  {jax.tree.structure(old)} -> {jax.tree.structure(new)}"]
     return "\n".join(lines)

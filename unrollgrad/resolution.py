@@ -75,7 +75,8 @@ def _half_gaps(sigma: Any, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     spread = np.broadcast_to(np.asarray(sigma, np.float64), x.shape)
     if x.size > _MOST:
         some = np.random.default_rng(0).integers(x.size, size=_MOST)
-        x, spread = (a[np.unravel_index(some, a.shape)] for a in (x, spread))
+        where = np.unravel_index(some, x.shape)
+        x, spread = x[where], spread[where]
     size = np.abs(np.asarray(x, np.float64))
     info = jnp.finfo(x.dtype)
     mantissa, exponent = np.frexp(size)  # size = mantissa 2^exponent, mantissa in [1/2, 1)

@@ -34,7 +34,11 @@ class UnrolledProblem(NamedTuple):
         step: ``step(key, theta, state, t) -> (state, loss)``. One inner step. ``t`` is an int32
             scalar, the step's number in its episode; ``loss`` is a scalar, minimised. With
             streaming data it is called ``step(key, theta, state, t, batch)``.
-        horizon: Inner steps in an episode (T), or a sampler ``horizon(key) -> int`` of them.
+        horizon: Inner steps in an episode (T), or a sampler ``horizon(key) -> int`` of them. The
+            sampler may return a traced number: ``horizon=lambda key: length``, with problem and
+            estimator made inside the jitted update of which ``length`` is an argument, lets
+            episodes grow during training without compiling again. An episode keeps the length it
+            began with, rounded up to a multiple of the truncation.
         evaluate: Optional ``evaluate(key, theta, state) -> loss`` of the state at the end of the
             episode. It needs a static horizon.
     """

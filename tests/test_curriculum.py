@@ -1,0 +1,255 @@
+"""Windows and episodes that grow during training, without compiling again."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Samples, build, quadratic
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import unrollgrad as ug
+
+KEY = jax.random.key(0)
+SETTINGS = {"sigma": 0.1, "num_pairs": 2}
+
+
+def refuses(error, *parts):
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
+
+
+def assert_same(a, b):
+    """The same numbers; the trees may differ in what a state says of itself."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def stages(factory=ug.pes, **settings):
+    """Truncation 2, then 5, then 5 in a longer episode."""
+    problem, theta = quadratic()
+    longer = problem._replace(horizon=40)
+    made = [
+        factory(p, truncation=k, **settings) for p, k in [(problem, 2), (problem, 5), (longer, 5)]
+    ]
+    return made, theta
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings", "workers"), [(ug.pes, SETTINGS, 3), (ug.tbptt, {}, 0)]
+)
+def test_each_call_is_that_of_its_stage_begun_afresh(factory, settings, workers):
+    made, theta = stages(factory, **settings)
+    if workers:
+        made = [ug.average(e, workers) for e in made]
+    growing = ug.curriculum(made, boundaries=[3, 7])
+    state = growing.init(KEY, theta)
+    own, expected_t = None, [2, 4, 6, 5, 10, 15, 0, 5, 10]
+    for call in range(9):
+        key = jax.random.fold_in(KEY, call)
+        estimate, new = growing.estimate(key, theta, state)
+        assert jax.tree.structure(new) == jax.tree.structure(state)
+        state, number = new, (call >= 3) + (call >= 7)
+        if call in (0, 3, 7):
+            own = made[number].init(jax.random.key(9), theta)  # a placeholder, whatever the key
+        mine, own = made[number].estimate(key, theta, own)
+        assert_same((estimate, state.episode), (mine, own.episode))
+        assert np.all(np.asarray(state.episode.t) == expected_t[call])
+        assert np.all(np.asarray(state.episode.horizon) == (40 if call >= 7 else 20))
+    assert int(state.calls) == 9
+
+
+def test_one_program_for_all_stages():
+    problem, theta = quadratic()
+    traces = []
+
+    def counted(number):
+        def step(*args):
+            traces.append(number)
+            return problem.step(*args)
+
+        return problem._replace(step=step)
+
+    made = [ug.tbptt(counted(i), truncation=k) for i, k in enumerate([1, 2, 5])]
+    growing = ug.curriculum(made, boundaries=[2, 4])
+    state = growing.init(KEY, theta)
+    estimate = jax.jit(growing.estimate)
+    _, state = estimate(KEY, theta, state)
+    first = list(traces)
+    assert set(first) == {0, 1, 2}
+    alone = ug.tbptt(counted(3), truncation=5)
+    alone.estimate(KEY, theta, alone.init(KEY, theta))
+    assert first.count(1) == traces.count(3)  # not more than without a curriculum
+    del traces[:]
+    for _ in range(5):
+        _, state = estimate(KEY, theta, state)
+    assert not traces
+    assert estimate._cache_size() == 1
+
+    def body(state, key):
+        estimate, state = growing.estimate(key, theta, state)
+        return state, estimate.info.inner_steps
+
+    _, steps = jax.lax.scan(body, growing.init(KEY, theta), jax.random.split(KEY, 6))
+    assert steps.tolist() == [1, 1, 2, 2, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["full_es", "truncated_es", "gpes", "bptt"])
+def test_other_estimators(name):
+    """Two settings of each; the first call of the second stage begins an episode."""
+    problem, theta = quadratic()
+    first = build(name, problem)
+    second = build(name, problem._replace(horizon=40), truncation=10)
+    if name == "gpes":  # noise_period=10 would be pes
+        second = build(name, problem, truncation=10, noise_period=20)
+    growing = ug.curriculum([first, second], boundaries=[1])
+    state = jax.eval_shape(growing.init, KEY, theta)
+    assert jax.tree.structure(state) == jax.tree.structure(growing.init(KEY, theta))
+    state = growing.init(KEY, theta)
+    for _ in range(2):
+        estimate, state = growing.estimate(jax.random.key(1), theta, state)
+    expected, _ = second.estimate(jax.random.key(1), theta, second.init(KEY, theta))
+    assert_same(estimate, expected)
+
+
+def test_the_mean_gradient_of_a_stage_is_that_of_the_objective():
+    """On a linear problem, where pes is exact in the mean, in the second stage of a curriculum."""
+    problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=4, memory=0.5)
+    made = [ug.pes(problem, truncation=k, sigma=0.1) for k in (1, 2)]
+    growing = ug.curriculum(made, boundaries=[2])
+
+    def episode(key):
+        state = growing.init(key, theta)
+        grads = []
+        for call in range(4):
+            estimate, state = growing.estimate(jax.random.fold_in(key, call), theta, state)
+            grads.append(estimate.grad)
+        return (grads[2] + grads[3]) / 2
+
+    samples = Samples(jax.jit(jax.vmap(episode))(jax.random.split(KEY, 4000)))
+    exact = jax.grad(lambda theta: ug.episode_loss(problem, KEY, theta))(theta)
+    assert samples.error_in_se(exact) < 4
+    assert samples.relative_se(exact) < 0.05
+
+
+def test_average_of_a_curriculum_gives_the_same_numbers():
+    made, theta = stages(ug.tbptt)
+    inside = ug.curriculum([ug.average(e, 2) for e in made], boundaries=[1, 2])
+    outside = ug.average(ug.curriculum(made, boundaries=[1, 2]), 2)
+    a, b = inside.init(KEY, theta), outside.init(KEY, theta)
+    for call in range(3):
+        key = jax.random.fold_in(KEY, call)
+        one, a = inside.estimate(key, theta, a)
+        two, b = outside.estimate(key, theta, b)
+        assert_same(one, two)
+
+
+def test_each_device_its_own_curriculum():
+    made, theta = stages(ug.tbptt)
+    growing = ug.curriculum([ug.average(e, 2) for e in made], boundaries=[1, 2])
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    keys = jax.random.split(KEY, 2)
+
+    def run(keys, theta):
+        state = growing.init(keys[0], theta)
+        for _ in range(2):
+            estimate, state = growing.estimate(keys[0], theta, state)
+        return jax.tree.map(lambda x: x[None], (estimate.grad, state.calls))
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(P("devices"), P()), out_specs=P("devices"))
+    many = jax.jit(sharded)(keys, theta)
+    alone = run(keys[1:], theta)
+    assert_same(jax.tree.map(lambda x: x[1:], many), alone)
+
+
+def test_what_a_curriculum_refuses():
+    made, theta = stages(**SETTINGS)
+    problem, _ = quadratic()
+    with refuses(ValueError, "`estimators` is empty"):
+        ug.curriculum([], [])
+    with refuses(TypeError, "`estimators[1]` must be a GradientEstimator", "UnrolledProblem"):
+        ug.curriculum([made[0], problem], [1])
+    with refuses(TypeError, "`estimators[0]` must be a GradientEstimator", "function"):
+        ug.curriculum(made[0], [])
+    with refuses(ValueError, "one fewer than the stages", "1 boundaries [5] for 3 estimators"):
+        ug.curriculum(made, [5])
+    for bad in [[5, 5], [5, 3]]:
+        with refuses(ValueError, "`boundaries` must increase", str(bad)):
+            ug.curriculum(made, bad)
+    with refuses(ValueError, "`boundaries[0]` must be at least 1", "=0"):
+        ug.curriculum(made, [0, 3])
+    with refuses(TypeError, "`boundaries[1]` must be a whole number", "3.5"):
+        ug.curriculum(made, [1, 3.5])
+
+    def of(*estimators):
+        return ug.curriculum(estimators, range(1, len(estimators)))
+
+    more_pairs = ug.pes(problem, truncation=5, sigma=0.1, num_pairs=3)
+    other_kind = ug.es_single(problem, truncation=5, **SETTINGS)
+    for other, line in [
+        (more_pairs, "state.states['x']: float32[2,2,3] -> float32[3,2,3]"),
+        (other_kind, "state.accumulated['log_rate']: float32[2] -> absent"),
+        (ug.average(made[1], 2), "state.episode.t: int32[] -> int32[2]"),
+    ]:
+        with refuses(ValueError, "worker states of the same shapes", "`estimators[1]`", line):
+            of(made[0], other).init(KEY, theta)
+    whole = ug.GradientEstimator(
+        made[1].init,
+        lambda key, theta, state, *, data=None: (
+            made[1].estimate(key, theta, state)[0]._replace(info=()),
+            state,
+        ),
+        5,
+    )
+    with refuses(
+        ValueError, "same kind of estimate", "estimate.info.inner_steps: int32[] -> absent"
+    ):
+        growing = of(made[0], whole)
+        growing.estimate(KEY, theta, growing.init(KEY, theta))
+    with refuses(ValueError, "nested averages"):
+        twice = ug.average(of(ug.average(made[0], 2), ug.average(made[1], 2)), 2)
+        twice.init(KEY, theta)
+    growing = of(*made)
+    state = growing.init(KEY, theta)
+    with refuses(ValueError, "a curriculum takes no `data`"):
+        growing.estimate(KEY, theta, state, data=jnp.ones(5))
+    with refuses(TypeError, "made by curriculum(", "truncation=2", "boundaries=(1, 2)", "this is"):
+        ug.curriculum(made, [1, 4]).estimate(KEY, theta, state)
+    with refuses(TypeError, "made by pes(", "this is curriculum("):
+        growing.estimate(KEY, theta, made[0].init(KEY, theta))
+    with refuses(TypeError, "`key` must be"):
+        growing.estimate(0, theta, state)
+
+
+def test_truncation_is_that_of_the_stages_where_they_agree():
+    made, _ = stages(**SETTINGS)
+    assert ug.curriculum(made[1:], [1]).truncation == 5
+    assert ug.curriculum(made, [1, 2]).truncation is None
+    assert ug.curriculum(made[:1], []).truncation == 2
+
+
+@pytest.mark.parametrize("name", ["pes", "truncated_es", "tbptt"])
+def test_a_horizon_that_grows_with_the_outer_step(name):
+    """Problem and estimator made inside the jitted update, around a traced length; one compile."""
+    problem, theta = quadratic()
+
+    def estimator(length):
+        grown = problem._replace(horizon=lambda key: length)
+        return ug.average(build(name, grown), 2)
+
+    @jax.jit
+    def update(key, theta, state, length):
+        return estimator(length).estimate(key, theta, state)
+
+    state = estimator(5).init(KEY, theta)
+    seen = []
+    for call in range(8):
+        estimate, state = update(jax.random.fold_in(KEY, call), theta, state, 5 + 2 * call)
+        seen.append((int(state.episode.horizon[0]), int(state.episode.t[0])))
+    # Lengths as given when an episode begins, rounded up to windows of 5.
+    assert seen == [(5, 0), (10, 5), (10, 0), (15, 5), (15, 10), (15, 0), (20, 5), (20, 10)]
+    assert update._cache_size() == 1
+    assert np.all(np.isfinite(jax.tree.leaves(estimate.grad)[0]))
