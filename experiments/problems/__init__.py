@@ -30,10 +30,28 @@ class Choice(NamedTuple):
 
 
 def _digits(horizon: int) -> Any:
-    # Imported here: scikit-learn and flax take seconds.
+    # Imported here, as below: scikit-learn and flax take seconds.
     from experiments.problems.digits import digits
 
     return digits(horizon)
+
+
+def _text_lstm(horizon: int) -> Any:
+    from experiments.problems.text_lstm import text_lstm
+
+    return text_lstm(horizon)
+
+
+def _copy_task(horizon: int) -> Any:
+    from experiments.problems.copy_task import copy_task
+
+    return copy_task(horizon)
+
+
+def _learned_optimizer(horizon: int) -> Any:
+    from experiments.problems.learned_optimizer import learned_optimizer
+
+    return learned_optimizer(horizon)
 
 
 PROBLEMS = {
@@ -86,5 +104,29 @@ PROBLEMS = {
         horizon=200,
         truncation=20,
         sigma=0.3,
+    ),
+    "text_lstm": Choice(
+        _text_lstm,
+        about="All weights of an LSTM that predicts the next character of a text.",
+        horizon=100,
+        truncation=10,
+        sigma=0.1,
+        outer_rate=0.01,
+    ),
+    "copy_task": Choice(
+        _copy_task,
+        about="All weights of an LSTM that must remember symbols, then repeat them.",
+        horizon=16,
+        truncation=4,
+        sigma=0.05,
+        outer_rate=0.01,
+    ),
+    "learned_optimizer": Choice(
+        _learned_optimizer,
+        about="All weights of a small network that trains an MLP on digits.",
+        horizon=100,
+        truncation=10,
+        sigma=0.01,
+        outer_rate=0.01,
     ),
 }

@@ -3,6 +3,8 @@
 The data are 1797 real 8x8 images that come with scikit-learn: nothing is downloaded.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,37 @@ def digits(
     Returns:
         ``Example(problem, theta)``.
     """
+
+    def at(knots, t):
+        return jnp.interp(t / horizon * (num_knots - 1), jnp.arange(float(num_knots)), knots)
+
+    def optimizer(theta, t):
+        rate = jnp.exp(at(theta["log_lr"], t))
+        return optax.sgd(rate, momentum=jax.nn.sigmoid(at(theta["momentum_logit"], t)))
+
+    problem = ug.training_problem(
+        **mlp_on_digits(hidden, batch_size), optimizer=optimizer, horizon=horizon
+    )
+    theta = {
+        "log_lr": jnp.linspace(jnp.log(0.1), jnp.log(0.02), num_knots, dtype=jnp.float32),
+        "momentum_logit": jnp.full(num_knots, jnp.log(9.0), jnp.float32),
+    }
+    return Example(problem, theta)
+
+
+def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:
+    """An MLP on the digits, as the arguments of ``training_problem`` that describe the task.
+
+    Training batches are of 1200 fixed images; the meta loss is the cross-entropy on a batch of the
+    other 597.
+
+    Args:
+        hidden: Units in the hidden layer.
+        batch_size: Of training and of validation.
+
+    Returns:
+        ``loss``, ``init_params``, ``sample_batch`` and ``meta_loss``.
+    """
     images, labels = datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images = jnp.asarray(images[order] / 16 - 0.5, jnp.float32)
@@ -62,23 +95,9 @@ def digits(
         logits = nnx.merge(graph, params)(batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    def at(knots, t):
-        return jnp.interp(t / horizon * (num_knots - 1), jnp.arange(float(num_knots)), knots)
-
-    def optimizer(theta, t):
-        rate = jnp.exp(at(theta["log_lr"], t))
-        return optax.sgd(rate, momentum=jax.nn.sigmoid(at(theta["momentum_logit"], t)))
-
-    problem = ug.training_problem(
-        loss=lambda theta, params, batch, key: cross_entropy(params, batch),
-        init_params=lambda key: nnx.state(MLP(64, hidden, 10, rngs=nnx.Rngs(key)), nnx.Param),
-        optimizer=optimizer,
-        sample_batch=lambda key: draw(train, key),
-        meta_loss=lambda theta, params, key: cross_entropy(params, draw(validation, key)),
-        horizon=horizon,
-    )
-    theta = {
-        "log_lr": jnp.linspace(jnp.log(0.1), jnp.log(0.02), num_knots, dtype=jnp.float32),
-        "momentum_logit": jnp.full(num_knots, jnp.log(9.0), jnp.float32),
+    return {
+        "loss": lambda theta, params, batch, key: cross_entropy(params, batch),
+        "init_params": lambda key: nnx.state(MLP(64, hidden, 10, rngs=nnx.Rngs(key)), nnx.Param),
+        "sample_batch": lambda key: draw(train, key),
+        "meta_loss": lambda theta, params, key: cross_entropy(params, draw(validation, key)),
     }
-    return Example(problem, theta)
