@@ -245,9 +245,9 @@ def test_table_plot_and_save(tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["environment"]["jax"] == jax.__version__
     assert "xla_flags" in summary["environment"]
-    raw = np.load(folder / "samples.npz")
-    for name, samples in zip(raw["estimators"], raw["samples"], strict=True):
-        np.testing.assert_array_equal(samples, comparison.samples[name])
+    with np.load(folder / "samples.npz") as raw:
+        for name, samples in zip(raw["estimators"], raw["samples"], strict=True):
+            np.testing.assert_array_equal(samples, comparison.samples[name])
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
