@@ -121,3 +121,14 @@ def test_all_workers_bad():
     assert np.isnan(float(estimate.grad))
     assert np.isnan(float(estimate.loss))
     assert int(estimate.info.num_nonfinite) == 3
+
+
+def test_all_workers_bad_with_finite_losses():
+    problem = ug.UnrolledProblem(
+        lambda key, theta: theta, lambda key, theta, s, t: (s, jnp.sqrt(0 * theta)), 5
+    )
+    many = ug.average(ug.bptt(problem), 2)
+    theta = jnp.float32(1.0)
+    state = many.init(KEY, theta)
+    with pytest.raises(FloatingPointError, match=r"first loss 0.0.*it is the derivatives"):
+        many.estimate(KEY, theta, state)

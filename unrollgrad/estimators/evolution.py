@@ -8,7 +8,7 @@ They call ``step`` forwards only, so that ``while_loop``, integers and discontin
 fine.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,7 @@ import jax.numpy as jnp
 from unrollgrad import checks, resolution, unroll
 from unrollgrad.estimators import pairs, worker
 from unrollgrad.noise import Noise, wide
-from unrollgrad.types import Episode, GradientEstimator, Key, State, Theta, UnrolledProblem
-
-
-class PersistentState(NamedTuple):
-    """The state of a worker whose pairs keep their own inner states.
-
-    Attributes:
-        episode: Where it stands.
-        states: Inner states, leading axes ``(num_pairs, 2)``: theta + eps, theta - eps.
-        accumulated: The unit-variance noise of the finished periods, summed; leading axis
-            ``num_pairs``. None where a period is a whole episode.
-        evaluated: (T/K) ``evaluate`` at the end of the last window, ``(num_pairs, 2)``; None
-            without ``evaluate``.
-        made_by: The estimator whose it is.
-    """
-
-    episode: Episode
-    states: State
-    accumulated: Theta | None
-    evaluated: jax.Array | None
-    made_by: worker.MadeBy
+from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
 
 
 def full_es(
@@ -242,7 +222,7 @@ def gpes(
     law = pairs.check(sigma, num_pairs, noise)
     made_by = _persistent(problem, truncation, noise_period, num_pairs)
 
-    def init(key: Key, theta: Theta) -> PersistentState:
+    def init(key: Key, theta: Theta) -> worker.PersistentState:
         theta = checks.floating_theta(theta)
         resolution.check(sigma, theta)
         mean = worker.init_mean(problem, key, theta, truncation, made_by)
@@ -256,9 +236,9 @@ def gpes(
             loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
             evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
         states = pairs.spread(mean.state, num_pairs)
-        return PersistentState(mean.episode, states, accumulated, evaluated, made_by)
+        return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
 
-    def estimate(key: Key, theta: Theta, state: PersistentState, *, data: Any = None):
+    def estimate(key: Key, theta: Theta, state: worker.PersistentState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         t = episode.t
@@ -279,7 +259,7 @@ def gpes(
         steps = 2 * num_pairs * truncation
         out = pairs.estimate(result, sigma, theta, weight, before, inner_steps=steps)
         episode = unroll.advance(episode, truncation)
-        return out, PersistentState(episode, result.state, accumulated, result.end, made_by)
+        return out, worker.PersistentState(episode, result.state, accumulated, result.end, made_by)
 
     return worker.compiled(init, estimate, truncation)
 

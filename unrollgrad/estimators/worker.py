@@ -64,6 +64,26 @@ class MeanState(NamedTuple):
     made_by: MadeBy
 
 
+class PersistentState(NamedTuple):
+    """The state of a worker whose pairs keep their own inner states.
+
+    Attributes:
+        episode: Where it stands.
+        states: Inner states, leading axes ``(num_pairs, 2)``: theta + eps, theta - eps.
+        accumulated: The unit-variance noise of the finished periods, summed; leading axis
+            ``num_pairs``. None where a period is a whole episode.
+        evaluated: (T/K) ``evaluate`` at the end of the last window, ``(num_pairs, 2)``; None
+            without ``evaluate``.
+        made_by: The estimator whose it is.
+    """
+
+    episode: Episode
+    states: State
+    accumulated: Theta | None
+    evaluated: jax.Array | None
+    made_by: MadeBy
+
+
 def init_episode(
     problem: UnrolledProblem, key: Key, theta: Theta, horizon: int, made_by: MadeBy
 ) -> EpisodeState:
