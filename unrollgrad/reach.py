@@ -43,8 +43,9 @@ def check_theta(theta: Theta, trace: Any, num_state: int) -> None:
         return
     which = "no leaf of `theta`" if len(dead) == len(named) else _listed(dead)
     reason = (
-        "no data flows to a loss through `init`, `step` or `evaluate`, so that the true gradient is "
-        "zero (what evolution strategies return is noise). Usual causes: a schedule that overwrites an injected hyperparameter, as in "
+        "no data flows to a loss through `init`, `step` or `evaluate`, so that the true gradient "
+        "is zero (what evolution strategies return is noise). Usual causes: a schedule that "
+        "overwrites an injected hyperparameter, as in "
         "optax.inject_hyperparams(optax.sgd)(learning_rate=schedule), or an optimizer or loss that "
         "ignores it. Build the optimizer from theta in every step, such as "
         "`lambda theta, t: optax.sgd(theta['lr'] * schedule(t))`"
