@@ -73,7 +73,7 @@ class Settings:
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        estimators=("pes", "tbptt"),
+        estimators=("pes", "bptt"),  # bptt is the reference too, and compiles once
         horizon=8,
         truncation=4,
         num_workers=2,
@@ -252,12 +252,15 @@ def claims(summary: Summary) -> list[Claim]:
             if bias is None or se is None or not norm:
                 continue
             seen = bias > 3 * se
+            ours = f"at the {place}: bias/|g| {bias / norm:.2g} ± {se / norm:.2g}"
+            if seen and not biased:  # for the smoothed J it is unbiased; that is not the reference
+                ours += f", smoothing with sigma {summary.about['config']['sigma']} included"
             out.append(
                 Claim(
-                    says=f"{name} is {'biased' if biased else 'unbiased'}",
+                    says=f"{name} is {'biased' if biased else 'unbiased (for the smoothed J)'}",
                     source="Vicol et al. 2021, 2023",
-                    ours=f"at the {place}: bias/|g| {bias / norm:.2g} ± {se / norm:.2g}",
-                    holds=seen == biased,
+                    ours=ours,
+                    holds=None if seen and not biased else seen == biased,
                 )
             )
     return out
