@@ -1,7 +1,9 @@
 """What ``compare`` returns, and its table, picture and files."""
 
 import csv
+import functools
 import importlib
+import io
 import json
 import os
 import platform
@@ -63,8 +65,8 @@ class Comparison(NamedTuple):
     def save(self, folder: str | Path) -> Path:
         """Writes ``metrics.csv``, ``samples.npz``, ``summary.json`` and ``figure.png``.
 
-        The CSV is long, one line per estimator and metric; the raw samples are an array (estimators,
-        num_samples, P) beside the estimators' names.
+        The CSV is long, one line per estimator and metric; the raw samples are an array
+        (estimators, num_samples, P) beside the estimators' names.
 
         Returns:
             The folder, made where it did not exist.
@@ -219,7 +221,14 @@ def draw(groups: dict[str, list[dict[str, Any]]]) -> Any:
                 fontweight="bold",
             )
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(len(handles), 1))
+    figure._repr_png_ = functools.partial(_png, figure)  # so that a notebook shows it
     return figure
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=80)
+    return buffer.getvalue()
 
 
 def _bias_and_noise(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:

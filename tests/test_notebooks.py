@@ -1,0 +1,45 @@
+"""The notebooks run, and each is the same program as the script it is paired with."""
+
+import runpy
+import warnings
+from pathlib import Path
+
+import jupytext
+import pytest
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_runs_from_start_to_end(script, capsys):
+    names = runpy.run_path(str(script))
+    out = capsys.readouterr().out
+    assert "estimator" in out
+    rows = {row["name"]: row for row in names["comparison"].rows}
+    # What the text says of them.
+    for name in ["tbptt", "truncated_es"]:
+        assert rows[name]["bias"] > 3 * rows[name]["bias_se"]
+    for name in ["bptt", "full_es", "pes", "es_single"]:
+        assert rows[name]["bias"] < 4 * rows[name]["bias_se"]
+        assert rows["bptt"]["variance"] <= rows[name]["variance"]
+    explodes, tame = names["wild"].rows
+    assert explodes["variance"] > 1e6 * tame["variance"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_notebook_is_the_script(script):
+    """After a change: jupytext --to ipynb --execute notebooks/NAME.py."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nbformat's, about cell ids
+        notebook = jupytext.read(script.with_suffix(".ipynb"))
+        paired = jupytext.read(script)
+    cells = [(c.cell_type, c.source) for c in notebook.cells]
+    assert cells == [(c.cell_type, c.source) for c in paired.cells]
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert any("image/png" in o.get("data", {}) for c in code for o in c.outputs)
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+
+
+def test_there_are_notebooks():
+    assert SCRIPTS
