@@ -17,7 +17,7 @@ from experiments.problems.learned_optimizer import learned_optimizer
 from experiments.problems.text_lstm import VOCABULARY, encode, text_lstm
 
 KEY = jax.random.key(0)
-EPISODES = {text_lstm: 16, copy_task: 2000, learned_optimizer: 16}
+EPISODES = {text_lstm: 16, copy_task: 1000, learned_optimizer: 16}
 NETWORKS = {"text_lstm": text_lstm, "copy_task": copy_task, "learned_optimizer": learned_optimizer}
 # The programs run for a second, and would take three times as long to compile.
 quick_to_compile = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
