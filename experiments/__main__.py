@@ -42,7 +42,9 @@ def plot(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no folder of results: it has no config.json.")
-    name = results.read_json(folder / "config.json")["experiment"]
+    name = results.read_json(folder / "config.json").get("experiment")
+    if name not in EXPERIMENTS:
+        raise ValueError(f"{folder} is of an experiment that is not known here: {name!r}.")
     print(framework.redraw(EXPERIMENTS[name], folder))
 
 
@@ -79,13 +81,13 @@ def _cpu_devices(number: int) -> None:
 
 
 def scale(arguments: list[str]) -> str:
-    """The scale among the arguments: it decides the defaults of the others."""
+    """The last scale among the arguments: it decides the defaults of the others."""
+    found = "cpu"
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--scale":
-            value = value if equals else "".join(arguments[i + 1 : i + 2])
-            return value if value in SCALES else "cpu"  # tyro says what is wrong with it
-    return "cpu"
+            found = value if equals else "".join(arguments[i + 1 : i + 2])
+    return found if found in SCALES else "cpu"  # tyro says what is wrong with it
 
 
 def main(arguments: list[str]) -> None:
@@ -106,7 +108,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OverflowError, OSError, FloatingPointError) as error:
+    except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

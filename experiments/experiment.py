@@ -107,6 +107,8 @@ def execute(experiment: Experiment, settings: Any) -> Path:
                 print(f"what was computed is in {folder}", file=sys.stderr)
         else:
             results.remove(folder)  # nothing was computed
+    if not records:
+        raise ValueError("nothing was computed: the settings leave nothing to do.")
     experiment.show(records)
     print(f"{seconds:.0f} s; table and picture are in {folder}")
     return folder

@@ -64,11 +64,12 @@ def run(
 ) -> None:
     """Writes the loss along each estimator's run."""
     theta, workers, optimizer = _prepare(settings)
-    every = max(settings.num_updates // POINTS, 1)
+    updates = settings.num_updates
+    every = next(n for n in range(max(updates // POINTS, 1), updates + 1) if updates % n == 0)
     for i, (name, estimator) in enumerate(workers.items()):
         progress(name, i / len(workers))
         thetas, _ = training.trajectory(
-            estimator, optimizer, jax.random.key(seed), theta, settings.num_updates, every
+            estimator, optimizer, jax.random.key(seed), theta, updates, every
         )
         for j, (value, loss) in enumerate(zip(thetas, _losses(thetas), strict=True)):
             numbers = {"theta": float(value), "loss": float(loss)}
@@ -142,14 +143,13 @@ def claims(summary: Summary) -> list[Claim]:
         if found is None:
             continue
         mean, se = found["mean"], found["se"]
-        out.append(
-            Claim(
-                says=f"{name} {'reaches the optimum' if arrives else 'moves away from it'}",
-                source=source,
-                ours=f"loss {start:.0f} → {mean:.2g}" + (f" ± {se:.1g}" if se else ""),
-                holds=mean < 1e-2 * start if arrives else mean > start,
-            )
-        )
+        if mean is None:  # null in strict JSON: it was not finite
+            ours, holds = f"loss {start:.0f} → not finite", not arrives
+        else:
+            ours = f"loss {start:.0f} → {mean:.2g}" + (f" ± {se:.1g}" if se else "")
+            holds = mean < 1e-2 * start if arrives else mean > start
+        says = f"{name} {'reaches the optimum' if arrives else 'moves away from it'}"
+        out.append(Claim(says, source, ours, holds))
     return out
 
 

@@ -30,7 +30,10 @@ def write(experiments: Mapping[str, Experiment], folder: Path, path: Path) -> Pa
         )
     parts = [HEAD]
     for one in found:
-        summary = results.read_summary(one)
+        try:
+            summary = results.read_summary(one)
+        except ValueError as error:
+            raise ValueError(f"{one}/summary.json cannot be read: {error}.") from error
         experiment = experiments.get(summary.about["experiment"])
         picture = Path(os.path.relpath(one, path.parent)).as_posix()
         parts.append(section(one.name, summary, experiment, picture))
@@ -49,7 +52,7 @@ def section(name: str, summary: Summary, experiment: Experiment | None, picture:
     claims: list[Claim] = [] if experiment is None else experiment.claims(summary)
     if claims:
         lines += ["| the paper's claim | source | ours | holds |", "|---|---|---|---|"]
-        lines += [f"| {c.says} | {c.source} | {c.ours} | {MARKS[c.holds]} |" for c in claims]
+        lines += [_row(c.says, c.source, c.ours, MARKS[c.holds]) for c in claims]
         lines.append("")
     seeds = ", ".join(map(str, about["seeds"]))
     lines += [
@@ -64,3 +67,7 @@ def section(name: str, summary: Summary, experiment: Experiment | None, picture:
         "",
     ]
     return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -90,15 +91,17 @@ def writer(
 ) -> Iterator[Callable[[int, dict[str, Any]], None]]:
     """Yields ``write(seed, numbers)``, which appends to ``metrics.csv`` and flushes."""
     with open(folder / "metrics.csv", "w", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["seed", "step", *labels, "metric", "value"])
+        csv.writer(file).writerow(["seed", "step", *labels, "metric", "value"])
 
         def write(seed: int, numbers: dict[str, Any]) -> None:
             step = numbers.get("step", "")
             series = [numbers[label] for label in labels]
             rest = {k: v for k, v in numbers.items() if k not in ("step", *labels)}
+            text = io.StringIO()  # written at once: an interruption leaves whole groups of lines
+            lines = csv.writer(text)
             for metric, value in metrics(rest).items():
                 lines.writerow([seed, step, *series, metric, float(value)])
+            file.write(text.getvalue())
             file.flush()
 
         yield write

@@ -32,7 +32,14 @@ def trajectory(
     Returns:
         The thetas after every ``every`` updates, stacked, the first being the beginning; and each
         update's loss estimate, shape ``(num_updates,)``.
+
+    Raises:
+        ValueError: If num_updates is negative or no multiple of ``every``.
     """
+    if num_updates < 0 or num_updates % every:
+        raise ValueError(
+            f"`num_updates` must be a multiple of every={every}; got num_updates={num_updates}."
+        )
     theta = jax.tree.map(jnp.asarray, theta)
 
     def update(carry, i):

@@ -33,6 +33,7 @@ ROW = {
     "inner_steps": 1,
     "reference_norm": 1.0,
     "bias_se": 0.0,
+    "num_nonfinite": 0,
     "variance_of_mean": {1: 0.0, 4: 0.0},
     "variance_of_mean_se": {1: 0.0, 4: 0.0},
     "num_windows": 4,
@@ -153,24 +154,26 @@ def test_same_key_same_numbers_whatever_the_batch_and_the_devices():
     problem, theta, influence = recurrence()
     g = theory.gradient(influence).astype(np.float32)
 
-    def samples(batch_size, devices=1):
-        return ug.diagnostics.compare(
+    def measured(batch_size, devices=1):
+        comparison = ug.diagnostics.compare(
             problem,
             theta,
             {"pes": ug.average(ug.pes(problem, truncation=4, sigma=0.1), 2)},
             reference=g,
             num_samples=10,
-            num_chains=0,
+            num_chains=3,
             key=jax.random.key(2),
             batch_size=batch_size,
             devices=devices,
-        ).samples["pes"]
+        )
+        long_run = comparison.rows[0]["variance_of_mean"][80]
+        return np.append(comparison.samples["pes"], long_run)
 
-    assert samples(4).shape == (10, 5)
-    np.testing.assert_allclose(samples(4), samples(10), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(samples(4), samples(5, devices=2), rtol=1e-4, atol=1e-5)
+    assert measured(4).shape == (51,)
+    np.testing.assert_allclose(measured(4), measured(10), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(measured(4), measured(5, devices=2), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"`devices` is 100, but jax sees 2.*jax_num_cpu_devices"):
-        samples(4, devices=100)
+        measured(4, devices=100)
 
 
 def test_another_theta_or_seed_compiles_nothing_new():
@@ -281,7 +284,7 @@ def test_a_reference_of_zero_and_samples_of_nan_still_save(tmp_path):
         assert json.loads((folder / "summary.json").read_text())["rows"][1]["bias"] is None
 
 
-def test_workers_left_out_are_counted():
+def test_workers_left_out_are_counted_and_shown(capsys):
     problem, theta = ug.problems.chaotic_map(horizon=20)
     workers = ug.average(ug.pes(problem, truncation=10, sigma=0.1), 20)
     comparison = ug.diagnostics.compare(
@@ -294,6 +297,8 @@ def test_workers_left_out_are_counted():
         key=jax.random.key(0),
     )
     assert comparison.rows[0]["num_nonfinite"] > 0
+    comparison.table()
+    assert "left out" in capsys.readouterr().out
     assert np.isfinite(comparison.rows[0]["variance"])
 
 
@@ -313,6 +318,47 @@ def test_bad_input():
         compare({"other": other})
     with pytest.raises(TypeError, match="estimator 'pes' must be a GradientEstimator"):
         compare({"pes": ug.pes})
+    growing = ug.curriculum([estimator, ug.pes(problem, truncation=8, sigma=0.1)], [3])
+    with pytest.raises(ValueError, match="estimator 'growing' is a curriculum"):
+        compare({"growing": growing})
+
+
+def test_what_thetas_values_say_against_it_is_said():
+    """The program is compiled for any theta; its values are looked at before."""
+    problem = ug.UnrolledProblem(lambda key, th: 0.0, lambda key, th, s, t: (s, th**2), 4)
+    with pytest.raises(ValueError, match="under bfloat16's resolution of theta"):
+        ug.diagnostics.compare(
+            problem,
+            jax.numpy.bfloat16(1.0),
+            {"pes": ug.pes(problem, truncation=4, sigma=1e-3)},
+            reference=jax.numpy.bfloat16(2.0),
+            num_samples=3,
+            key=jax.random.key(0),
+        )
+
+
+def test_repetitions_are_pooled_without_a_bias_of_the_pooling():
+    """Repetitions of an unbiased sampler: no bias is seen, and the error shrinks."""
+    draws = np.random.default_rng(3)
+    rows = [
+        {"name": "x", **statistics.describe(draws.normal(size=(30, 4)) + 1, np.ones((1, 4)))}
+        for _ in range(400)
+    ]
+    one = statistics.pooled(rows[:1])
+    assert one == rows[0]
+    row = statistics.pooled(rows)
+    assert row["bias"] < 3 * row["bias_se"]
+    naive = np.array([r["bias"] for r in rows])
+    assert naive.mean() > 3 * naive.std(ddof=1) / np.sqrt(400)  # the mean of the roots is biased
+    assert row["squared_bias_se"] < 0.1 * rows[0]["squared_bias_se"]
+    assert row["variance"] == pytest.approx(np.mean([r["variance"] for r in rows]))
+    # Very different gradients: the ratios are those of the averages, and stay consistent.
+    large = {"variance": 10.0, "squared_bias": 0.0, "squared_bias_se": 1.0, "norm": 1.0}
+    large |= {"reference_norm": 1.0, "inner_steps": 10, "name": "x"}
+    small = {**large, "variance": 1e-3, "norm": 0.01, "reference_norm": 0.01}
+    both = statistics.pooled([large, small])
+    (row, _) = report.at_equal_steps([both, {**both, "inner_steps": 40}])
+    assert 0 < row["nmse_equal_steps"] == pytest.approx(both["nmse"] / 4)
 
 
 def times(factor, estimator):

@@ -56,7 +56,7 @@ def claims(summary):
     return [
         Claim("a falls", "A 2020", f"{loss}", loss < 0),
         Claim("a is 13.5", "B 2021", f"{loss}", loss == 13.5),
-        Claim("who knows", "C 2022", "?", None),
+        Claim("who knows", "C 2022", "|g| = ?", None),
     ]
 
 
@@ -105,6 +105,13 @@ def test_a_run_leaves_everything(tmp_path, capsys):
     assert (loss["mean"], loss["n"]) == (13.5, 2)
     assert loss["se"] == pytest.approx(np.std([13, 14], ddof=1) / np.sqrt(2))
     assert summary.find("loss", estimator="c") is None
+
+
+def test_no_work_is_a_message_and_no_folder(tmp_path):
+    idle = TOY._replace(run=lambda settings, seed, write, progress: None)
+    with pytest.raises(ValueError, match="nothing was computed"):
+        framework.execute(idle, Settings(out=tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_seed_has_no_standard_error(tmp_path):
@@ -159,6 +166,9 @@ def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
     assert (folder / "figure.png").read_bytes() != picture
     with pytest.raises(FileNotFoundError, match="is no folder of results"):
         cli.main(["plot", str(tmp_path)])
+    monkeypatch.delitem(cli.EXPERIMENTS, "toy")
+    with pytest.raises(ValueError, match="an experiment that is not known here: 'toy'"):
+        cli.main(["plot", str(folder)])
 
 
 def test_report(tmp_path, monkeypatch, capsys):
@@ -174,19 +184,23 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert text.count("## toy-") == 2
     assert "| a falls | A 2020 | 13.5 | **does not reproduce** |" in text
     assert "| a is 13.5 | B 2021 | 13.5 | yes |" in text
-    assert "| who knows | C 2022 | ? | cannot tell |" in text
+    assert r"| who knows | C 2022 | \|g\| = ? | cannot tell |" in text
     assert "**Not complete: interrupted.**" in text
     assert "Seeds 3, 4; scale cpu; cpu × 2;" in text
     assert "minutes" in text
     assert "revision" in text
     assert f"(results/{done.name}/figure.png)" in text
     assert "    python -m experiments" in text
+    (done / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{done.name}/summary.json cannot be read"):
+        cli.main(["report", "--folder", str(recorded), "--out", str(out)])
 
 
 def test_the_scale_decides_the_defaults():
     assert cli.scale(["variance"]) == "cpu"
     assert cli.scale(["variance", "--sigma", "1", "--scale", "smoke"]) == "smoke"
     assert cli.scale(["variance", "--scale=paper"]) == "paper"
+    assert cli.scale(["variance", "--scale", "smoke", "--scale", "paper"]) == "paper"
     assert cli.scale(["variance", "--scale", "huge"]) == "cpu"  # refused later, by the parser
     for experiment in cli.EXPERIMENTS.values():
         assert tuple(experiment.scales) == SCALES

@@ -23,3 +23,20 @@ def test_smoke(tmp_path, capsys):
         "influence_balancing experiment",
         {name: summary.find("theta", estimator=name)["mean"] for name in settings.estimators},
     )
+
+
+def test_a_run_that_is_not_finite_is_reported(tmp_path):
+    settings = dataclasses.replace(
+        influence_balancing.SCALES["smoke"],
+        out=tmp_path,
+        num_updates=200,
+        num_pairs=4,
+        learning_rate=1e30,
+        estimators=("tbptt", "es_single"),
+    )
+    folder = framework.execute(influence_balancing.EXPERIMENT, settings)
+    assert max(r.step for r in results.read(folder)) == 200
+    claims = {c.says: c for c in influence_balancing.claims(results.read_summary(folder))}
+    assert claims["tbptt moves away from it"].holds
+    assert not claims["es_single reaches the optimum"].holds
+    assert "not finite" in claims["es_single reaches the optimum"].ours

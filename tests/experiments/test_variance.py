@@ -88,8 +88,50 @@ def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     assert norms[1] < norms[0]  # nearer to the optimum
     claims = variance.claims(results.read_summary(folder))
     says = {claim.says for claim in claims}
-    assert {"pes is unbiased (for the smoothed J)", "tbptt is biased"} <= says
+    assert {"pes is unbiased for the smoothed J", "tbptt is biased"} <= says
+    assert "in the long run es_single has full_es's variance" in says
     assert next(c for c in claims if c.says == "tbptt is biased").holds
+
+
+@pytest.mark.parametrize(
+    ("name", "square", "error", "reference", "holds"),
+    [
+        ("pes", 1e-5, 1e-4, "bptt", True),
+        ("pes", 0.0, 1.0, "bptt", None),  # blind: nothing below |g| can be seen
+        ("pes", 1.0, 0.01, "bptt", None),  # seen, but the smoothing counts as bias
+        ("pes", 1.0, 0.01, "full_es", False),
+        ("bptt", 1.0, 0.01, "bptt", False),
+        ("tbptt", 1.0, 0.01, "bptt", True),
+        ("tbptt", 0.0, 1.0, "bptt", None),
+        ("tbptt", 0.0, 1e-4, "bptt", False),
+    ],
+)
+def test_claims_need_power(name, square, error, reference, holds):
+    numbers = {"squared_bias": square, "squared_bias_se": error, "reference_norm": 1.0}
+    here = {"theta": "start", "estimator": name}
+    config = {"thetas": ["start"], "seeds": [0], "reference": reference, "sigma": 0.1}
+    config |= {"horizon": 100, "truncation": 10}
+    summary = results.Summary(
+        [{**here, "metric": k, "mean": v, "se": None, "n": 1} for k, v in numbers.items()],
+        {"config": config},
+    )
+    (claim,) = variance.claims(summary)
+    assert claim.holds is holds
+
+
+@pytest.mark.parametrize(
+    ("ratio", "se", "holds"), [(1.1, 0.05, True), (2.0, 0.05, False), (2.0, 0.9, None)]
+)
+def test_claims_of_the_long_run(ratio, se, holds):
+    values = {("full_es", 20): (1.0, 0.0), ("es_single", 200): (ratio, ratio * se)}
+    found = [
+        {"theta": "start", "estimator": name, "metric": f"{metric}[{u}]", "mean": x, "n": 1}
+        for (name, u), pair in values.items()
+        for metric, x in zip(["variance_of_mean", "variance_of_mean_se"], pair, strict=True)
+    ]
+    config = {"thetas": ["start"], "seeds": [0], "horizon": 100, "truncation": 10}
+    (claim,) = variance.claims(results.Summary(found, {"config": config}))
+    assert claim.holds is holds
 
 
 def test_equal_workers(tmp_path):
@@ -189,7 +231,9 @@ def test_ctrl_c_leaves_what_was_computed(tmp_path):
         (["--truncation", "0"], "truncation=0"),
         (["--estimators", "gpes", "--noise-period", "0"], "noise_period=0"),
         (["--num-workers", "0"], "`num_workers` must be at least 1"),
+        (["--num-workers", "-3"], "`num_workers` must be at least 1; got -3"),
         (["--num-samples", "2"], "`num_samples` must be at least 3"),
+        (["--thetas", "end", "--num-updates", "-1"], "num_updates=-1"),
         (["--num-chains", "2"], "num_chains=2"),
         (["--seeds", str(10**20)], "too large"),
         (["--seeds"], "`seeds` must be different numbers"),

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from unrollgrad import checks, varying
+from unrollgrad.curriculum import CurriculumState
 from unrollgrad.diagnostics import statistics
 from unrollgrad.diagnostics.report import Comparison
 from unrollgrad.noise import wide
@@ -59,13 +60,13 @@ def compare(
         num_samples: Samples per estimator, at least 3.
         key: Of all samples.
         num_chains: Samples that run on for 19 more episodes, at least 3, or 0 to leave U = 20 n
-            out; below ten its standard error is rough. By default num_samples / 20 and at least 3,
-            rounded up to full dispatches; with many samples this doubles the time.
+            out; below ten its standard error is rough. By default num_samples / 20 and at least 3;
+            with many samples this doubles the time. It is spent by full dispatches.
         batch_size: Samples per dispatch, in parallel: more is faster and takes more memory.
         devices: Over how many the samples of a dispatch are spread; they stay the same numbers.
-        matmul_precision: Of all matrix products, as in ``jax.default_matmul_precision``; None
-            leaves it. Less than "highest" (TF32 on GPUs, bfloat16 on TPUs) swallows the differences
-            L(theta + eps) - L(theta - eps) at small sigma.
+        matmul_precision: Of all matrix products, as in ``jax.default_matmul_precision``; None is
+            JAX's own choice for the device. Less than "highest" (TF32 on GPUs, bfloat16 on TPUs)
+            swallows the differences L(theta + eps) - L(theta - eps) at small sigma.
         progress: Called as ``progress(name, done, total)`` after each dispatch.
         on_row: Called with each row as soon as it is measured.
 
@@ -172,7 +173,17 @@ def _draw(
     fixed = (estimator, plan.devices)
     begun = time.perf_counter()
     index = jnp.arange(plan.size)
-    start = _begin.lower(*fixed, key, index, theta).compile()
+    # With theta itself: what its values say against it cannot be seen in a trace over theta.
+    state = jax.eval_shape(lambda key: estimator.init(key, theta), key)
+    if isinstance(state, CurriculumState):
+        raise ValueError(
+            f"estimator {name!r} is a curriculum, which has no bias and variance of its own. "
+            "Compare its stages, each as an estimator."
+        )
+    # It runs once per sample and does little: XLA's optimisation would take longer than that saves.
+    on_cpu = jax.default_backend() == "cpu"
+    quickly: Any = {"xla_backend_optimization_level": 0} if on_cpu else {}
+    start = _begin.lower(*fixed, key, index, theta).compile(quickly)
     states = jax.eval_shape(_begin, *fixed, key, index, theta)
     program = _episode.lower(
         *fixed, plan.horizon, key, index, jnp.int32(0), theta, states
@@ -211,7 +222,7 @@ def _draw(
         "num_nonfinite": nonfinite,
     }
     drawn = np.concatenate(samples)[: plan.num_samples]
-    chained = np.concatenate([np.zeros((0, drawn.shape[1])), *chains])[: plan.num_samples]
+    chained = np.concatenate([np.zeros((0, drawn.shape[1])), *chains])[:num_chains]
     return _Drawn(drawn, np.concatenate(scatter)[: plan.num_samples], chained, cost)
 
 

@@ -26,6 +26,7 @@ COLUMNS = {
     "nmse_equal_steps": "at equal steps",
     "inner_steps": "steps",
     "seconds": "s",
+    "num_nonfinite": "left out",
 }
 
 
@@ -55,7 +56,8 @@ class Comparison(NamedTuple):
         Left: a triangle is an upper limit, where no bias was seen. Middle: ``variance_of_mean``,
         the variance per episode spent when U consecutive updates are averaged. Right: the squared
         error against inner steps, from what was measured (the point: equal workers, if all have as
-        many) to 1000 times as many workers; at equal inner steps, read it vertically.
+        many) to 1000 times as many workers; at equal inner steps, read it vertically. Dotted
+        where a bias that this measurement could not see would show.
 
         Returns:
             A matplotlib figure. Needs matplotlib (``pip install "unrollgrad[experiments]"``).
@@ -159,6 +161,8 @@ def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
         del columns["nmse_equal_steps"]  # it is the NMSE
     if all(row["long_run"] is None for row in rows):
         del columns["long_run"]
+    if not any(row["num_nonfinite"] for row in rows):
+        del columns["num_nonfinite"]  # windows or workers that were not finite
     table = need("rich.table", "rich").Table(
         box=need("rich.box", "rich").SIMPLE_HEAD,
         show_edge=False,
@@ -259,6 +263,10 @@ def _bias_and_noise(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str
             color=colors[row["name"]],
             label=row["name"],
         )
+        if height[i] == 0:
+            axis.annotate(
+                "0", (max(deviation[i], floor), floor), xytext=(6, 0), textcoords="offset points"
+            )
 
 
 def _variance_of_means(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
@@ -298,17 +306,18 @@ def _cost(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None
     for row in rows:
         seen = row["bias"] > 3 * row["bias_se"]
         with np.errstate(divide="ignore", invalid="ignore"):
-            bias = row["bias"] / row["reference_norm"] if seen else 0.0
-            error = bias**2 + row["variance"] / np.square(row["reference_norm"]) / more
-        if _positive(error).all():
-            axis.set(xscale="log", yscale="log")
-            axis.plot(
-                row["inner_steps"] * more,
-                error,
-                marker="o",
-                markevery=[0],
-                color=colors[row["name"]],
-            )
+            norm = np.float64(row["reference_norm"])
+            bias = row["bias"] / norm if seen else 0.0
+            hidden = 0.0 if seen else (row["bias"] + 2 * row["bias_se"]) / norm
+            noise = row["variance"] / norm**2 / more
+        error = bias**2 + noise
+        if not _positive(error).all():
+            continue
+        axis.set(xscale="log", yscale="log")
+        color, steps = colors[row["name"]], row["inner_steps"] * more
+        known = max(int(np.sum(noise >= hidden**2)), 1)
+        axis.plot(steps[:known], error[:known], marker="o", markevery=[0], color=color)
+        axis.plot(steps[known - 1 :], error[known - 1 :], linestyle=":", color=color)
 
 
 def _columns(rows: list[dict[str, Any]], *names: str) -> list[np.ndarray]:
@@ -324,7 +333,7 @@ def _format(column: str, value: Any) -> str:
         return "-"
     if isinstance(value, str):
         return value
-    if column == "inner_steps":
+    if column in ("inner_steps", "num_nonfinite"):
         return f"{value:.0f}"
     two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000
     return f"{value:.2f}" if two_decimals else f"{value:.2g}"

@@ -14,9 +14,10 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 
     Returns:
         ``norm`` |mean|; ``bias`` |mean - g| with the noise of both means taken out, and its
-        jackknife standard error ``bias_se``; ``variance``, the trace of one sample's covariance;
-        ``norm_ratio`` |mean| / |g|; ``cosine`` of mean and g; ``snr`` |mean| / sqrt(variance);
-        ``nmse`` (bias^2 + variance) / |g|^2; ``reference_norm`` |g|.
+        jackknife standard error ``bias_se``; ``squared_bias``, which may be negative, and
+        ``squared_bias_se``, to average over repetitions; ``variance``, the trace of one sample's
+        covariance; ``norm_ratio`` |mean| / |g|; ``cosine`` of mean and g; ``snr`` |mean| /
+        sqrt(variance); ``nmse`` (bias^2 + variance) / |g|^2; ``reference_norm`` |g|.
     """
     mean, g = samples.mean(axis=0), reference.mean(axis=0)
     norm, g_norm = float(np.linalg.norm(mean)), float(np.linalg.norm(g))
@@ -27,7 +28,9 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         return {
             "norm": norm,
             "bias": float(bias),
-            "bias_se": _root_se(squared_bias, squared_bias_se),
+            "bias_se": root_se(squared_bias, squared_bias_se),
+            "squared_bias": squared_bias,
+            "squared_bias_se": squared_bias_se,
             "variance": variance,
             "norm_ratio": float(np.divide(norm, g_norm)),
             "cosine": float(np.divide(mean @ g, norm * g_norm)),
@@ -40,6 +43,47 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
 def total_variance(samples: np.ndarray) -> float:
     """The trace of the samples' covariance, unbiased."""
     return float(np.mean(squares(samples)))
+
+
+def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row from the rows of one estimator in independent repetitions.
+
+    Squared biases, variances and squared norms are averaged, and the ratios made of the averages:
+    the mean of roots would be biased, and that of ratios ruled by the smallest gradient.
+    """
+    if len(rows) == 1:
+        return rows[0]
+
+    def mean(metric):
+        values = [row[metric] for row in rows]
+        if isinstance(values[0], dict):
+            return {u: float(np.mean([v[u] for v in values])) for u in values[0]}
+        return float(np.mean(values))
+
+    def of_mean(errors):
+        return float(np.sqrt(np.sum(np.square(errors)))) / len(errors)
+
+    def se_of_mean(metric):
+        values = [row[metric] for row in rows]
+        if isinstance(values[0], dict):
+            return {
+                u: float(np.sqrt(np.sum([v[u] ** 2 for v in values]))) / len(rows)
+                for u in values[0]
+            }
+        return float(np.sqrt(np.sum(np.square(values)))) / len(rows)
+
+    out: dict[str, Any] = {k: v if isinstance(v, str) else mean(k) for k, v in rows[0].items()}
+    out |= {k: se_of_mean(k) for k in ("squared_bias_se", "variance_of_mean_se") if k in out}
+    for metric in ("norm", "reference_norm"):
+        out[metric] = float(np.sqrt(np.mean([row[metric] ** 2 for row in rows])))
+    out["bias"] = float(np.sqrt(max(out["squared_bias"], 0.0)))
+    out["bias_se"] = root_se(out["squared_bias"], out["squared_bias_se"])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        out["norm_ratio"] = float(np.divide(out["norm"], out["reference_norm"]))
+        out["snr"] = float(np.divide(out["norm"], np.sqrt(out["variance"])))
+        error = out["bias"] ** 2 + out["variance"]
+        out["nmse"] = float(np.divide(error, out["reference_norm"] ** 2))
+    return out
 
 
 def squares(samples: np.ndarray) -> np.ndarray:
@@ -77,7 +121,7 @@ def _squared_norm(x: np.ndarray) -> tuple[float, float]:
     return float(value), float((n - 1) / n * np.sum((without - without.mean()) ** 2))
 
 
-def _root_se(square: float, square_se: float) -> float:
+def root_se(square: float, square_se: float) -> float:
     """The standard error of a square root: how far down the root of one error less is.
 
     Far from zero that is square_se / (2 root); within one error of zero sqrt(square_se), so that
