@@ -224,3 +224,48 @@ def test_whole_numbers_among_the_hyperparameters():
         gradient(make(injected, start), ug.pes, truncation=4, sigma=0.1)
     named = make(lambda theta, t: injected(theta, t, "min_dim_size_to_factor"), start)
     assert np.isfinite(float(gradient(named, ug.pes, truncation=4, sigma=0.1)))
+
+
+@pytest.mark.parametrize(
+    "inject",
+    [
+        optax.inject_hyperparams,
+        lambda factory: lambda *a: optax.chain(optax.inject_hyperparams(factory)(*a)),
+    ],
+    ids=["alone", "in a chain"],
+)
+@pytest.mark.parametrize(
+    ("factory", "settings"),
+    [(ug.tbptt, {"truncation": 4}), (ug.truncated_es, {"truncation": 4, "sigma": 0.1})],
+    ids=["tbptt", "truncated_es"],
+)
+def test_theta_counts_in_every_window_through_injected_hyperparameters(inject, factory, settings):
+    """optax reads them from the state of `init`; here they are those of plain optax."""
+    windows = []
+    for make_sgd in [inject(optax.sgd), optax.sgd]:
+        problem = make(lambda theta, t: make_sgd(jnp.exp(theta) / (t + 1)))  # noqa: B023
+        estimator = factory(problem, **settings)
+        state, here = estimator.init(KEY, RATE), []
+        for window in range(2):
+            theta = RATE + 0.5 * window  # changed between the windows of one episode
+            out, state = estimator.estimate(jax.random.key(window), theta, state)
+            here.append(float(out.grad))
+        windows.append(here)
+    assert all(abs(g) > 1e-3 for g in windows[1])
+    np.testing.assert_allclose(*windows, rtol=1e-5)
+
+
+def test_injected_hyperparameters_keep_optax_schedules_and_nesting():
+    def optimizer(theta, t):
+        def inner(learning_rate, scale):
+            injected = optax.inject_hyperparams(optax.sgd)(jnp.exp(theta))
+            return optax.chain(injected, optax.scale(learning_rate * scale))
+
+        schedule = optax.linear_schedule(1.0, 0.2, 8)
+        return optax.inject_hyperparams(inner)(schedule, 1.0)
+
+    def plain(theta, t):
+        return optax.sgd(jnp.exp(theta) * (1.0 - 0.1 * t))
+
+    injected, by_hand = (gradient(make(o), ug.tbptt, truncation=8) for o in (optimizer, plain))
+    np.testing.assert_allclose(injected, by_hand, rtol=1e-5)

@@ -58,13 +58,40 @@ def update(
 ) -> tuple[Any, Any]:
     """The updates, and the next state with the dtypes of the old one.
 
+    Numbers that ``optax.inject_hyperparams`` keeps in the state are those of this theta and t, not
+    of the theta that the episode began with, as optax alone would have it.
+
     Raises:
         TypeError: If the optimizer needs a number and has an array.
     """
     with _arrays_for_numbers():
         transform = optax.with_extra_args_support(optimizer(theta, t))
+        if any(map(_is_injected, jax.tree.leaves(state, is_leaf=_is_injected))):
+            state = _renewed(state, transform.init(params))
         updates, new = transform.update(grad, state, params, grad=grad, **extra)
     return updates, _keep_dtypes(state, new)
+
+
+def _is_injected(x: Any) -> bool:
+    return isinstance(x, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState)
+
+
+def _renewed(state: Any, fresh: Any) -> Any:
+    """The state with the injected hyperparameters of a fresh one, in its own dtypes."""
+    if jax.tree.structure(state) != jax.tree.structure(fresh):
+        return state  # refused by name, in ``checks.check_step``
+
+    def number(old, new):
+        return jnp.asarray(new, checks.dtype_of(old))
+
+    def node(old, new):
+        if not _is_injected(old):
+            return old
+        hyperparams = jax.tree.map(number, old.hyperparams, new.hyperparams)
+        inner = _renewed(old.inner_state, new.inner_state)
+        return old._replace(hyperparams=hyperparams, inner_state=inner)
+
+    return jax.tree.map(node, state, fresh, is_leaf=_is_injected)
 
 
 def _keep_dtypes(old: Any, new: Any) -> Any:

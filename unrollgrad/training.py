@@ -53,6 +53,8 @@ def training_problem(
         optimizer: ``optimizer(theta, t) -> optax transform``, called inside every step; its state
             must have the same structure for every (theta, t) and keeps the dtypes it begins with.
             Line searches get ``value``, ``grad`` and ``value_fn``.
+            ``optax.inject_hyperparams`` is no exception: the numbers it keeps in the state are
+            those of this step's theta and t (optax alone would keep those of ``init``).
         sample_batch: ``sample_batch(key) -> batch`` from data on the device. None: batches are
             streamed through ``estimate(..., data=)``, one slice per step.
         meta_loss: ``meta_loss(theta, params, key) -> scalar``, such as the validation loss. By
