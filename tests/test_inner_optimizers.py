@@ -109,7 +109,7 @@ def test_derivatives_with_eps_root_are_those_of_central_differences():
 
 
 def test_radam_is_nan_in_reverse_mode_from_its_third_update_on():
-    with pytest.warns(UserWarning, match="update 3.*optax.radam does this"):
+    with pytest.warns(UserWarning, match="update 3.*optax.radam is one that does"):
         reverse = gradient(make(lambda theta, t: optax.radam(jnp.exp(theta), eps_root=1e-8)))
     assert np.isnan(float(reverse))
     cured = make(lambda theta, t: optax.nadam(jnp.exp(theta), eps_root=1e-8))
@@ -269,3 +269,30 @@ def test_injected_hyperparameters_keep_optax_schedules_and_nesting():
 
     injected, by_hand = (gradient(make(o), ug.tbptt, truncation=8) for o in (optimizer, plain))
     np.testing.assert_allclose(injected, by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 10), (400, 300)], ids=["as it is", "clipped"])
+def test_a_rate_for_every_weight(shape):
+    """Theta fits the weights only if both are clipped or neither is."""
+    theta = {"lr": jnp.zeros(shape)}
+
+    def rates(theta, t):
+        return optax.adam(jnp.exp(theta["lr"]), eps_root=0.0)
+
+    assert ZERO in "".join(said(rates, jnp.ones(shape), theta))
+    cured = lambda theta, t: optax.adam(jnp.exp(theta["lr"]), eps_root=1e-8)  # noqa: E731
+    assert said(cured, jnp.ones(shape), theta) == []
+
+
+@pytest.mark.parametrize("name", ["dog", "muon"])
+def test_optimizers_that_are_sound_on_the_weights_they_get(name):
+    """dog takes a root at the first weights only; muon gives only vectors to Adam."""
+
+    def optimizer(theta, t):
+        return getattr(optax.contrib, name)(jnp.exp(theta))
+
+    start = np.random.default_rng(0).normal(size=(4, 3))
+    assert np.isfinite(float(gradient(make(optimizer, start))))  # a warning is an error
+    if name == "muon":
+        vectors = said(optimizer, {"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
+        assert ZERO in "".join(vectors)

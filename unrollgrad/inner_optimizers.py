@@ -10,6 +10,7 @@ strategies only run it forwards, and are not warned.
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ Optimizer = Callable[[Theta, Any], optax.GradientTransformation]
 
 _STEPS = 6  # radam's trouble begins with the third
 _LONGEST = 8  # axis of a leaf that the optimizer is tried on
+_MOST_NUMBERS = 100_000  # in theta and weights that it is tried on as they are
 _SINGULAR = {"sqrt", "rsqrt", "cbrt", "pow", "log", "log1p", "acos", "asin", "acosh", "atanh"}
 _SINGULAR |= {"cholesky", "eigh", "qr", "svd"}
 
@@ -166,9 +168,9 @@ def warn_of_derivatives(optimizer: Optimizer, theta: Shapes, params: Shapes) -> 
             advice = "The weights are float16, whose range is too small for them: use float32"
         else:
             advice = (
-                "optax.radam does this, both branches of its `where` being differentiated, and no "
-                "setting cures it: use optax.adam or optax.nadam with `eps_root`, such as "
-                "optax.adam(learning_rate, eps_root=1e-8)"
+                "optax.radam is one that does this, both branches of its `where` being "
+                "differentiated, and no setting of it cures that: use optax.adam or optax.nadam "
+                "with `eps_root`, such as optax.adam(learning_rate, eps_root=1e-8)"
             )
         warnings.warn(
             "the inner optimizer has derivatives that are not finite, on plain gradients, at its "
@@ -180,10 +182,11 @@ def warn_of_derivatives(optimizer: Optimizer, theta: Shapes, params: Shapes) -> 
         warnings.warn(
             "the inner optimizer has derivatives that are not finite where an inner gradient is "
             "exactly zero (a dead ReLU, a coordinate at its optimum), where backpropagation may "
-            "give NaN. Set `eps_root`, such as optax.adam(learning_rate, eps_root=1e-8): a "
-            "coordinate that sits at its optimum still gets derivatives of order learning_rate / "
-            "sqrt(eps_root) per step. If it has no `eps_root`, use one that has, or an estimator "
-            "that only runs it forwards, such as pes.",
+            "give NaN. Set `eps_root` where it has one, such as optax.adam(learning_rate, "
+            "eps_root=1e-8): a coordinate that sits at its optimum still gets derivatives of order "
+            "learning_rate / sqrt(eps_root) per step. Where it has none (optax.adafactor, "
+            "optax.contrib.prodigy), use an optimizer that has, or an estimator that only runs it "
+            "forwards, such as pes.",
             stacklevel=2,
         )
 
@@ -218,31 +221,52 @@ def _tried(
 
     Returns:
         Two arrays (2, steps): gradients without zeros, and zero in every other coordinate. None
-        where there is nothing to fear, or nothing can be said: the trial is ours, not the user's,
+        where nothing can be said: the trial is ours, not the user's,
         so an optimizer that it does not suit (a line search, one that holds traced values) is let
         pass in silence.
     """
-    # Two leaves compile fastest; an optimizer that was built for the real ones refuses them.
+    # Two leaves compile fastest. What they are blamed for must be seen on the real structure too:
+    # an optimizer may treat vectors and matrices in different ways, or refuse those of others.
     dtypes = list(dict.fromkeys(dtype for _, dtype in params.leaves))
     few = shapes([(np.ones((4, 4), dtype), np.ones(4, dtype)) for dtype in dtypes])
-    real = [(tuple(min(d, _LONGEST) for d in shape), dtype) for shape, dtype in params.leaves]
-    for like in (few, params._replace(leaves=tuple(real))):
-        with (
-            contextlib.suppress(Exception),
-            warnings.catch_warnings(),
-            jax.ensure_compile_time_eval(),
-            jax.debug_nans(False),
-            jax.default_device(_cpu()),
-        ):
-            warnings.simplefilter("ignore")
-            arguments = _made_up(theta, like)
-            forwards = functools.partial(_trial, optimizer, differentiate=False)
-            names = _primitives(jax.make_jaxpr(forwards)(*arguments)) if differentiate else set()
-            if differentiate and ("while" in names or _SINGULAR.isdisjoint(names)):
-                return None  # compiling the trial would take longer than all else that is done here
-            trial = functools.partial(_trial, optimizer, differentiate=differentiate)
-            values, derivatives = jax.jit(trial)(*arguments)
-            return np.asarray(values), np.asarray(derivatives)
+    small = sum(math.prod(s) for s, _ in theta.leaves + params.leaves) <= _MOST_NUMBERS
+    whole = (theta, params) if small else (_clipped(theta), _clipped(params))
+    seen = None
+    for theta_like, like in dict.fromkeys([(theta, few), (theta, _clipped(params)), whole]):
+        here = _tried_on(optimizer, theta_like, like, differentiate=differentiate)
+        if here is not None:
+            confirmed, seen = seen is not None, here
+            if confirmed or (seen[0].all() and seen[1].all()):
+                return seen
+    return seen
+
+
+def _clipped(like: Shapes) -> Shapes:
+    leaves = [(tuple(min(d, _LONGEST) for d in shape), dtype) for shape, dtype in like.leaves]
+    return like._replace(leaves=tuple(leaves))
+
+
+def _tried_on(
+    optimizer: Optimizer, theta: Shapes, params: Shapes, *, differentiate: bool
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What is finite with theta and weights of these shapes; None where it cannot be run."""
+    with (
+        contextlib.suppress(Exception),
+        warnings.catch_warnings(),
+        jax.ensure_compile_time_eval(),
+        jax.debug_nans(False),
+        jax.default_device(_cpu()),
+    ):
+        warnings.simplefilter("ignore")
+        arguments = _made_up(theta, params)
+        forwards = functools.partial(_trial, optimizer, differentiate=False)
+        names = _primitives(jax.make_jaxpr(forwards)(*arguments)) if differentiate else set()
+        if differentiate and ("while" in names or _SINGULAR.isdisjoint(names)):
+            # Compiling the trial would take longer than all else that is done here.
+            return np.ones((2, _STEPS), bool), np.ones((2, _STEPS), bool)
+        trial = functools.partial(_trial, optimizer, differentiate=differentiate)
+        values, derivatives = jax.jit(trial)(*arguments)
+        return np.asarray(values), np.asarray(derivatives)
     return None
 
 
@@ -270,8 +294,8 @@ def _trial(
 ) -> tuple[jax.Array, jax.Array]:
     """Updates with the gradients: where their values are finite, and where their derivatives."""
 
-    def step(state, inputs):
-        t, grad = inputs
+    def step(carry, inputs):
+        (state, params), (t, grad) = carry, inputs
         floats, rest = _split(state)
 
         def run(grad, floats, params):
@@ -283,15 +307,18 @@ def _trial(
 
         if differentiate:
             out, pull, rest = jax.vjp(run, grad, floats, params, has_aux=True)
-            derivatives = pull(jax.tree.map(jnp.ones_like, out))
+            of_grad, *of_begin = pull(jax.tree.map(jnp.ones_like, out))
+            # Fresh weights and state are no function of theta: nothing is pulled back further.
+            derivatives = _finite(of_grad) & ((t == 0) | _finite(of_begin))
         else:
             out, rest = run(grad, floats, params)
-            derivatives = out
-        return _joined(out[1], rest), (_finite(out[0]), _finite(derivatives))
+            derivatives = _finite(out)
+        carry = _joined(out[1], rest), optax.apply_updates(params, out[0])
+        return carry, (_finite(out[0]), derivatives)
 
     def episode(gradients):
         state = jax.tree.map(checks.strong, optimizer(theta, jnp.int32(0)).init(params))
-        return jax.lax.scan(step, state, (jnp.arange(_STEPS), gradients))[1]
+        return jax.lax.scan(step, (state, params), (jnp.arange(_STEPS), gradients))[1]
 
     return jax.vmap(episode)(gradients)
 
