@@ -1,6 +1,7 @@
 """Bad input is refused before anything compiles, with the argument, the values and a way out."""
 
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import build, quadratic, settings
 
 import unrollgrad as ug
-from unrollgrad.estimators import REGISTRY
+from unrollgrad.estimators import REGISTRY, worker
 
 KEY = jax.random.key(0)
 NAMES = list(REGISTRY)
@@ -232,6 +233,31 @@ def test_state_of_an_estimator_of_another_name():
     # The same estimator under its other name, or with another sigma, takes it over.
     same = ug.gpes(problem, truncation=5, sigma=0.2, noise_period=5)
     pes.estimate(KEY, theta, same.init(KEY, theta))
+
+
+class Bare(NamedTuple):
+    """The least that a contributor's worker state may be."""
+
+    episode: ug.Episode
+
+
+def test_state_that_does_not_say_who_made_it():
+    problem, theta = quadratic()
+
+    def init(key, theta):
+        return Bare(worker.init_mean(problem, key, theta, 5, None).episode)
+
+    def estimate(key, theta, state, *, data=None):
+        key, theta = worker.admit(problem, init, key, theta, state, data, 5, "truncation")
+        return theta, state
+
+    own = worker.compiled(init, estimate, 5)
+    own.estimate(KEY, theta, own.init(KEY, theta))
+    tbptt = ug.tbptt(problem, truncation=5)
+    with raises(TypeError, "made by tbptt(", "this is a Bare", "state.state"):
+        own.estimate(KEY, theta, tbptt.init(KEY, theta))
+    with raises(TypeError, "it is a Bare; this is tbptt("):
+        tbptt.estimate(KEY, theta, own.init(KEY, theta))
 
 
 @every
