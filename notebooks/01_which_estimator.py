@@ -20,7 +20,8 @@
 # one is good depends on your problem. So measure: this notebook goes from ten lines to the picture
 # that answers the question, and then shows three problems on which the answer differs.
 #
-# It runs in about a minute on two CPU cores. Install with `pip install "unrollgrad[experiments]"`.
+# It runs in about a minute on two CPU cores. Install, in a checkout, with
+# `pip install -e ".[experiments]"`.
 
 # %%
 import jax
@@ -117,6 +118,7 @@ comparison.plot()
 #   errors that add up from one window to the next: judge it at the right end, not at U = 1.
 # - **Right: what does it cost?** From the point on, the error as workers are added. Unbiased
 #   estimators fall for ever; biased ones level off. Read vertically at your budget of inner steps.
+#   A line is dotted where a bias too small to be seen in this measurement would begin to show.
 #
 # For this problem, backpropagation is both right and quiet: it is smooth and short. If it fits into
 # memory, take it. Otherwise the picture says how many workers an unbiased estimator needs.
