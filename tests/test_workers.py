@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import build, quadratic
 
@@ -121,6 +122,25 @@ def test_all_workers_bad():
     assert np.isnan(float(estimate.grad))
     assert np.isnan(float(estimate.loss))
     assert int(estimate.info.num_nonfinite) == 3
+
+
+def test_all_workers_bad_because_theta_is_rounded():
+    """0.999 as a decay rate of Adam is 1 in bfloat16: the message names the leaf and its dtype."""
+    problem = ug.training_problem(
+        loss=lambda theta, w, batch, key: jnp.sum((w - 1.0) ** 2),
+        init_params=lambda key: jnp.zeros(2),
+        optimizer=lambda theta, t: optax.adam(0.1, b2=theta["b2"]),
+        sample_batch=lambda key: (),
+        horizon=4,
+    )
+    many = ug.average(ug.tbptt(problem, truncation=4), 2)
+    theta = {"b2": jnp.bfloat16(0.999)}
+    state = many.init(KEY, theta)
+    with (
+        pytest.warns(UserWarning, match="eps_root"),
+        pytest.raises(FloatingPointError, match=r"theta\['b2'\] is bfloat16; a decay rate"),
+    ):
+        many.estimate(KEY, theta, state)
 
 
 def test_all_workers_bad_with_finite_losses():

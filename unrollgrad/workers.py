@@ -106,6 +106,16 @@ def average(
                 )
             else:
                 cause = "Lower sigma or the inner step size"
+            narrow = [
+                f"theta{jax.tree_util.keystr(path)} is {x.dtype}"
+                for path, x in jax.tree_util.tree_leaves_with_path(theta)
+                if jnp.dtype(getattr(x, "dtype", float)).itemsize < 4
+            ]
+            if narrow:
+                cause += (
+                    f", or hold theta in float32 ({narrow[0]}; a decay rate of 0.999 is 1 in "
+                    "bfloat16, and Adam's bias correction then divides by zero)"
+                )
             raise FloatingPointError(
                 f"all {num_workers} workers returned a non-finite loss or gradient (first loss "
                 f'{first_loss}). {cause}. To look at them: `average(..., nonfinite="propagate")`.'
