@@ -12,7 +12,7 @@ from experiments import experiment as framework
 from experiments import influence_balancing, report, results, variance
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
-from unrollgrad.diagnostics.report import need
+from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (variance, influence_balancing)
@@ -21,14 +21,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 def listing() -> None:
     """List the experiments, and the problems that `variance` knows."""
-    console = need("rich.console", "rich").Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = extras.console()
     for title, lines in {
         "experiments": {name: e.about for name, e in EXPERIMENTS.items()},
         "problems (variance --problem NAME)": {name: c.about for name, c in PROBLEMS.items()},
     }.items():
-        table = need("rich.table", "rich").Table(title=title, title_justify="left", box=None)
+        table = extras.need("rich.table", "rich").Table(title=title, title_justify="left", box=None)
         for name, about in lines.items():
             table.add_row(name, about)
         console.print(table, "")

@@ -67,12 +67,12 @@ class Experiment(NamedTuple):
 def execute(experiment: Experiment, settings: Any) -> Path:
     """Runs all seeds and leaves everything in a new folder, whatever happens on the way.
 
-    The folder holds ``config.json``, ``metrics.csv`` (written line by line while it runs),
+    The folder holds ``config.json``, ``metrics.csv`` (written while it runs),
     ``summary.json`` and ``figure.png``. Interrupted or failed, it keeps what was computed, and the
     summary says so.
 
     Raises:
-        ValueError: Without seeds, or with one twice.
+        ValueError: Without seeds, with one twice, or if nothing was computed.
         OSError: If the folder cannot be made.
     """
     settings, seeds = experiment.fill(settings), tuple(settings.seeds)

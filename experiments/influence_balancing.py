@@ -13,7 +13,7 @@ import unrollgrad as ug
 from experiments import training
 from experiments.experiment import Claim, Experiment
 from experiments.results import Record, Summary
-from unrollgrad.diagnostics.report import need
+from unrollgrad.extras import need
 
 
 @dataclasses.dataclass(frozen=True)

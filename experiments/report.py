@@ -11,7 +11,8 @@ from experiments.results import Summary
 HEAD = """# Results
 
 Written by `python -m experiments report` from the folders beside it; do not edit. A number is the
-mean over seeds ± its standard error. **does not reproduce** marks what did not come out here.
+mean over seeds ± its standard error (that of a bias or variance is over the samples of each seed's
+run). **does not reproduce** marks what did not come out here.
 """
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}

@@ -27,9 +27,9 @@ PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 class Settings:
     """Compare gradient estimators on one problem: bias, variance and cost at frozen theta.
 
-    A sample is one episode of every worker, averaged. The reference is the mean of other samples of
-    bptt, the exact gradient of each episode's loss: what evolution strategies add by smoothing,
-    O(sigma^2), counts as bias. Prints a table; writes it with a picture to a new folder.
+    A sample is one episode of every worker, averaged. The reference is the mean of other samples;
+    where it is bptt, the exact gradient of each episode's loss, the smoothing of evolution
+    strategies, O(sigma^2), counts as bias. Prints a table and writes it, with a picture.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -226,8 +226,7 @@ def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
 
 def draw_records(records: list[Record], config: dict[str, Any]) -> Any:
     """A line of panels per place, as ``Comparison.plot``."""
-    figure = draw({f"{config['problem']}, {place}": r for place, r in rows(records).items()})
-    return figure
+    return draw({f"{config['problem']}, {place}": r for place, r in rows(records).items()})
 
 
 def show(records: list[Record]) -> None:

@@ -1,10 +1,12 @@
 """Shared by all tests: how samples are drawn and judged."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY
@@ -15,6 +17,11 @@ def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def raises(error, *parts):
+    """A context that expects ``error`` with all the parts in its message."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
 
 
 class Samples:

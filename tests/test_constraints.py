@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_errors import raises
+from conftest import raises
 
 import unrollgrad as ug
 from unrollgrad import constraints

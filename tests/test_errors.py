@@ -1,6 +1,5 @@
 """Bad input is refused before anything compiles, with the argument, the values and a way out."""
 
-import re
 from typing import NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, quadratic, settings
+from conftest import build, quadratic, raises, settings
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY, worker
@@ -16,11 +15,6 @@ from unrollgrad.estimators import REGISTRY, worker
 KEY = jax.random.key(0)
 NAMES = list(REGISTRY)
 every = pytest.mark.parametrize("name", NAMES)
-
-
-def raises(error, *parts):
-    """A context that expects ``error`` with all the parts in its message."""
-    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
 
 
 def run(name, problem, theta, **changes):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unrollgrad import checks
+from unrollgrad import checks, extras
 from unrollgrad.types import Theta
 
 
@@ -193,22 +193,16 @@ def report(constraints: Any, theta: Theta) -> list[dict[str, Any]]:
 
 def table(constraints: Any, theta: Theta) -> None:
     """Prints ``report``. Needs rich (``pip install "unrollgrad[experiments]"``)."""
-    try:
-        from rich import box as boxes
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise ImportError('this needs rich: pip install "unrollgrad[experiments]"') from error
+    console = extras.console()
     rows = report(constraints, theta)
-    shown = Table(box=boxes.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    shown = extras.need("rich.table", "rich").Table(
+        box=extras.need("rich.box", "rich").SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in rows[0]:
         shown.add_column(column, justify="right" if column in ("theta", "value") else "left")
     for row in rows:
         numbers = (np.array2string(np.asarray(row[k]), precision=4) for k in ("theta", "value"))
         shown.add_row(row["leaf"] or ".", row["constraint"], *numbers)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
     console.print(shown)
 
 

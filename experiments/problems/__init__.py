@@ -1,5 +1,6 @@
 """The problems that experiments can be run on, by name, with settings that suit each."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,34 +30,18 @@ class Choice(NamedTuple):
     outer_rate: float = 0.05
 
 
-def _digits(horizon: int) -> Any:
-    # Imported here, as below: scikit-learn and flax take seconds.
-    from experiments.problems.digits import digits
+def _later(name: str) -> Callable[[int], Any]:
+    """The function ``name`` of the module ``name`` here; flax and scikit-learn take seconds."""
 
-    return digits(horizon)
+    def make(horizon: int) -> Any:
+        return getattr(importlib.import_module(f"experiments.problems.{name}"), name)(horizon)
 
-
-def _text_lstm(horizon: int) -> Any:
-    from experiments.problems.text_lstm import text_lstm
-
-    return text_lstm(horizon)
-
-
-def _copy_task(horizon: int) -> Any:
-    from experiments.problems.copy_task import copy_task
-
-    return copy_task(horizon)
-
-
-def _learned_optimizer(horizon: int) -> Any:
-    from experiments.problems.learned_optimizer import learned_optimizer
-
-    return learned_optimizer(horizon)
+    return make
 
 
 PROBLEMS = {
     "digits": Choice(
-        _digits,
+        _later("digits"),
         about="The learning-rate and momentum schedule with which an MLP learns digits.",
         horizon=100,
         truncation=10,
@@ -106,7 +91,7 @@ PROBLEMS = {
         sigma=0.3,
     ),
     "text_lstm": Choice(
-        _text_lstm,
+        _later("text_lstm"),
         about="All weights of an LSTM that predicts the next character of a text.",
         horizon=100,
         truncation=10,
@@ -114,7 +99,7 @@ PROBLEMS = {
         outer_rate=0.01,
     ),
     "copy_task": Choice(
-        _copy_task,
+        _later("copy_task"),
         about="All weights of an LSTM that must remember symbols, then repeat them.",
         horizon=16,
         truncation=4,
@@ -122,7 +107,7 @@ PROBLEMS = {
         outer_rate=0.01,
     ),
     "learned_optimizer": Choice(
-        _learned_optimizer,
+        _later("learned_optimizer"),
         about="All weights of a small network that trains an MLP on digits.",
         horizon=100,
         truncation=10,

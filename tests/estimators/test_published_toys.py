@@ -1,32 +1,18 @@
 """The toys of the PES and ES-Single papers come out as published (reference 2.6, 2.7)."""
 
 import jax
-import jax.numpy as jnp
 import optax
 import pytest
 
 import unrollgrad as ug
+from experiments.training import trajectory
 
 pytestmark = pytest.mark.slow
 
 
 def train(estimator, theta, optimizer, num_updates):
     """Returns all thetas, those before each update and the last."""
-
-    def update(carry, i):
-        theta, opt_state, state = carry
-        key = jax.random.fold_in(jax.random.key(1), i)
-        estimate, state = estimator.estimate(key, theta, state)
-        updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
-        return (optax.apply_updates(theta, updates), opt_state, state), theta
-
-    @jax.jit
-    def run(theta):
-        begin = (theta, optimizer.init(theta), estimator.init(jax.random.key(0), theta))
-        (last, *_), path = jax.lax.scan(update, begin, jnp.arange(num_updates))
-        return jnp.concatenate([path, last[None]])
-
-    return run(theta)
+    return trajectory(estimator, optimizer, jax.random.key(1), theta, num_updates)[0]
 
 
 def balance(make):

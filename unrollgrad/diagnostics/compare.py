@@ -74,7 +74,8 @@ def compare(
         A ``Comparison``; its ``rows`` are dicts with ``name, norm, bias, bias_se, variance,
         norm_ratio, cosine, snr, nmse, reference_norm, variance_of_mean, variance_of_mean_se,
         num_windows, inner_steps, seconds, compile_seconds, num_nonfinite``. ``inner_steps`` and
-        ``seconds`` are per sample, compilation not counted; ``num_nonfinite`` is that of all
+        ``seconds`` are per sample, compilation not counted; ``squared_bias`` and
+        ``squared_bias_se`` are what to average over repetitions; ``num_nonfinite`` is that of all
         samples, and where it is not 0 ``average`` has left workers out, which biases.
 
     Raises:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from unrollgrad import extras
+
 COLUMNS = {
     "name": "estimator",
     "bias": "bias",
@@ -152,9 +154,7 @@ _RECORDED = ("jax", "jaxlib", "optax", "numpy", "unrollgrad")
 
 def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
     """Prints rows as ``Comparison.table`` does."""
-    console = need("rich.console", "rich").Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = extras.console()
     rows = [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
     columns = dict(COLUMNS)
     if len({row["inner_steps"] for row in rows}) < 2:
@@ -163,8 +163,8 @@ def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
         del columns["long_run"]
     if not any(row["num_nonfinite"] for row in rows):
         del columns["num_nonfinite"]  # windows or workers that were not finite
-    table = need("rich.table", "rich").Table(
-        box=need("rich.box", "rich").SIMPLE_HEAD,
+    table = extras.need("rich.table", "rich").Table(
+        box=extras.need("rich.box", "rich").SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
         title=title,
@@ -204,7 +204,7 @@ def long_run(row: dict[str, Any]) -> float | None:
 
 def draw(groups: dict[str, list[dict[str, Any]]]) -> Any:
     """Draws rows as ``Comparison.plot`` does, one line of panels for each named group."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(
+    figure = extras.need("matplotlib.figure", "matplotlib").Figure(
         figsize=(14, 0.6 + 4.2 * len(groups)), layout="constrained"
     )
     lines = figure.subplots(len(groups), 3, squeeze=False)
@@ -337,11 +337,3 @@ def _format(column: str, value: Any) -> str:
         return f"{value:.0f}"
     two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000
     return f"{value:.2f}" if two_decimals else f"{value:.2g}"
-
-
-def need(module: str, package: str) -> Any:
-    """Imports a module of the ``experiments`` extra, or says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'this needs {package}: pip install "unrollgrad[experiments]"') from error

@@ -66,11 +66,8 @@ def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def se_of_mean(metric):
         values = [row[metric] for row in rows]
         if isinstance(values[0], dict):
-            return {
-                u: float(np.sqrt(np.sum([v[u] ** 2 for v in values]))) / len(rows)
-                for u in values[0]
-            }
-        return float(np.sqrt(np.sum(np.square(values)))) / len(rows)
+            return {u: of_mean([v[u] for v in values]) for u in values[0]}
+        return of_mean(values)
 
     out: dict[str, Any] = {k: v if isinstance(v, str) else mean(k) for k, v in rows[0].items()}
     out |= {k: se_of_mean(k) for k in ("squared_bias_se", "variance_of_mean_se") if k in out}
