@@ -13,8 +13,8 @@ from unrollgrad.estimators import REGISTRY
 
 
 def pytest_configure(config):
-    """Two CPU devices; and compiled programs are kept: many tests compile the same one."""
-    jax.config.update("jax_num_cpu_devices", 2)
+    """Eight CPU devices; and compiled programs are kept: many tests compile the same one."""
+    jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

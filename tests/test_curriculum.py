@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Samples, build, raises
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
@@ -153,7 +152,7 @@ def test_average_of_a_curriculum_gives_the_same_numbers():
 def test_each_device_its_own_curriculum():
     made, theta = stages(ug.tbptt)
     growing = ug.curriculum([ug.average(e, 2) for e in made], boundaries=[1])
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Auto,))
+    mesh = ug.make_worker_mesh(2, axis="devices")
     keys = jax.random.split(KEY, 2)
 
     def run(keys, theta):

@@ -394,7 +394,7 @@ def test_average():
     estimator = ug.pes(problem, truncation=5, sigma=0.1)
     with raises(ValueError, "`num_workers` must be at least 1"):
         ug.average(estimator, 0)
-    with raises(ValueError, '`nonfinite` must be "drop" or "propagate"', "'mask'"):
+    with raises(ValueError, "`nonfinite` must be one of 'drop', 'propagate'", "'mask'"):
         ug.average(estimator, 2, nonfinite="mask")
     with raises(TypeError, "`estimator` must be a GradientEstimator", "UnrolledProblem"):
         ug.average(problem, 2)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import build, quadratic
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
@@ -27,7 +26,7 @@ def test_each_device_is_its_own_worker(name):
     """Replicated theta, sharded keys and states: not the sum of the gradients, as jax.grad has."""
     problem, theta = quadratic()
     estimator = build(name, with_constants(problem))
-    mesh = jax.make_mesh((2,), ("workers",), axis_types=(AxisType.Auto,))
+    mesh = ug.make_worker_mesh(2)
 
     def init(keys, theta):
         return jax.tree.map(lambda x: x[None], estimator.init(keys[0], theta))
@@ -58,7 +57,7 @@ def test_average_inside_shard_map(make):
     """Lorenz begins at an array that depends on nothing; its reset is a select under vmap."""
     problem, theta = make(horizon=20)
     workers = ug.average(ug.tbptt(problem, truncation=5), 3)
-    mesh = jax.make_mesh((2,), ("workers",), axis_types=(AxisType.Auto,))
+    mesh = ug.make_worker_mesh(2)
 
     def estimate(keys, theta):
         out, _ = workers.estimate(keys[0], theta, workers.init(keys[0], theta))

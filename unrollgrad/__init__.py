@@ -19,6 +19,7 @@ from unrollgrad.estimators import (
     tbptt,
     truncated_es,
 )
+from unrollgrad.mesh import make_worker_mesh
 from unrollgrad.training import TrainingState, final_loss, training_problem
 from unrollgrad.types import (
     AverageInfo,
@@ -52,6 +53,7 @@ __all__ = [
     "final_loss",
     "full_es",
     "gpes",
+    "make_worker_mesh",
     "noise",
     "pes",
     "problems",

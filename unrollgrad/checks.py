@@ -120,6 +120,22 @@ def positive_int(name: str, value: Any, note: str = "") -> int:
     return int(value)
 
 
+def num_devices(devices: Any) -> int:
+    """Returns the number of devices asked for as an int.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is below one, or jax sees fewer.
+    """
+    devices = positive_int("devices", devices)
+    if devices > jax.device_count():
+        raise ValueError(
+            f"`devices` is {devices}, but jax sees {jax.device_count()}. For more CPU devices call "
+            f'jax.config.update("jax_num_cpu_devices", {devices}) before anything is computed.'
+        )
+    return devices
+
+
 def check_problem(problem: Any) -> None:
     """Raises TypeError if ``problem`` is no ``UnrolledProblem``."""
     if not isinstance(problem, UnrolledProblem):
@@ -167,12 +183,16 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
         return truncation
     horizon = positive_int("problem.horizon", problem.horizon)
     if horizon % truncation:
-        divisors = [d for d in range(1, horizon + 1) if horizon % d == 0]
         raise ValueError(
             f"`truncation` must divide `problem.horizon`; got truncation={truncation} and "
-            f"problem.horizon={horizon}. Use one of {_shorten(divisors)}."
+            f"problem.horizon={horizon}. Use one of {divisors(horizon)}."
         )
     return truncation
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number, as a list to choose from."""
+    return _shorten([d for d in range(1, number + 1) if number % d == 0])
 
 
 def _shorten(numbers: list[int], most: int = 24) -> str:

@@ -1,33 +1,87 @@
-"""Many workers as one estimator: the mean over them, and what becomes of bad ones."""
+"""Many workers as one estimator: the mean over them, on one device or many."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unrollgrad import checks
-from unrollgrad.noise import wide
-from unrollgrad.types import AverageInfo, Estimate, GradientEstimator, Key, Theta, WorkerState
+from unrollgrad import checks, moments, staggering, varying
+from unrollgrad.curriculum import CurriculumState
+from unrollgrad.mesh import axis_size
+from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
+
+_NO_DATA = (
+    'stagger="burn_in" runs the workers in `init`, where there is no `data`. Use "breakstep", or '
+    "sample batches in `step` (training_problem's `sample_batch`)."
+)
+
+_BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys, numbers that no worker has
 
 
 def average(
-    estimator: GradientEstimator, num_workers: int, *, nonfinite: str = "drop"
+    estimator: GradientEstimator,
+    num_workers: int,
+    *,
+    mesh: Mesh | None = None,
+    axis: str = "workers",
+    stagger: str = "lockstep",
+    batch_size: int | None = None,
+    nonfinite: str = "drop",
 ) -> GradientEstimator:
     """The mean of ``num_workers`` independent workers, each with an episode of its own.
 
-    ``grad`` = mean over i of ``estimator.estimate(fold_in(key, i), theta, state_i)``: the same
-    expectation as one worker, 1/num_workers of its variance.
+    ``grad`` = mean over i of ``estimator.estimate(fold_in(key, i), theta, state_i)``: for a single
+    worker's expectation, 1/num_workers of its variance.
 
-    With ``nonfinite="drop"`` a worker whose loss or gradient is not finite is left out of the mean,
-    begins a new episode in the next call, and is counted in ``info.num_nonfinite``. This biases the
-    estimate towards the region where nothing blows up; watch the count. With ``"propagate"``
-    nothing is left out: one bad worker makes the mean NaN or inf, visibly.
+    **Devices.** With ``mesh`` the workers are spread over the devices of its axis ``axis``, one
+    ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one all-reduce per call. The state is
+    sharded from ``init`` on, ``grad`` is on all devices. Draws do not depend on the number of
+    devices or on ``batch_size``; losses and gradients agree up to the order of summation. The same
+    on many processes: see the README. Two ways by hand that give the same numbers, with one worker
+    per device and ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in your own
+    ``jax.shard_map``::
 
-    Time and memory: ``num_workers`` times the estimator's, in one ``vmap``.
+        def update(key, theta, state):
+            key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
+            estimate, state = estimator.estimate(key, theta, state)
+            return jax.lax.pmean((estimate.grad, estimate.loss), "workers"), state
+
+    **Stagger.** "lockstep": all workers stand at the same window, so that a call estimates that
+    window's gradient alone; only the mean over an episode's T/K calls estimates that of J.
+    "breakstep": worker i's *first* episode ends after ceil((i+1)/num_workers * T/K) windows, so
+    that later each call has workers at all windows; the first T/K calls see early windows too
+    often. "burn_in": ``init`` runs worker i for floor(i/num_workers * T/K) windows at its theta, up
+    to T/K - 1 calls of work that no ``info`` counts; every call then estimates the gradient of J,
+    exactly so where T/K divides num_workers. Either makes NRES of ``es_single``. The long-run
+    variance stays what it is.
+
+    **Bad workers.** With ``nonfinite="drop"`` a worker whose loss or gradient is not finite is left
+    out of the mean, begins a new episode in the next call, and is counted in
+    ``info.num_nonfinite``. This biases the estimate towards the region where nothing blows up;
+    watch the count. With ``"propagate"`` nothing is left out: one bad worker makes the mean NaN or
+    inf, visibly.
+
+    ``info.grad_variance`` is the trace of the covariance of ``grad``, from the spread over workers;
+    staggered, the differences between the windows' own gradients count as spread. Over several
+    devices, and with more than 128 numbers in theta, what the devices' means differ by enters
+    through random sketches of them: unbiased, with a relative error of that part of about
+    sqrt(2/128 / (devices - 1)).
+
+    Time and memory: ``num_workers`` times the estimator's, in one ``vmap``; over d devices 1/d of
+    it on each. With ``batch_size`` the estimator's memory is needed ``batch_size`` times only, and
+    the worker states and one sum remain.
 
     Args:
         estimator: What each worker runs.
-        num_workers: How many.
+        num_workers: How many; a multiple of the devices.
+        mesh: Of devices, with Auto axes: ``make_worker_mesh()``. None: the default device.
+        axis: The mesh axis over which the workers are spread.
+        stagger: "lockstep", "breakstep" or "burn_in".
+        batch_size: How many workers a device runs at a time, the rest wait; divides the number of
+            workers of a device. None: all.
         nonfinite: "drop" or "propagate".
 
     Returns:
@@ -35,19 +89,27 @@ def average(
         has leaves ``(num_workers, truncation, ...)``, and whose ``info`` is an ``AverageInfo``.
 
     Raises:
-        TypeError: If ``estimator`` is none.
-        ValueError: If num_workers is not positive, ``nonfinite`` is something else, the estimator
-            is itself an average, or a leaf of ``data`` has not ``num_workers`` as its leading axis.
+        TypeError: If ``estimator`` or ``mesh`` is none.
+        ValueError: If num_workers is not positive or no multiple of the devices, batch_size does
+            not divide, a word is unknown, the mesh has no such axis or one that is not Auto, the
+            estimator is itself an average, ``stagger`` meets an estimator without ``truncation``,
+            burn_in meets ``data`` or a curriculum, or a leaf of ``data`` has not ``num_workers`` as
+            its leading axis.
         FloatingPointError: Outside ``jit``, if no worker is left; inside, grad and loss are NaN.
 
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> workers = ug.average(ug.pes(problem, truncation=10, sigma=0.1), 64)
+        >>> nres = ug.es_single(problem, truncation=10, sigma=0.1)
+        >>> workers = ug.average(nres, 64, mesh=ug.make_worker_mesh(1), stagger="burn_in")
         >>> state = workers.init(jax.random.key(0), theta)
-        >>> estimate, state = jax.jit(workers.estimate)(jax.random.key(1), theta, state)
+        >>> estimate, state = workers.estimate(jax.random.key(1), theta, state)
         >>> int(estimate.info.inner_steps), int(estimate.info.num_nonfinite)
         (1280, 0)
+
+    References:
+        Li, Harrison, Sohl-Dickstein, Smith and Metz, Noise-reuse in online evolution strategies,
+        NeurIPS 2023, arXiv:2304.12180 (staggered workers).
     """
     if not isinstance(estimator, GradientEstimator):
         raise TypeError(
@@ -55,74 +117,181 @@ def average(
             f"{type(estimator).__name__}."
         )
     num_workers = checks.positive_int("num_workers", num_workers)
-    if nonfinite not in ("drop", "propagate"):
-        raise ValueError(f'`nonfinite` must be "drop" or "propagate"; got {nonfinite!r}.')
+    _check_one_of("nonfinite", nonfinite, ("drop", "propagate"))
+    _check_one_of("stagger", stagger, ("lockstep", "breakstep", "burn_in"))
+    truncation = estimator.truncation
+    if stagger != "lockstep" and truncation is None:
+        raise ValueError(
+            f'stagger="{stagger}" needs an estimator with a `truncation`; this one has None: every '
+            'call is a whole episode, and there is nothing to stagger. Use stagger="lockstep".'
+        )
+    own = num_workers if mesh is None else _workers_per_device(num_workers, mesh, axis)
+    num_chunks = 1 if batch_size is None else own // _check_batch_size(batch_size, own, num_workers)
 
-    def keys(key: Key) -> Key:
-        key = checks.typed_key(key)
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_workers))
+    def keys(key: Key, index: jax.Array) -> Key:
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
-    def one_worker(key: Key, theta: Theta) -> WorkerState:
-        state = estimator.init(key, theta)
-        if jnp.ndim(state.episode.t) != 0:
-            raise ValueError(
-                "`average` takes one worker, not an average: nested averages would hide which "
-                "worker is which. Use one `average` with the product of the numbers of workers."
-            )
+    def call(keys, theta, state, data):
+        def worker(key, state, data):
+            return estimator.estimate(key, theta, state, data=data)
+
+        return jax.vmap(worker)(keys, state, data)
+
+    def begin(key: Key, theta: Theta, index: jax.Array) -> WorkerState:
+        """The states with which the workers ``index`` begin."""
+        state = jax.vmap(estimator.init, in_axes=(0, None))(keys(key, index), theta)
+        if stagger == "breakstep":
+            episode = staggering.shorten_first(state.episode, index, num_workers, truncation)
+            return state._replace(episode=episode)
+        if stagger == "burn_in":
+
+            def run(number, state):
+                drawn = jax.random.fold_in(jax.random.fold_in(key, _BURN_IN), number)
+                return call(keys(drawn, index), theta, state, None)[1]
+
+            return staggering.burn_in(run, state, index, num_workers, truncation)
         return state
 
-    def init(key: Key, theta: Theta) -> WorkerState:
-        return jax.vmap(one_worker, in_axes=(0, None))(keys(key), theta)
+    def step(key: Key, theta: Theta, index: jax.Array, state: WorkerState, data: Any):
+        """One call of the workers ``index``: their moments and their states."""
+        each, after = call(keys(key, index), theta, state, data)
+        finite = _finite(each)
+        good = finite if nonfinite == "drop" else jnp.ones_like(finite)
+        episode = after.episode._replace(t=jnp.where(good, after.episode.t, 0))
+        if stagger == "breakstep":
+            episode = staggering.end_first(state.episode, episode)
+        return moments.of(each, finite, good), after._replace(episode=episode)
 
-    def worker(key, theta, state, data):
-        return estimator.estimate(key, theta, state, data=data)
+    def numbers() -> jax.Array:
+        """The numbers of this device's workers, in chunks."""
+        first = 0 if mesh is None else own * jax.lax.axis_index(axis)
+        return (first + jnp.arange(own)).reshape(num_chunks, -1)
+
+    def begin_all(key, theta):
+        return _join(jax.lax.map(lambda index: begin(key, theta, index), numbers()))
+
+    def step_all(key, theta, state, data):
+        def chunk(total, inputs):
+            some, state = step(key, theta, *inputs)
+            return moments.merge(total, some), state
+
+        chunks = (numbers(), _split(state, num_chunks), _split(data, num_chunks))
+        shapes, _ = jax.eval_shape(step, key, theta, *jax.tree.map(lambda x: x[0], chunks))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = varying.over(varying.axes((key, theta, state, data)), nothing)
+        total, state = jax.lax.scan(chunk, nothing, chunks)
+        if mesh is not None:
+            total = moments.over_devices(total, axis, jax.random.fold_in(key, _SIGNS))
+        return total, _join(state)
+
+    begin_all, step_all = _on_devices(begin_all, step_all, mesh, axis)
 
     @jax.jit
     def mean(key, theta, state, data):
-        checks.check_data(data, num_workers, "num_workers", what="worker")
-        _check_state(state, num_workers)
-        each, state = jax.vmap(worker, in_axes=(0, None, 0, 0))(keys(key), theta, state, data)
-        finite = _finite(each)
-        good = finite if nonfinite == "drop" else jnp.ones_like(finite)
-        count = jnp.sum(good)
-        grad = jax.tree.map(lambda g: _mean(g, good, count), each.grad)
-        info = AverageInfo(
-            inner_steps=jnp.sum(each.info.inner_steps, dtype=jnp.int32),
-            num_nonfinite=jnp.sum(~finite, dtype=jnp.int32),
-            grad_variance=_variance_of_mean(each.grad, grad, good, count),
-        )
-        grad = jax.tree.map(lambda m, g: m.astype(g.dtype), grad, each.grad)
-        restarted = state.episode._replace(t=jnp.where(good, state.episode.t, 0))
-        out = Estimate(grad, _mean(each.loss, good, count), info)
-        return out, state._replace(episode=restarted), count, each.loss[0]
+        total, state = step_all(key, theta, state, data)
+        out = moments.estimate(total, theta)
+        return out, state, total.count, total.num_nonfinite_losses
+
+    def init(key: Key, theta: Theta) -> WorkerState:
+        key, theta = checks.typed_key(key), checks.floating_theta(theta)
+        # Outside jit first: what theta's values say against it cannot be seen in a trace.
+        _check_one_worker(jax.eval_shape(lambda key: estimator.init(key, theta), key), stagger)
+        return begin_all(*_placed((key, theta), mesh))
 
     def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
-        out, state, count, first_loss = mean(key, theta, state, data)
+        key, theta = checks.typed_key(key), checks.floating_theta(theta)
+        checks.check_data(data, num_workers, "num_workers", what="worker")
+        _check_state(state, num_workers)
+        if data is not None and stagger == "burn_in":
+            raise ValueError(_NO_DATA)
+        key, theta = _placed((key, theta), mesh)
+        state, data = _placed((state, data), mesh, axis)
+        out, state, count, num_nonfinite_losses = mean(key, theta, state, data)
         if not isinstance(count, jax.core.Tracer) and int(count) == 0:
-            if jnp.isfinite(first_loss):
-                cause = (
-                    "The losses are finite, so it is the derivatives: a square root or norm at "
-                    "zero, as in optax.adam without eps_root, or steps that amplify"
-                )
-            else:
-                cause = "Lower sigma or the inner step size"
-            narrow = [
-                f"theta{jax.tree_util.keystr(path)} is {x.dtype}"
-                for path, x in jax.tree_util.tree_leaves_with_path(theta)
-                if jnp.dtype(getattr(x, "dtype", float)).itemsize < 4
-            ]
-            if narrow:
-                cause += (
-                    f", or hold theta in float32 ({narrow[0]}; a decay rate of 0.999 is 1 in "
-                    "bfloat16, and Adam's bias correction then divides by zero)"
-                )
-            raise FloatingPointError(
-                f"all {num_workers} workers returned a non-finite loss or gradient (first loss "
-                f'{first_loss}). {cause}. To look at them: `average(..., nonfinite="propagate")`.'
-            )
+            raise FloatingPointError(_all_bad(num_workers, int(num_nonfinite_losses), theta))
         return out, state
 
-    return GradientEstimator(init, estimate, estimator.truncation)
+    return GradientEstimator(init, estimate, truncation)
+
+
+def _on_devices(
+    begin: Callable, step: Callable, mesh: Mesh | None, axis: str
+) -> tuple[Callable, Callable]:
+    """Both functions, compiled, with the workers spread over the mesh."""
+    if mesh is not None:
+        whole, each = PartitionSpec(), PartitionSpec(axis)
+        # As in jax.pmap the types do not say what differs between devices (`check_vma`): else loops
+        # in `step` that begin with constants, right on one device, would not type here.
+        spread = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        begin = spread(begin, in_specs=(whole, whole), out_specs=each)
+        step = spread(step, in_specs=(whole, whole, each, each), out_specs=(whole, each))
+    return jax.jit(begin), step
+
+
+def _placed(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
+    """Concrete arrays, replicated over the mesh or split over ``axes``: one layout, one program."""
+    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def _split(tree: Any, num_chunks: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(num_chunks, -1, *x.shape[1:]), tree)
+
+
+def _join(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _finite(each: Estimate) -> jax.Array:
+    """Which workers' loss and gradient are finite, shape ``(num_workers,)``."""
+    finite = jnp.isfinite(each.loss)
+    for g in jax.tree.leaves(each.grad):
+        finite &= jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
+    return finite
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, known))}; got {value!r}.")
+
+
+def _workers_per_device(num_workers: int, mesh: Mesh, axis: str) -> int:
+    size = axis_size(mesh, axis)
+    if num_workers % size:
+        below = num_workers // size * size
+        nearest = " or ".join(str(n) for n in (below, below + size) if n)
+        raise ValueError(
+            f"`num_workers`={num_workers} must be divisible by mesh axis {axis!r} of size {size}; "
+            f"use {nearest}."
+        )
+    return num_workers // size
+
+
+def _check_batch_size(batch_size: int, own: int, num_workers: int) -> int:
+    batch_size = checks.positive_int("batch_size", batch_size)
+    if own % batch_size:
+        which = f"the {own} workers"
+        if own != num_workers:
+            which += f" of one device (num_workers={num_workers} over {num_workers // own} devices)"
+        raise ValueError(
+            f"`batch_size` must divide {which}; got batch_size={batch_size}. Use one of "
+            f"{checks.divisors(own)}."
+        )
+    return batch_size
+
+
+def _check_one_worker(state: WorkerState, stagger: str) -> None:
+    if state.episode.t.ndim != 0:
+        raise ValueError(
+            "`average` takes one worker, not an average: nested averages would hide which "
+            "worker is which. Use one `average` with the product of the numbers of workers."
+        )
+    if stagger == "burn_in" and isinstance(state, CurriculumState):
+        raise ValueError(
+            'stagger="burn_in" would use up calls of the curriculum. Average inside it instead: '
+            "ug.curriculum([ug.average(..., stagger='burn_in'), ...], boundaries)."
+        )
 
 
 def _check_state(state: WorkerState, num_workers: int) -> None:
@@ -134,30 +303,26 @@ def _check_state(state: WorkerState, num_workers: int) -> None:
         )
 
 
-def _finite(each: Estimate) -> jax.Array:
-    """Which workers' loss and gradient are finite, shape ``(num_workers,)``."""
-    finite = jnp.isfinite(each.loss)
-    for g in jax.tree.leaves(each.grad):
-        finite &= jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
-    return finite
-
-
-def _where(good: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(good.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
-
-
-def _mean(x: jax.Array, good: jax.Array, count: jax.Array) -> jax.Array:
-    """The mean over the good workers, at least float32; NaN if there are none."""
-    x = x.astype(wide(x.dtype))
-    return jnp.sum(_where(good, x), axis=0) / jnp.where(count > 0, count, jnp.nan).astype(x.dtype)
-
-
-def _variance_of_mean(grads: Theta, mean: Theta, good: jax.Array, count: jax.Array) -> jax.Array:
-    """The trace of the mean's covariance; +inf below two good workers."""
-
-    def leaf(g, m):
-        return jnp.sum(_where(good, jnp.square(g.astype(m.dtype) - m)), dtype=jnp.float32)
-
-    total = sum(jax.tree.leaves(jax.tree.map(leaf, grads, mean)))
-    pairs = jnp.float32(count) * (jnp.float32(count) - 1)
-    return jnp.where(count > 1, total / jnp.where(count > 1, pairs, 1), jnp.inf)
+def _all_bad(num_workers: int, num_nonfinite_losses: int, theta: Theta) -> str:
+    if num_nonfinite_losses == 0:
+        cause = (
+            "All losses are finite, so it is the derivatives: a square root or norm at zero, as in "
+            "optax.adam without eps_root, or steps that amplify"
+        )
+    else:
+        cause = "Lower sigma or the inner step size"
+    narrow = [
+        f"theta{jax.tree_util.keystr(path)} is {x.dtype}"
+        for path, x in jax.tree_util.tree_leaves_with_path(theta)
+        if x.dtype.itemsize < 4
+    ]
+    if narrow:
+        cause += (
+            f", or hold theta in float32 ({narrow[0]}; a decay rate of 0.999 is 1 in bfloat16, and "
+            "Adam's bias correction then divides by zero)"
+        )
+    return (
+        f"all {num_workers} workers returned a non-finite loss or gradient "
+        f"({num_nonfinite_losses} a non-finite loss). {cause}. To look at them: "
+        '`average(..., nonfinite="propagate")`.'
+    )

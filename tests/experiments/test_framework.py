@@ -186,7 +186,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "| a is 13.5 | B 2021 | 13.5 | yes |" in text
     assert r"| who knows | C 2022 | \|g\| = ? | cannot tell |" in text
     assert "**Not complete: interrupted.**" in text
-    assert "Seeds 3, 4; scale cpu; cpu × 2;" in text
+    assert "Seeds 3, 4; scale cpu; cpu × 8;" in text
     assert "minutes" in text
     assert "revision" in text
     assert f"(results/{done.name}/figure.png)" in text

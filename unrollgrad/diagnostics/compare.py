@@ -110,12 +110,7 @@ def compare(
             "`num_chains` must be 0, or at least 3 and at most `num_samples`; got "
             f"num_chains={num_chains} and num_samples={num_samples}."
         )
-    devices = checks.positive_int("devices", devices)
-    if devices > jax.device_count():
-        raise ValueError(
-            f"`devices` is {devices}, but jax sees {jax.device_count()}. For more CPU devices call "
-            f'jax.config.update("jax_num_cpu_devices", {devices}) before anything is computed.'
-        )
+    devices = checks.num_devices(devices)
     if not estimators:
         raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
     for name, estimator in estimators.items():

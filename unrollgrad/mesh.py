@@ -1,0 +1,65 @@
+"""The devices over which workers are spread."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from unrollgrad import checks
+
+
+def make_worker_mesh(
+    devices: int | Sequence[jax.Device] | None = None, *, axis: str = "workers"
+) -> Mesh:
+    """A mesh with one axis, over which ``average(mesh=)`` spreads its workers.
+
+    After ``jax.distributed.initialize()`` the devices are those of all processes.
+
+    Args:
+        devices: The devices, or how many of those jax sees, by default all.
+        axis: The name of the axis; its type is Auto.
+
+    Raises:
+        ValueError: If there are fewer devices.
+        TypeError: If ``devices`` is no whole number.
+
+    Example:
+        >>> import unrollgrad as ug
+        >>> dict(ug.make_worker_mesh(1).shape)
+        {'workers': 1}
+    """
+    if devices is None:
+        devices = jax.devices()
+    elif not isinstance(devices, Sequence):
+        devices = jax.devices()[: checks.num_devices(devices)]
+    return jax.make_mesh((len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """The number of devices along ``axis``.
+
+    Raises:
+        TypeError: If ``mesh`` is none.
+        ValueError: If it has no such axis, or one that is not Auto.
+    """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"`mesh` must be a jax.sharding.Mesh; got {type(mesh).__name__}. Make it with "
+            "ug.make_worker_mesh()."
+        )
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"`mesh` has no axis {axis!r}; its axes are {', '.join(map(repr, mesh.axis_names))}. "
+            "Name one of them, `average(..., axis=...)`, or use ug.make_worker_mesh()."
+        )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    not_auto = {name: kind for name, kind in kinds.items() if kind is not AxisType.Auto}
+    if not_auto:
+        name, kind = next(iter(not_auto.items()))
+        raise ValueError(
+            f"`average` needs a mesh whose axes are Auto; axis {name!r} is {kind.name}, which "
+            "makes the sharding part of every array's type, and `step` is not written for that. "
+            "Build it with ug.make_worker_mesh(), or with "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))."
+        )
+    return mesh.shape[axis]

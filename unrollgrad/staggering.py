@@ -1,0 +1,69 @@
+"""Workers at different places of their episodes.
+
+In lockstep all workers stand at the same window, and an update sees that window alone. Staggered,
+each update sees all of them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from unrollgrad.types import Episode, WorkerState
+
+
+def shorten_first(episode: Episode, index: jax.Array, num_workers: int, truncation: int) -> Episode:
+    """Breakstep: worker i's first episode ends after ceil((i + 1) / num_workers * T/K) windows."""
+    windows = episode.horizon // truncation
+    first = windows - _share(num_workers - 1 - index, num_workers, windows)
+    return episode._replace(horizon=truncation * first)
+
+
+def end_first(before: Episode, after: Episode) -> Episode:
+    """Breakstep: keeps a first episode to its shortened horizon.
+
+    A call draws the horizon of an episode that it begins; for the first one that ``init`` has set
+    is put in its place. At the end of an episode the horizon becomes 0: nothing is set any more.
+    """
+    first = (before.t == 0) & (before.horizon > 0)
+    horizon = jnp.where(first, before.horizon, after.horizon)
+    t = jnp.where(after.t >= horizon, 0, after.t)
+    return after._replace(t=t, horizon=jnp.where(t == 0, 0, horizon))
+
+
+def burn_in(
+    call: Callable[[jax.Array, WorkerState], WorkerState],
+    state: WorkerState,
+    index: jax.Array,
+    num_workers: int,
+    truncation: int,
+) -> WorkerState:
+    """Runs worker i for floor(i / num_workers * T/K) windows.
+
+    Args:
+        call: ``call(number, state) -> state`` runs every worker for one window.
+        state: Of fresh workers, with a leading axis.
+        index: Their numbers.
+        num_workers: Of how many.
+        truncation: K.
+    """
+
+    def behind(state):
+        windows = state.episode.horizon // truncation
+        return state.episode.t < truncation * _share(index, num_workers, windows)
+
+    def move(carry):
+        number, state = carry
+        chosen = behind(state)
+
+        def leaf(new, old):
+            return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return number + 1, jax.tree.map(leaf, call(number, state), state)
+
+    return jax.lax.while_loop(lambda carry: jnp.any(behind(carry[1])), move, (0, state))[1]
+
+
+def _share(index: jax.Array, num_workers: int, windows: jax.Array) -> jax.Array:
+    """floor(index / num_workers * windows), without the product, which may exceed int32."""
+    return windows // num_workers * index + windows % num_workers * index // num_workers
