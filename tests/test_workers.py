@@ -60,6 +60,39 @@ def test_grad_variance_is_that_of_the_mean():
     np.testing.assert_allclose(variances.mean(), true, rtol=0.1)
 
 
+@pytest.mark.parametrize("size", [3, 500])
+@pytest.mark.parametrize("how", ["at once", "in batches", "on devices", "both"])
+def test_grad_variance_keeps_its_digits(how, size):
+    """Gradients of mean 1000 and sd 0.01, in the first call: their squares differ by 1e-10."""
+
+    def init(key, theta):
+        return jax.random.normal(key, (size,))
+
+    def step(key, theta, state, t):
+        return state, jnp.sum((1000 + 0.01 * state) * theta)
+
+    spread = {
+        "at once": {},
+        "in batches": {"batch_size": 4},
+        "on devices": {"mesh": ug.make_worker_mesh(8)},
+        "both": {"mesh": ug.make_worker_mesh(8), "batch_size": 2},
+    }[how]
+    problem = ug.UnrolledProblem(init, step, 2)
+    many = ug.average(ug.bptt(problem), 64, **spread)
+    theta = jnp.zeros(size)
+    state = many.init(KEY, theta)
+    values = [many.estimate(jax.random.key(i), theta, state)[0].info for i in range(40)]
+    values = np.array([info.grad_variance for info in values])
+    true = size * 0.01**2 / 64
+    assert abs(values.mean() / true - 1) < 0.05
+    assert values.std() / np.sqrt(40) < 0.02 * true
+    np.testing.assert_allclose(
+        many.estimate(KEY, theta, state)[0].grad,
+        1000,
+        atol=0.01,  # 8 standard errors
+    )
+
+
 def poisoned(num_bad):
     """A deterministic problem in which the workers that drew a low number go NaN at step 7."""
 
@@ -79,12 +112,18 @@ def poisoned(num_bad):
     return problem, call, np.asarray(draws) < float(jnp.sort(draws)[num_bad])
 
 
+@pytest.mark.parametrize("how", ["at once", "in batches", "on devices"])
 @pytest.mark.parametrize("name", ["pes", "truncated_es", "es_single", "tbptt"])
-def test_bad_workers_are_dropped_restarted_and_counted(name):
+def test_bad_workers_are_dropped_restarted_and_counted(name, how):
     problem, call, bad = poisoned(2)
     theta = jnp.float32(0.3)
     estimator = build(name, problem)
-    many, shown = (ug.average(estimator, 8, nonfinite=n) for n in ["drop", "propagate"])
+    spread = {
+        "at once": {},
+        "in batches": {"batch_size": 1},  # a batch without any good worker among them
+        "on devices": {"mesh": ug.make_worker_mesh(8)},
+    }[how]
+    many, shown = (ug.average(estimator, 8, nonfinite=n, **spread) for n in ["drop", "propagate"])
     state = many.init(KEY, theta)
     _, state = many.estimate(call, theta, state)  # steps 0 to 4: all is well
     estimate, after = many.estimate(call, theta, state)
@@ -109,14 +148,16 @@ def test_bad_workers_are_dropped_restarted_and_counted(name):
     np.testing.assert_array_equal(np.asarray(after.episode.t), 10)
 
 
-def test_all_workers_bad():
+@pytest.mark.parametrize("num_devices", [None, 3])
+def test_all_workers_bad(num_devices):
     problem = ug.UnrolledProblem(
         lambda key, theta: theta, lambda key, theta, s, t: (s, jnp.nan * theta), 5
     )
-    many = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 3)
+    mesh = num_devices and ug.make_worker_mesh(num_devices)
+    many = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 3, mesh=mesh)
     theta = jnp.float32(1.0)
     state = many.init(KEY, theta)
-    with pytest.raises(FloatingPointError, match="all 3 workers"):
+    with pytest.raises(FloatingPointError, match=r"all 3 workers.*\(3 a non-finite loss\)"):
         many.estimate(KEY, theta, state)
     estimate, _ = jax.jit(many.estimate)(KEY, theta, state)
     assert np.isnan(float(estimate.grad))

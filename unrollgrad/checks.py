@@ -312,7 +312,8 @@ def _check_takes(step: Any, *arguments: Any) -> None:
         given = "key, theta, state, t" + (", batch" if len(arguments) == 5 else "")
         raise TypeError(
             f"`step{signature}` cannot be called as step({given}): {error}. The fifth argument is "
-            "the slice of `estimate(..., data=)`, there only when data is streamed."
+            "the slice of `estimate(..., data=)`, there only when data is streamed (and not in "
+            '`init`, where average(stagger="burn_in") runs the workers).'
         ) from error
 
 

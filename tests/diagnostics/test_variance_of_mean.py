@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,30 +14,6 @@ pytestmark = pytest.mark.slow
 DIM, HORIZON, TRUNCATION, WORKERS = 10, 16, 2, 8
 N = HORIZON // TRUNCATION
 U1, UN, LONG = 1, N, 20 * N
-
-
-def staggered(estimator):
-    """``WORKERS`` workers at all places of the episode: ES-Single becomes NRES."""
-    workers = ug.average(estimator, WORKERS)
-
-    def init(key, theta):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(N))
-
-        def run(state, inputs):
-            i, key = inputs
-            moved = workers.estimate(key, theta, state)[1]
-            behind = jnp.arange(WORKERS) * N // WORKERS > i
-
-            def pick(new, old):
-                if jnp.issubdtype(new.dtype, jax.dtypes.prng_key):
-                    return jnp.where(behind, new, old)
-                return jnp.where(behind.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-            return jax.tree.map(pick, moved, state), None
-
-        return jax.lax.scan(run, workers.init(key, theta), (jnp.arange(N), keys))[0]
-
-    return workers._replace(init=init)
 
 
 @functools.cache
@@ -54,7 +29,7 @@ def measured(gradients):
             "full_es": ug.full_es(problem, sigma=0.1),
             "es_single": nres,
             "pes": ug.pes(problem, **common),
-            "nres": staggered(nres),
+            "nres": ug.average(nres, WORKERS, stagger="burn_in"),
         },
         reference=theory.gradient(influence).astype(np.float32),
         num_samples=1200,

@@ -1,0 +1,227 @@
+"""Workers at different places of their episodes: where they stand, and what that changes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Samples, build, quadratic, raises
+
+import unrollgrad as ug
+from unrollgrad.estimators import REGISTRY
+from unrollgrad.problems import theory
+
+KEY = jax.random.key(0)
+TRUNCATED = [name for name, row in REGISTRY.items() if name not in ("full_es", "bptt")]
+
+
+def places(many, theta, calls):
+    """Where the workers stand, after ``init`` and after each call: (calls + 1, num_workers)."""
+    state, out = many.init(KEY, theta), []
+    for i in range(calls):
+        out.append(np.asarray(state.episode.t))
+        _, state = many.estimate(jax.random.key(i), theta, state)
+    return np.array([*out, np.asarray(state.episode.t)])
+
+
+@pytest.mark.parametrize("num_workers", [3, 4, 6, 9])
+def test_where_workers_stand_in_breakstep(num_workers):
+    """Worker i's first episode has ceil((i+1)/num_workers * T/K) windows, the later ones T/K."""
+    problem, theta = quadratic()  # T = 20, K = 5, four windows
+    many = ug.average(build("tbptt", problem), num_workers, stagger="breakstep")
+    first = [math.ceil((i + 1) / num_workers * 4) * 5 for i in range(num_workers)]
+    assert many.init(KEY, theta).episode.horizon.tolist() == first
+    expected = np.zeros((10, num_workers), int)
+    for i, horizon in enumerate(first):
+        for call in range(1, 10):
+            t = expected[call - 1, i] + 5
+            ended = t >= (horizon if call <= horizon // 5 else 20)
+            expected[call, i] = 0 if ended else t
+    np.testing.assert_array_equal(places(many, theta, 9), expected)
+
+
+@pytest.mark.parametrize("num_workers", [3, 4, 6, 9])
+def test_where_workers_stand_after_burn_in(num_workers):
+    problem, theta = quadratic()
+    many = ug.average(build("tbptt", problem), num_workers, stagger="burn_in")
+    offsets = np.array([i * 4 // num_workers * 5 for i in range(num_workers)])
+    expected = (offsets + 5 * np.arange(10)[:, None]) % 20
+    np.testing.assert_array_equal(places(many, theta, 9), expected)
+
+
+def test_places_do_not_overflow():
+    """Of 3000 workers with 10^6 windows the product index * windows would exceed int32."""
+    problem, theta = quadratic(horizon=5 * 10**6)
+    for stagger in ["breakstep", "lockstep"]:
+        many = ug.average(build("tbptt", problem), 3000, stagger=stagger)
+        horizons = np.asarray(many.init(KEY, theta).episode.horizon, np.int64) // 5
+        first = -(-np.arange(1, 3001) * 10**6 // 3000)
+        np.testing.assert_array_equal(horizons, first if stagger == "breakstep" else 10**6)
+
+
+def test_burnt_in_workers_are_in_the_middle_of_ordinary_episodes():
+    """Their states are those of the same worker called as often; and it goes on as ever."""
+    problem, theta = quadratic()
+    alone = build("pes", problem)
+    many = ug.average(alone, 4, stagger="burn_in")
+    state = many.init(KEY, theta)
+    for i in range(1, 4):
+        worker = jax.tree.map(lambda x: x[i], state)  # noqa: B023
+        # The episode's key tells how it began: the same first call leads to the same state.
+        again = alone.init(KEY, theta)
+        for call in range(i):
+            key = worker.episode.key if call == 0 else jax.random.key(call)
+            _, again = alone.estimate(key, theta, again)
+        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(worker), strict=True):
+            if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert len(np.unique(jax.random.key_data(state.episode.key), axis=0)) == 4
+
+
+@pytest.mark.parametrize("stagger", ["breakstep", "burn_in"])
+def test_sampled_horizons(stagger):
+    """The first episodes are cut to their share of what was drawn, and all have the right ends."""
+    problem, theta = quadratic()
+    sampler = problem._replace(horizon=lambda key: jax.random.randint(key, (), 4, 40))
+    many = ug.average(build("pes", sampler), 6, stagger=stagger)
+    state = many.init(KEY, theta)
+    seen = np.asarray(state.episode.t)
+    assert stagger == "breakstep" or len(np.unique(seen)) > 2
+    for i in range(20):
+        before = state.episode
+        _, state = many.estimate(jax.random.key(i), theta, state)
+        moved = np.asarray(before.t) + 5
+        ended = np.asarray(state.episode.t) == 0
+        goes_on = ~ended & (np.asarray(before.t) > 0)
+        np.testing.assert_array_equal(np.asarray(state.episode.t)[~ended], moved[~ended])
+        # An episode keeps the horizon it began with, until it is over.
+        same = np.asarray(state.episode.horizon) == np.asarray(before.horizon)
+        assert same[goes_on].all()
+        assert (np.asarray(state.episode.horizon)[~ended] > moved[~ended]).all()
+
+
+@functools.cache
+def recurrence():
+    problem, theta, influence = ug.problems.linear_recurrence(
+        3, 16, gradients="independent", memory=0.8
+    )
+    return problem, theta, influence(theta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stagger", "calls", "unbiased"),
+    [
+        ("lockstep", 0, False),  # the negative control: the first window's own gradient
+        ("burn_in", 0, True),
+        ("burn_in", 3, True),
+        ("breakstep", 0, False),
+        ("breakstep", 8, True),
+    ],
+)
+@pytest.mark.parametrize("name", ["pes", "es_single"])
+def test_a_single_call_of_staggered_workers_sees_all_windows(name, stagger, calls, unbiased):
+    problem, theta, influence = recurrence()
+    many = ug.average(build(name, problem, truncation=2), 8, stagger=stagger)
+
+    def sample(key):
+        state = many.init(key, theta)
+        for i in range(calls):
+            _, state = many.estimate(jax.random.fold_in(key, i), theta, state)
+        return many.estimate(jax.random.fold_in(key, calls), theta, state)[0].grad
+
+    draw = jax.jit(lambda keys: jax.lax.map(sample, keys, batch_size=1000))
+    samples = Samples(draw(jax.random.split(KEY, 16000)))
+    truth = theory.gradient(influence)
+    if unbiased:
+        assert samples.error_in_se(truth) < 4
+        assert samples.relative_se(truth) < 0.05
+    else:
+        assert samples.error_in_se(truth) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stagger", ["lockstep", "burn_in"])
+def test_expectation_over_an_episode_of_calls(stagger):
+    problem, theta, influence = recurrence()
+    many = ug.average(build("pes", problem, truncation=2), 3, stagger=stagger)
+
+    def sample(key):
+        def call(state, i):
+            estimate, state = many.estimate(jax.random.fold_in(key, i), theta, state)
+            return state, estimate.grad
+
+        return jnp.mean(jax.lax.scan(call, many.init(key, theta), jnp.arange(8))[1], axis=0)
+
+    draw = jax.jit(lambda keys: jax.lax.map(sample, keys, batch_size=1000))
+    samples = Samples(draw(jax.random.split(KEY, 16000)))
+    truth = theory.gradient(influence)
+    assert samples.error_in_se(truth) < 4
+    assert samples.relative_se(truth) < 0.05
+    assert samples.error_in_se(theory.truncated_gradient(influence, 2)) > 10
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_batch_size_equals_none(name):
+    problem, theta = quadratic()
+    stagger = "burn_in" if name in TRUNCATED else "lockstep"
+    results = []
+    for batch_size in [None, 1, 2, 3, 6] if name == "pes" else [None, 2]:
+        many = ug.average(build(name, problem), 6, stagger=stagger, batch_size=batch_size)
+        state = many.init(KEY, theta)
+        estimates = []
+        for i in range(2):
+            estimate, state = many.estimate(jax.random.key(i), theta, state)
+            estimates.append(estimate)
+        keys = jax.random.key_data(state.episode.key)
+        results.append((estimates, state._replace(episode=state.episode._replace(key=keys))))
+    for other in results[1:]:
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_smaller_batch_takes_less_memory():
+    problem, theta = (
+        ug.UnrolledProblem(
+            lambda key, theta: jnp.zeros(()), lambda key, theta, s, t: (s, jnp.mean(theta**2)), 4
+        ),
+        jnp.zeros(10_000),
+    )
+    temporaries = []
+    for batch_size in [None, 2]:
+        many = ug.average(ug.es_single(problem, truncation=2, sigma=0.1), 64, batch_size=batch_size)
+        state = many.init(KEY, theta)
+        compiled = jax.jit(many.estimate).lower(KEY, theta, state).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] < temporaries[0] / 8
+
+
+def test_errors():
+    problem, theta = quadratic()
+    pes = build("pes", problem)
+    with raises(ValueError, "`stagger` must be one of 'lockstep', 'breakstep', 'burn_in'"):
+        ug.average(pes, 4, stagger="stepped")
+    for stagger in ["breakstep", "burn_in"]:
+        with raises(ValueError, f'stagger="{stagger}" needs an estimator with a `truncation`'):
+            ug.average(ug.bptt(problem), 4, stagger=stagger)
+        with raises(ValueError, "nested averages"):
+            ug.average(ug.average(pes, 4), 4, stagger=stagger).init(KEY, theta)
+    with raises(ValueError, "`batch_size` must divide the 4 workers; got batch_size=3", "1, 2, 4"):
+        ug.average(pes, 4, batch_size=3)
+    with raises(ValueError, "`batch_size` must be at least 1"):
+        ug.average(pes, 4, batch_size=0)
+    burnt = ug.average(pes, 4, stagger="burn_in")
+    with raises(ValueError, "runs the workers in `init`, where there is no `data`", "breakstep"):
+        burnt.estimate(KEY, theta, burnt.init(KEY, theta), data=jnp.zeros((4, 5)))
+
+    def streaming(key, theta, state, t, batch):
+        return problem.step(key, theta, state, t)
+
+    burnt = ug.average(build("pes", problem._replace(step=streaming)), 4, stagger="burn_in")
+    with raises(TypeError, "missing a required argument: 'batch'", 'stagger="burn_in"'):
+        burnt.init(KEY, theta)
+    growing = ug.curriculum([pes, pes], boundaries=[3])
+    with raises(ValueError, "would use up calls of the curriculum", "Average inside"):
+        ug.average(growing, 4, stagger="burn_in").init(KEY, theta)
