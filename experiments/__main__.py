@@ -1,17 +1,18 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 
 from experiments import experiment as framework
 from experiments import influence_balancing, report, results, variance
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
+from experiments.processes import Processes, join
 from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -58,24 +59,22 @@ def write_report(
     print(report.write(EXPERIMENTS, folder, out))
 
 
-def command(experiment: Experiment, default: Any) -> Callable[[Any], Path]:
+def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
     """The experiment as a function of its settings, with the scale's defaults."""
+    spreads = any(field.name == "devices" for field in dataclasses.fields(experiment.settings))
 
-    def main(settings: Any) -> Path:
-        if getattr(settings, "devices", None) is not None:
-            _cpu_devices(settings.devices)
+    def main(settings: Any, group: Any) -> Path | None:
+        if spreads:
+            join(group, settings.devices)
         return framework.execute(experiment, settings)
 
-    main.__annotations__ = {"settings": Annotated[experiment.settings, tyro.conf.arg(name="")]}
-    main.__defaults__ = (default,)
+    main.__annotations__ = {
+        "settings": Annotated[experiment.settings, tyro.conf.arg(name="")],
+        "group": Annotated[Processes, tyro.conf.arg(name="") if spreads else tyro.conf.Suppress],
+    }
+    main.__defaults__ = (default, Processes())
     main.__doc__ = experiment.settings.__doc__
     return main
-
-
-def _cpu_devices(number: int) -> None:
-    """More devices where there are only CPUs; has to come before jax computes anything."""
-    if number > 1:
-        jax.config.update("jax_num_cpu_devices", number)
 
 
 def scale(arguments: list[str]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from experiments import results
 from experiments.progress import bar
 from experiments.results import Record, Summary
@@ -64,12 +66,13 @@ class Experiment(NamedTuple):
     title: Callable[[Any], str]
 
 
-def execute(experiment: Experiment, settings: Any) -> Path:
+def execute(experiment: Experiment, settings: Any) -> Path | None:
     """Runs all seeds and leaves everything in a new folder, whatever happens on the way.
 
     The folder holds ``config.json``, ``metrics.csv`` (written while it runs),
     ``summary.json`` and ``figure.png``. Interrupted or failed, it keeps what was computed, and the
-    summary says so.
+    summary says so. Of several processes all compute, and only process 0 has a folder and prints;
+    the others return None.
 
     Raises:
         ValueError: Without seeds, with one twice, or if nothing was computed.
@@ -78,6 +81,10 @@ def execute(experiment: Experiment, settings: Any) -> Path:
     settings, seeds = experiment.fill(settings), tuple(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
+    if jax.process_index() > 0:
+        for seed in seeds:
+            experiment.run(settings, seed, lambda numbers: None, lambda text, fraction: None)
+        return None
     begun, compiled = time.perf_counter(), results.compile_seconds()
     folder = results.new_folder(settings.out, experiment.title(settings))
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}

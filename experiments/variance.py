@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import optax
+from jax.experimental import multihost_utils
 
 import unrollgrad as ug
 from experiments import training
@@ -65,7 +66,8 @@ class Settings:
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """Of all matrix products. Less than highest swallows small differences of losses."""
     devices: int | None = None
-    """Devices that share the samples. Default: all that there are; on a CPU, one."""
+    """Devices that share the samples, those of all processes together. Default: all that there are;
+    a CPU is one, unless you say how many it shall be."""
     seeds: tuple[int, ...] = (0,)
     """Each is a whole repetition, training of theta included."""
     out: Path = Path("results")
@@ -201,6 +203,8 @@ def _thetas(
     # An update is one estimate: a whole episode of bptt or full_es.
     with jax.default_matmul_precision(settings.matmul_precision):
         path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_updates)
+    if jax.process_count() > 1:  # each has trained its own, and on a GPU sums may differ
+        path = multihost_utils.broadcast_one_to_all(path)
 
     def at(fraction):
         return jax.tree.map(lambda x: x[round(fraction * settings.num_updates)], path)

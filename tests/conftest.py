@@ -15,6 +15,7 @@ from unrollgrad.estimators import REGISTRY
 def pytest_configure(config):
     """Eight CPU devices; and compiled programs are kept: many tests compile the same one."""
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else collectives may deadlock
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -182,21 +182,18 @@ def average(
         total, state = jax.lax.scan(chunk, nothing, chunks)
         if mesh is not None:
             total = moments.over_devices(total, axis, jax.random.fold_in(key, _SIGNS))
-        return total, _join(state)
+        counts = total.count, total.num_nonfinite_losses
+        return moments.estimate(total, theta), counts, _join(state)
 
-    begin_all, step_all = _on_devices(begin_all, step_all, mesh, axis)
-
-    @jax.jit
-    def mean(key, theta, state, data):
-        total, state = step_all(key, theta, state, data)
-        out = moments.estimate(total, theta)
-        return out, state, total.count, total.num_nonfinite_losses
+    whole, split = PartitionSpec(), PartitionSpec(axis)
+    run_begin = _compiled(begin_all, mesh, (whole, whole), split)
+    run_step = _compiled(step_all, mesh, (whole, whole, split, split), (whole, whole, split))
 
     def init(key: Key, theta: Theta) -> WorkerState:
         key, theta = checks.typed_key(key), checks.floating_theta(theta)
         # Outside jit first: what theta's values say against it cannot be seen in a trace.
         _check_one_worker(jax.eval_shape(lambda key: estimator.init(key, theta), key), stagger)
-        return begin_all(*_placed((key, theta), mesh))
+        return run_begin(key, theta)
 
     def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
         key, theta = checks.typed_key(key), checks.floating_theta(theta)
@@ -204,9 +201,7 @@ def average(
         _check_state(state, num_workers)
         if data is not None and stagger == "burn_in":
             raise ValueError(_NO_DATA)
-        key, theta = _placed((key, theta), mesh)
-        state, data = _placed((state, data), mesh, axis)
-        out, state, count, num_nonfinite_losses = mean(key, theta, state, data)
+        out, (count, num_nonfinite_losses), state = run_step(key, theta, state, data)
         if not isinstance(count, jax.core.Tracer) and int(count) == 0:
             raise FloatingPointError(_all_bad(num_workers, int(num_nonfinite_losses), theta))
         return out, state
@@ -214,25 +209,47 @@ def average(
     return GradientEstimator(init, estimate, truncation)
 
 
-def _on_devices(
-    begin: Callable, step: Callable, mesh: Mesh | None, axis: str
-) -> tuple[Callable, Callable]:
-    """Both functions, compiled, with the workers spread over the mesh."""
-    if mesh is not None:
-        whole, each = PartitionSpec(), PartitionSpec(axis)
-        # As in jax.pmap the types do not say what differs between devices (`check_vma`): else loops
-        # in `step` that begin with constants, right on one device, would not type here.
-        spread = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        begin = spread(begin, in_specs=(whole, whole), out_specs=each)
-        step = spread(step, in_specs=(whole, whole, each, each), out_specs=(whole, each))
-    return jax.jit(begin), step
+def _compiled(
+    function: Callable,
+    mesh: Mesh | None,
+    in_specs: tuple[PartitionSpec, ...],
+    out_specs: tuple[PartitionSpec, ...] | PartitionSpec,
+) -> Callable:
+    """The function under ``jit``, spread over the mesh if there is one."""
+    if mesh is None:
+        return jax.jit(function)
+    # As in jax.pmap the types do not say what differs between devices (`check_vma`): else loops in
+    # `step` that begin with constants, right on one device, would not type here.
+    spread = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    ins, outs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (in_specs, out_specs))
+    compiled = jax.jit(spread, out_shardings=outs)
+
+    def call(*args):
+        return compiled(*(_placed(x, sharding) for x, sharding in zip(args, ins, strict=True)))
+
+    return call
 
 
-def _placed(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
-    """Concrete arrays, replicated over the mesh or split over ``axes``: one layout, one program."""
-    if mesh is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
-        return tree
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+def _placed(tree: Any, sharding: NamedSharding) -> Any:
+    """Concrete arrays laid out over the mesh: whatever comes, one layout and one program."""
+
+    def leaf(x):
+        if isinstance(x, jax.core.Tracer):
+            return x
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return _on_all_processes(x, sharding)  # device_put would ask them all whether x is the same
+
+    return jax.tree.map(leaf, tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _on_all_processes(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _split(tree: Any, num_chunks: int) -> Any:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from unrollgrad import checks, varying
 from unrollgrad.curriculum import CurriculumState
 from unrollgrad.diagnostics import statistics
 from unrollgrad.diagnostics.report import Comparison
+from unrollgrad.mesh import make_worker_mesh
 from unrollgrad.noise import wide
 from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem, WorkerState
 
@@ -64,6 +66,8 @@ def compare(
             with many samples this doubles the time. It is spent by full dispatches.
         batch_size: Samples per dispatch, in parallel: more is faster and takes more memory.
         devices: Over how many the samples of a dispatch are spread; they stay the same numbers.
+            With several processes it has to be all of them, and every process gets the result.
+            An estimator that is spread over a mesh itself, ``average(mesh=)``, needs 1.
         matmul_precision: Of all matrix products, as in ``jax.default_matmul_precision``; None is
             JAX's own choice for the device. Less than "highest" (TF32 on GPUs, bfloat16 on TPUs)
             swallows the differences L(theta + eps) - L(theta - eps) at small sigma.
@@ -111,6 +115,11 @@ def compare(
             f"num_chains={num_chains} and num_samples={num_samples}."
         )
     devices = checks.num_devices(devices)
+    if jax.process_count() > 1 and devices < jax.device_count():
+        raise ValueError(
+            f"`devices` must be all {jax.device_count()} where there are several processes; got "
+            f"devices={devices}: a process without a device in it could not take part."
+        )
     if not estimators:
         raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
     for name, estimator in estimators.items():
@@ -179,7 +188,15 @@ def _draw(
     # It runs once per sample and does little: XLA's optimisation would take longer than that saves.
     on_cpu = jax.default_backend() == "cpu"
     quickly: Any = {"xla_backend_optimization_level": 0} if on_cpu else {}
-    start = _begin.lower(*fixed, key, index, theta).compile(quickly)
+    try:
+        start = _begin.lower(*fixed, key, index, theta).compile(quickly)
+    except ValueError as error:
+        if "context mesh" not in str(error):
+            raise
+        raise ValueError(
+            f"estimator {name!r} is spread over a mesh itself, and so are the samples with devices="
+            f"{plan.devices}. Leave one of them out: `average` without `mesh`, or devices=1."
+        ) from error
     states = jax.eval_shape(_begin, *fixed, key, index, theta)
     program = _episode.lower(
         *fixed, plan.horizon, key, index, jnp.int32(0), theta, states
@@ -198,7 +215,7 @@ def _draw(
         for e in range(CHAIN if i < calls_with_chains else 1):
             begun = time.perf_counter()
             result, state = program(key, index, jnp.int32(e), theta, state)
-            grads, spread, steps, bad = jax.block_until_ready(result)
+            grads, spread, steps, bad = _fetched(jax.block_until_ready(result))
             seconds += time.perf_counter() - begun
             nonfinite += int(np.sum(bad))
             leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
@@ -283,15 +300,17 @@ def _over_devices(function: Callable, devices: int, split: tuple[bool, ...]) -> 
     """``function`` with the marked arguments and all results split over the devices."""
     if devices == 1:
         return function
-    mesh = jax.make_mesh(
-        (devices,),
-        ("samples",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )
+    mesh = make_worker_mesh(devices, axis="samples")
     each, whole = PartitionSpec("samples"), PartitionSpec()
     in_specs = tuple(each if s else whole for s in split)
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=each)
+
+
+def _fetched(tree: Any) -> Any:
+    """As numpy arrays, also what other processes hold."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _of_means(drawn: _Drawn, num_windows: int) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def environment() -> dict[str, Any]:
         **versions,
         "device": devices[0].device_kind,
         "num_devices": len(devices),
+        "num_processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "x64": jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
         "prng": str(jax.random.key_impl(jax.random.key(0))),

@@ -1,0 +1,86 @@
+"""Several processes on ``jax.distributed``: the same numbers, written once."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import results
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def together(*commands):
+    """Runs the commands at the same time; what each of them printed."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for command in commands
+    ]
+    try:
+        ended = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, ended, strict=True):
+        assert process.returncode == 0, errors
+    return [printed for printed, _ in ended]
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def test_two_processes_of_four_devices_equal_one_of_eight():
+    script, address = str(ROOT / "tests" / "one_process.py"), free_address()
+    (alone,) = together([script, "8", "none", "1", "0"])
+    pair = together(*[[script, "4", address, "2", str(i)] for i in range(2)])
+    alone, *pair = (json.loads(printed.splitlines()[-1]) for printed in (alone, *pair))
+    assert alone["devices"] == 8
+    assert alone["error"].startswith("all 16 workers")
+    assert pair[0] == pair[1]
+    assert pair[0].keys() == alone.keys()
+    for name, expected in alone.items():
+        if isinstance(expected, list):
+            np.testing.assert_allclose(pair[0][name], expected, rtol=1e-5, err_msg=name)
+        else:
+            assert pair[0][name] == expected
+    # The streamed data reached the right workers: worker i's gradient is i.
+    variance = np.var(np.arange(16.0), ddof=1) / 16
+    np.testing.assert_allclose(alone["data"], [7.5, variance], rtol=1e-5)
+
+
+def test_only_process_0_writes_and_prints(tmp_path):
+    command = ["-m", "experiments", "variance", "--scale", "smoke"]
+    command += ["--problem", "influence_balancing", "--thetas", "start", "end"]
+    command += ["--processes", "2", "--coordinator", free_address()]
+    command += ["--devices", "2", "--out", str(tmp_path / "two")]
+    first, second = together(*[[*command, "--process", str(i)] for i in range(2)])
+    assert "table and picture are in" in first
+    assert "bias" in first
+    assert "bias" not in second
+    assert "picture" not in second
+    together([*command[: command.index("--processes")], "--out", str(tmp_path / "one")])
+    numbers = []
+    for name in ["one", "two"]:
+        (folder,) = (tmp_path / name).iterdir()
+        assert (folder / "figure.png").is_file()
+        records = [r for r in results.read(folder) if "seconds" not in r.metric]
+        numbers.append({(*r.labels.values(), r.metric): r.value for r in records})
+        environment = results.read_summary(folder).about["environment"]
+        assert environment["num_processes"] == 1 + (name == "two")
+    assert numbers[0].keys() == numbers[1].keys()
+    for key, value in numbers[0].items():
+        np.testing.assert_allclose(numbers[1][key], value, rtol=1e-4, atol=1e-5, err_msg=str(key))
