@@ -86,6 +86,8 @@ def strong_state(state: State, made_by: str) -> State:
 
 def strong(x: Any) -> jax.Array:
     """Returns ``x`` as an array whose dtype is not weak."""
+    if isinstance(x, jax.Array) and getattr(x, "weak_type", True) is False:
+        return x
     x = jnp.asarray(x)
     return jax.lax.convert_element_type(x, x.dtype)
 

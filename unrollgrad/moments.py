@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from unrollgrad.noise import wide
 from unrollgrad.types import AverageInfo, Estimate, Key, Theta
@@ -50,7 +51,7 @@ def of(each: Estimate, finite: jax.Array, counted: jax.Array) -> Moments:
         count=count,
         grad=grad,
         loss=mean(each.loss),
-        squares=sum(jax.tree.leaves(jax.tree.map(squares, each.grad, grad))),
+        squares=jnp.asarray(optax.tree.sum(jax.tree.map(squares, each.grad, grad))),
         inner_steps=jnp.sum(each.info.inner_steps, dtype=jnp.int32),
         num_nonfinite=jnp.sum(~finite, dtype=jnp.int32),
         num_nonfinite_losses=jnp.sum(~jnp.isfinite(each.loss), dtype=jnp.int32),
@@ -65,7 +66,7 @@ def merge(a: Moments, b: Moments) -> Moments:
         return (b.count / jnp.maximum(count, 1)).astype(x.dtype)
 
     away = jax.tree.map(jnp.subtract, b.grad, a.grad)
-    between = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(away))
+    between = optax.tree.norm(away, squared=True)
     return Moments(
         count=count,
         grad=jax.tree.map(lambda x, d: x + weight(x) * d, a.grad, away),

@@ -140,17 +140,18 @@ def average(
     def begin(key: Key, theta: Theta, index: jax.Array) -> WorkerState:
         """The states with which the workers ``index`` begin."""
         state = jax.vmap(estimator.init, in_axes=(0, None))(keys(key, index), theta)
+        if stagger == "lockstep":
+            return state
+        assert truncation is not None
         if stagger == "breakstep":
             episode = staggering.shorten_first(state.episode, index, num_workers, truncation)
             return state._replace(episode=episode)
-        if stagger == "burn_in":
 
-            def run(number, state):
-                drawn = jax.random.fold_in(jax.random.fold_in(key, _BURN_IN), number)
-                return call(keys(drawn, index), theta, state, None)[1]
+        def run(number, state):
+            drawn = jax.random.fold_in(jax.random.fold_in(key, _BURN_IN), number)
+            return call(keys(drawn, index), theta, state, None)[1]
 
-            return staggering.burn_in(run, state, index, num_workers, truncation)
-        return state
+        return staggering.burn_in(run, state, index, num_workers, truncation)
 
     def step(key: Key, theta: Theta, index: jax.Array, state: WorkerState, data: Any):
         """One call of the workers ``index``: their moments and their states."""
