@@ -1,9 +1,13 @@
 """One run on many devices, of one process or of several that work together."""
 
 import dataclasses
+import re
+import sys
 from typing import Literal
 
 import jax
+
+from unrollgrad import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,30 +25,47 @@ class Processes:
 def join(group: Processes, devices: int | None) -> None:
     """Joins the other processes and sets the number of devices; before jax computes anything.
 
+    A process that does not reach the others waits for them, for five minutes, and is then ended by
+    ``jax.distributed``.
+
     Args:
         group: The processes.
         devices: All processes' devices; None: all that there are. Only CPUs can be told how many.
 
     Raises:
-        ValueError: If the numbers do not fit together.
-        RuntimeError: If the others are not reached.
+        ValueError: If the numbers do not fit together, or there is no cluster to ask.
     """
     if group.processes == "auto":
-        jax.distributed.initialize()
+        if dataclasses.replace(group, processes=1) != Processes():
+            raise ValueError(
+                "`--processes auto` asks the cluster; leave out --process, --coordinator."
+            )
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                "`--processes auto` found no Slurm, Open MPI or TPU pod. Say how many there are: "
+                "--processes 2 --process 0, and --process 1 in the other."
+            ) from error
         return
-    if not 0 <= group.process < group.processes:
+    count = checks.positive_int("--processes", group.processes)
+    if not 0 <= group.process < count:
         raise ValueError(
-            f"`--process` counts from 0 to `--processes` - 1; got --process {group.process} "
-            f"--processes {group.processes}."
+            f"`--process` counts from 0 to --processes - 1; got --process {group.process} "
+            f"--processes {count}."
         )
     if devices is not None:
-        if devices < 1 or devices % group.processes:
+        if checks.positive_int("--devices", devices) % count:
             raise ValueError(
-                f"`--devices` must be a multiple of `--processes`, those of all together; got "
-                f"--devices {devices} --processes {group.processes}."
+                f"`--devices` are those of all processes together, a multiple of --processes; got "
+                f"--devices {devices} --processes {count}."
             )
-        if devices > group.processes:
-            jax.config.update("jax_num_cpu_devices", devices // group.processes)
+        if devices > count:
+            jax.config.update("jax_num_cpu_devices", devices // count)
             jax.config.update("jax_cpu_enable_async_dispatch", False)  # see the README
-    if group.processes > 1:
-        jax.distributed.initialize(group.coordinator, group.processes, group.process)
+    if count > 1:
+        if not re.fullmatch(r".+:[0-9]+", group.coordinator):
+            raise ValueError(f"`--coordinator` must be HOST:PORT; got {group.coordinator!r}.")
+        if group.process > 0:
+            print(f"waiting for process 0 at {group.coordinator}", file=sys.stderr, flush=True)
+        jax.distributed.initialize(group.coordinator, count, group.process)

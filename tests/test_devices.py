@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import build, quadratic, raises
 from jax.sharding import AxisType, NamedSharding
@@ -258,6 +259,50 @@ def test_theta_and_state_from_elsewhere_are_placed():
         np.testing.assert_allclose(got.loss, expected.loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stagger", ["lockstep", "burn_in"])
+def test_a_plain_average_over_a_problem_that_differs_between_devices(stagger):
+    """In a user's own shard_map, where the step closes over the device's own data."""
+
+    def body(target, theta):
+        problem = ug.UnrolledProblem(
+            lambda key, theta: jnp.zeros(()),
+            lambda key, theta, s, t: (s + theta, (s + theta - target[0]) ** 2),
+            4,
+        )
+        many = ug.average(ug.tbptt(problem, truncation=2), 3, stagger=stagger)
+        estimate, _ = many.estimate(KEY, theta, many.init(KEY, theta))
+        return estimate.loss[None]
+
+    sharded = jax.shard_map(
+        body, mesh=ug.make_worker_mesh(4), in_specs=(P("workers"), P()), out_specs=P("workers")
+    )
+    losses = jax.jit(sharded)(jnp.arange(4.0), jnp.float32(0.0))
+    np.testing.assert_allclose(losses, jnp.arange(4.0) ** 2)
+
+
+def test_an_update_under_jit_compiles_once():
+    problem, theta = recorded()
+    mesh = ug.make_worker_mesh(4)
+    many, outer = ug.average(build("pes", problem), 8, mesh=mesh), optax.adam(0.1)
+    theta, opt_state = jax.device_put((theta, outer.init(theta)), NamedSharding(mesh, P()))
+    state = many.init(KEY, theta)
+
+    @jax.jit
+    def update(key, theta, opt_state, state):
+        estimate, state = many.estimate(key, theta, state)
+        updates, opt_state = outer.update(estimate.grad, opt_state, theta)
+        return optax.apply_updates(theta, updates), opt_state, state
+
+    keys, counts, compilations = jax.random.split(KEY, 3), [], Compilations()
+    jax.monitoring.register_event_duration_secs_listener(compilations)
+    for key in keys:
+        before = compilations.count
+        theta, opt_state, state = update(key, theta, opt_state, state)
+        counts.append(compilations.count - before)
+    jax.monitoring.unregister_event_duration_listener(compilations)
+    assert counts == [1, 0, 0]
+
+
 def test_errors():
     problem, _ = quadratic()
     pes = ug.pes(problem, truncation=5, sigma=0.1)
@@ -281,5 +326,23 @@ def test_errors():
         ValueError, "of one device (num_workers=16 over 8 devices); got batch_size=3", "1, 2"
     ):
         ug.average(pes, 16, mesh=mesh, batch_size=3)
+    with raises(TypeError, "`devices` must be a number or devices", "[]"):
+        ug.make_worker_mesh([])
+    with raises(ValueError, "`devices` names one twice"):
+        ug.make_worker_mesh(jax.devices()[:1] * 2)
+    assert ug.make_worker_mesh(np.array(jax.devices()[2:4])).size == 2
+    with raises(TypeError, "`state` must be what this estimator's `init", "NoneType"):
+        ug.average(pes, 8, mesh=mesh).estimate(KEY, quadratic()[1], None)
+    with raises(ValueError, "another mesh is in force", "compare(devices=)", "leave `mesh` out"):
+        ug.diagnostics.compare(
+            quadratic()[0],
+            quadratic()[1],
+            {"pes": ug.average(pes, 8, mesh=mesh)},
+            reference=quadratic()[1],
+            num_samples=4,
+            num_chains=0,
+            key=KEY,
+            devices=2,
+        )
     with raises(ValueError, "nested averages"):
         ug.average(ug.average(pes, 8, mesh=mesh), 8, mesh=mesh).init(KEY, quadratic()[1])

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import raises
 
 from experiments import results
+from experiments.processes import Processes, join
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
 
 
 def together(*commands):
@@ -43,6 +44,7 @@ def free_address():
         return f"localhost:{probe.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_equal_one_of_eight():
     script, address = str(ROOT / "tests" / "one_process.py"), free_address()
     (alone,) = together([script, "8", "none", "1", "0"])
@@ -62,6 +64,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight():
     np.testing.assert_allclose(alone["data"], [7.5, variance], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_process_0_writes_and_prints(tmp_path):
     command = ["-m", "experiments", "variance", "--scale", "smoke"]
     command += ["--problem", "influence_balancing", "--thetas", "start", "end"]
@@ -84,3 +87,16 @@ def test_only_process_0_writes_and_prints(tmp_path):
     assert numbers[0].keys() == numbers[1].keys()
     for key, value in numbers[0].items():
         np.testing.assert_allclose(numbers[1][key], value, rtol=1e-4, atol=1e-5, err_msg=str(key))
+
+
+def test_flags_that_do_not_fit_together():
+    for error, parts, group, devices in [
+        (ValueError, ("`--process` counts from 0", "--process 2"), Processes(2, process=2), None),
+        (ValueError, ("`--processes` must be at least 1",), Processes(0), None),
+        (ValueError, ("`--devices` must be at least 1",), Processes(), 0),
+        (ValueError, ("a multiple of --processes", "--devices 3"), Processes(2), 3),
+        (ValueError, ("must be HOST:PORT; got 'here'",), Processes(2, coordinator="here"), None),
+        (ValueError, ("auto` asks the cluster",), Processes("auto", process=1), None),
+    ]:
+        with raises(error, *parts):
+            join(group, devices)

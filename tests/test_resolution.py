@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import build
+from conftest import build, raises
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY, pairs
@@ -87,3 +87,14 @@ def test_large_leaves_are_sampled():
     x = jnp.ones((1000, 1000), jnp.bfloat16).at[:, ::2].set(100.0)
     sigma = np.full((1000, 1), 0.01)
     assert abs(fraction_lost(sigma, x) - 0.62) < 0.02
+
+
+def test_a_leaf_of_which_only_a_part_is_looked_at():
+    """Above 100 000 numbers a sample decides; ``average``, too, looks before it traces."""
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.zeros(()), lambda key, theta, s, t: (s, jnp.mean(theta**2)), 4
+    )
+    many = ug.average(ug.pes(problem, truncation=2, sigma=1e-3), 2)
+    many.init(KEY, jnp.ones(200_000))
+    with raises(ValueError, "sigma"):
+        many.init(KEY, jnp.ones(200_000, jnp.bfloat16))

@@ -130,10 +130,17 @@ def test_a_single_call_of_staggered_workers_sees_all_windows(name, stagger, call
         state = many.init(key, theta)
         for i in range(calls):
             _, state = many.estimate(jax.random.fold_in(key, i), theta, state)
-        return many.estimate(jax.random.fold_in(key, calls), theta, state)[0].grad
+        estimate, _ = many.estimate(jax.random.fold_in(key, calls), theta, state)
+        return estimate.grad, estimate.info.grad_variance
 
     draw = jax.jit(lambda keys: jax.lax.map(sample, keys, batch_size=1000))
-    samples = Samples(draw(jax.random.split(KEY, 16000)))
+    grads, claimed = draw(jax.random.split(KEY, 16000))
+    samples, claimed = Samples(grads), Samples(claimed)
+    true, se = samples.variance()
+    if stagger == "lockstep":
+        assert abs(claimed.mean[0] - true) < min(4 * np.hypot(claimed.se[0], se), 0.1 * true)
+    elif unbiased:  # an upper bound: the windows' gradients differ
+        assert claimed.mean[0] > true + 4 * np.hypot(claimed.se[0], se)
     truth = theory.gradient(influence)
     if unbiased:
         assert samples.error_in_se(truth) < 4
@@ -198,6 +205,26 @@ def test_a_smaller_batch_takes_less_memory():
     assert temporaries[1] < temporaries[0] / 8
 
 
+@pytest.mark.parametrize("stagger", ["breakstep", "burn_in"])
+def test_in_float64(stagger):
+    """Places stay int32, and chunks lose no digits."""
+    with jax.enable_x64(True):
+        problem, theta = quadratic.__wrapped__()
+        theta = jax.tree.map(lambda x: x.astype(jnp.float64), theta)
+        grads = []
+        for batch_size in [None, 2]:
+            many = ug.average(
+                ug.tbptt(problem, truncation=5), 6, stagger=stagger, batch_size=batch_size
+            )
+            state = many.init(KEY, theta)
+            for i in range(2):
+                estimate, state = many.estimate(jax.random.key(i), theta, state)
+            assert state.episode.horizon.dtype == state.episode.t.dtype == jnp.int32
+            grads.append(estimate.grad["start"])
+        assert grads[0].dtype == jnp.float64
+        np.testing.assert_allclose(*grads, rtol=1e-13)
+
+
 def test_errors():
     problem, theta = quadratic()
     pes = build("pes", problem)
@@ -223,5 +250,6 @@ def test_errors():
     with raises(TypeError, "missing a required argument: 'batch'", 'stagger="burn_in"'):
         burnt.init(KEY, theta)
     growing = ug.curriculum([pes, pes], boundaries=[3])
-    with raises(ValueError, "would use up calls of the curriculum", "Average inside"):
-        ug.average(growing, 4, stagger="burn_in").init(KEY, theta)
+    for stagger in ["breakstep", "burn_in"]:
+        with raises(ValueError, "does not outlast the stages of a curriculum", "Average inside"):
+            ug.average(growing, 4, stagger=stagger).init(KEY, theta)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from unrollgrad import checks
@@ -20,8 +21,8 @@ def make_worker_mesh(
         axis: The name of the axis; its type is Auto.
 
     Raises:
-        ValueError: If there are fewer devices.
-        TypeError: If ``devices`` is no whole number.
+        ValueError: If there are fewer devices, or one is named twice.
+        TypeError: If ``devices`` is neither a whole number nor devices.
 
     Example:
         >>> import unrollgrad as ug
@@ -30,8 +31,15 @@ def make_worker_mesh(
     """
     if devices is None:
         devices = jax.devices()
-    elif not isinstance(devices, Sequence):
+    elif np.ndim(devices) == 0:
         devices = jax.devices()[: checks.num_devices(devices)]
+    devices = list(np.ravel(np.asarray(devices, object)))
+    if not devices or not all(isinstance(device, jax.Device) for device in devices):
+        raise TypeError(
+            f"`devices` must be a number or devices, such as jax.devices()[:4]; got {devices!r}."
+        )
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"`devices` names one twice: {devices!r}.")
     return jax.make_mesh((len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -40,7 +48,7 @@ def axis_size(mesh: Mesh, axis: str) -> int:
 
     Raises:
         TypeError: If ``mesh`` is none.
-        ValueError: If it has no such axis, or one that is not Auto.
+        ValueError: If it has no such axis, one that is not Auto, or no device of this process.
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(
@@ -61,5 +69,10 @@ def axis_size(mesh: Mesh, axis: str) -> int:
             "makes the sharding part of every array's type, and `step` is not written for that. "
             "Build it with ug.make_worker_mesh(), or with "
             "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))."
+        )
+    if not mesh.local_devices:
+        raise ValueError(
+            f"`mesh` has no device of process {jax.process_index()}: every process has to take "
+            "part. Use all devices, ug.make_worker_mesh()."
         )
     return mesh.shape[axis]

@@ -63,7 +63,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
 
     def weight(x):
-        return (b.count / jnp.maximum(count, 1)).astype(x.dtype)
+        return b.count.astype(x.dtype) / jnp.maximum(count, 1).astype(x.dtype)
 
     away = jax.tree.map(jnp.subtract, b.grad, a.grad)
     between = optax.tree.norm(away, squared=True)
@@ -111,7 +111,7 @@ def over_devices(own: Moments, axis: str, key: Key) -> Moments:
             "squares": own.squares.astype(widest),
             "integers": integers.astype(widest),
             "counts": place(own.count),
-            "sketches": place(_sketch(key, own.grad)),
+            "sketches": place(_sketch(key, own.grad) if num_devices > 1 else jnp.zeros(0)),
         },
         axis,
     )

@@ -72,13 +72,13 @@ def fraction_lost(sigma: Any, x: jax.Array) -> float:
 
 def _half_gaps(sigma: Any, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Half the distances to the next number away from zero and towards it, over sigma."""
-    spread = np.broadcast_to(np.asarray(sigma, np.float64), x.shape)
-    if x.size > _MOST:
-        some = np.random.default_rng(0).integers(x.size, size=_MOST)
-        where = np.unravel_index(some, x.shape)
-        x, spread = x[where], spread[where]
-    size = np.abs(np.asarray(x, np.float64))
-    info = jnp.finfo(x.dtype)
+    info, size = jnp.finfo(x.dtype), np.asarray(x)  # in numpy: this may run inside a trace
+    spread = np.broadcast_to(np.asarray(sigma, np.float64), size.shape)
+    if size.size > _MOST:
+        some = np.random.default_rng(0).integers(size.size, size=_MOST)
+        where = np.unravel_index(some, size.shape)
+        size, spread = size[where], spread[where]
+    size = np.abs(size.astype(np.float64))
     mantissa, exponent = np.frexp(size)  # size = mantissa 2^exponent, mantissa in [1/2, 1)
     up = np.ldexp(1.0, exponent - 1 - info.nmant)
     down = np.where(mantissa == 0.5, up / 2, up)

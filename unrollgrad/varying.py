@@ -24,3 +24,13 @@ def over(names: frozenset, tree: Any) -> Any:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(leaf, tree) if names else tree
+
+
+def like(shapes: Any, tree: Any) -> Any:
+    """``tree`` with every leaf varying over the axes of its counterpart, as ``eval_shape`` says."""
+
+    def leaf(shape, x):
+        kind = shape.manual_axis_type
+        return over(kind.varying, x) if kind else x
+
+    return jax.tree.map(leaf, shapes, tree)

@@ -37,9 +37,10 @@ def average(
     worker's expectation, 1/num_workers of its variance.
 
     **Devices.** With ``mesh`` the workers are spread over the devices of its axis ``axis``, one
-    ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one all-reduce per call. The state is
-    sharded from ``init`` on, ``grad`` is on all devices. Draws do not depend on the number of
-    devices or on ``batch_size``; losses and gradients agree up to the order of summation. The same
+    ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one ``psum`` per call. The state is
+    sharded from ``init`` on, ``grad`` is on all devices. Draws (of JAX's default, threefry) do not
+    depend on the number of devices or on ``batch_size``; losses and gradients agree up to the order
+    of summation. The same
     on many processes: see the README. Two ways by hand that give the same numbers, with one worker
     per device and ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in your own
     ``jax.shard_map``::
@@ -54,8 +55,9 @@ def average(
     "breakstep": worker i's *first* episode ends after ceil((i+1)/num_workers * T/K) windows, so
     that later each call has workers at all windows; the first T/K calls see early windows too
     often. "burn_in": ``init`` runs worker i for floor(i/num_workers * T/K) windows at its theta, up
-    to T/K - 1 calls of work that no ``info`` counts; every call then estimates the gradient of J,
-    exactly so where T/K divides num_workers. Either makes NRES of ``es_single``. The long-run
+    to T/K - 1 calls of work that no ``info`` counts. With a static horizon every call then
+    estimates the gradient of J, exactly so where T/K divides num_workers; with a sampled one longer
+    episodes are rarer at first than later on. Either makes NRES of ``es_single``. The long-run
     variance stays what it is.
 
     **Bad workers.** With ``nonfinite="drop"`` a worker whose loss or gradient is not finite is left
@@ -64,8 +66,9 @@ def average(
     watch the count. With ``"propagate"`` nothing is left out: one bad worker makes the mean NaN or
     inf, visibly.
 
-    ``info.grad_variance`` is the trace of the covariance of ``grad``, from the spread over workers;
-    staggered, the differences between the windows' own gradients count as spread. Over several
+    ``info.grad_variance`` is the trace of the covariance of ``grad``, from the spread over workers.
+    In lockstep its expectation is the true one; staggered it is an upper bound, as the windows' own
+    gradients differ too, which is no noise of the mean. Over several
     devices, and with more than 128 numbers in theta, what the devices' means differ by enters
     through random sketches of them: unbiased, with a relative error of that part of about
     sqrt(2/128 / (devices - 1)).
@@ -92,9 +95,9 @@ def average(
         TypeError: If ``estimator`` or ``mesh`` is none.
         ValueError: If num_workers is not positive or no multiple of the devices, batch_size does
             not divide, a word is unknown, the mesh has no such axis or one that is not Auto, the
-            estimator is itself an average, ``stagger`` meets an estimator without ``truncation``,
-            burn_in meets ``data`` or a curriculum, or a leaf of ``data`` has not ``num_workers`` as
-            its leading axis.
+            estimator is itself an average, ``stagger`` meets an estimator without ``truncation``
+            or a curriculum, burn_in meets ``data``, a leaf of ``data`` has not ``num_workers`` as
+            its leading axis, or another mesh is in force.
         FloatingPointError: Outside ``jit``, if no worker is left; inside, grad and loss are NaN.
 
     Example:
@@ -166,7 +169,7 @@ def average(
     def numbers() -> jax.Array:
         """The numbers of this device's workers, in chunks."""
         first = 0 if mesh is None else own * jax.lax.axis_index(axis)
-        return (first + jnp.arange(own)).reshape(num_chunks, -1)
+        return (first + jnp.arange(own, dtype=jnp.int32)).reshape(num_chunks, -1)
 
     def begin_all(key, theta):
         return _join(jax.lax.map(lambda index: begin(key, theta, index), numbers()))
@@ -179,7 +182,7 @@ def average(
         chunks = (numbers(), _split(state, num_chunks), _split(data, num_chunks))
         shapes, _ = jax.eval_shape(step, key, theta, *jax.tree.map(lambda x: x[0], chunks))
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        nothing = varying.over(varying.axes((key, theta, state, data)), nothing)
+        nothing = varying.like(shapes, nothing)
         total, state = jax.lax.scan(chunk, nothing, chunks)
         if mesh is not None:
             total = moments.over_devices(total, axis, jax.random.fold_in(key, _SIGNS))
@@ -193,7 +196,8 @@ def average(
     def init(key: Key, theta: Theta) -> WorkerState:
         key, theta = checks.typed_key(key), checks.floating_theta(theta)
         # Outside jit first: what theta's values say against it cannot be seen in a trace.
-        _check_one_worker(jax.eval_shape(lambda key: estimator.init(key, theta), key), stagger)
+        one = jax.eval_shape(lambda key: estimator.init(key, theta), key)
+        _check_one_worker(one, stagger)
         return run_begin(key, theta)
 
     def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
@@ -228,7 +232,17 @@ def _compiled(
     compiled = jax.jit(spread, out_shardings=outs)
 
     def call(*args):
-        return compiled(*(_placed(x, sharding) for x, sharding in zip(args, ins, strict=True)))
+        try:
+            return compiled(*(_placed(x, sharding) for x, sharding in zip(args, ins, strict=True)))
+        except ValueError as error:
+            if "context mesh" not in str(error):
+                raise
+            raise ValueError(
+                "`average(mesh=)` cannot run where another mesh is in force: inside a `shard_map` "
+                "or `pmap` (of yours, or of `compare(devices=)`), or under `jax.set_mesh` with "
+                "another one. There leave `mesh` out: `average` without it, or the estimator "
+                "itself, is right on every device."
+            ) from error
 
     return call
 
@@ -305,14 +319,19 @@ def _check_one_worker(state: WorkerState, stagger: str) -> None:
             "`average` takes one worker, not an average: nested averages would hide which "
             "worker is which. Use one `average` with the product of the numbers of workers."
         )
-    if stagger == "burn_in" and isinstance(state, CurriculumState):
+    if stagger != "lockstep" and isinstance(state, CurriculumState):
         raise ValueError(
-            'stagger="burn_in" would use up calls of the curriculum. Average inside it instead: '
-            "ug.curriculum([ug.average(..., stagger='burn_in'), ...], boundaries)."
+            f'stagger="{stagger}" does not outlast the stages of a curriculum. Average inside it '
+            f"instead: ug.curriculum([ug.average(..., stagger='{stagger}'), ...], boundaries)."
         )
 
 
 def _check_state(state: WorkerState, num_workers: int) -> None:
+    if not hasattr(state, "episode"):
+        raise TypeError(
+            f"`state` must be what this estimator's `init(key, theta)` returns; got a "
+            f"{type(state).__name__}."
+        )
     shape = jnp.shape(state.episode.t)
     if shape != (num_workers,):
         raise ValueError(

@@ -188,15 +188,7 @@ def _draw(
     # It runs once per sample and does little: XLA's optimisation would take longer than that saves.
     on_cpu = jax.default_backend() == "cpu"
     quickly: Any = {"xla_backend_optimization_level": 0} if on_cpu else {}
-    try:
-        start = _begin.lower(*fixed, key, index, theta).compile(quickly)
-    except ValueError as error:
-        if "context mesh" not in str(error):
-            raise
-        raise ValueError(
-            f"estimator {name!r} is spread over a mesh itself, and so are the samples with devices="
-            f"{plan.devices}. Leave one of them out: `average` without `mesh`, or devices=1."
-        ) from error
+    start = _begin.lower(*fixed, key, index, theta).compile(quickly)
     states = jax.eval_shape(_begin, *fixed, key, index, theta)
     program = _episode.lower(
         *fixed, plan.horizon, key, index, jnp.int32(0), theta, states
