@@ -40,10 +40,9 @@ def average(
     ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one ``psum`` per call. The state is
     sharded from ``init`` on, ``grad`` is on all devices. Draws (of JAX's default, threefry) do not
     depend on the number of devices or on ``batch_size``; losses and gradients agree up to the order
-    of summation. The same
-    on many processes: see the README. Two ways by hand that give the same numbers, with one worker
-    per device and ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in your own
-    ``jax.shard_map``::
+    of summation. Many processes: see the README. Two ways by hand that give the same numbers, with
+    one worker per device and ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in
+    your own ``jax.shard_map``::
 
         def update(key, theta, state):
             key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
@@ -68,10 +67,9 @@ def average(
 
     ``info.grad_variance`` is the trace of the covariance of ``grad``, from the spread over workers.
     In lockstep its expectation is the true one; staggered it is an upper bound, as the windows' own
-    gradients differ too, which is no noise of the mean. Over several
-    devices, and with more than 128 numbers in theta, what the devices' means differ by enters
-    through random sketches of them: unbiased, with a relative error of that part of about
-    sqrt(2/128 / (devices - 1)).
+    gradients differ too, which is no noise of the mean. Over several devices, and with more than
+    128 numbers in theta, what the devices' means differ by enters through random sketches of them:
+    unbiased, with a relative error of that part of about sqrt(2/128 / (devices - 1)).
 
     Time and memory: ``num_workers`` times the estimator's, in one ``vmap``; over d devices 1/d of
     it on each. With ``batch_size`` the estimator's memory is needed ``batch_size`` times only, and

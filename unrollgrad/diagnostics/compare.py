@@ -67,7 +67,7 @@ def compare(
         batch_size: Samples per dispatch, in parallel: more is faster and takes more memory.
         devices: Over how many the samples of a dispatch are spread; they stay the same numbers.
             With several processes it has to be all of them, and every process gets the result.
-            An estimator that is spread over a mesh itself, ``average(mesh=)``, needs 1.
+            With an estimator that is spread over a mesh itself, ``average(mesh=)``: 1.
         matmul_precision: Of all matrix products, as in ``jax.default_matmul_precision``; None is
             JAX's own choice for the device. Less than "highest" (TF32 on GPUs, bfloat16 on TPUs)
             swallows the differences L(theta + eps) - L(theta - eps) at small sigma.
