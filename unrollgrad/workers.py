@@ -38,11 +38,12 @@ def average(
 
     **Devices.** With ``mesh`` the workers are spread over the devices of its axis ``axis``, one
     ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one ``psum`` per call. The state is
-    sharded from ``init`` on, ``grad`` is on all devices. Draws (of JAX's default, threefry) do not
-    depend on the number of devices or on ``batch_size``; losses and gradients agree up to the order
-    of summation. Many processes: see the README. Two ways by hand that give the same numbers, with
-    one worker per device and ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in
-    your own ``jax.shard_map``::
+    sharded from ``init`` on, ``grad`` is on all devices. Draws do not depend on the number of
+    devices or on ``batch_size``: the random bits (of JAX's default, threefry) are the same, and
+    what is computed from them, losses and gradients, up to rounding. Many processes: see the
+    README. Two ways by hand that give the same numbers, with one worker per device and
+    ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in your own
+    ``jax.shard_map``::
 
         def update(key, theta, state):
             key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
