@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments import results
-from experiments.progress import bar
 from experiments.results import Record, Summary
+from unrollgrad.progress import progress_bar
 
 SCALES = ("smoke", "cpu", "paper")
 """smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
@@ -91,7 +91,7 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
     results.write_json(folder / "config.json", {**config, "out": str(settings.out)})
     status = "complete"
     try:
-        with results.writer(folder, experiment.labels) as write, bar() as progress:
+        with results.writer(folder, experiment.labels) as write, progress_bar(1.0) as progress:
             for i, seed in enumerate(seeds):
 
                 def report(text: str, fraction: float, i: int = i) -> None:

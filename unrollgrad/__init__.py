@@ -19,6 +19,7 @@ from unrollgrad.estimators import (
     tbptt,
     truncated_es,
 )
+from unrollgrad.fit import FitResult, fit
 from unrollgrad.mesh import make_worker_mesh
 from unrollgrad.training import TrainingState, final_loss, training_problem
 from unrollgrad.types import (
@@ -39,6 +40,7 @@ __all__ = [
     "AverageInfo",
     "Episode",
     "Estimate",
+    "FitResult",
     "GradientEstimator",
     "Info",
     "TrainingState",
@@ -51,6 +53,7 @@ __all__ = [
     "episode_loss",
     "es_single",
     "final_loss",
+    "fit",
     "full_es",
     "gpes",
     "make_worker_mesh",

@@ -1,10 +1,12 @@
 """The devices over which workers are spread."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from unrollgrad import checks
 
@@ -76,3 +78,23 @@ def axis_size(mesh: Mesh, axis: str) -> int:
             "part. Use all devices, ug.make_worker_mesh()."
         )
     return mesh.shape[axis]
+
+
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+    """Concrete arrays laid out over the mesh: whatever comes, one layout and one program."""
+
+    def leaf(x):
+        if isinstance(x, jax.core.Tracer):
+            return x
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return _on_all_processes(x, sharding)  # device_put would ask them all whether x is the same
+
+    return jax.tree.map(leaf, tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _on_all_processes(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, sharding)

@@ -1,6 +1,5 @@
 """Many workers as one estimator: the mean over them, on one device or many."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unrollgrad import checks, moments, staggering, varying
 from unrollgrad.curriculum import CurriculumState
-from unrollgrad.mesh import axis_size
+from unrollgrad.mesh import axis_size, placed
 from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
 
 _NO_DATA = (
@@ -232,7 +231,7 @@ def _compiled(
 
     def call(*args):
         try:
-            return compiled(*(_placed(x, sharding) for x, sharding in zip(args, ins, strict=True)))
+            return compiled(*(placed(x, sharding) for x, sharding in zip(args, ins, strict=True)))
         except ValueError as error:
             if "context mesh" not in str(error):
                 raise
@@ -244,26 +243,6 @@ def _compiled(
             ) from error
 
     return call
-
-
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """Concrete arrays laid out over the mesh: whatever comes, one layout and one program."""
-
-    def leaf(x):
-        if isinstance(x, jax.core.Tracer):
-            return x
-        if isinstance(x, jax.Array) and x.sharding == sharding:
-            return x
-        if sharding.is_fully_addressable:
-            return jax.device_put(x, sharding)
-        return _on_all_processes(x, sharding)  # device_put would ask them all whether x is the same
-
-    return jax.tree.map(leaf, tree)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _on_all_processes(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _split(tree: Any, num_chunks: int) -> Any:

@@ -1,0 +1,192 @@
+"""``fit`` with checkpoints: what is continued is what was never interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import build, quadratic, raises
+
+import unrollgrad as ug
+
+KEY = jax.random.key(0)
+
+
+def workers(num_devices=None):
+    problem, theta = quadratic()
+    mesh = num_devices and ug.make_worker_mesh(num_devices)
+    return ug.average(build("pes", problem), 4, mesh=mesh), theta
+
+
+def run(num_steps, folder=None, num_devices=None, **given):
+    estimator, theta = workers(num_devices)
+    given = {"steps_per_dispatch": 2, "checkpoint_every": 2, "config": {"a": 1}, **given}
+    return ug.fit(
+        estimator,
+        theta,
+        optax.adam(0.05),
+        num_steps=num_steps,
+        key=KEY,
+        checkpoint_dir=folder,
+        evaluate=lambda key, theta: {"rate": jnp.exp(theta["log_rate"])},
+        **given,
+    )
+
+
+def same(a, b, **tolerance):
+    """Bit for bit, unless told."""
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+def test_goes_on_where_it_was(tmp_path):
+    whole = run(9)
+    run(5, tmp_path)
+    again = run(5, tmp_path)  # there is nothing left to do
+    assert len(again.history["loss"]) == 5
+    steps = run(9, tmp_path)
+    # The dispatches of the interrupted run end elsewhere; the steps are the same.
+    assert steps.history["evaluated_at"].tolist() == [2, 4, 5, 7, 9]
+    same(steps.theta, whole.theta)
+    same(steps.opt_state, whole.opt_state)
+    same(steps.worker_state, whole.worker_state)
+    same(steps.history["loss"], whole.history["loss"])
+    kept = sorted(int(f.name) for f in (tmp_path / "steps").iterdir())
+    ends = [2, 4, 5, 7, 9]
+    losses = [np.mean(whole.history["loss"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    assert kept[-2:] == [7, 9]
+    assert ends[np.argmin(losses)] in kept
+    assert len(kept) <= 4
+
+
+@pytest.mark.slow
+def test_goes_on_with_another_number_of_devices(tmp_path):
+    whole = run(6)
+    run(2, tmp_path, num_devices=2)
+    run(4, tmp_path, num_devices=4)
+    same(run(6, tmp_path).theta, whole.theta, rtol=1e-5)
+
+
+def test_refuses_another_run(tmp_path):
+    run(2, tmp_path)
+    with raises(ValueError, "holds another run", "config.a: 1 -> 2", "another checkpoint_dir"):
+        run(4, tmp_path, config={"a": 2})
+    estimator, theta = workers()
+    with raises(ValueError, "key: ", "-> "):
+        ug.fit(
+            estimator,
+            theta,
+            optax.adam(0.05),
+            num_steps=4,
+            key=jax.random.key(1),
+            checkpoint_dir=tmp_path,
+            config={"a": 1},
+        )
+    with raises(ValueError, "opt_state", "absent"):
+        ug.fit(
+            estimator,
+            theta,
+            optax.sgd(0.05),
+            num_steps=4,
+            key=KEY,
+            checkpoint_dir=tmp_path,
+            config={"a": 1},
+        )
+
+
+def test_one_process_at_a_time(tmp_path):
+    def callback(step, theta, metrics):
+        with raises(RuntimeError, f"is in use by process {os.getpid()} on"):
+            run(2, tmp_path)
+
+    run(2, tmp_path, callback=callback)
+    run(4, tmp_path)  # the lock is gone with the run
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(2, tmp_path / "file")
+
+    def spoil(step, theta, metrics):
+        if step == 4:
+            while not (tmp_path / "run" / "steps" / "2").is_dir():
+                time.sleep(0.01)
+            for part in (tmp_path / "run" / "steps").iterdir():
+                os.rename(part, tmp_path / part.name)
+            os.rmdir(tmp_path / "run" / "steps")
+            (tmp_path / "run" / "steps").write_text("in the way")
+
+    with raises(OSError, "could not be written", "make room") as caught:
+        run(8, tmp_path / "run", callback=spoil)
+    result = caught.value.result
+    assert len(result.history["loss"]) >= 4
+    assert np.isfinite(float(result.theta["log_rate"]))
+    assert any("last checkpoint" in note for note in caught.value.__notes__)
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import jax, numpy as np
+from test_checkpoints import run
+def callback(step, theta, metrics):
+    print(step, flush=True)
+    time.sleep(0.05)
+result = run(24, sys.argv[1], callback=callback)
+np.save(sys.argv[1] + "/theta.npy", np.asarray(result.theta["start"]))
+np.save(sys.argv[1] + "/loss.npy", result.history["loss"])
+print("end", len(result.history["loss"]), flush=True)
+"""
+
+
+def started(folder):
+    code = SCRIPT.format(tests=os.path.dirname(__file__))
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL, again and again: the end is that of a run that was left alone."""
+    draws, kills = np.random.default_rng(0), 0
+    while True:
+        process = started(tmp_path)
+        for _ in range(draws.integers(1, 4)):
+            process.stdout.readline()
+        if kills < 4:
+            try:
+                process.wait(timeout=draws.uniform(0, 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+        _, errors = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills == 4
+    whole = run(24)
+    np.testing.assert_array_equal(np.load(tmp_path / "theta.npy"), whole.theta["start"])
+    np.testing.assert_array_equal(np.load(tmp_path / "loss.npy"), whole.history["loss"])
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_returns(tmp_path):
+    process = started(tmp_path)
+    process.stdout.readline()
+    process.terminate()
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped by SIGTERM after step" in errors
+    steps = int(printed.split("end ")[1])
+    assert 0 < steps < 24
+    assert (tmp_path / "steps" / str(steps)).is_dir()
+    same(run(24, tmp_path).theta, run(24).theta)

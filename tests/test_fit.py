@@ -1,0 +1,161 @@
+"""``fit``: the same as a loop by hand, in few dispatches of one program."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import build, quadratic, raises
+
+import unrollgrad as ug
+
+KEY = jax.random.key(0)
+OUTER = optax.adam(0.05)
+
+
+def workers(**given):
+    problem, theta = quadratic()
+    return ug.average(build("pes", problem), 4, **given), theta
+
+
+def by_hand(estimator, theta, num_steps, data=None):
+    state = estimator.init(KEY, theta)  # nothing of it is used: all episodes begin anew
+    opt_state, losses = OUTER.init(theta), []
+    for s in range(num_steps):
+        given = {} if data is None else {"data": data(s)}
+        estimate, state = estimator.estimate(jax.random.fold_in(KEY, s), theta, state, **given)
+        updates, opt_state = OUTER.update(estimate.grad, opt_state, theta)
+        theta = optax.apply_updates(theta, updates)
+        losses.append(float(estimate.loss))
+    return theta, losses
+
+
+@pytest.mark.parametrize("mesh", [None, 4])
+def test_is_the_loop_by_hand_whatever_the_dispatches(mesh):
+    estimator, theta = workers(mesh=mesh and ug.make_worker_mesh(mesh))
+    expected, losses = by_hand(estimator, theta, 10)
+    for size in [4, 10, 100]:
+        result = ug.fit(estimator, theta, OUTER, num_steps=10, key=KEY, steps_per_dispatch=size)
+        for got, wanted in zip(*map(jax.tree.leaves, (result.theta, expected)), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5)
+        np.testing.assert_allclose(result.history["loss"], losses, rtol=1e-5)
+        assert result.history["inner_steps"].tolist() == [4 * 2 * 2 * 5] * 10
+        assert set(result.history) == {
+            "loss",
+            "grad_norm",
+            "inner_steps",
+            "num_nonfinite",
+            "grad_variance",
+        }
+    float(theta["log_rate"])  # it was not donated
+
+
+@pytest.mark.parametrize("mesh", [None, 4])
+def test_one_program_for_the_whole_run(mesh):
+    estimator, theta = workers(mesh=mesh and ug.make_worker_mesh(mesh))
+    traced = []
+
+    def update(updates, state, params=None, **extra):
+        traced.append(1)
+        return jax.tree.map(lambda u: -0.1 * u, updates), state
+
+    outer = optax.GradientTransformationExtraArgs(lambda theta: optax.EmptyState(), update)
+    compiled = []
+    listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
+    counts = []
+
+    def callback(step, theta, metrics):
+        counts.append(sum("backend_compile" in event for event in compiled))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    ug.fit(estimator, theta, outer, num_steps=11, key=KEY, steps_per_dispatch=3, callback=callback)
+    jax.monitoring.unregister_event_duration_listener(listener)
+    assert counts[0] > 0
+    assert len(set(counts)) == 1
+    assert len(counts) == 4
+
+
+def test_evaluation_and_callback_between_dispatches():
+    estimator, theta = workers()
+    seen = []
+    result = ug.fit(
+        estimator,
+        theta,
+        OUTER,
+        num_steps=7,
+        key=KEY,
+        steps_per_dispatch=3,
+        evaluate=lambda key, theta: {"rate": jnp.exp(theta["log_rate"])},
+        callback=lambda step, theta, metrics: seen.append((step, theta, metrics)),
+    )
+    assert [step for step, *_ in seen] == [3, 6, 7]
+    assert result.history["evaluated_at"].tolist() == [3, 6, 7]
+    np.testing.assert_allclose(result.history["rate"][-1], np.exp(result.theta["log_rate"]))
+    for step, theta, metrics in seen:
+        assert metrics["loss"] == result.history["loss"][step - 1]
+        np.testing.assert_allclose(metrics["rate"], np.exp(theta["log_rate"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["function", "iterator"])
+def test_streamed_data(kind):
+    base, theta = quadratic()
+
+    def step(key, theta, state, t, batch):
+        state, loss = base.step(key, theta, state, t)
+        return state, loss + jnp.mean(batch * state["x"])
+
+    estimator = ug.average(ug.pes(base._replace(step=step), truncation=5, sigma=0.1), 2)
+
+    def make(s):
+        return np.asarray(jax.random.normal(jax.random.key(s), (2, 5, 3)))
+
+    _, losses = by_hand(estimator, theta, 5, make)
+    data = make if kind == "function" else (make(s) for s in itertools.count())
+    result = ug.fit(estimator, theta, OUTER, num_steps=5, key=KEY, data=data, steps_per_dispatch=2)
+    np.testing.assert_allclose(result.history["loss"], losses, rtol=1e-5)
+    with raises(ValueError, "`data` ended before outer step 3"):
+        ug.fit(
+            estimator,
+            theta,
+            OUTER,
+            num_steps=5,
+            key=KEY,
+            data=iter([make(0)] * 3),
+            steps_per_dispatch=2,
+        )
+
+
+def test_stops_where_something_is_not_finite():
+    """The state counts steps, and from the 12th on the loss is not finite."""
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.int32(0),
+        lambda key, theta, s, t: (s + 1, theta["a"] ** 2 * jnp.where(s < 12, 1, jnp.nan)),
+        100,
+    )
+    estimator, theta = ug.tbptt(problem, truncation=2), {"a": jnp.float32(1.0), "b": jnp.ones(2)}
+    with (
+        pytest.warns(UserWarning, match="cannot influence"),
+        raises(FloatingPointError, "outer step 6", "gradient['a'], theta['a']") as caught,
+    ):
+        ug.fit(estimator, theta, optax.sgd(0.1), num_steps=20, key=KEY, steps_per_dispatch=4)
+    result = caught.value.result
+    assert len(result.history["loss"]) == 6
+    np.testing.assert_allclose(result.theta["a"], 0.8**6, rtol=1e-5)
+
+
+def test_errors():
+    estimator, theta = workers()
+    with raises(TypeError, "`estimator` must be a GradientEstimator", "UnrolledProblem"):
+        ug.fit(quadratic()[0], theta, OUTER, num_steps=1, key=KEY)
+    with raises(TypeError, "`optimizer` must be an optax transformation", "float"):
+        ug.fit(estimator, theta, 0.1, num_steps=1, key=KEY)
+    with raises(TypeError, "`data` must be a function of the step", "list"):
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, data=[1])
+    with raises(ValueError, "`num_steps` must be at least 1"):
+        ug.fit(estimator, theta, OUTER, num_steps=0, key=KEY)
+    with raises(ValueError, "`steps_per_dispatch` must be at least 1"):
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, steps_per_dispatch=0)
+    with raises(TypeError, "theta['n'] is 3"):
+        ug.fit(estimator, {"n": 3}, OUTER, num_steps=1, key=KEY)

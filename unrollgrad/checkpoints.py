@@ -1,0 +1,192 @@
+"""Checkpoints of a run: whole or not at all, the last and the best kept, one writer at a time."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unrollgrad import checks
+from unrollgrad.extras import need
+
+KEPT = 2
+"""The newest that are kept, besides the best."""
+
+
+class Checkpoints(NamedTuple):
+    """A folder of checkpoints, open for one run.
+
+    Attributes:
+        folder: Where they are.
+        latest: The step of the newest; None where there is none.
+        manager: orbax's.
+    """
+
+    folder: Path
+    latest: int | None
+    manager: Any
+
+    def save(
+        self, step: int, tree: Any, history: dict[str, Any], about: dict[str, Any], loss: float
+    ) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            step: Its number.
+            tree: The run, any pytree of arrays and keys.
+            history: Nested dicts of numpy arrays.
+            about: What a run that goes on from here has to have in common with this one.
+            loss: The best checkpoint is that of the least.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        args = need("orbax.checkpoint", "orbax").args
+        items = args.Composite(
+            run=args.StandardSave(_plain(tree)),
+            history=args.StandardSave(history),
+            about=args.JsonSave(about),
+        )
+        with _said(self.folder):
+            self.manager.save(step, args=items, metrics={"loss": float(loss)})
+
+    def restore(self, like: Any, about: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The newest run, laid out over the devices as ``like`` is, and its history.
+
+        Raises:
+            ValueError: If it is another run's; the message lists the differences.
+        """
+        args = need("orbax.checkpoint", "orbax").args
+        found = self.manager.restore(self.latest, args=args.Composite(about=args.JsonRestore()))
+        _check_same(self.folder, found["about"], about)
+        plain = _plain(like)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), plain
+        )
+        items = args.Composite(run=args.StandardRestore(shapes), history=args.StandardRestore())
+        found = self.manager.restore(self.latest, args=items)
+        return _typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
+
+
+@contextlib.contextmanager
+def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
+    """Yields the folder's checkpoints, or None without a folder.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+        RuntimeError: If another process has it open.
+    """
+    if folder is None:
+        yield None
+        return
+    ocp = need("orbax.checkpoint", "orbax")
+    policies = need("orbax.checkpoint.checkpoint_managers", "orbax")
+    folder = Path(folder).absolute()
+    with _locked(folder):
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(KEPT),
+                    policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+        )
+        manager = ocp.CheckpointManager(folder / "steps", options=options)
+        try:
+            yield Checkpoints(folder, manager.latest_step(), manager)
+        finally:
+            manager.close()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process however that ends."""
+    if jax.process_index() > 0:
+        yield
+        return
+    import fcntl  # here: Windows has none, and needs it only where checkpoints are wanted
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RuntimeError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}. Wait for it, "
+                "stop it, or use another checkpoint_dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _said(folder: Path) -> Iterator[None]:
+    """Turns whatever goes wrong in writing into an OSError that says what is left."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"a checkpoint could not be written to {folder}: {error}. Those before it are whole; "
+            "make room or mend the folder, and run the same call again."
+        ) from error
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(tree: Any) -> list[Any]:
+    """The leaves, keys as their data: what a file can hold."""
+    return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
+
+
+def _typed(like: Any, leaves: list[Any]) -> Any:
+    def leaf(x, found):
+        return jax.random.wrap_key_data(found, impl=jax.random.key_impl(x)) if _is_key(x) else found
+
+    old, structure = jax.tree.flatten(like)
+    return structure.unflatten([leaf(x, found) for x, found in zip(old, leaves, strict=True)])
+
+
+def about(tree: Any, key: Any, config: Any) -> dict[str, Any]:
+    """What must be the same in a run that goes on: structure, key and configuration, as JSON."""
+    leaves = {
+        jax.tree_util.keystr(path): checks.describe(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return {
+        "state": leaves,
+        "structure": str(jax.tree.structure(tree)),
+        "key": f"{jax.random.key_impl(key)} {np.asarray(jax.random.key_data(key)).tolist()}",
+        "config": config,
+    }
+
+
+def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    lines = list(_differences("", theirs, ours))
+    if lines:
+        raise ValueError(
+            f"{folder} holds another run. There -> here:\n"
+            + "\n".join(lines)
+            + "\nGo on with the same arguments, or use another checkpoint_dir."
+        )
+
+
+def _differences(name: str, theirs: Any, ours: Any) -> Iterator[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in [*theirs, *(k for k in ours if k not in theirs)]:
+            yield from _differences(
+                f"{name}.{key}".lstrip("."), theirs.get(key, "absent"), ours.get(key, "absent")
+            )
+    elif theirs != ours:
+        yield f"  {name}: {theirs} -> {ours}"

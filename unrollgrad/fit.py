@@ -1,0 +1,355 @@
+"""The outer loop: an estimator and any optax optimizer, in dispatches of many steps."""
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from unrollgrad import checkpoints, checks
+from unrollgrad.interrupts import stop_requests
+from unrollgrad.mesh import placed
+from unrollgrad.progress import progress_bar
+from unrollgrad.types import GradientEstimator, Key, Theta, WorkerState
+
+_INIT, _EVALUATE = 0x696E6974, 0x6576616C  # folded into the key, numbers that no step has
+
+
+class FitResult(NamedTuple):
+    """What ``fit`` returns.
+
+    Attributes:
+        theta: After the last step.
+        opt_state: The outer optimizer's.
+        worker_state: The estimator's.
+        history: Arrays by name. One number per outer step: ``loss`` (the estimate, before the
+            update), ``grad_norm`` and what the estimator's ``info`` holds. One per evaluation:
+            ``evaluated_at``, the number of steps done, and what ``evaluate`` returned.
+    """
+
+    theta: Theta
+    opt_state: optax.OptState
+    worker_state: WorkerState
+    history: dict[str, np.ndarray]
+
+
+class _Carry(NamedTuple):
+    theta: Theta
+    opt_state: optax.OptState
+    worker_state: WorkerState
+
+
+class _Run(NamedTuple):
+    carry: _Carry
+    done: int
+    steps: list[dict[str, np.ndarray]]  # the records of one dispatch after another
+    evaluations: list[dict[str, np.ndarray]]
+
+    def history(self) -> dict[str, dict[str, np.ndarray]]:
+        """Both kinds of records joined; without those of which there are none."""
+        parts = {"steps": self.steps, "evaluations": self.evaluations}
+        return {
+            name: {k: np.concatenate([r[k] for r in records]) for k in records[0]}
+            for name, records in parts.items()
+            if records
+        }
+
+    def result(self) -> FitResult:
+        """What there is so far."""
+        history = self.history()
+        flat = history.get("steps", {}) | history.get("evaluations", {})
+        return FitResult(self.carry.theta, self.carry.opt_state, self.carry.worker_state, flat)
+
+
+def fit(
+    estimator: GradientEstimator,
+    theta: Theta,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int,
+    key: Key,
+    data: Callable[[int], Any] | Iterator[Any] | None = None,
+    steps_per_dispatch: int = 100,
+    evaluate: Callable[[Key, Theta], dict[str, Any]] | None = None,
+    callback: Callable[[int, Theta, dict[str, Any]], None] | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    config: Any = None,
+) -> FitResult:
+    """Minimises J by ``num_steps`` outer steps: estimate, optax update, apply.
+
+    Step s, counted from 0, uses ``fold_in(key, s)``. ``steps_per_dispatch`` steps are one program
+    and one dispatch; between dispatches, and only there, theta is evaluated, the callback called,
+    checkpoints are written and, on a terminal, the progress shown. Everything is compiled once.
+
+    With ``checkpoint_dir`` the same call on a folder that is not empty goes on where the last
+    checkpoint was, bit for bit on the same devices; ``num_steps`` may have grown. Ctrl-C and
+    SIGTERM let the running dispatch end, save, and return what there is (a second one interrupts).
+
+    Time: that of the estimates and updates. Memory: theta, optimizer state and worker state once,
+    as their buffers are handed on; with ``data`` two dispatches' batches.
+
+    Args:
+        estimator: Of the gradient, as a rule an ``average``. Spread over a mesh, theta and the
+            optimizer's state are replicated over it.
+        theta: Where to begin; it is copied.
+        optimizer: Any optax transformation; it is given ``value=loss``.
+        num_steps: Outer steps, those before a checkpoint included.
+        key: Of everything that is drawn.
+        data: Streamed batches, one outer step's worth each, as ``estimate(data=)`` wants them: a
+            function of the step, or an iterator, from which a continued run takes and leaves what
+            was used already. Both are called in a thread of their own while the device computes.
+        steps_per_dispatch: Outer steps in one program.
+        evaluate: ``evaluate(key, theta) -> {name: number}`` after every dispatch. ``jit`` it
+            yourself.
+        callback: ``callback(s, theta, metrics)`` after every dispatch: the number of steps done,
+            and the last step's record with what ``evaluate`` returned.
+        checkpoint_dir: Where to write checkpoints, and to go on from the last. The last two are
+            kept, and the one whose last dispatch had the least loss. Needs orbax.
+        checkpoint_every: Outer steps between checkpoints, rounded up to dispatches; one more is
+            written at the end. Default: ten dispatches.
+        config: Anything that JSON can hold; a run goes on only with the same.
+
+    Returns:
+        A ``FitResult``.
+
+    Raises:
+        FloatingPointError: If theta or its gradient is not finite, with the step and the leaf.
+        TypeError: If an argument is not what it should be.
+        ValueError: If a number is not positive, an iterator of data ends early, or the checkpoint
+            is that of another run, with the differences.
+        OSError: If a checkpoint cannot be written.
+        RuntimeError: If another process has the folder.
+
+    Whatever is raised between dispatches has the result so far as its attribute ``result``.
+
+    Example:
+        >>> import jax, optax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=100)
+        >>> pes = ug.average(ug.pes(problem, truncation=1, sigma=0.1), 100)
+        >>> result = ug.fit(pes, theta, optax.sgd(1e-4), num_steps=200, key=jax.random.key(0))
+        >>> result.history["loss"].shape
+        (200,)
+    """
+    _check(estimator, optimizer, data)
+    num_steps = checks.positive_int("num_steps", num_steps)
+    size = checks.positive_int("steps_per_dispatch", steps_per_dispatch)
+    every = 10 * size
+    if checkpoint_every is not None:
+        every = checks.positive_int("checkpoint_every", checkpoint_every)
+    key, theta = checks.typed_key(key), checks.floating_theta(theta)
+    optimizer = optax.with_extra_args_support(optimizer)
+    with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
+        run = _Run(_begin(estimator, theta, optimizer, key), 0, [], [])
+        about = checkpoints.about(run.carry, key, config)
+        if store is not None and store.latest is not None:
+            carry, history = store.restore(run.carry, about)
+            kept = [[history[k]] if k in history else [] for k in ("steps", "evaluations")]
+            run = _Run(carry, store.latest, *kept)
+        saved = run.done
+        try:
+            with (
+                _prefetched(data, run.done, num_steps, size) as batches,
+                progress_bar(num_steps, "steps") as progress,
+            ):
+                while run.done < num_steps and not stop:
+                    number = min(size, num_steps - run.done)
+                    batch = next(batches)
+                    run, finite = _dispatched(estimator, optimizer, size, key, run, number, batch)
+                    if not all(jax.tree.leaves(finite)):
+                        raise FloatingPointError(_not_finite(finite, run.done))
+                    metrics = {k: x[-1] for k, x in run.steps[-1].items()}
+                    if evaluate is not None:
+                        at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
+                        found = jax.device_get(dict(evaluate(at, run.carry.theta)))
+                        row = {"evaluated_at": run.done, **found}
+                        run.evaluations.append({k: np.asarray(x)[None] for k, x in row.items()})
+                        metrics |= found
+                    if callback is not None:
+                        # A copy, which may be kept: the next dispatch takes over the buffers.
+                        callback(run.done, jax.tree.map(jnp.copy, run.carry.theta), metrics)
+                    ends = run.done == num_steps or stop
+                    if store is not None and (ends or run.done - saved >= every):
+                        loss = float(np.mean(run.steps[-1]["loss"]))
+                        store.save(run.done, run.carry, run.history(), about, loss)
+                        saved = run.done
+                    progress(f"loss {metrics['loss']:.4g}", run.done)
+        except BaseException as error:
+            _explain(error, run, store, saved)
+            raise
+    if stop:
+        print(f"fit: stopped by {stop[0]} after step {run.done} of {num_steps}", file=sys.stderr)
+    return run.result()
+
+
+def _explain(error: BaseException, run: _Run, store: Any, saved: int) -> None:
+    """Gives whatever is raised the result so far, and says where the last checkpoint is."""
+    if not any(x.is_deleted() for x in jax.tree.leaves(run.carry)):
+        error.result = run.result()  # type: ignore[attr-defined]
+        error.add_note(f"fit: the result of the {run.done} steps so far is this error's `result`.")
+    if store is not None and saved:
+        error.add_note(f"fit: the last checkpoint is that of step {saved}, in {store.folder}.")
+
+
+def _check(estimator: Any, optimizer: Any, data: Any) -> None:
+    if not isinstance(estimator, GradientEstimator):
+        raise TypeError(
+            "`estimator` must be a GradientEstimator such as ug.average(ug.pes(problem, ...), 64); "
+            f"got a {type(estimator).__name__}."
+        )
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"`optimizer` must be an optax transformation such as optax.adam(1e-3); got a "
+            f"{type(optimizer).__name__}."
+        )
+    if data is not None and not callable(data) and not isinstance(data, Iterator):
+        raise TypeError(
+            "`data` must be a function of the step or an iterator, of one step's batches each; got "
+            f"a {type(data).__name__}. For a list of batches: `lambda step: batches[step]`."
+        )
+
+
+def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key) -> _Carry:
+    """What the first dispatch takes, in buffers of its own, laid out as those that come back."""
+    worker_state = estimator.init(jax.random.fold_in(key, _INIT), theta)
+    layouts = {x.sharding for x in jax.tree.leaves(worker_state)}
+    meshes = {s.mesh for s in layouts if isinstance(s, NamedSharding)}
+    whole = NamedSharding(meshes.pop(), PartitionSpec()) if meshes else None
+
+    def own(x):
+        x = jnp.copy(checks.strong(x))
+        return x if whole is None else placed(x, whole)
+
+    theta, opt_state = jax.tree.map(own, (theta, optimizer.init(theta)))
+    return _Carry(theta, opt_state, worker_state)
+
+
+@contextlib.contextmanager
+def _prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Iterator[Any]]:
+    """Yields the batches of dispatch after dispatch; each is made while the one before computes."""
+    if data is None:
+        yield itertools.repeat(None)
+        return
+
+    def batch(step):
+        if callable(data):
+            return data(step)
+        try:
+            return next(data)
+        except StopIteration:
+            raise ValueError(
+                f"`data` ended before outer step {step}. Use an iterator that goes on, such as "
+                "itertools.cycle(batches), or fewer steps."
+            ) from None
+
+    def make(first):
+        batches = [batch(step) for step in range(first, min(first + size, num_steps))]
+        batches += [batches[-1]] * (size - len(batches))  # the last dispatch does not reach them
+        return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
+
+    def chunks():
+        ahead = pool.submit(make, done)
+        for first in range(done + size, num_steps + size, size):
+            ready = ahead.result()
+            if first < num_steps:
+                ahead = pool.submit(make, first)
+            yield ready
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        if not callable(data):
+            for step in range(done):
+                batch(step)
+        yield chunks()
+
+
+def _dispatched(
+    estimator: GradientEstimator,
+    optimizer: Any,
+    size: int,
+    key: Key,
+    run: _Run,
+    number: int,
+    batch: Any,
+) -> tuple[_Run, dict[str, Any]]:
+    """The run ``number`` steps on, or fewer; and what was finite in the last."""
+    carry, count, records, finite = _dispatch(
+        estimator, optimizer, size, run.carry, key, run.done, number, batch
+    )
+    count = int(count)
+    run.steps.append({k: np.asarray(x)[:count] for k, x in records.items()})
+    return run._replace(carry=carry, done=run.done + count), finite
+
+
+def _not_finite(finite: dict[str, Any], step: int) -> str:
+    bad = [
+        f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+        for path, ok in jax.tree_util.tree_leaves_with_path(finite)
+        if not ok
+    ]
+    return (
+        f"not finite in outer step {step}: {', '.join(bad)}. Lower the learning rate or sigma, "
+        "clip the gradient (optax.clip_by_global_norm), or look at history['num_nonfinite']."
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def _dispatch(estimator, optimizer, size, carry, key, first, number, data):
+    """Runs up to ``number`` of ``size`` steps, less where one is not finite.
+
+    Returns:
+        The carry; how many steps were done; the records, arrays of ``size``; and the leaves of the
+        failing step's gradient and new theta that are finite.
+    """
+
+    def step(i, carry):
+        given = {} if data is None else {"data": jax.tree.map(lambda x: x[i], data)}
+        at = jax.random.fold_in(key, first + i)
+        estimate, worker_state = estimator.estimate(at, carry.theta, carry.worker_state, **given)
+        updates, opt_state = optimizer.update(
+            estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
+        )
+        theta = optax.apply_updates(carry.theta, updates)
+        record = {
+            "loss": estimate.loss,
+            "grad_norm": optax.tree.norm(estimate.grad),
+            **estimate.info._asdict(),
+        }
+        finite = {"gradient": estimate.grad, "theta": theta}
+        finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), finite)
+        return _Carry(theta, opt_state, worker_state), record, finite
+
+    _, record, finite = jax.eval_shape(step, jnp.int32(0), carry)
+    records = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), record)
+    finite = jax.tree.map(lambda x: jnp.ones((), bool), finite)
+
+    def every(finite):
+        return jnp.all(jnp.stack(jax.tree.leaves(finite)))
+
+    def goes_on(loop):
+        i, _, _, finite = loop
+        return (i < number) & every(finite)
+
+    def body(loop):
+        i, carry, records, _ = loop
+        after, record, finite = step(i, carry)
+        good = every(finite)
+        theta, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), after[:2], carry[:2]
+        )
+        after = _Carry(theta, opt_state, after.worker_state)
+        records = jax.tree.map(lambda xs, x: xs.at[i].set(x), records, record)
+        return i + good.astype(i.dtype), after, records, finite
+
+    i, carry, records, finite = jax.lax.while_loop(
+        goes_on, body, (jnp.int32(0), carry, records, finite)
+    )
+    return carry, i, records, finite

@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next good place."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """Yields a list that gets the name of the signal that asks for a stop; a second one interrupts.
+
+    Only the main thread can ask for signals; in others the list stays empty.
+    """
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
