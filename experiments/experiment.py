@@ -12,6 +12,7 @@ import jax
 
 from experiments import results
 from experiments.results import Record, Summary
+from unrollgrad.interrupts import stop_requests
 from unrollgrad.progress import progress_bar
 
 SCALES = ("smoke", "cpu", "paper")
@@ -91,11 +92,17 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
     results.write_json(folder / "config.json", {**config, "out": str(settings.out)})
     status = "complete"
     try:
-        with results.writer(folder, experiment.labels) as write, progress_bar(1.0) as progress:
+        with (
+            results.writer(folder, experiment.labels) as write,
+            progress_bar(1.0) as progress,
+            stop_requests() as stop,
+        ):
             for i, seed in enumerate(seeds):
 
                 def report(text: str, fraction: float, i: int = i) -> None:
                     progress(text, (i + fraction) / len(seeds))
+                    if stop:
+                        raise KeyboardInterrupt
 
                 experiment.run(settings, seed, functools.partial(write, seed), report)
     except BaseException as error:

@@ -1,7 +1,12 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good place."""
+"""Ctrl-C and SIGTERM as a request to stop at the next good place.
+
+Python's own KeyboardInterrupt may come up anywhere, where it leaves things half done or, in a
+callback of some library, is swallowed.
+"""
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +26,7 @@ def stop_requests() -> Iterator[list[str]]:
         if received:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
+        print(f"{received[0]}: stopping soon; once more to stop at once", file=sys.stderr)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
