@@ -26,20 +26,20 @@ def workers(num_devices=None):
 
 def run(num_steps, folder=None, num_devices=None, **given):
     estimator, theta = workers(num_devices)
-    given = {"steps_per_dispatch": 2, "checkpoint_every": 2, "config": {"a": 1}, **given}
+    given = {"optimizer": optax.adam(0.05), "key": KEY, "config": {"a": 1}, **given}
     return ug.fit(
         estimator,
         theta,
-        optax.adam(0.05),
         num_steps=num_steps,
-        key=KEY,
+        steps_per_dispatch=2,
         checkpoint_dir=folder,
+        checkpoint_every=2,
         evaluate=lambda key, theta: {"rate": jnp.exp(theta["log_rate"])},
         **given,
     )
 
 
-def same(a, b, **tolerance):
+def assert_same(a, b, **tolerance):
     """Bit for bit, unless told."""
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -55,10 +55,10 @@ def test_goes_on_where_it_was(tmp_path):
     steps = run(9, tmp_path)
     # The dispatches of the interrupted run end elsewhere; the steps are the same.
     assert steps.history["evaluated_at"].tolist() == [2, 4, 5, 7, 9]
-    same(steps.theta, whole.theta)
-    same(steps.opt_state, whole.opt_state)
-    same(steps.worker_state, whole.worker_state)
-    same(steps.history["loss"], whole.history["loss"])
+    assert_same(steps.theta, whole.theta)
+    assert_same(steps.opt_state, whole.opt_state)
+    assert_same(steps.worker_state, whole.worker_state)
+    assert_same(steps.history["loss"], whole.history["loss"])
     kept = sorted(int(f.name) for f in (tmp_path / "steps").iterdir())
     ends = [2, 4, 5, 7, 9]
     losses = [np.mean(whole.history["loss"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
@@ -72,34 +72,17 @@ def test_goes_on_with_another_number_of_devices(tmp_path):
     whole = run(6)
     run(2, tmp_path, num_devices=2)
     run(4, tmp_path, num_devices=4)
-    same(run(6, tmp_path).theta, whole.theta, rtol=1e-5)
+    assert_same(run(6, tmp_path).theta, whole.theta, rtol=1e-5)
 
 
 def test_refuses_another_run(tmp_path):
     run(2, tmp_path)
     with raises(ValueError, "holds another run", "config.a: 1 -> 2", "another checkpoint_dir"):
         run(4, tmp_path, config={"a": 2})
-    estimator, theta = workers()
     with raises(ValueError, "key: ", "-> "):
-        ug.fit(
-            estimator,
-            theta,
-            optax.adam(0.05),
-            num_steps=4,
-            key=jax.random.key(1),
-            checkpoint_dir=tmp_path,
-            config={"a": 1},
-        )
+        run(4, tmp_path, key=jax.random.key(1))
     with raises(ValueError, "opt_state", "absent"):
-        ug.fit(
-            estimator,
-            theta,
-            optax.sgd(0.05),
-            num_steps=4,
-            key=KEY,
-            checkpoint_dir=tmp_path,
-            config={"a": 1},
-        )
+        run(4, tmp_path, optimizer=optax.sgd(0.05))
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -189,4 +172,4 @@ def test_sigterm_saves_and_returns(tmp_path):
     steps = int(printed.split("end ")[1])
     assert 0 < steps < 24
     assert (tmp_path / "steps" / str(steps)).is_dir()
-    same(run(24, tmp_path).theta, run(24).theta)
+    assert_same(run(24, tmp_path).theta, run(24).theta)
