@@ -1,6 +1,7 @@
 """``fit`` with checkpoints: what is continued is what was never interrupted."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,7 +114,12 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     result = caught.value.result
     assert len(result.history["loss"]) >= 4
     assert np.isfinite(float(result.theta["log_rate"]))
-    assert any("last checkpoint" in note for note in caught.value.__notes__)
+
+
+def test_fewer_steps_than_were_done(tmp_path):
+    run(4, tmp_path)
+    with raises(ValueError, "`num_steps` is 2", "has done 4 steps", "another checkpoint_dir"):
+        run(2, tmp_path)
 
 
 SCRIPT = """
@@ -124,46 +130,82 @@ from test_checkpoints import run
 def callback(step, theta, metrics):
     print(step, flush=True)
     time.sleep(0.05)
-result = run(24, sys.argv[1], callback=callback)
-np.save(sys.argv[1] + "/theta.npy", np.asarray(result.theta["start"]))
-np.save(sys.argv[1] + "/loss.npy", result.history["loss"])
+num_steps, folder = int(sys.argv[1]), sys.argv[2]
+result = run(num_steps, folder, callback=callback)
+np.save(folder + "/theta.npy", np.asarray(result.theta["start"]))
+np.savez(folder + "/history.npz", **result.history)
 print("end", len(result.history["loss"]), flush=True)
 """
 
+FULL_DISK = """
+import os, resource, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoints import assert_same, run
+num_steps, folder = int(sys.argv[1]), sys.argv[2]
+def callback(step, theta, metrics):
+    if step == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+try:
+    run(num_steps, folder, callback=callback)
+except OSError as error:
+    print(error, *error.__notes__, sep="\\n")
+    done, result = len(error.result.history["loss"]), error.result
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+assert_same(result.theta, run(done).theta)
+assert_same(run(num_steps, folder).theta, run(num_steps).theta)
+print("end", done)
+"""
 
-def started(folder):
-    code = SCRIPT.format(tests=os.path.dirname(__file__))
-    command = [sys.executable, "-c", code, str(folder)]
+
+def started(script, *arguments):
+    code = script.format(tests=os.path.dirname(__file__))
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path):
+def test_a_full_disk(tmp_path):
+    """No file can grow: the run so far is in memory, the checkpoints before are whole."""
+    process = started(FULL_DISK, 12, tmp_path)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "could not be written" in printed
+    assert re.search("last checkpoint is that of step [24]", printed)
+    assert int(printed.splitlines()[-1].split()[1]) in (6, 8)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path, monkeypatch):
     """SIGKILL, again and again: the end is that of a run that was left alone."""
-    draws, kills = np.random.default_rng(0), 0
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    draws, kills, half_written, num_steps = np.random.default_rng(0), 0, 0, 200
     while True:
-        process = started(tmp_path)
-        for _ in range(draws.integers(1, 4)):
-            process.stdout.readline()
-        if kills < 4:
-            try:
-                process.wait(timeout=draws.uniform(0, 0.1))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                kills += 1
+        process = started(SCRIPT, num_steps, tmp_path)
+        if kills < 20:
+            for _ in range(draws.integers(1, 6)):
+                process.stdout.readline()
+            time.sleep(draws.uniform(0, 0.1))
+            process.kill()
         _, errors = process.communicate(timeout=120)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors
-    assert kills == 4
-    whole = run(24)
+        kills += 1
+        half_written += any("tmp" in f.name for f in (tmp_path / "steps").iterdir())
+    assert kills == 20
+    assert half_written > 0  # some kills came while a checkpoint was being written
+    whole = run(num_steps)
     np.testing.assert_array_equal(np.load(tmp_path / "theta.npy"), whole.theta["start"])
-    np.testing.assert_array_equal(np.load(tmp_path / "loss.npy"), whole.history["loss"])
+    history = np.load(tmp_path / "history.npz")
+    assert set(history) == set(whole.history)
+    for name, expected in whole.history.items():
+        np.testing.assert_array_equal(history[name], expected, err_msg=name)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_returns(tmp_path):
-    process = started(tmp_path)
+    process = started(SCRIPT, 24, tmp_path)
     process.stdout.readline()
     process.terminate()
     printed, errors = process.communicate(timeout=120)

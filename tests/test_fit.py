@@ -55,13 +55,6 @@ def test_is_the_loop_by_hand_whatever_the_dispatches(mesh):
 @pytest.mark.parametrize("mesh", [None, 4])
 def test_one_program_for_the_whole_run(mesh):
     estimator, theta = workers(mesh=mesh and ug.make_worker_mesh(mesh))
-    traced = []
-
-    def update(updates, state, params=None, **extra):
-        traced.append(1)
-        return jax.tree.map(lambda u: -0.1 * u, updates), state
-
-    outer = optax.GradientTransformationExtraArgs(lambda theta: optax.EmptyState(), update)
     compiled = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
     counts = []
@@ -69,12 +62,28 @@ def test_one_program_for_the_whole_run(mesh):
     def callback(step, theta, metrics):
         counts.append(sum("backend_compile" in event for event in compiled))
 
+    given = {"key": KEY, "steps_per_dispatch": 3, "callback": callback}
     jax.monitoring.register_event_duration_secs_listener(listener)
-    ug.fit(estimator, theta, outer, num_steps=11, key=KEY, steps_per_dispatch=3, callback=callback)
+    ug.fit(estimator, theta, OUTER, num_steps=11, **given)
+    ug.fit(estimator, theta, OUTER, num_steps=14, **given)  # nor for another run of the same
     jax.monitoring.unregister_event_duration_listener(listener)
     assert counts[0] > 0
     assert len(set(counts)) == 1
-    assert len(counts) == 4
+    assert len(counts) == 4 + 5
+
+
+def test_memory_does_not_grow_over_ten_thousand_steps():
+    estimator, theta = workers()
+    held = []
+
+    def callback(step, theta, metrics):
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+
+    ug.fit(
+        estimator, theta, OUTER, num_steps=10_000, key=KEY, steps_per_dispatch=50, callback=callback
+    )
+    assert len(held) == 200
+    assert held[-1] == held[0]
 
 
 def test_evaluation_and_callback_between_dispatches():

@@ -65,6 +65,23 @@ def test_two_processes_of_four_devices_equal_one_of_eight():
 
 
 @pytest.mark.slow
+def test_fit_on_two_processes_is_fit_on_one(tmp_path):
+    """A signal to one process stops and saves both; the same call goes on, bit for bit."""
+    script, address = str(ROOT / "tests" / "one_process_of_fit.py"), free_address()
+    (alone,) = together([script, "8", "none", "1", "0", str(tmp_path / "one")])
+    two = str(tmp_path / "two")
+    pair = together(*[[script, "4", address, "2", str(i), two] for i in range(2)])
+    alone, *pair = (json.loads(printed.splitlines()[-1]) for printed in (alone, *pair))
+    assert pair[0] == pair[1]
+    assert "average(..., mesh=ug.make_worker_mesh())" in pair[0]["error"]
+    for out in [alone, *pair]:
+        assert out["stopped"] == 4
+        assert out["same"] == [True, True]
+        np.testing.assert_allclose(out["loss"], alone["loss"], rtol=1e-5)
+        np.testing.assert_allclose(out["theta"], alone["theta"], rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_only_process_0_writes_and_prints(tmp_path):
     command = ["-m", "experiments", "variance", "--scale", "smoke"]
     command += ["--problem", "influence_balancing", "--thetas", "start", "end"]

@@ -1,9 +1,12 @@
 """Checkpoints of a run: whole or not at all, the last and the best kept, one writer at a time."""
 
 import contextlib
+import functools
 import os
 import socket
+import textwrap
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ import numpy as np
 
 from unrollgrad import checks
 from unrollgrad.extras import need
+from unrollgrad.mesh import on_any_process
 
 KEPT = 2
 """The newest that are kept, besides the best."""
@@ -25,16 +29,20 @@ class Checkpoints(NamedTuple):
         folder: Where they are.
         latest: The step of the newest; None where there is none.
         manager: orbax's.
+        writer: The thread in which the manager saves.
+        writing: What it is at, one future or none.
     """
 
     folder: Path
     latest: int | None
     manager: Any
+    writer: ThreadPoolExecutor
+    writing: list[Future[Any]]
 
     def save(
         self, step: int, tree: Any, history: dict[str, Any], about: dict[str, Any], loss: float
     ) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint in the background, once the one before is on the disk.
 
         Args:
             step: Its number.
@@ -44,16 +52,39 @@ class Checkpoints(NamedTuple):
             loss: The best checkpoint is that of the least.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If it, or the one before, cannot be written.
         """
+        self.finish()
         args = need("orbax.checkpoint", "orbax").args
         items = args.Composite(
-            run=args.StandardSave(_plain(tree)),
+            # Copies, since the buffers are the next dispatch's to reuse.
+            run=args.StandardSave([jnp.copy(x) for x in _plain(tree)]),
             history=args.StandardSave(history),
             about=args.JsonSave(about),
         )
-        with _said(self.folder):
-            self.manager.save(step, args=items, metrics={"loss": float(loss)})
+        # orbax saves asynchronously itself, but when a write fails (0.12) some of its threads wait
+        # five minutes for the others. In a thread of ours its synchronous saving fails at once.
+        save = functools.partial(self.manager.save, step, args=items, metrics={"loss": loss})
+        self.writing.append(self.writer.submit(save))
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        while self.writing:
+            with _said(self.folder):
+                self.writing.pop().result()
+
+    def newest(self) -> int | None:
+        """The step of the newest that is on the disk now, for messages."""
+        with contextlib.suppress(OSError):
+            self.finish()
+        with contextlib.suppress(OSError):
+            self.manager.reload()
+            return self.manager.latest_step()
+        return None
 
     def restore(self, like: Any, about: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The newest run, laid out over the devices as ``like`` is, and its history.
@@ -87,7 +118,8 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
     ocp = need("orbax.checkpoint", "orbax")
     policies = need("orbax.checkpoint.checkpoint_managers", "orbax")
     folder = Path(folder).absolute()
-    with _locked(folder):
+    with _locked(folder), ThreadPoolExecutor(max_workers=1) as writer:
+        (folder / "steps").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
                 [
@@ -95,22 +127,40 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
                     policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1),
                 ]
             ),
+            create=False,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
+            # Named processes meet at barriers of jax.distributed, which a thread may wait at;
+            # unnamed, in a computation over all devices, which may cross one of the main thread's.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+            ),
         )
         manager = ocp.CheckpointManager(folder / "steps", options=options)
         try:
-            yield Checkpoints(folder, manager.latest_step(), manager)
+            yield Checkpoints(folder, manager.latest_step(), manager, writer, [])
         finally:
             manager.close()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process however that ends."""
-    if jax.process_index() > 0:
+    """Holds the folder's lock, by process 0 for all of them."""
+    error: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_lock(folder))
+            except (OSError, RuntimeError) as caught:
+                error = caught
+        if on_any_process(error is not None):
+            raise error or RuntimeError(f"process 0 could not open {folder}; see its message.")
         yield
-        return
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Locks the folder; the lock ends with the process, however that ends."""
     import fcntl  # here: Windows has none, and needs it only where checkpoints are wanted
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,8 +186,8 @@ def _said(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise OSError(
-            f"a checkpoint could not be written to {folder}: {error}. Those before it are whole; "
-            "make room or mend the folder, and run the same call again."
+            f"a checkpoint could not be written to {folder}: {textwrap.shorten(str(error), 400)}. "
+            "Those before it are whole; make room or mend the folder, and run the same call again."
         ) from error
 
 
@@ -159,7 +209,16 @@ def _typed(like: Any, leaves: list[Any]) -> Any:
 
 
 def about(tree: Any, key: Any, config: Any) -> dict[str, Any]:
-    """What must be the same in a run that goes on: structure, key and configuration, as JSON."""
+    """What must be the same in a run that goes on: structure, key and configuration, as JSON.
+
+    Raises:
+        ValueError: If there are several processes and the tree is one process's own.
+    """
+    if jax.process_count() > 1 and any(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        raise ValueError(
+            "`checkpoint_dir` of several processes needs workers that are spread over all of "
+            "them: ug.average(..., mesh=ug.make_worker_mesh())."
+        )
     leaves = {
         jax.tree_util.keystr(path): checks.describe(x)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

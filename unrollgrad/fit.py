@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from unrollgrad import checkpoints, checks
 from unrollgrad.interrupts import stop_requests
-from unrollgrad.mesh import placed
+from unrollgrad.mesh import on_any_process, placed
 from unrollgrad.progress import progress_bar
 from unrollgrad.types import GradientEstimator, Key, Theta, WorkerState
 
@@ -96,7 +96,10 @@ def fit(
     SIGTERM let the running dispatch end, save, and return what there is (a second one interrupts).
 
     Time: that of the estimates and updates. Memory: theta, optimizer state and worker state once,
-    as their buffers are handed on; with ``data`` two dispatches' batches.
+    as their buffers are handed on, and once more while a checkpoint is written in the background;
+    with ``data`` two dispatches' batches.
+
+    Of several processes all make the same call, with a mesh over all; a signal to one stops all.
 
     Args:
         estimator: Of the gradient, as a rule an ``average``. Spread over a mesh, theta and the
@@ -126,7 +129,7 @@ def fit(
         FloatingPointError: If theta or its gradient is not finite, with the step and the leaf.
         TypeError: If an argument is not what it should be.
         ValueError: If a number is not positive, an iterator of data ends early, or the checkpoint
-            is that of another run, with the differences.
+            is that of another run, with the differences, or beyond num_steps.
         OSError: If a checkpoint cannot be written.
         RuntimeError: If another process has the folder.
 
@@ -147,21 +150,25 @@ def fit(
     if checkpoint_every is not None:
         every = checks.positive_int("checkpoint_every", checkpoint_every)
     key, theta = checks.typed_key(key), checks.floating_theta(theta)
-    optimizer = optax.with_extra_args_support(optimizer)
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         run = _Run(_begin(estimator, theta, optimizer, key), 0, [], [])
-        about = checkpoints.about(run.carry, key, config)
+        about = {} if store is None else checkpoints.about(run.carry, key, config)
         if store is not None and store.latest is not None:
             carry, history = store.restore(run.carry, about)
             kept = [[history[k]] if k in history else [] for k in ("steps", "evaluations")]
             run = _Run(carry, store.latest, *kept)
-        saved = run.done
+            if run.done > num_steps:
+                raise ValueError(
+                    f"`num_steps` is {num_steps}, but the run in {store.folder} has done {run.done}"
+                    " steps. Ask for as many or more, or use another checkpoint_dir."
+                )
+        saved, stopping = run.done, False
         try:
             with (
                 _prefetched(data, run.done, num_steps, size) as batches,
                 progress_bar(num_steps, "steps") as progress,
             ):
-                while run.done < num_steps and not stop:
+                while run.done < num_steps and not stopping:
                     number = min(size, num_steps - run.done)
                     batch = next(batches)
                     run, finite = _dispatched(estimator, optimizer, size, key, run, number, batch)
@@ -177,26 +184,30 @@ def fit(
                     if callback is not None:
                         # A copy, which may be kept: the next dispatch takes over the buffers.
                         callback(run.done, jax.tree.map(jnp.copy, run.carry.theta), metrics)
-                    ends = run.done == num_steps or stop
+                    stopping = on_any_process(bool(stop))
+                    ends = run.done == num_steps or stopping
                     if store is not None and (ends or run.done - saved >= every):
                         loss = float(np.mean(run.steps[-1]["loss"]))
                         store.save(run.done, run.carry, run.history(), about, loss)
                         saved = run.done
                     progress(f"loss {metrics['loss']:.4g}", run.done)
+                if store is not None:
+                    store.finish()
         except BaseException as error:
-            _explain(error, run, store, saved)
+            _explain(error, run, store)
             raise
-    if stop:
-        print(f"fit: stopped by {stop[0]} after step {run.done} of {num_steps}", file=sys.stderr)
+    if stopping:
+        by = stop[0] if stop else "another process"
+        print(f"fit: stopped by {by} after step {run.done} of {num_steps}", file=sys.stderr)
     return run.result()
 
 
-def _explain(error: BaseException, run: _Run, store: Any, saved: int) -> None:
+def _explain(error: BaseException, run: _Run, store: Any) -> None:
     """Gives whatever is raised the result so far, and says where the last checkpoint is."""
     if not any(x.is_deleted() for x in jax.tree.leaves(run.carry)):
         error.result = run.result()  # type: ignore[attr-defined]
         error.add_note(f"fit: the result of the {run.done} steps so far is this error's `result`.")
-    if store is not None and saved:
+    if store is not None and (saved := store.newest()) is not None:
         error.add_note(f"fit: the last checkpoint is that of step {saved}, in {store.folder}.")
 
 
@@ -253,16 +264,22 @@ def _prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Ite
 
     def make(first):
         batches = [batch(step) for step in range(first, min(first + size, num_steps))]
-        batches += [batches[-1]] * (size - len(batches))  # the last dispatch does not reach them
+        return batches + [batches[-1]] * (size - len(batches))  # the last dispatch does not reach
+
+    def stacked(batches):
         return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
 
+    # Of several processes all must dispatch in the same order: then the main thread stacks.
+    together = jax.process_count() > 1
+    ahead_of = make if together else lambda first: stacked(make(first))
+
     def chunks():
-        ahead = pool.submit(make, done)
+        ahead = pool.submit(ahead_of, done)
         for first in range(done + size, num_steps + size, size):
             ready = ahead.result()
             if first < num_steps:
-                ahead = pool.submit(make, first)
-            yield ready
+                ahead = pool.submit(ahead_of, first)
+            yield stacked(ready) if together else ready
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         if not callable(data):
@@ -285,7 +302,7 @@ def _dispatched(
         estimator, optimizer, size, run.carry, key, run.done, number, batch
     )
     count = int(count)
-    run.steps.append({k: np.asarray(x)[:count] for k, x in records.items()})
+    run.steps.append({k: np.array(x[:count]) for k, x in jax.device_get(records).items()})
     return run._replace(carry=carry, done=run.done + count), finite
 
 
@@ -314,7 +331,8 @@ def _dispatch(estimator, optimizer, size, carry, key, first, number, data):
         given = {} if data is None else {"data": jax.tree.map(lambda x: x[i], data)}
         at = jax.random.fold_in(key, first + i)
         estimate, worker_state = estimator.estimate(at, carry.theta, carry.worker_state, **given)
-        updates, opt_state = optimizer.update(
+        # Wrapped here and not before, so that jit finds its program again in another call of fit.
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
             estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
         )
         theta = optax.apply_updates(carry.theta, updates)

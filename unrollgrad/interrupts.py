@@ -33,4 +33,5 @@ def stop_requests() -> Iterator[list[str]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None: a handler that is not Python's, such as a library's in C.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

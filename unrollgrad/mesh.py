@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from unrollgrad import checks
@@ -98,3 +99,10 @@ def placed(tree: Any, sharding: NamedSharding) -> Any:
 @functools.partial(jax.jit, static_argnums=1)
 def _on_all_processes(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def on_any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
