@@ -9,23 +9,25 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import experiment as framework
-from experiments import influence_balancing, report, results, variance
+from experiments import influence_balancing, report, results, train, variance
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
 from experiments.processes import Processes, join
 from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (variance, influence_balancing)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (variance, train, influence_balancing)
 }
 
 
 def listing() -> None:
-    """List the experiments, and the problems that `variance` knows."""
+    """List the experiments, and the problems that `variance` and `train` know."""
     console = extras.console()
     for title, lines in {
         "experiments": {name: e.about for name, e in EXPERIMENTS.items()},
-        "problems (variance --problem NAME)": {name: c.about for name, c in PROBLEMS.items()},
+        "problems (variance, train --problem NAME)": {
+            name: c.about for name, c in PROBLEMS.items()
+        },
     }.items():
         table = extras.need("rich.table", "rich").Table(title=title, title_justify="left", box=None)
         for name, about in lines.items():
@@ -79,19 +81,44 @@ def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
 
 def scale(arguments: list[str]) -> str:
     """The last scale among the arguments: it decides the defaults of the others."""
-    found = "cpu"
+    found = _last(arguments, "--scale")
+    return found if found in SCALES else "cpu"  # tyro says what is wrong with it
+
+
+def _last(arguments: list[str], flag: str) -> str | None:
+    found = None
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--scale":
+        if name == flag:
             found = value if equals else "".join(arguments[i + 1 : i + 2])
-    return found if found in SCALES else "cpu"  # tyro says what is wrong with it
+    return found
+
+
+def resumed(arguments: list[str]) -> Any:
+    """The settings of the run that is to go on, which are the defaults then; None if none is."""
+    folder = _last(arguments, "--resume")
+    if folder is None:
+        return None
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no folder of results: it has no config.json.")
+    config = results.read_json(path)
+    name = config.pop("experiment")
+    if name != arguments[0] or name not in EXPERIMENTS:
+        raise ValueError(f"{folder} is of {name}; go on with `python -m experiments {name}`.")
+    config |= {"out": Path(config["out"]), "seeds": tuple(config["seeds"]), "devices": None}
+    return EXPERIMENTS[name].settings(**config)
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     app = tyro.extras.SubcommandApp()
+    before = resumed(arguments)
     for name, experiment in EXPERIMENTS.items():
-        app.command(name=name)(command(experiment, experiment.scales[scale(arguments)]))
+        default = experiment.scales[scale(arguments)]
+        if isinstance(before, experiment.settings):
+            default = before
+        app.command(name=name)(command(experiment, default))
     app.command(name="list")(listing)
     app.command(name="plot")(plot)
     app.command(name="report")(write_report)

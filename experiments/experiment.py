@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments import results
+from experiments.processes import from_process_0
 from experiments.results import Record, Summary
 from unrollgrad.interrupts import stop_requests
 from unrollgrad.progress import progress_bar
@@ -45,9 +46,10 @@ class Experiment(NamedTuple):
         scales: Settings by scale: "smoke", "cpu", "paper".
         labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
         fill: ``fill(settings)`` puts what depends on other settings in place of None.
-        run: ``run(settings, seed, write, progress)`` calls ``write(numbers)`` with what is computed
-            as soon as it is: a dict of the labels, perhaps ``step``, and numbers by metric; and
-            ``progress(text, fraction)`` in between.
+        run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` with what is
+            computed as soon as it is: a dict of the labels, perhaps ``step``, and numbers by
+            metric; and ``progress(text, fraction)`` in between. What it keeps in the results'
+            folder it finds there again if the settings have a ``resume``.
         draw: ``draw(records, config)`` returns a matplotlib figure, from the CSV alone.
         show: ``show(records)`` prints the result.
         claims: ``claims(summary)`` compares a recorded result with the papers.
@@ -60,7 +62,9 @@ class Experiment(NamedTuple):
     scales: dict[str, Any]
     labels: tuple[str, ...]
     fill: Callable[[Any], Any]
-    run: Callable[[Any, int, Callable[[dict[str, Any]], None], Callable[[str, float], None]], None]
+    run: Callable[
+        [Any, int, Path, Callable[[dict[str, Any]], None], Callable[[str, float], None]], None
+    ]
     draw: Callable[[list[Record], dict[str, Any]], Any]
     show: Callable[[list[Record]], None]
     claims: Callable[[Summary], list[Claim]]
@@ -72,8 +76,9 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
 
     The folder holds ``config.json``, ``metrics.csv`` (written while it runs),
     ``summary.json`` and ``figure.png``. Interrupted or failed, it keeps what was computed, and the
-    summary says so. Of several processes all compute, and only process 0 has a folder and prints;
-    the others return None.
+    summary says so. With ``settings.resume`` it is the folder of before, and lines that it has are
+    not written again. Of several processes all compute, and only process 0 writes and prints; the
+    others return None.
 
     Raises:
         ValueError: Without seeds, with one twice, or if nothing was computed.
@@ -83,13 +88,17 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
     if jax.process_index() > 0:
+        folder = Path(from_process_0(""))
         for seed in seeds:
-            experiment.run(settings, seed, lambda numbers: None, lambda text, fraction: None)
+            experiment.run(settings, seed, folder, lambda numbers: None, lambda text, done: None)
         return None
     begun, compiled = time.perf_counter(), results.compile_seconds()
-    folder = results.new_folder(settings.out, experiment.title(settings))
+    resume: Path | None = getattr(settings, "resume", None)
+    folder = resume or results.new_folder(settings.out, experiment.title(settings))
+    folder = Path(from_process_0(str(folder)))
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
-    results.write_json(folder / "config.json", {**config, "out": str(settings.out)})
+    written = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    results.write_json(folder / "config.json", {k: v for k, v in written.items() if k != "resume"})
     status = "complete"
     try:
         with (
@@ -104,7 +113,7 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
                     if stop:
                         raise KeyboardInterrupt
 
-                experiment.run(settings, seed, functools.partial(write, seed), report)
+                experiment.run(settings, seed, folder, functools.partial(write, seed), report)
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         status = "interrupted" if interrupted else f"failed: {error}"
@@ -119,7 +128,10 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
             redraw(experiment, folder)
             if status != "complete":
                 print(f"what was computed is in {folder}", file=sys.stderr)
-        else:
+                if hasattr(settings, "resume"):
+                    again = f"python -m experiments {experiment.name} --resume {folder}"
+                    print(f"to go on: {again}", file=sys.stderr)
+        elif resume is None:
             results.remove(folder)  # nothing was computed
     if not records:
         raise ValueError("nothing was computed: the settings leave nothing to do.")

@@ -59,6 +59,7 @@ POINTS = 60
 def run(
     settings: Settings,
     seed: int,
+    folder: Path,
     write: Callable[[dict[str, Any]], None],
     progress: Callable[[str, float], None],
 ) -> None:

@@ -89,9 +89,19 @@ def remove(folder: Path) -> None:
 def writer(
     folder: Path, labels: tuple[str, ...]
 ) -> Iterator[Callable[[int, dict[str, Any]], None]]:
-    """Yields ``write(seed, numbers)``, which appends to ``metrics.csv`` and flushes."""
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerow(["seed", "step", *labels, "metric", "value"])
+    """Yields ``write(seed, numbers)``, which appends to ``metrics.csv`` and flushes.
+
+    Lines that are there, from a run that goes on, are not written again.
+    """
+    path = folder / "metrics.csv"
+    header = ["seed", "step", *labels, "metric", "value"]
+    there = path.read_bytes() if path.exists() else b""
+    there = there[: there.rfind(b"\n") + 1]  # a run that was killed may leave half a line
+    if not there:
+        there = (",".join(header) + "\r\n").encode()
+    path.write_bytes(there)
+    known = {tuple(line[:-1]) for line in csv.reader(io.StringIO(there.decode(), newline=""))}
+    with open(path, "a", newline="") as file:
 
         def write(seed: int, numbers: dict[str, Any]) -> None:
             step = numbers.get("step", "")
@@ -100,7 +110,9 @@ def writer(
             text = io.StringIO()  # written at once: an interruption leaves whole groups of lines
             lines = csv.writer(text)
             for metric, value in metrics(rest).items():
-                lines.writerow([seed, step, *series, metric, float(value)])
+                line = [*map(str, [seed, step, *series]), metric]
+                if tuple(line) not in known:
+                    lines.writerow([*line, float(value)])
             file.write(text.getvalue())
             file.flush()
 

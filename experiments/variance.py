@@ -121,6 +121,7 @@ def filled(settings: Settings) -> Settings:
 def run(
     settings: Any,
     seed: int,
+    folder: Path,
     write: Callable[[dict[str, Any]], None],
     progress: Callable[[str, float], None],
 ) -> None:

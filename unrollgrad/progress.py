@@ -29,7 +29,9 @@ def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float]
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
     ]
-    console = extras.need("rich.console", "rich").Console(stderr=True)
-    with rich.Progress(*columns, console=console) as bar:
-        task = bar.add_task("compiling", total=total)
+    bar = rich.Progress(*columns, console=extras.need("rich.console", "rich").Console(stderr=True))
+    task = bar.add_task("compiling", total=total)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(extras.need("rich.errors", "rich").LiveError):
+            stack.enter_context(bar)  # another bar may be shown already, of which there can be one
         yield lambda text, done: bar.update(task, description=text, completed=done)

@@ -32,7 +32,7 @@ class Settings:
     """Out."""
 
 
-def run(settings, seed, write, progress):
+def run(settings, seed, folder, write, progress):
     if settings.fail == f"at once {seed}":
         raise KeyboardInterrupt
     for name in ["a", "b"]:
@@ -108,7 +108,7 @@ def test_a_run_leaves_everything(tmp_path, capsys):
 
 
 def test_no_work_is_a_message_and_no_folder(tmp_path):
-    idle = TOY._replace(run=lambda settings, seed, write, progress: None)
+    idle = TOY._replace(run=lambda settings, seed, folder, write, progress: None)
     with pytest.raises(ValueError, match="nothing was computed"):
         framework.execute(idle, Settings(out=tmp_path))
     assert not list(tmp_path.iterdir())

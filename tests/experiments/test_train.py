@@ -1,0 +1,120 @@
+"""``python -m experiments train``: any problem, long runs, and going on with them."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import raises
+
+import unrollgrad as ug
+from experiments import __main__ as cli
+from experiments import experiment as framework
+from experiments import results, train
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--scale", "smoke", "--problem", "lorenz", "--estimator", "es_single"]
+
+
+def execute(tmp_path, **settings):
+    settings = dataclasses.replace(train.SCALES["smoke"], **settings, out=tmp_path)
+    return framework.execute(train.EXPERIMENT, settings)
+
+
+def values(folder):
+    records = results.read(folder)
+    found = {(r.seed, r.step, r.metric): r.value for r in records}
+    assert len(found) == len(records)  # no line twice
+    return found
+
+
+@pytest.mark.parametrize("estimator", ug.REGISTRY)
+def test_every_estimator(estimator, tmp_path, capsys):
+    folder = execute(tmp_path, problem="influence_balancing", estimator=estimator, devices=2)
+    files = ["checkpoints", "config.json", "figure.png", "metrics.csv", "summary.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    found = values(folder)
+    assert {step for _, step, _ in found} == {0, 2, 4}
+    for metric in ["objective", "theta", "loss", "grad_norm", "inner_steps"]:
+        assert (0, 4, metric) in found
+    assert f"objective {found[0, 4, 'objective']:.5g}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_theta_of_many_numbers(tmp_path):
+    found = values(execute(tmp_path, problem="copy_task"))
+    assert found[0, 4, "theta_rms"] > 0
+    assert not any("[" in metric for *_, metric in found)
+
+
+def test_it_learns(tmp_path):
+    """The Lorenz system's constants are log 10 and log 28."""
+    folder = execute(tmp_path, problem="lorenz", num_updates=300, num_workers=8, truncation=4)
+    found = values(folder)
+    assert found[0, 300, "objective"] < 0.01 * found[0, 0, "objective"]
+
+
+def test_goes_on_as_if_it_had_never_stopped(tmp_path, capsys):
+    whole = execute(tmp_path / "whole", problem="lorenz", num_updates=8, seeds=(0, 1))
+    cli.main(["train", *QUICK[:4], "--num-updates", "4", "--out", str(tmp_path / "part")])
+    (part,) = (tmp_path / "part").iterdir()
+    with open(part / "metrics.csv", "a") as file:
+        file.write("0,6,objec")  # what a kill may leave
+    cli.main(["train", "--resume", str(part), "--num-updates", "8", "--seeds", "0", "1"])
+    assert values(part) == values(whole)
+    assert results.read_json(part / "config.json")["num_updates"] == 8
+    assert results.read_summary(part).find("objective")["n"] == 2
+    lines = (part / "metrics.csv").read_text()
+    cli.main(["train", "--resume", str(part)])
+    assert (part / "metrics.csv").read_text() == lines
+
+
+def test_what_cannot_go_on(tmp_path):
+    cli.main(["train", *QUICK, "--out", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "config.json").read_text()
+    for flags, said in [
+        (["--sigma", "0.5"], "sigma: 0.04 -> 0.5"),
+        (["--num-updates", "2"], "num_updates: 4 -> 2"),
+        (["--scale", "smoke", "--problem", "control"], "problem: lorenz -> control"),
+    ]:
+        with raises(ValueError, "`--resume` goes on with what was begun", said, "Leave these"):
+            cli.main(["train", "--resume", str(folder), *flags])
+    with raises(FileNotFoundError, "is no folder of results"):
+        cli.main(["train", "--resume", str(tmp_path)])
+    assert (folder / "config.json").read_text() == before
+    config = before.replace('"train"', '"variance"')
+    (folder / "config.json").write_text(config)
+    with raises(ValueError, "is of variance; go on with `python -m experiments variance`"):
+        cli.main(["train", "--resume", str(folder)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_from_outside(sent, tmp_path):
+    flags = [*QUICK, "--num-updates", "200", "--checkpoint-every", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments", "train", *flags],
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None:
+        tables = list(tmp_path.glob("*/metrics.csv"))
+        if tables and tables[0].read_text().count("objective") > 10:
+            break
+    os.kill(process.pid, sent)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (folder,) = tmp_path.iterdir()
+    if sent != signal.SIGKILL:
+        assert f"to go on: python -m experiments train --resume {folder}" in errors
+        assert results.read_summary(folder).about["status"] == "interrupted"
+        last = max(r.step for r in results.read(folder))
+        assert (folder / "checkpoints" / "seed-0" / "steps" / str(last)).is_dir()
+    cli.main(["train", "--resume", str(folder)])
+    steps = [r.step for r in results.read(folder) if r.metric == "objective"]
+    assert steps == list(range(0, 201, 2))
