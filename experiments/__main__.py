@@ -9,14 +9,15 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import experiment as framework
-from experiments import influence_balancing, report, results, train, variance
+from experiments import fit_overhead, influence_balancing, report, results, train, variance
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
 from experiments.processes import Processes, join
 from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (variance, train, influence_balancing)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (variance, train, influence_balancing, fit_overhead)
 }
 
 
