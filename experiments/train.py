@@ -112,7 +112,7 @@ def filled(settings: Settings) -> Settings:
         "devices": jax.device_count(),
     }
     missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
-    filled = dataclasses.replace(settings, **missing)
+    filled: Any = dataclasses.replace(settings, **missing)
     if settings.resume is None:
         workers = -(-filled.num_workers // filled.devices) * filled.devices
         return dataclasses.replace(filled, num_workers=workers)
