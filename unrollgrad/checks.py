@@ -204,6 +204,19 @@ def _shorten(numbers: list[int], most: int = 24) -> str:
     return ", ".join([*map(str, numbers[:half]), "...", *map(str, numbers[-half:])])
 
 
+def check_remat(remat: Any) -> None:
+    """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number."""
+    whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
+    if remat is not None and not whole and (not isinstance(remat, str) or remat not in REMAT):
+        raise ValueError(
+            '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1; got '
+            f"{remat!r}."
+        )
+
+
+REMAT = ("step", "sqrt")
+
+
 def check_sigma(sigma: Any) -> None:
     """Raises ValueError or TypeError if a known value in ``sigma`` is no positive number."""
     leaves = jax.tree_util.tree_leaves_with_path(sigma)

@@ -6,13 +6,18 @@ pure function of (episode, t): both signs of a pair see the same data, a truncat
 untruncated one sees, and a saved state continues bit for bit.
 """
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, varying
 from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
+
+Remat = Literal["step", "sqrt"] | int | None
+"""What backpropagation keeps: everything, the state of every step, or of some steps."""
 
 _INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
 
@@ -75,6 +80,16 @@ def evaluate_shape(problem: UnrolledProblem, episode: Episode, theta: Theta, sta
     return jax.eval_shape(lambda *args: evaluate(problem, *args), episode, theta, state)
 
 
+def one_step(
+    problem: UnrolledProblem, episode: Episode, theta: Theta, state: State, t: Any, batch: Any
+) -> tuple[State, jax.Array]:
+    """The episode's step ``t``: the state after it and its loss, at least float32."""
+    key = jax.random.fold_in(jax.random.fold_in(episode.key, _STEP), t)
+    extra = () if batch is None else (batch,)
+    state, loss = problem.step(key, theta, state, t, *extra)
+    return checks.strong_state(state, made_by="step"), _as_loss(loss)
+
+
 def unroll(
     problem: UnrolledProblem,
     episode: Episode,
@@ -82,22 +97,63 @@ def unroll(
     state: State,
     num_steps: int,
     data: Any = None,
+    remat: Remat = None,
 ) -> tuple[State, jax.Array]:
     """Runs ``num_steps`` inner steps from ``episode.t``.
+
+    Args:
+        problem: The inner loop.
+        episode: Where the trajectory stands.
+        theta: Outer parameters.
+        state: The inner state.
+        num_steps: Inner steps.
+        data: One slice per step, or None.
+        remat: What backpropagation keeps, as ``bptt`` says.
 
     Returns:
         The state after them and the losses of shape ``(num_steps,)``, at least float32.
     """
-    step_key = jax.random.fold_in(episode.key, _STEP)
 
     def body(state, inputs):
         i, batch = inputs
-        t = episode.t + i
-        extra = () if data is None else (batch,)
-        state, loss = problem.step(jax.random.fold_in(step_key, t), theta, state, t, *extra)
-        return checks.strong_state(state, made_by="step"), _as_loss(loss)
+        return one_step(problem, episode, theta, state, episode.t + i, batch)
 
-    return jax.lax.scan(body, state, (jnp.arange(num_steps, dtype=jnp.int32), data))
+    inputs = (jnp.arange(num_steps, dtype=jnp.int32), data)
+    if remat is None:
+        return jax.lax.scan(body, state, inputs)
+    if remat == "step":
+        return jax.lax.scan(_remade(body), state, inputs)
+    # Segments of equal length, and what is left over; each keeps the state it begins with.
+    segments = math.isqrt(num_steps) if remat == "sqrt" else min(remat, num_steps)
+    length = num_steps // segments
+    whole = segments * length
+
+    @_remade
+    def segment(state, inputs):
+        return jax.lax.scan(body, state, inputs)
+
+    first = jax.tree.map(lambda x: x[:whole].reshape(segments, length, *x.shape[1:]), inputs)
+    state, losses = jax.lax.scan(segment, state, first)
+    losses = losses.ravel()
+    if whole == num_steps:
+        return state, losses
+    state, rest = segment(state, jax.tree.map(lambda x: x[whole:], inputs))
+    return state, jnp.concatenate([losses, rest])
+
+
+def _remade(body: Any) -> Any:
+    """``body``, whose results backpropagation computes again from its arguments."""
+    return jax.checkpoint(body, prevent_cse=False)  # in a scan nothing can be merged with it
+
+
+def reset(episode: Episode, begin: Callable[[], Any], carried: Any) -> Any:
+    """``begin()`` where the episode is at its start, ``carried`` elsewhere."""
+    first = episode.t == 0
+    if varying.axes(first):
+        # In shard_map no `cond`: under vmap JAX makes it a select of all it closes over, which then
+        # vary over devices where the branch was traced with constants, and fails (jax 0.10).
+        return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin(), carried)
+    return jax.lax.cond(first, begin, lambda: carried)
 
 
 class Window(NamedTuple):
@@ -131,6 +187,7 @@ def window(
     num_steps: int,
     data: Any = None,
     start: jax.Array | None = None,
+    remat: Remat = None,
 ) -> Window:
     """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.
 
@@ -144,23 +201,14 @@ def window(
         data: One slice per step, or None.
         start: The ``end`` of the window before, where the caller kept it; else the state at the
             window's start is evaluated.
+        remat: What backpropagation keeps, as ``bptt`` says.
     """
 
     def begin():
         return initial_state(problem, episode, theta)
 
-    if state is None:
-        before = begin()
-    elif varying.axes(episode.t):
-        # In shard_map no `cond`: under vmap JAX makes it a select of all it closes over, which then
-        # vary over devices where the branch was traced with constants, and fails (jax 0.10).
-        def select(new, old):
-            return jnp.where(episode.t == 0, new, old)
-
-        before = jax.tree.map(select, begin(), state)
-    else:
-        before = jax.lax.cond(episode.t == 0, begin, lambda: state)
-    after, losses = unroll(problem, episode, theta, before, num_steps, data)
+    before = begin() if state is None else reset(episode, begin, state)
+    after, losses = unroll(problem, episode, theta, before, num_steps, data, remat)
     if problem.evaluate is None:
         return Window(after, losses, None, None)
     scale = checks.static_horizon(problem, "problem.evaluate") / num_steps

@@ -4,20 +4,32 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from unrollgrad.estimators.analytic import (
+    pes_analytic,
+    pes_analytic_replacement,
+    reparameterized_es,
+)
 from unrollgrad.estimators.backprop import bptt, tbptt
 from unrollgrad.estimators.evolution import es_single, full_es, gpes, pes, truncated_es
+from unrollgrad.estimators.forward import dodge, forward_mode, uoro
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 __all__ = [
     "REGISTRY",
     "Row",
     "bptt",
+    "dodge",
     "es_single",
+    "forward_mode",
     "full_es",
     "gpes",
     "pes",
+    "pes_analytic",
+    "pes_analytic_replacement",
+    "reparameterized_es",
     "tbptt",
     "truncated_es",
+    "uoro",
 ]
 
 
@@ -36,6 +48,7 @@ class Row(NamedTuple):
         memory: Beyond the problem's own, in states S and thetas P.
         paper: Where it comes from.
         reverse_mode: Whether it differentiates ``step`` in reverse mode.
+        least_pairs: The fewest pairs that it takes.
     """
 
     factory: Callable[..., GradientEstimator]
@@ -46,18 +59,25 @@ class Row(NamedTuple):
     memory: str
     paper: str
     reverse_mode: bool = False
+    least_pairs: int = 1
 
     def takes(self, setting: str) -> bool:
         """Whether the factory has this keyword."""
         return setting in inspect.signature(self.factory).parameters
 
     def build(self, problem: UnrolledProblem, **settings: Any) -> GradientEstimator:
-        """Calls the factory with those of the settings that it takes."""
+        """Calls the factory with those of the settings that it takes, and with enough pairs."""
+        if self.least_pairs > 1:
+            settings["num_pairs"] = max(settings.get("num_pairs", 1), self.least_pairs)
         return self.factory(problem, **{k: v for k, v in settings.items() if self.takes(k)})
 
 
 def _both_signs(num_pairs: int) -> int:
     return 2 * num_pairs
+
+
+def _both_signs_and_mean(num_pairs: int) -> int:
+    return 2 * num_pairs + 1
 
 
 def _once(num_pairs: int) -> int:
@@ -78,7 +98,7 @@ REGISTRY: dict[str, Row] = {
         truncated_es,
         unbiased_for="biased",
         variance="(P+1)/n × mean over windows of ‖own g‖²",
-        passes=lambda num_pairs: 2 * num_pairs + 1,
+        passes=_both_signs_and_mean,
         time="(2N+1)K",
         memory="(2N+1)S + 3NP",
         paper="Metz et al. 2019",
@@ -129,5 +149,64 @@ REGISTRY: dict[str, Row] = {
         memory="KS",
         paper="Williams & Peng 1990",
         reverse_mode=True,
+    ),
+    "forward_mode": Row(
+        forward_mode,
+        unbiased_for="J",
+        variance="of the data alone",
+        passes=_once,
+        time="K(1+P)",
+        memory="P(S + P)",
+        paper="Williams & Zipser 1989 (RTRL)",
+    ),
+    "dodge": Row(
+        dodge,
+        unbiased_for="J",
+        variance="(P−1)‖g‖² with one direction per episode",
+        passes=_once,
+        time="2K",
+        memory="2S + 2P",
+        paper="Silver et al. 2022",
+    ),
+    "uoro": Row(
+        uoro,
+        unbiased_for="J",
+        variance="of the order of min(S, P)‖g‖², more with memory",
+        passes=_once,
+        time="K(2+B)",
+        memory="2S + 2P",
+        paper="Tallec & Ollivier 2018",
+        reverse_mode=True,
+    ),
+    "pes_analytic": Row(
+        pes_analytic,
+        unbiased_for="smoothed J",
+        variance="as pes, less what the newest window's noise causes",
+        passes=_both_signs_and_mean,
+        time="(2N+1+B)K",
+        memory="(2N+1+K)S + 4NP",
+        paper="Vicol et al. 2021",
+        reverse_mode=True,
+    ),
+    "pes_analytic_replacement": Row(
+        pes_analytic_replacement,
+        unbiased_for="J up to O(σ²)",
+        variance="below that of pes_analytic",
+        passes=_both_signs_and_mean,
+        time="(2N+1+B)K",
+        memory="(2N+1+K)S + 4NP",
+        paper="Vicol et al. 2021, as released",
+        reverse_mode=True,
+    ),
+    "reparameterized_es": Row(
+        reparameterized_es,
+        unbiased_for="smoothed J",
+        variance="about the lower of full_es's and backpropagation's",
+        passes=lambda num_pairs: 2 * max(num_pairs, 3),
+        time="2NT(1+B)",
+        memory="2NTS + 5NP",
+        paper="Metz et al. 2019",
+        reverse_mode=True,
+        least_pairs=3,
     ),
 }

@@ -1,5 +1,7 @@
 """Reverse-mode estimators: backpropagation through an episode or through one window of it."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,25 +19,41 @@ from unrollgrad.types import (
     Theta,
     UnrolledProblem,
 )
+from unrollgrad.unroll import Remat
 
 
-def bptt(problem: UnrolledProblem) -> GradientEstimator:
+def bptt(
+    problem: UnrolledProblem, *, last: int | None = None, remat: Remat = None
+) -> GradientEstimator:
     """Backpropagation through a whole episode: the exact gradient of its loss.
 
     ``grad`` = d/dtheta [(1/T) sum_t loss_t + evaluate(final state)], through ``init`` too. Unbiased
     for the gradient of J where ``step`` is differentiable; its only variance is that of the
     episodes (data, initial states), which grows exponentially with T in chaotic problems.
 
-    Time: T steps forwards and back. Memory: T states.
+    With ``last=m`` only the last m steps are differentiated: ``grad`` = d/dtheta [(1/T)
+    sum_{t >= T - m} loss_t + evaluate(final state)] with the state before them a constant. That is
+    biased, by what earlier steps do; with a final loss and an inner optimizer that converges the
+    bias falls exponentially in m.
+
+    Time: T steps forwards and back; m back. Memory: what T steps (m) compute, or with ``remat``
+    less for more time:
+
+    - ``"step"``: T states and what one step computes; one more forward pass.
+    - ``"sqrt"``: sqrt(T) states and what sqrt(T) steps compute; one more forward pass.
+    - a number n: the same with n states and T/n steps.
 
     Args:
         problem: The inner loop; its horizon must be static and its step differentiable.
+        last: How many steps are differentiated, at the end. Default: all.
+        remat: None, ``"step"``, ``"sqrt"`` or the number of states that are kept.
 
     Returns:
         An estimator with ``truncation=None``; streaming ``data`` has leading axis ``horizon``.
 
     Raises:
-        ValueError: For a sampled horizon or, when estimating, a ``while_loop`` in the step.
+        ValueError: For a sampled horizon, ``last`` outside 1 to T, another ``remat`` or, when
+            estimating, a ``while_loop`` in the step.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -47,8 +65,17 @@ def bptt(problem: UnrolledProblem) -> GradientEstimator:
 
     References:
         Werbos, Backpropagation through time: what it does and how to do it, Proc. IEEE, 1990.
+        ``last``: Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019.
+        ``"sqrt"``: Chen et al., Training deep nets with sublinear memory cost, 2016.
     """
     horizon = checks.static_horizon(problem, "bptt")
+    last = horizon if last is None else checks.positive_int("last", last)
+    if last > horizon:
+        raise ValueError(
+            f"`last`={last} steps are more than the horizon of {horizon}. Leave it out to "
+            "differentiate the whole episode."
+        )
+    checks.check_remat(remat)
     made_by = worker.made_by("bptt", problem)
 
     def init(key: Key, theta: Theta) -> worker.EpisodeState:
@@ -57,13 +84,29 @@ def bptt(problem: UnrolledProblem) -> GradientEstimator:
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
         episode = unroll.new_episode(problem, key, horizon)
-        out, _ = _backprop(problem, "bptt", episode, theta, None, horizon, data)
-        return out, worker.EpisodeState(unroll.advance(episode, horizon), made_by)
+        ended = worker.EpisodeState(unroll.advance(episode, horizon), made_by)
+        if last == horizon:
+            loss = window(problem, episode, None, horizon, data, remat)
+            return gradient("bptt", loss, theta, horizon)[0], ended
+        cut = horizon - last
+        head, tail = (
+            jax.tree.map(lambda x, part=part: x[part], data)
+            for part in (slice(cut), slice(cut, None))
+        )
+        state = unroll.initial_state(problem, episode, theta)
+        state, losses = unroll.unroll(problem, episode, theta, state, cut, head)
+        later = episode._replace(t=episode.t + cut)
+        loss = window(problem, later, state, last, tail, remat, start=jnp.zeros(()))
+        out, _ = gradient("bptt", loss, theta, horizon)
+        share = last / horizon
+        grad = jax.tree.map(lambda g: (share * g).astype(g.dtype), out.grad)
+        value = share * out.loss + (1 - share) * jnp.mean(losses)
+        return Estimate(grad, value, out.info), ended
 
     return worker.compiled(init, estimate, None)
 
 
-def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
+def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> GradientEstimator:
     """Truncated backpropagation: through one window, whose initial state is held constant.
 
     ``grad`` = d/dtheta of the window's mean loss, with the state at its start a constant (in the
@@ -71,18 +114,20 @@ def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     through steps before the window is dropped. Unbiased for J's gradient with truncation = horizon
     or without memory. With ``evaluate`` the window adds (T/K) (L_end - L_start).
 
-    Variance: that of the data alone. Time: K steps forwards and back a call. Memory: K states.
+    Variance: that of the data alone. Time: K steps forwards and back a call. Memory: what K steps
+    compute; less with ``remat``, as in ``bptt``.
 
     Args:
         problem: The inner loop; its step must be differentiable.
         truncation: Inner steps per call (K); divides a static horizon.
+        remat: None, ``"step"``, ``"sqrt"`` or the number of states that are kept.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
 
     Raises:
-        ValueError: If the truncation is not positive or does not divide the horizon or, when
-            estimating, for a ``while_loop`` in the step.
+        ValueError: If the truncation is not positive or does not divide the horizon, for another
+            ``remat`` or, when estimating, for a ``while_loop`` in the step.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -98,6 +143,7 @@ def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
         network trajectories, Neural Computation, 1990.
     """
     truncation = checks.check_truncation(problem, truncation)
+    checks.check_remat(remat)
     made_by = worker.made_by("tbptt", problem, truncation=truncation)
 
     def init(key: Key, theta: Theta) -> worker.MeanState:
@@ -106,29 +152,49 @@ def tbptt(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        out, after = _backprop(problem, "tbptt", episode, theta, state.state, truncation, data)
+        loss = window(problem, episode, state.state, truncation, data, remat)
+        out, after = gradient("tbptt", loss, theta, truncation)
         return out, worker.MeanState(unroll.advance(episode, truncation), after, made_by)
 
     return worker.compiled(init, estimate, truncation)
 
 
-def _backprop(
+def window(
     problem: UnrolledProblem,
-    name: str,
     episode: Episode,
-    theta: Theta,
     state: State | None,
     num_steps: int,
     data: Any,
-) -> tuple[Estimate, State]:
-    """The gradient of one window's loss, and the state after it."""
+    remat: Remat = None,
+    start: jax.Array | None = None,
+) -> Callable[[Theta], tuple[jax.Array, State]]:
+    """One window's loss, and the state after it, as a function of theta."""
 
     def loss(theta):
-        window = unroll.window(problem, episode, theta, state, num_steps, data)
-        return window.loss(), window.state
+        out = unroll.window(problem, episode, theta, state, num_steps, data, start, remat)
+        return out.loss(), out.state
 
-    try:
+    return loss
+
+
+def gradient(
+    name: str, loss: Callable[[Theta], tuple[jax.Array, State]], theta: Theta, inner_steps: int
+) -> tuple[Estimate, State]:
+    """The gradient of a window's loss, and the state after it."""
+    with no_while_loop(name):
         (value, after), grad = jax.value_and_grad(loss, has_aux=True)(theta)
+    return Estimate(grad, value, Info(jnp.int32(inner_steps))), after
+
+
+@contextlib.contextmanager
+def no_while_loop(name: str) -> Iterator[None]:
+    """Says what to do about a ``while_loop`` in the step of an estimator that goes backwards.
+
+    Raises:
+        ValueError: With the estimators that only go forwards.
+    """
+    try:
+        yield
     except ValueError as error:
         if "Reverse-mode differentiation does not work for lax.while_loop" not in str(error):
             raise
@@ -137,7 +203,6 @@ def _backprop(
             f"allow. Use an estimator that only runs it forwards ({_forward_only()}), or a "
             "`fori_loop` or `scan` with a fixed number of steps."
         ) from error
-    return Estimate(grad, value, Info(jnp.int32(num_steps))), after
 
 
 def _forward_only() -> str:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, resolution, unroll
-from unrollgrad.estimators import pairs, worker
+from unrollgrad.estimators import pairs, persistence, worker
 from unrollgrad.noise import Noise, wide
-from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
+from unrollgrad.types import Episode, GradientEstimator, Key, Theta, UnrolledProblem
 
 
 def full_es(
@@ -210,58 +210,77 @@ def gpes(
         ES-Single, ICML 2023, arXiv:2304.11153 (its appendix F).
     """
     truncation = checks.check_truncation(problem, truncation)
-    if noise_period is not None:
-        noise_period = checks.positive_int("noise_period", noise_period)
-        if noise_period % truncation:
-            raise ValueError(
-                "`noise_period` must be a multiple of `truncation`; got "
-                f"noise_period={noise_period} and truncation={truncation}. Use "
-                f"{truncation * max(1, round(noise_period / truncation))}, or None for one draw "
-                "per episode."
-            )
+    noise_period = persistence.check_period(noise_period, truncation)
     law = pairs.check(sigma, num_pairs, noise)
     made_by = _persistent(problem, truncation, noise_period, num_pairs)
 
     def init(key: Key, theta: Theta) -> worker.PersistentState:
         theta = checks.floating_theta(theta)
         resolution.check(sigma, theta)
-        mean = worker.init_mean(problem, key, theta, truncation, made_by)
-
-        def zeros(x):
-            return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
-
-        accumulated = None if noise_period is None else jax.tree.map(zeros, theta)
-        evaluated = None
-        if problem.evaluate is not None:
-            loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
-            evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
-        states = pairs.spread(mean.state, num_pairs)
-        return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
+        return init_pairs(problem, key, theta, truncation, noise_period, num_pairs, made_by)
 
     def estimate(key: Key, theta: Theta, state: worker.PersistentState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        t = episode.t
-        noise_key = unroll.noise_key(episode, 0 if noise_period is None else t // noise_period)
-        unit, thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
-        result = pairs.run(
-            problem, episode, thetas, state.states, truncation, data, starts=state.evaluated
+        unit, thetas = pairs.draw(
+            law, sigma, num_pairs, theta, persistence.noise_key(episode, noise_period)
         )
-        if noise_period is None:
-            before = weight = unit
-            accumulated = None
-        else:
-            starts, ends = t % noise_period == 0, (t + truncation) % noise_period == 0
-            finished = jax.tree.map(lambda a: jnp.where(t == 0, 0, a), state.accumulated)
-            weight = jax.tree.map(jnp.add, finished, unit)
-            before = jax.tree.map(lambda f, w: jnp.where(starts, f, w), finished, weight)
-            accumulated = jax.tree.map(lambda f, w: jnp.where(ends, w, f), finished, weight)
+        window, noise = run_pairs(
+            problem, episode, unit, thetas, state, truncation, noise_period, data
+        )
         steps = 2 * num_pairs * truncation
-        out = pairs.estimate(result, sigma, theta, weight, before, inner_steps=steps)
-        episode = unroll.advance(episode, truncation)
-        return out, worker.PersistentState(episode, result.state, accumulated, result.end, made_by)
+        out = pairs.estimate(window, sigma, theta, noise.now, noise.before, inner_steps=steps)
+        return out, worker.PersistentState(
+            unroll.advance(episode, truncation),
+            window.state,
+            noise.accumulated,
+            window.end,
+            made_by,
+        )
 
     return worker.compiled(init, estimate, truncation)
+
+
+def init_pairs(
+    problem: UnrolledProblem,
+    key: Key,
+    theta: Theta,
+    truncation: int,
+    noise_period: int | None,
+    num_pairs: int,
+    made_by: worker.MadeBy,
+) -> worker.PersistentState:
+    """Pairs at the start of an episode, with an empty accumulator."""
+    mean = worker.init_mean(problem, key, theta, truncation, made_by)
+
+    def zeros(x):
+        return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
+
+    accumulated = None if noise_period is None else jax.tree.map(zeros, theta)
+    evaluated = None
+    if problem.evaluate is not None:
+        loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
+        evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
+    states = pairs.spread(mean.state, num_pairs)
+    return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
+
+
+def run_pairs(
+    problem: UnrolledProblem,
+    episode: Episode,
+    unit: Theta,
+    thetas: Theta,
+    state: Any,
+    truncation: int,
+    noise_period: int | None,
+    data: Any,
+) -> tuple[unroll.Window, persistence.Weights]:
+    """Runs one window of pairs that persist; the window, and what weighs its losses."""
+    window = pairs.run(
+        problem, episode, thetas, state.states, truncation, data, starts=state.evaluated
+    )
+    noise = persistence.accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
+    return window, noise
 
 
 def _persistent(

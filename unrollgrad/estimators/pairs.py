@@ -113,9 +113,9 @@ def estimate(
         ends = ends + half_difference(window.end)
 
     def leaf(x, s, w, b):
-        g = _weighted_mean(ends, w)
+        g = weighted_mean(ends, w)
         if window.start is not None:
-            g = g - _weighted_mean(half_difference(window.start), b)
+            g = g - weighted_mean(half_difference(window.start), b)
         return (g / jnp.asarray(s, g.dtype)).astype(x.dtype)
 
     grad = jax.tree.map(leaf, theta, checks.broadcast_sigma(sigma, theta), weight, before)
@@ -123,7 +123,8 @@ def estimate(
     return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
 
 
-def _weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:
+def weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:
+    """The mean over pairs of difference times noise."""
     # Full precision: TF32 or bfloat16 products would cost digits where the differences are small.
     total = jnp.tensordot(
         differences.astype(noise.dtype), noise, axes=1, precision=jax.lax.Precision.HIGHEST

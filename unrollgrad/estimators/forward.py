@@ -1,0 +1,503 @@
+"""Forward-mode estimators: the state's derivative is carried along, so that nothing is forgotten.
+
+``forward_mode`` carries it whole, ``dodge`` its product with one direction, ``uoro`` a random
+product of two vectors whose mean it is. None of them looks back: the memory does not grow with the
+truncation.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unrollgrad import checks, unroll, varying
+from unrollgrad.estimators import backprop, persistence, worker
+from unrollgrad.noise import rademacher, wide
+from unrollgrad.types import (
+    Episode,
+    Estimate,
+    GradientEstimator,
+    Info,
+    Key,
+    State,
+    Theta,
+    UnrolledProblem,
+)
+
+
+class TangentState(NamedTuple):
+    """The state of a worker that carries derivatives of its inner state.
+
+    Attributes:
+        episode: Where it stands.
+        state: The inner state.
+        tangents: The derivatives of the state's floating leaves, in their order; with a leading
+            axis of dim(theta) for ``forward_mode``.
+        accumulated: The directions of the finished periods, summed; None where there are none.
+        evaluated: (T/K) ``evaluate`` at the end of the last window and its derivative, shape
+            ``(2,)``; None where it is not needed.
+        made_by: The estimator whose it is.
+    """
+
+    episode: Episode
+    state: State
+    tangents: list[jax.Array]
+    accumulated: Theta | None
+    evaluated: jax.Array | None
+    made_by: worker.MadeBy
+
+
+class RankOneState(NamedTuple):
+    """The state of a ``uoro`` worker: d state / d theta is the mean of ``left`` times ``right``.
+
+    Attributes:
+        episode: Where it stands.
+        state: The inner state.
+        left: Like the state's floating leaves, in their order.
+        right: Like theta, in at least float32.
+        made_by: The estimator whose it is.
+    """
+
+    episode: Episode
+    state: State
+    left: list[jax.Array]
+    right: Theta
+    made_by: worker.MadeBy
+
+
+def forward_mode(
+    problem: UnrolledProblem, *, truncation: int, max_bytes: int = 2**30
+) -> GradientEstimator:
+    """Forward-mode differentiation (RTRL): the exact gradient, window by window.
+
+    The sensitivities d state / d theta are carried through the episode as a batch of dim(theta)
+    tangents. ``grad`` = d/dtheta of the window's mean loss, through all steps before it and
+    ``init``: averaged over an episode's windows at one theta it is ``bptt``'s gradient. With
+    ``evaluate`` the window adds (T/K) (L_end - L_start). Updates of theta inside an episode add a
+    bias that vanishes with the outer learning rate.
+
+    Variance: that of the data alone. Time: K steps forwards, each with dim(theta) tangents. Memory:
+    dim(theta) times (state + theta), whatever the truncation.
+
+    Args:
+        problem: The inner loop; its step must be differentiable (``while_loop`` is fine).
+        truncation: Inner steps per call (K); divides a static horizon.
+        max_bytes: What the tangents and their directions may take; more is an error before
+            anything is allocated.
+
+    Returns:
+        An estimator; streaming ``data`` has leading axis ``truncation``.
+
+    Raises:
+        ValueError: If the truncation is not positive or does not divide the horizon, or the
+            tangents would need more than ``max_bytes``.
+
+    Example:
+        >>> import jax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=100)
+        >>> estimator = ug.forward_mode(problem, truncation=100)
+        >>> state = estimator.init(jax.random.key(0), theta)
+        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> round(float(estimate.grad), 2)
+        35.72
+
+    References:
+        Williams and Zipser, A learning algorithm for continually running fully recurrent neural
+        networks, Neural Computation, 1989.
+    """
+    truncation = checks.check_truncation(problem, truncation)
+    max_bytes = checks.positive_int("max_bytes", max_bytes)
+    made_by = worker.made_by("forward_mode", problem, truncation=truncation)
+
+    def init(key: Key, theta: Theta) -> TangentState:
+        mean = worker.init_mean(problem, key, theta, truncation, made_by)
+        theta = checks.floating_theta(theta)
+        dim = _dim(theta)
+        _check_bytes(dim, theta, mean.state, max_bytes)
+        tangents = [jnp.zeros((dim, *x.shape), x.dtype) for x in _floats(mean.state)]
+        tangents = varying.over(varying.axes((key, theta)), tangents)
+        return TangentState(mean.episode, mean.state, tangents, None, None, made_by)
+
+    def estimate(key: Key, theta: Theta, state: TangentState, *, data: Any = None):
+        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
+        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
+        names = varying.axes((theta, episode, state.state, data))
+        push = _pushforward(problem, episode, theta, state.state, truncation, data)
+        window, along = jax.vmap(push, out_axes=(None, 0))(
+            varying.over(names, _basis(theta)), state.tangents, None
+        )
+        slopes = jnp.mean(along.losses, axis=-1)
+        if along.end is not None:
+            slopes = slopes + along.end - along.start
+        out = Estimate(_unflatten(theta, slopes), window.loss(), Info(jnp.int32(truncation)))
+        episode = unroll.advance(episode, truncation)
+        return out, TangentState(episode, window.state, along.floats, None, None, made_by)
+
+    return worker.compiled(init, estimate, truncation)
+
+
+def dodge(
+    problem: UnrolledProblem, *, truncation: int, noise_period: int | None = None
+) -> GradientEstimator:
+    """The derivative along one random direction, times that direction (DODGE, forward gradients).
+
+    The limit of ``gpes`` for sigma to 0: the state's derivative along a direction u of random signs
+    is carried through the episode, and the window's slope is weighed with all directions so far:
+    ``grad`` = (u_1 + ... + u_j) dL/du in noise period j, L the mean loss of the window. Averaged
+    over an episode's windows it is unbiased for the gradient of J itself, with no smoothing, where
+    the step is differentiable; in chaotic problems it explodes as that does. ``noise_period=None``
+    holds one direction for the whole episode, ``noise_period=truncation`` draws one in every
+    window: the online forward gradient. With ``evaluate`` a window adds (T/K) (xi_t L_end' -
+    xi_{t-1} L_start'), xi the directions so far.
+
+    Variance: (P - 1) |g|^2 with one direction per episode (P = dim(theta); none at all for P = 1),
+    more periods as in ``gpes``. Workers divide it. Time: K steps with one tangent, about 2 to 3
+    forward passes. Memory: 2 states + 2 theta, whatever the truncation.
+
+    Args:
+        problem: The inner loop; its step must be differentiable (``while_loop`` is fine).
+        truncation: Inner steps per call (K); divides a static horizon.
+        noise_period: Inner steps between draws, a multiple of ``truncation``; None: one draw per
+            episode.
+
+    Returns:
+        An estimator; streaming ``data`` has leading axis ``truncation``.
+
+    Raises:
+        ValueError: If the truncation does not divide the horizon or the noise period, or one of
+            them is not positive.
+
+    Example:
+        >>> import jax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=100)
+        >>> estimator = ug.dodge(problem, truncation=100)
+        >>> state = estimator.init(jax.random.key(0), theta)
+        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> round(float(estimate.grad), 2)
+        35.72
+
+    References:
+        Silver et al., Learning by directional gradient descent, ICLR 2022. Baydin et al., Gradients
+        without backpropagation, 2022, arXiv:2202.08587. As a family: Li et al., NeurIPS 2023.
+    """
+    truncation = checks.check_truncation(problem, truncation)
+    noise_period = persistence.check_period(noise_period, truncation)
+    made_by = worker.made_by("dodge", problem, truncation=truncation, noise_period=noise_period)
+    law = rademacher()
+
+    def init(key: Key, theta: Theta) -> TangentState:
+        mean = worker.init_mean(problem, key, theta, truncation, made_by)
+        theta = checks.floating_theta(theta)
+        tangents = [jnp.zeros_like(x) for x in _floats(mean.state)]
+        accumulated = None
+        if noise_period is not None:
+            accumulated = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
+        evaluated = None
+        if problem.evaluate is not None:
+            loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
+            evaluated = jnp.zeros(2, loss.dtype)
+        return TangentState(mean.episode, mean.state, tangents, accumulated, evaluated, made_by)
+
+    def estimate(key: Key, theta: Theta, state: TangentState, *, data: Any = None):
+        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
+        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
+        names = varying.axes((theta, episode, state.state, data))
+        drawn = law.sample(persistence.noise_key(episode, noise_period), law.init(theta), theta, 1)
+        unit = varying.over(names, jax.tree.map(lambda u: u[0], drawn))
+        push = _pushforward(problem, episode, theta, state.state, truncation, data)
+        direction = jax.tree.map(lambda u, x: u.astype(x.dtype), unit, theta)  # signs are exact
+        window, along = push(direction, state.tangents, state.evaluated)
+        noise = persistence.accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
+        slope = jnp.mean(along.losses)
+        if along.end is not None:
+            slope = slope + along.end
+
+        def leaf(x, now, before):
+            g = now * slope.astype(now.dtype)
+            if along.start is not None:
+                g = g - before * along.start.astype(before.dtype)
+            return g.astype(x.dtype)
+
+        grad = jax.tree.map(leaf, theta, noise.now, noise.before)
+        out = Estimate(grad, window.loss(), Info(jnp.int32(truncation)))
+        return out, TangentState(
+            unroll.advance(episode, truncation),
+            window.state,
+            along.floats,
+            noise.accumulated,
+            None if window.end is None else jnp.stack([window.end, along.end]),
+            made_by,
+        )
+
+    return worker.compiled(init, estimate, truncation)
+
+
+def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
+    """Unbiased online recurrent optimization: the state's derivative as a random rank-one product.
+
+    Instead of G = d state / d theta a pair of vectors is carried with E[left right^T] = G. In each
+    step, with random signs v, left <- a (ds'/ds left) + b v and right <- right / a + (v^T
+    ds'/dtheta) / b; a and b make both parts equally long. ``grad`` = the mean over the window's
+    steps of (dloss/dstate . left) right + dloss/dtheta. Averaged over an episode's windows it is
+    unbiased for the gradient of J, where the step is differentiable; ``init`` enters in the same
+    way. With ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated like that.
+
+    Variance: of the order of min(dim(state), dim(theta)) |g|^2 or worse, growing with the memory of
+    the system; the price for one call that needs neither dim(theta) tangents nor the past. Time: K
+    steps forwards, each with one tangent and one step back. Memory: 2 states + 2 theta and what one
+    step computes, whatever the truncation.
+
+    Args:
+        problem: The inner loop; its step must be differentiable.
+        truncation: Inner steps per call (K); divides a static horizon.
+
+    Returns:
+        An estimator; streaming ``data`` has leading axis ``truncation``.
+
+    Raises:
+        ValueError: If the truncation is not positive or does not divide the horizon or, when
+            estimating, for a ``while_loop`` in the step.
+
+    Example:
+        >>> import jax, unrollgrad as ug
+        >>> problem, theta = ug.problems.influence_balancing(horizon=100)
+        >>> estimator = ug.uoro(problem, truncation=10)
+        >>> state = estimator.init(jax.random.key(0), theta)
+        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> int(estimate.info.inner_steps), int(state.episode.t)
+        (10, 10)
+
+    References:
+        Tallec and Ollivier, Unbiased online recurrent optimization, ICLR 2018, arXiv:1702.05043.
+    """
+    truncation = checks.check_truncation(problem, truncation)
+    made_by = worker.made_by("uoro", problem, truncation=truncation)
+
+    def init(key: Key, theta: Theta) -> RankOneState:
+        mean = worker.init_mean(problem, key, theta, truncation, made_by)
+        left = [jnp.zeros_like(x) for x in _floats(mean.state)]
+        right = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, wide(x.dtype)), checks.floating_theta(theta)
+        )
+        return RankOneState(mean.episode, mean.state, left, right, made_by)
+
+    def estimate(key: Key, theta: Theta, state: RankOneState, *, data: Any = None):
+        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
+        with backprop.no_while_loop("uoro"):
+            return _uoro(problem, truncation, made_by, key, theta, state, data)
+
+    return worker.compiled(init, estimate, truncation)
+
+
+def _uoro(problem, truncation, made_by, key, theta, state, data):
+    episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
+    names = varying.axes((theta, episode, state.state, data))
+
+    def signs(t, floats):
+        """Random signs for the state after t steps, the start of the episode being t = 0."""
+        key = unroll.noise_key(episode, t)
+        return [
+            varying.over(names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype))
+            for i, x in enumerate(floats)
+        ]
+
+    def begin():
+        def initial(theta):
+            state = unroll.initial_state(problem, episode, theta)
+            return _floats(state), state
+
+        floats, back, start = jax.vjp(initial, theta, has_aux=True)
+        v = signs(0, floats)
+        right = jax.tree.map(lambda g: g.astype(wide(g.dtype)), back(v)[0])
+        return start, *_balanced([jnp.zeros_like(x) for x in v], right, v, right, keep=0.0)
+
+    carried = state.state, state.left, state.right
+    if problem.evaluate is not None:
+        at_start = _rank_one_gradient(
+            lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, *carried
+        )
+    inner, left, right = unroll.reset(episode, begin, carried)
+
+    def body(carry, inputs):
+        i, batch = inputs
+        t = episode.t + i
+        inner, left, right, total = carry
+        floats, rebuild = _split(inner)
+
+        def step(theta, floats):
+            after, loss = unroll.one_step(problem, episode, theta, rebuild(floats), t, batch)
+            return (_floats(after), loss), after
+
+        (ends, loss), push, after = jax.linearize(step, theta, floats, has_aux=True)
+        back = jax.linear_transpose(push, theta, floats)
+        v = signs(t + 1, ends)
+        # The loss's own gradient and the new part of the state's, each by one step back.
+        direct, through = back(([jnp.zeros_like(x) for x in ends], jnp.ones_like(loss)))
+        fresh, _ = back((v, jnp.zeros_like(loss)))
+        pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), left)
+        slope = _dot(through, left)
+        total = jax.tree.map(
+            lambda a, d, r: a + d.astype(a.dtype) + slope.astype(a.dtype) * r.astype(a.dtype),
+            total,
+            direct,
+            right,
+        )
+        fresh = jax.tree.map(lambda g: g.astype(wide(g.dtype)), fresh)
+        left, right = _balanced(pushed, right, v, fresh)
+        return (after, left, right, total), loss
+
+    total = jax.tree.map(lambda r: jnp.zeros_like(r), right)
+    inputs = (jnp.arange(truncation, dtype=jnp.int32), data)
+    (inner, left, right, total), losses = jax.lax.scan(body, (inner, left, right, total), inputs)
+    grad = jax.tree.map(lambda a: a / truncation, total)
+    loss = jnp.mean(losses)
+    if problem.evaluate is not None:
+        scale = checks.static_horizon(problem, "problem.evaluate") / truncation
+        at_end = _rank_one_gradient(
+            lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, inner, left, right
+        )
+        first = episode.t == 0
+        grad = jax.tree.map(
+            lambda g, e, s: g + scale * (e - jnp.where(first, 0, s)).astype(g.dtype),
+            grad,
+            at_end[1],
+            at_start[1],
+        )
+        loss = loss + scale * (at_end[0] - jnp.where(first, 0, at_start[0]))
+    grad = jax.tree.map(lambda g, x: g.astype(x.dtype), grad, theta)
+    out = Estimate(grad, loss, Info(jnp.int32(truncation)))
+    episode = unroll.advance(episode, truncation)
+    return out, RankOneState(episode, inner, left, right, made_by)
+
+
+def _rank_one_gradient(loss, theta, state, left, right) -> tuple[jax.Array, Theta]:
+    """The loss, and d/dtheta of it where d state / d theta is ``left`` times ``right``."""
+    floats, rebuild = _split(state)
+    value, (direct, through) = jax.value_and_grad(
+        lambda theta, floats: loss(theta, rebuild(floats)), argnums=(0, 1)
+    )(theta, floats)
+    slope = _dot(through, left)
+    return value, jax.tree.map(
+        lambda d, r: d.astype(r.dtype) + slope.astype(r.dtype) * r, direct, right
+    )
+
+
+def _balanced(pushed, right, v, fresh, keep=1.0) -> tuple[list[jax.Array], Theta]:
+    """Joins two rank-one products into one with the same mean, scaled for little variance.
+
+    The guards are those of the paper's code: what is 0 stays 0, and nothing is divided by it.
+    """
+    tiny = 1e-7
+
+    def ratio(a, b):
+        return jnp.sqrt((optax.tree.norm(a) + tiny) / (optax.tree.norm(b) + tiny))
+
+    a, b = ratio(right, pushed), ratio(fresh, v)
+    left = [(keep * a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
+    return left, jax.tree.map(lambda r, f: (keep * r / a + f / b).astype(r.dtype), right, fresh)
+
+
+class _Along(NamedTuple):
+    """The derivative of a ``Window`` along a direction; ``floats`` that of its state."""
+
+    floats: list[jax.Array]
+    losses: jax.Array
+    start: jax.Array | None
+    end: jax.Array | None
+
+
+def _pushforward(
+    problem: UnrolledProblem,
+    episode: Episode,
+    theta: Theta,
+    state: State,
+    truncation: int,
+    data: Any,
+) -> Callable[[Theta, list[jax.Array], jax.Array | None], tuple[unroll.Window, _Along]]:
+    """One window, and its derivative along a direction of theta and a tangent of the state.
+
+    The third argument is the evaluation at the window's start and its derivative, where they were
+    kept; else the state there is evaluated.
+    """
+    floats, rebuild = _split(state)
+
+    def push(direction, tangents, evaluated):
+        def window(theta, floats, start):
+            out = unroll.window(problem, episode, theta, rebuild(floats), truncation, data, start)
+            return _Along(_floats(out.state), out.losses, out.start, out.end), out
+
+        start, slope = (None, None) if evaluated is None else evaluated
+        _, along, out = jax.jvp(
+            window, (theta, floats, start), (direction, tangents, slope), has_aux=True
+        )
+        return out, along
+
+    return push
+
+
+def _split(state: State) -> tuple[list[jax.Array], Callable[[list[jax.Array]], State]]:
+    """The floating leaves of a state, and the state with others in their places."""
+    leaves, structure = jax.tree.flatten(state)
+    where = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def rebuild(floats):
+        new = list(leaves)
+        for i, x in zip(where, floats, strict=True):
+            new[i] = x
+        return structure.unflatten(new)
+
+    return [leaves[i] for i in where], rebuild
+
+
+def _floats(state: State) -> list[jax.Array]:
+    return _split(state)[0]
+
+
+def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    parts = [
+        jnp.sum(x.astype(wide(x.dtype)) * y.astype(wide(y.dtype)))
+        for x, y in zip(a, b, strict=True)
+    ]
+    return functools.reduce(jnp.add, parts, jnp.zeros(()))
+
+
+def _dim(theta: Theta) -> int:
+    return sum(x.size for x in jax.tree.leaves(theta))
+
+
+def _basis(theta: Theta) -> Theta:
+    """The unit directions of theta, leading axis dim(theta)."""
+    dim, first, out = _dim(theta), 0, []
+    leaves, structure = jax.tree.flatten(theta)
+    for x in leaves:
+        rows = jnp.eye(dim, x.size, k=-first, dtype=x.dtype)
+        out.append(rows.reshape(dim, *x.shape))
+        first += x.size
+    return structure.unflatten(out)
+
+
+def _unflatten(theta: Theta, numbers: jax.Array) -> Theta:
+    """One number per coordinate as a tree like theta."""
+    first, out = 0, []
+    leaves, structure = jax.tree.flatten(theta)
+    for x in leaves:
+        out.append(numbers[first : first + x.size].reshape(x.shape).astype(x.dtype))
+        first += x.size
+    return structure.unflatten(out)
+
+
+def _check_bytes(dim: int, theta: Theta, state: State, max_bytes: int) -> None:
+    sizes = [
+        sum(x.size * x.dtype.itemsize for x in t) for t in (jax.tree.leaves(theta), _floats(state))
+    ]
+    need = dim * sum(sizes)
+    if need > max_bytes:
+        raise ValueError(
+            f"forward_mode needs {need / 2**20:.4g} MiB for {dim} tangents, one per number in "
+            f"theta, of {sizes[1]} bytes of state and {sizes[0]} of direction each; `max_bytes` "
+            f"allows {max_bytes / 2**20:.4g} MiB. Use `dodge` or `uoro`, whose memory does not "
+            "grow with theta's size times the state's, or raise max_bytes."
+        )
