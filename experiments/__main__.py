@@ -98,15 +98,20 @@ def _last(arguments: list[str], flag: str) -> str | None:
 def resumed(arguments: list[str]) -> Any:
     """The settings of the run that is to go on, which are the defaults then; None if none is."""
     folder = _last(arguments, "--resume")
-    if folder is None:
+    experiment = EXPERIMENTS.get(arguments[0]) if arguments else None
+    if folder is None or experiment is None or not hasattr(experiment.scales["cpu"], "resume"):
         return None
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no folder of results: it has no config.json.")
     config = results.read_json(path)
-    name = config.pop("experiment")
-    if name != arguments[0] or name not in EXPERIMENTS:
-        raise ValueError(f"{folder} is of {name}; go on with `python -m experiments {name}`.")
+    name = config.pop("experiment", None)
+    fields = {field.name for field in dataclasses.fields(EXPERIMENTS[arguments[0]].settings)}
+    if name != arguments[0]:
+        raise ValueError(f"{folder} is a run of {name}, not of {arguments[0]}.")
+    if set(config) != fields - {"resume"}:
+        odd = ", ".join(sorted(set(config) ^ (fields - {"resume"})))
+        raise ValueError(f"{folder} was made by another version of {name}, which differs in {odd}.")
     config |= {"out": Path(config["out"]), "seeds": tuple(config["seeds"]), "devices": None}
     return EXPERIMENTS[name].settings(**config)
 
@@ -134,6 +139,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]))
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -1,5 +1,6 @@
 """What an experiment is, and how one runs: seeds, files, interruptions."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -13,6 +14,7 @@ import jax
 from experiments import results
 from experiments.processes import from_process_0
 from experiments.results import Record, Summary
+from unrollgrad import checkpoints
 from unrollgrad.interrupts import stop_requests
 from unrollgrad.progress import progress_bar
 
@@ -92,10 +94,17 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
         for seed in seeds:
             experiment.run(settings, seed, folder, lambda numbers: None, lambda text, done: None)
         return None
-    begun, compiled = time.perf_counter(), results.compile_seconds()
     resume: Path | None = getattr(settings, "resume", None)
     folder = resume or results.new_folder(settings.out, experiment.title(settings))
-    folder = Path(from_process_0(str(folder)))
+    with contextlib.ExitStack() as stack:
+        if hasattr(settings, "resume"):  # before anything is written into a folder that is in use
+            stack.enter_context(checkpoints.lock(folder / "checkpoints"))
+        return _run(experiment, settings, seeds, Path(from_process_0(str(folder))))
+
+
+def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: Path) -> Path:
+    begun, compiled = time.perf_counter(), results.compile_seconds()
+    resume: Path | None = getattr(settings, "resume", None)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
     written = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     results.write_json(folder / "config.json", {k: v for k, v in written.items() if k != "resume"})
@@ -114,6 +123,8 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
                         raise KeyboardInterrupt
 
                 experiment.run(settings, seed, folder, functools.partial(write, seed), report)
+                if stop and i + 1 < len(seeds):
+                    raise KeyboardInterrupt
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         status = "interrupted" if interrupted else f"failed: {error}"

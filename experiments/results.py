@@ -142,8 +142,15 @@ def read(folder: Path) -> list[Record]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads one of the folder's JSON files."""
-    return json.loads(path.read_text())
+    """Reads one of the folder's JSON files.
+
+    Raises:
+        ValueError: If it is damaged, with its name.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
 def write_summary(

@@ -15,6 +15,7 @@ import unrollgrad as ug
 from experiments.experiment import Claim, Experiment
 from experiments.problems import PROBLEMS
 from experiments.results import Record, Summary, read_json
+from unrollgrad.checks import positive_int
 from unrollgrad.extras import need
 
 
@@ -99,8 +100,13 @@ def filled(settings: Settings) -> Settings:
     """The settings with the problem's defaults in place of None.
 
     Raises:
-        ValueError: If those of a run that is to go on are not the same, with the differences.
+        ValueError: If a number is not positive, or those of a run that is to go on are not the
+            same, with the differences.
     """
+    for name in ("num_updates", "num_workers", "num_evaluations", "steps_per_dispatch"):
+        positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
+    if settings.checkpoint_every is not None:
+        positive_int("--checkpoint-every", settings.checkpoint_every)
     choice = PROBLEMS[settings.problem]
     truncation = choice.truncation if settings.truncation is None else settings.truncation
     defaults: dict[str, Any] = {
@@ -120,6 +126,10 @@ def filled(settings: Settings) -> Settings:
     if settings.devices is None:
         most = next(d for d in range(filled.devices, 0, -1) if filled.num_workers % d == 0)
         filled = dataclasses.replace(filled, devices=most)
+    elif filled.num_workers % filled.devices:
+        raise ValueError(
+            f"`--devices` must divide the run's {filled.num_workers} workers; got {filled.devices}."
+        )
     return filled
 
 
@@ -128,6 +138,8 @@ def _check_same(settings: Settings, before: dict[str, Any]) -> None:
     differences = [f"{k}: {before[k]} -> {v}" for k, v in wanted.items() if before[k] != v]
     if settings.num_updates < before["num_updates"]:
         differences.append(f"num_updates: {before['num_updates']} -> {settings.num_updates}")
+    if set(before["seeds"]) - set(settings.seeds):
+        differences.append(f"seeds: {before['seeds']} -> {list(settings.seeds)}")
     if differences:
         raise ValueError(
             f"`--resume` goes on with what was begun; changed are {', '.join(differences)}. Leave "

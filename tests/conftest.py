@@ -80,6 +80,7 @@ def settings(truncation=5, sigma=0.1, noise_period=10, num_pairs=2):
 
 def build(name, problem, **changes):
     """The estimator; the same one for the same arguments, so that it compiles once."""
+    changes = {"num_pairs": max(2, REGISTRY[name].least_pairs), **changes}
     given = tuple(settings(**changes).items())
     plain = all(isinstance(value, int | float | None) for _, value in given)
     if plain and isinstance(problem, ug.UnrolledProblem):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from conftest import build, quadratic, raises
 
 import unrollgrad as ug
+from unrollgrad import checkpoints
 
 KEY = jax.random.key(0)
 
@@ -60,12 +62,12 @@ def test_goes_on_where_it_was(tmp_path):
     assert_same(steps.opt_state, whole.opt_state)
     assert_same(steps.worker_state, whole.worker_state)
     assert_same(steps.history["loss"], whole.history["loss"])
+    for num_steps in [11, 13, 15, 17]:
+        last = run(num_steps, tmp_path)
     kept = sorted(int(f.name) for f in (tmp_path / "steps").iterdir())
-    ends = [2, 4, 5, 7, 9]
-    losses = [np.mean(whole.history["loss"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-    assert kept[-2:] == [7, 9]
-    assert ends[np.argmin(losses)] in kept
-    assert len(kept) <= 4
+    ends = [2, 4, 5, *range(7, 18, 2)]
+    losses = [np.mean(last.history["loss"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    assert kept == sorted({ends[np.argmin(losses)], 15, 17})
 
 
 @pytest.mark.slow
@@ -84,6 +86,39 @@ def test_refuses_another_run(tmp_path):
         run(4, tmp_path, key=jax.random.key(1))
     with raises(ValueError, "opt_state", "absent"):
         run(4, tmp_path, optimizer=optax.sgd(0.05))
+    problem, theta = quadratic()
+    other = ug.average(build("pes", problem, truncation=10), 4)
+    with raises(ValueError, "structure: ...", "truncation=5,", "truncation=10,") as caught:
+        given = {"num_steps": 4, "key": KEY, "config": {"a": 1}}
+        ug.fit(other, theta, optax.adam(0.05), checkpoint_dir=tmp_path, **given)
+    assert len(str(caught.value)) < 800
+
+
+def test_config_is_what_a_file_gives_back(tmp_path):
+    odd = {"sizes": (1, 2), 3: None}
+    run(2, tmp_path, config=odd)
+    run(4, tmp_path, config=odd)
+    for bad in [{"x": np.float32(1)}, {"x": float("nan")}, {"x": tmp_path}]:
+        with raises(TypeError, "`config` must be what JSON can hold", "Convert it"):
+            run(2, config=bad)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run(6, tmp_path)
+    for file in (tmp_path / "steps" / "6").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with raises(OSError, "step 6", "is damaged", "Delete", "steps/6 to go on from step 4"):
+        run(8, tmp_path)
+    shutil.rmtree(tmp_path / "steps" / "6")
+    assert_same(run(8, tmp_path).theta, run(8).theta)
+
+
+def test_functions_in_the_structure_have_no_address():
+    def tree():
+        return jax.tree_util.Partial(lambda x: x, jnp.ones(2))
+
+    assert checkpoints.about(tree(), KEY, None) == checkpoints.about(tree(), KEY, None)
 
 
 def test_one_process_at_a_time(tmp_path):

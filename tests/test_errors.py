@@ -78,11 +78,16 @@ def test_sigma_that_does_not_fit_theta(name):
 
 
 @taking("sigma")
-def test_sigma_and_noise_that_are_something_else(name):
+def test_sigma_that_is_something_else(name):
     problem, _ = quadratic()
     for bad in ["0.1", 1j, None]:
         with raises((TypeError, ValueError), "`sigma`"):
             build(name, problem, sigma=bad)
+
+
+@taking("noise")
+def test_noise_that_is_something_else(name):
+    problem, _ = quadratic()
     for bad in ["gaussian", ug.noise.gaussian]:
         with raises(TypeError, "`noise` must be a law", "(init, sample)"):
             REGISTRY[name].factory(

@@ -1,6 +1,8 @@
 """``fit``: the same as a loop by hand, in few dispatches of one program."""
 
+import gc
 import itertools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +154,64 @@ def test_stops_where_something_is_not_finite():
     result = caught.value.result
     assert len(result.history["loss"]) == 6
     np.testing.assert_allclose(result.theta["a"], 0.8**6, rtol=1e-5)
+
+
+def test_the_users_arrays_are_not_taken():
+    """``init`` returns an array that is not its own, and theta's leaf, and one twice."""
+    mine, theta = jnp.ones(2), {"s": jnp.zeros(2)}
+    problem = ug.UnrolledProblem(
+        lambda key, theta: (mine, mine, theta["s"]),
+        lambda key, theta, s, t: ((s[0], s[1], s[2] + theta["s"]), jnp.sum(s[2] + theta["s"] - 1)),
+        10,
+    )
+    for _ in range(2):
+        ug.fit(ug.tbptt(problem, truncation=5), theta, OUTER, num_steps=3, key=KEY)
+    assert float(mine.sum() + theta["s"].sum()) == 2
+
+
+def test_what_evaluate_returns_is_checked():
+    estimator, theta = workers()
+    given = {"num_steps": 6, "key": KEY, "steps_per_dispatch": 3}
+
+    def run(evaluate):
+        ug.fit(estimator, theta, OUTER, evaluate=evaluate, **given)
+
+    with raises(TypeError, "`evaluate` must return a dict of numbers", "float 0.5"):
+        run(lambda key, theta: 0.5)
+    with raises(TypeError, "`evaluate` must return numbers", "'a' is 'text'"):
+        run(lambda key, theta: {"a": "text"})
+    with raises(ValueError, "`evaluate` returns ['loss']", "rename"):
+        run(lambda key, theta: {"loss": 0.5})
+    names = iter("ab")
+    with raises(ValueError, "same names and shapes", "{'a': ()}", "{'b': ()}") as caught:
+        run(lambda key, theta: {next(names): 0.5})
+    assert len(caught.value.result.history["loss"]) == 6
+    shapes = iter([1, 2])
+    with raises(ValueError, "same names and shapes", "{'a': (1,)}", "{'a': (2,)}"):
+        run(lambda key, theta: {"a": np.ones(next(shapes))})
+
+
+def test_problems_are_not_kept_alive():
+    gone = []
+    for _ in range(3):
+        problem, theta = quadratic.__wrapped__()
+        gone.append(weakref.ref(problem.step))
+        estimator = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 2)
+        ug.fit(estimator, theta, OUTER, num_steps=2, key=KEY)
+        del problem, estimator
+    gc.collect()
+    assert sum(one() is not None for one in gone) <= 1
+
+
+def test_x64_with_float32_theta():
+    with jax.enable_x64(True):
+        theta = jnp.float32(0.5)
+        problem, _ = ug.problems.influence_balancing(horizon=20)
+        outer = optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(0.1, 10))
+        pes = ug.pes(problem, truncation=5, sigma=0.1)
+        result = ug.fit(pes, theta, outer, num_steps=4, key=jax.random.key(0))
+        assert result.theta.dtype == jnp.float32
+        assert np.isfinite(result.history["loss"]).all()
 
 
 def test_errors():

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from conftest import Samples, settings, window_gradients
 
 import unrollgrad as ug
+from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
 
@@ -44,3 +47,77 @@ def test_a_law_is_any_pair_of_functions():
     estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
     exact = ug.problems.theory.gradient(influence(theta))
     np.testing.assert_allclose(estimate.grad, [0, exact[1], 0], rtol=1e-4, atol=1e-5)
+
+
+def linear(dim):
+    slope = jax.random.normal(KEY, (dim,))
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.float32(0.0), lambda key, theta, s, t: (s, slope @ theta), 1
+    )
+    return problem, jnp.zeros(dim), np.asarray(slope)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("law", "normalised"),
+    [
+        (ug.noise.gaussian(), lambda p, m: (p + 1) / m),
+        (ug.noise.rademacher(), lambda p, m: (p - 1) / m),
+        (ug.noise.orthogonal(), lambda p, m: p / m - 1),
+    ],
+    ids=["gaussian", "rademacher", "orthogonal"],
+)
+def test_variance_on_a_linear_loss(law, normalised, num_pairs):
+    problem, theta, slope = linear(8)
+    estimator = ug.full_es(problem, sigma=0.5, num_pairs=num_pairs, noise=law)
+    s = Samples(window_gradients(estimator, KEY, theta, 1, 40_000))
+    size = np.sum(slope**2)
+    variance, se = (x / size for x in s.variance())
+    expected = normalised(8, num_pairs)
+    if expected == 0:  # as many orthogonal directions as numbers: the gradient itself
+        np.testing.assert_allclose(s.x, np.broadcast_to(slope, s.x.shape), rtol=1e-3, atol=1e-4)
+        return
+    assert s.error_in_se(slope) < 5
+    assert se < 0.03 * expected
+    assert abs(variance - expected) < 5 * se
+    assert abs(variance - (8 + 3) / num_pairs) > 10 * se
+
+
+@pytest.mark.parametrize("law", [ug.noise.rademacher(), ug.noise.orthogonal()])
+def test_unit_covariance_over_mixed_leaves(law):
+    theta = {"a": jnp.zeros(2), "b": jnp.zeros((1, 2), jnp.bfloat16)}
+    draw = jax.vmap(lambda key: law.sample(key, law.init(theta), theta, 6))
+    unit = draw(jax.random.split(KEY, 20_000))
+    assert unit["b"].dtype == jnp.float32
+    assert unit["b"].shape == (20_000, 6, 1, 2)
+    for pair in (0, 5):  # the sixth is in a second block of orthogonal directions
+        draws = np.concatenate([unit["a"][:, pair], unit["b"][:, pair, 0]], axis=1)
+        se = 1 / np.sqrt(len(draws))
+        assert np.abs(draws.mean(axis=0)).max() < 5 * se
+        assert np.abs(draws.T @ draws / len(draws) - np.eye(4)).max() < 5 * np.sqrt(2) * se
+
+
+def test_orthogonal_in_blocks():
+    law, theta = ug.noise.orthogonal(), jnp.zeros((2, 2))
+    rows = np.asarray(law.sample(KEY, (), theta, 7)).reshape(7, 4)
+    gram = rows @ rows.T
+    np.testing.assert_allclose(gram[:4, :4], 4 * np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(gram[4:, 4:], 4 * np.eye(3), atol=1e-5)
+    assert np.abs(gram[:4, 4:]).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [ug.noise.rademacher(), ug.noise.orthogonal()])
+@pytest.mark.parametrize("name", ["full_es", "truncated_es", "pes", "es_single", "gpes"])
+def test_every_estimator_takes_every_law(name, law):
+    problem, theta, influence = ug.problems.linear_recurrence(dim=4, horizon=20, memory=0.8)
+    estimator = REGISTRY[name].build(problem, **settings(num_pairs=3), noise=law)
+    windows = 20 // (estimator.truncation or 20)
+    draws = window_gradients(estimator, jax.random.key(7), theta, windows, 20_000)
+    exact = influence(theta)
+    truth = ug.problems.theory.gradient(exact)
+    if name == "truncated_es":
+        truth = ug.problems.theory.truncated_gradient(exact, truncation=5)
+    s = Samples(draws.mean(axis=1))
+    assert s.relative_se(truth) < 0.05
+    assert s.error_in_se(truth) < 5

@@ -14,7 +14,7 @@ from unrollgrad.estimators import REGISTRY
 from unrollgrad.problems import theory
 
 KEY = jax.random.key(0)
-TRUNCATED = [name for name, row in REGISTRY.items() if name not in ("full_es", "bptt")]
+TRUNCATED = [name for name, row in REGISTRY.items() if row.takes("truncation")]
 
 
 def places(many, theta, calls):

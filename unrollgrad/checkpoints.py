@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import socket
 import textwrap
 from collections.abc import Iterator
@@ -91,17 +92,35 @@ class Checkpoints(NamedTuple):
 
         Raises:
             ValueError: If it is another run's; the message lists the differences.
+            OSError: If it cannot be read; the message says from which step the run could go on.
         """
         args = need("orbax.checkpoint", "orbax").args
-        found = self.manager.restore(self.latest, args=args.Composite(about=args.JsonRestore()))
+        with _readable(self.folder):
+            found = self.manager.restore(self.latest, args=args.Composite(about=args.JsonRestore()))
         _check_same(self.folder, found["about"], about)
         plain = _plain(like)
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), plain
         )
         items = args.Composite(run=args.StandardRestore(shapes), history=args.StandardRestore())
-        found = self.manager.restore(self.latest, args=items)
+        with _readable(self.folder):
+            found = self.manager.restore(self.latest, args=items)
         return _typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turns whatever goes wrong in reading the newest into an OSError that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        names = [f.name for f in (folder / "steps").iterdir()]
+        *before, newest = sorted(int(name) for name in names if name.isdigit()) or [0]
+        then = f"go on from step {before[-1]}" if before else "begin anew"
+        raise OSError(
+            f"the checkpoint of step {newest} in {folder} is damaged: "
+            f"{textwrap.shorten(str(error), 200)}. Delete {folder / 'steps'}/{newest} to {then}."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -127,6 +146,8 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
                     policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1),
                 ]
             ),
+            best_fn=lambda metrics: metrics["loss"],  # without it the loss is not written down
+            best_mode="min",
             create=False,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
@@ -136,9 +157,11 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
                 active_processes=set(range(jax.process_count()))
             ),
         )
-        manager = ocp.CheckpointManager(folder / "steps", options=options)
+        with _readable(folder):
+            manager = ocp.CheckpointManager(folder / "steps", options=options)
+            latest = manager.latest_step()
         try:
-            yield Checkpoints(folder, manager.latest_step(), manager, writer, [])
+            yield Checkpoints(folder, latest, manager, writer, [])
         finally:
             manager.close()
 
@@ -150,7 +173,7 @@ def _locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
-                stack.enter_context(_lock(folder))
+                stack.enter_context(lock(folder))
             except (OSError, RuntimeError) as caught:
                 error = caught
         if on_any_process(error is not None):
@@ -159,8 +182,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Locks the folder; the lock ends with the process, however that ends."""
+def lock(folder: Path) -> Iterator[None]:
+    """Locks the folder; the lock ends with the process, however that ends.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+        RuntimeError: If another process has it; the message names it.
+    """
     import fcntl  # here: Windows has none, and needs it only where checkpoints are wanted
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +253,8 @@ def about(tree: Any, key: Any, config: Any) -> dict[str, Any]:
     }
     return {
         "state": leaves,
-        "structure": str(jax.tree.structure(tree)),
+        # Functions in it have another address in every process.
+        "structure": re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree))),
         "key": f"{jax.random.key_impl(key)} {np.asarray(jax.random.key_data(key)).tolist()}",
         "config": config,
     }
@@ -248,4 +277,25 @@ def _differences(name: str, theirs: Any, ours: Any) -> Iterator[str]:
                 f"{name}.{key}".lstrip("."), theirs.get(key, "absent"), ours.get(key, "absent")
             )
     elif theirs != ours:
+        if isinstance(theirs, str) and isinstance(ours, str):
+            theirs, ours = _where_they_differ(theirs, ours)
         yield f"  {name}: {theirs} -> {ours}"
+
+
+def _where_they_differ(a: str, b: str, around: int = 30, short: int = 120) -> tuple[str, str]:
+    """Long texts are cut down to where they differ."""
+    if max(len(a), len(b)) <= short:
+        return a, b
+    first = _agree(a, b)
+    last = _agree(a[first:][::-1], b[first:][::-1])
+
+    def part(x):
+        return f"...{x[max(first - around, 0) : len(x) - last + around]}..."
+
+    return part(a), part(b)
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import itertools
+import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +98,9 @@ def fit(
     SIGTERM let the running dispatch end, save, and return what there is (a second one interrupts).
 
     Time: that of the estimates and updates. Memory: theta, optimizer state and worker state once,
-    as their buffers are handed on, and once more while a checkpoint is written in the background;
-    with ``data`` two dispatches' batches.
+    as their buffers are handed on (theta and optimizer state twice inside a step, so that a step
+    that fails changes nothing), and once more while a checkpoint is written in the background; with
+    ``data`` two dispatches' batches.
 
     Of several processes all make the same call, with a mesh over all; a signal to one stops all.
 
@@ -105,19 +108,21 @@ def fit(
         estimator: Of the gradient, as a rule an ``average``. Spread over a mesh, theta and the
             optimizer's state are replicated over it.
         theta: Where to begin; it is copied.
-        optimizer: Any optax transformation; it is given ``value=loss``.
+        optimizer: Any optax transformation whose update needs no more than gradient, theta and
+            ``value=loss``: no line search, which would have to call the loss.
         num_steps: Outer steps, those before a checkpoint included.
         key: Of everything that is drawn.
         data: Streamed batches, one outer step's worth each, as ``estimate(data=)`` wants them: a
-            function of the step, or an iterator, from which a continued run takes and leaves what
-            was used already. Both are called in a thread of their own while the device computes.
+            function of the step, or an iterator, of which a continued run wants a fresh one: it
+            takes and leaves what was used already. Both are called in a thread of their own while
+            the device computes.
         steps_per_dispatch: Outer steps in one program.
-        evaluate: ``evaluate(key, theta) -> {name: number}`` after every dispatch. ``jit`` it
-            yourself.
+        evaluate: ``evaluate(key, theta) -> {name: number or array}`` after every dispatch, always
+            the same names and shapes, none that is in the history already. ``jit`` it yourself.
         callback: ``callback(s, theta, metrics)`` after every dispatch: the number of steps done,
             and the last step's record with what ``evaluate`` returned.
         checkpoint_dir: Where to write checkpoints, and to go on from the last. The last two are
-            kept, and the one whose last dispatch had the least loss. Needs orbax.
+            kept, and the one whose last dispatch had the least mean loss. Needs orbax.
         checkpoint_every: Outer steps between checkpoints, rounded up to dispatches; one more is
             written at the end. Default: ten dispatches.
         config: Anything that JSON can hold; a run goes on only with the same.
@@ -128,12 +133,14 @@ def fit(
     Raises:
         FloatingPointError: If theta or its gradient is not finite, with the step and the leaf.
         TypeError: If an argument is not what it should be.
-        ValueError: If a number is not positive, an iterator of data ends early, or the checkpoint
-            is that of another run, with the differences, or beyond num_steps.
-        OSError: If a checkpoint cannot be written.
+        ValueError: If a number is not positive, an iterator of data ends early, ``evaluate``
+            returns other names than before, or the checkpoint is that of another run, with the
+            differences, or beyond num_steps.
+        OSError: If a checkpoint cannot be written or read.
         RuntimeError: If another process has the folder.
 
-    Whatever is raised between dispatches has the result so far as its attribute ``result``.
+    Whatever is raised between dispatches has the result so far as its attribute ``result``; where
+    something is not finite that is theta before the failing step, with the workers after it.
 
     Example:
         >>> import jax, optax, unrollgrad as ug
@@ -149,7 +156,7 @@ def fit(
     every = 10 * size
     if checkpoint_every is not None:
         every = checks.positive_int("checkpoint_every", checkpoint_every)
-    key, theta = checks.typed_key(key), checks.floating_theta(theta)
+    key, theta, config = checks.typed_key(key), checks.floating_theta(theta), _as_json(config)
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         run = _Run(_begin(estimator, theta, optimizer, key), 0, [], [])
         about = {} if store is None else checkpoints.about(run.carry, key, config)
@@ -175,15 +182,16 @@ def fit(
                     if not all(jax.tree.leaves(finite)):
                         raise FloatingPointError(_not_finite(finite, run.done))
                     metrics = {k: x[-1] for k, x in run.steps[-1].items()}
+                    # A copy, which may be kept: the next dispatch takes over the buffers.
+                    here = jax.tree.map(jnp.copy, run.carry.theta)
                     if evaluate is not None:
                         at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
-                        found = jax.device_get(dict(evaluate(at, run.carry.theta)))
-                        row = {"evaluated_at": run.done, **found}
-                        run.evaluations.append({k: np.asarray(x)[None] for k, x in row.items()})
+                        found = _checked(evaluate(at, here), run)
+                        row = {"evaluated_at": np.asarray(run.done), **found}
+                        run.evaluations.append({k: x[None] for k, x in row.items()})
                         metrics |= found
                     if callback is not None:
-                        # A copy, which may be kept: the next dispatch takes over the buffers.
-                        callback(run.done, jax.tree.map(jnp.copy, run.carry.theta), metrics)
+                        callback(run.done, here, metrics)
                     stopping = on_any_process(bool(stop))
                     ends = run.done == num_steps or stopping
                     if store is not None and (ends or run.done - saved >= every):
@@ -229,6 +237,42 @@ def _check(estimator: Any, optimizer: Any, data: Any) -> None:
         )
 
 
+def _as_json(config: Any) -> Any:
+    """The configuration as a file gives it back."""
+    try:
+        return json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`config` must be what JSON can hold (dicts, lists, text, finite numbers): {error}. "
+            "Convert it, a dataclass by dataclasses.asdict, the rest by str or float."
+        ) from error
+
+
+def _checked(found: Any, run: _Run) -> dict[str, np.ndarray]:
+    """What ``evaluate`` returned, as arrays."""
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise TypeError(
+            f"`evaluate` must return a dict of numbers by name, such as {{'test_loss': 0.1}}; got "
+            f"{type(found).__name__} {found!r:.100}."
+        )
+    taken = sorted({"evaluated_at", *run.steps[-1]} & set(found))
+    if taken:
+        raise ValueError(f"`evaluate` returns {taken}, which `fit` records itself; rename it.")
+    values = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
+    for name, x in values.items():
+        if not jnp.issubdtype(x.dtype, np.number) and x.dtype != bool:
+            raise TypeError(f"`evaluate` must return numbers; {name!r} is {found[name]!r:.100}.")
+    if run.evaluations:
+        before = {k: x.shape[1:] for k, x in run.evaluations[-1].items() if k != "evaluated_at"}
+        now = {k: x.shape for k, x in values.items()}
+        if now != before:
+            raise ValueError(
+                "`evaluate` must return the same names and shapes every time, since they become "
+                f"arrays in the history; before {before}, now {now}."
+            )
+    return values
+
+
 def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key) -> _Carry:
     """What the first dispatch takes, in buffers of its own, laid out as those that come back."""
     worker_state = estimator.init(jax.random.fold_in(key, _INIT), theta)
@@ -241,7 +285,8 @@ def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key)
         return x if whole is None else placed(x, whole)
 
     theta, opt_state = jax.tree.map(own, (theta, optimizer.init(theta)))
-    return _Carry(theta, opt_state, worker_state)
+    # The workers' states too: a problem's `init` may return an array that is the user's.
+    return _Carry(theta, opt_state, jax.tree.map(lambda x: x.copy(), worker_state))
 
 
 @contextlib.contextmanager
@@ -262,8 +307,14 @@ def _prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Ite
                 "itertools.cycle(batches), or fewer steps."
             ) from None
 
+    closing = threading.Event()
+
     def make(first):
-        batches = [batch(step) for step in range(first, min(first + size, num_steps))]
+        batches = []
+        for step in range(first, min(first + size, num_steps)):
+            if closing.is_set():  # nobody waits for them any more
+                raise CancelledError
+            batches.append(batch(step))
         return batches + [batches[-1]] * (size - len(batches))  # the last dispatch does not reach
 
     def stacked(batches):
@@ -285,7 +336,10 @@ def _prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Ite
         if not callable(data):
             for step in range(done):
                 batch(step)
-        yield chunks()
+        try:
+            yield chunks()
+        finally:
+            closing.set()
 
 
 def _dispatched(
@@ -298,9 +352,8 @@ def _dispatched(
     batch: Any,
 ) -> tuple[_Run, dict[str, Any]]:
     """The run ``number`` steps on, or fewer; and what was finite in the last."""
-    carry, count, records, finite = _dispatch(
-        estimator, optimizer, size, run.carry, key, run.done, number, batch
-    )
+    program = _program(estimator, optimizer, size)
+    carry, count, records, finite = program(run.carry, key, run.done, number, batch)
     count = int(count)
     run.steps.append({k: np.array(x[:count]) for k, x in jax.device_get(records).items()})
     return run._replace(carry=carry, done=run.done + count), finite
@@ -318,7 +371,12 @@ def _not_finite(finite: dict[str, Any], step: int) -> str:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+@functools.lru_cache(maxsize=1)
+def _program(estimator, optimizer, size):
+    """``_dispatch``, compiled; the last is kept for another call, and no more of them in memory."""
+    return jax.jit(functools.partial(_dispatch, estimator, optimizer, size), donate_argnums=(0,))
+
+
 def _dispatch(estimator, optimizer, size, carry, key, first, number, data):
     """Runs up to ``number`` of ``size`` steps, less where one is not finite.
 
@@ -360,9 +418,12 @@ def _dispatch(estimator, optimizer, size, carry, key, first, number, data):
         i, carry, records, _ = loop
         after, record, finite = step(i, carry)
         good = every(finite)
-        theta, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), after[:2], carry[:2]
-        )
+
+        def unless_bad(new, old):
+            # With x64 some optimizers make float64 of their float32 states.
+            return jnp.where(good, new if new.dtype == old.dtype else new.astype(old.dtype), old)
+
+        theta, opt_state = jax.tree.map(unless_bad, after[:2], carry[:2])
         after = _Carry(theta, opt_state, after.worker_state)
         records = jax.tree.map(lambda xs, x: xs.at[i].set(x), records, record)
         return i + good.astype(i.dtype), after, records, finite

@@ -7,14 +7,17 @@ from typing import Any
 
 from unrollgrad import extras
 
+_shown: list[Any] = []
+
 
 @contextlib.contextmanager
 def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float], None]]:
     """Yields ``progress(text, done)``: what is being done, and how much of ``total`` is.
 
-    Without rich, or where standard error is no terminal, it shows nothing.
+    With a ``unit`` it shows how many there are per second. Without rich, where standard error is no
+    terminal, and inside another bar it shows nothing.
     """
-    if not sys.stderr.isatty():
+    if _shown or not sys.stderr.isatty():
         yield lambda text, done: None
         return
     try:
@@ -25,13 +28,23 @@ def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float]
     columns = [
         rich.TextColumn("{task.description:>24}"),
         rich.BarColumn(),
-        rich.TaskProgressColumn(show_speed=bool(unit)),
+        rich.TaskProgressColumn(),
+        rich.TextColumn("{task.fields[rate]}"),
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
     ]
-    bar = rich.Progress(*columns, console=extras.need("rich.console", "rich").Console(stderr=True))
-    task = bar.add_task("compiling", total=total)
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(extras.need("rich.errors", "rich").LiveError):
-            stack.enter_context(bar)  # another bar may be shown already, of which there can be one
-        yield lambda text, done: bar.update(task, description=text, completed=done)
+    console = extras.need("rich.console", "rich").Console(stderr=True)
+    with rich.Progress(*columns, console=console) as bar:
+        task = bar.add_task("compiling", total=total, rate="")
+
+        def progress(text: str, done: float) -> None:
+            bar.update(task, description=text, completed=done)
+            speed = bar.tasks[0].speed
+            if unit and speed:
+                bar.update(task, rate=f"{speed:.3g} {unit}/s")
+
+        _shown.append(bar)
+        try:
+            yield progress
+        finally:
+            _shown.pop()

@@ -14,6 +14,7 @@ import unrollgrad as ug
 from experiments import __main__ as cli
 from experiments import experiment as framework
 from experiments import results, train
+from unrollgrad import checkpoints
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--scale", "smoke", "--problem", "lorenz", "--estimator", "es_single"]
@@ -80,16 +81,43 @@ def test_what_cannot_go_on(tmp_path):
         (["--sigma", "0.5"], "sigma: 0.04 -> 0.5"),
         (["--num-updates", "2"], "num_updates: 4 -> 2"),
         (["--scale", "smoke", "--problem", "control"], "problem: lorenz -> control"),
+        (["--seeds", "5"], "seeds: [0] -> [5]"),
     ]:
         with raises(ValueError, "`--resume` goes on with what was begun", said, "Leave these"):
             cli.main(["train", "--resume", str(folder), *flags])
     with raises(FileNotFoundError, "is no folder of results"):
         cli.main(["train", "--resume", str(tmp_path)])
     assert (folder / "config.json").read_text() == before
-    config = before.replace('"train"', '"variance"')
-    (folder / "config.json").write_text(config)
-    with raises(ValueError, "is of variance; go on with `python -m experiments variance`"):
-        cli.main(["train", "--resume", str(folder)])
+    settings = cli.resumed(["train", "--resume", str(folder)])
+    with raises(ValueError, "`--devices` must divide the run's 8 workers; got 3"):
+        train.filled(dataclasses.replace(settings, resume=folder, devices=3))
+    with (
+        checkpoints.lock(folder / "checkpoints"),
+        raises(RuntimeError, "is in use by process"),
+    ):
+        cli.main(["train", "--resume", str(folder), "--num-updates", "6"])
+    assert (folder / "config.json").read_text() == before
+    assert results.read_summary(folder).about["status"] == "complete"
+    for new, said in [
+        (before.replace('"train"', '"variance"'), "is a run of variance, not of train"),
+        (
+            before.replace('"stagger"', '"place"'),
+            "another version of train, which differs in",
+        ),
+        (before[:-3], "config.json cannot be read"),
+    ]:
+        (folder / "config.json").write_text(new)
+        with raises(ValueError, said):
+            cli.main(["train", "--resume", str(folder)])
+
+
+@pytest.mark.parametrize(
+    "flag", ["num-updates", "num-workers", "num-evaluations", "steps-per-dispatch"]
+)
+def test_flags_that_are_not_positive_leave_no_folder(flag, tmp_path):
+    with raises(ValueError, f"`--{flag}` must be at least 1"):
+        cli.main(["train", *QUICK, f"--{flag}", "0", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -122,7 +122,10 @@ def row_of(name: str, flat: dict[str, float]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes strict JSON; a number that is not finite (the SNR without spread) becomes null."""
+    """Writes strict JSON; a number that is not finite (the SNR without spread) becomes null.
+
+    The file is there whole, or as it was before.
+    """
 
     def finite(x):
         if isinstance(x, dict):
@@ -131,7 +134,9 @@ def write_json(path: Path, content: Any) -> None:
             return [finite(v) for v in x]
         return None if isinstance(x, float) and not np.isfinite(x) else x
 
-    path.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+    new.replace(path)
 
 
 def environment() -> dict[str, Any]:

@@ -66,9 +66,9 @@ class Row(NamedTuple):
         return setting in inspect.signature(self.factory).parameters
 
     def build(self, problem: UnrolledProblem, **settings: Any) -> GradientEstimator:
-        """Calls the factory with those of the settings that it takes, and with enough pairs."""
+        """Calls the factory with the settings that it takes; pairs are by default the fewest."""
         if self.least_pairs > 1:
-            settings["num_pairs"] = max(settings.get("num_pairs", 1), self.least_pairs)
+            settings = {"num_pairs": self.least_pairs, **settings}
         return self.factory(problem, **{k: v for k, v in settings.items() if self.takes(k)})
 
 

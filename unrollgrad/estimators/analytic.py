@@ -5,6 +5,7 @@ order, by backpropagation through one window; ``reparameterized_es`` weighs both
 same samples by their spread.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ class AnalyticState(NamedTuple):
 def pes_analytic(
     problem: UnrolledProblem, *, truncation: int, sigma: Any, num_pairs: int = 1
 ) -> GradientEstimator:
-    """PES with the newest window's noise as a control variate: unbiased, for short memories precise.
+    """PES with the newest window's noise as a control variate: unbiased, good for short memories.
 
     Backpropagation through the window, at a state that theta itself has reached, gives p, and to
     first order the newest noise u_w moves the window's loss by sigma u_w . p. So ``grad`` = p +
@@ -201,7 +202,7 @@ def _products(unit: Theta, grad: Theta) -> jax.Array:
             u.reshape(len(u), -1), p.astype(u.dtype).ravel(), 1, precision=jax.lax.Precision.HIGHEST
         )
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf, unit, grad)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, unit, grad)))
 
 
 def reparameterized_es(

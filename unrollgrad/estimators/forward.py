@@ -5,7 +5,6 @@ product of two vectors whose mean it is. None of them looks back: the memory doe
 truncation.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ def forward_mode(
             varying.over(names, _basis(theta)), state.tangents, None
         )
         slopes = jnp.mean(along.losses, axis=-1)
-        if along.end is not None:
+        if along.end is not None and along.start is not None:
             slopes = slopes + along.end - along.start
         out = Estimate(_unflatten(theta, slopes), window.loss(), Info(jnp.int32(truncation)))
         episode = unroll.advance(episode, truncation)
@@ -211,9 +210,9 @@ def dodge(
         direction = jax.tree.map(lambda u, x: u.astype(x.dtype), unit, theta)  # signs are exact
         window, along = push(direction, state.tangents, state.evaluated)
         noise = persistence.accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
-        slope = jnp.mean(along.losses)
-        if along.end is not None:
-            slope = slope + along.end
+        slope, evaluated = jnp.mean(along.losses), None
+        if window.end is not None and along.end is not None:
+            slope, evaluated = slope + along.end, jnp.stack([window.end, along.end])
 
         def leaf(x, now, before):
             g = now * slope.astype(now.dtype)
@@ -228,7 +227,7 @@ def dodge(
             window.state,
             along.floats,
             noise.accumulated,
-            None if window.end is None else jnp.stack([window.end, along.end]),
+            evaluated,
             made_by,
         )
 
@@ -315,6 +314,7 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
         return start, *_balanced([jnp.zeros_like(x) for x in v], right, v, right, keep=0.0)
 
     carried = state.state, state.left, state.right
+    at_start = None
     if problem.evaluate is not None:
         at_start = _rank_one_gradient(
             lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, *carried
@@ -354,7 +354,7 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
     (inner, left, right, total), losses = jax.lax.scan(body, (inner, left, right, total), inputs)
     grad = jax.tree.map(lambda a: a / truncation, total)
     loss = jnp.mean(losses)
-    if problem.evaluate is not None:
+    if at_start is not None:
         scale = checks.static_horizon(problem, "problem.evaluate") / truncation
         at_end = _rank_one_gradient(
             lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, inner, left, right
@@ -457,11 +457,12 @@ def _floats(state: State) -> list[jax.Array]:
 
 
 def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    """The inner product, in at least float32."""
     parts = [
         jnp.sum(x.astype(wide(x.dtype)) * y.astype(wide(y.dtype)))
         for x, y in zip(a, b, strict=True)
     ]
-    return functools.reduce(jnp.add, parts, jnp.zeros(()))
+    return sum(parts, jnp.zeros(()))
 
 
 def _dim(theta: Theta) -> int:

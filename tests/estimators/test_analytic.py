@@ -1,0 +1,173 @@
+"""Backpropagation inside evolution strategies: less variance, and bias only where it is said."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Samples, raises, window_gradients
+
+import unrollgrad as ug
+
+FACTORIES = {
+    "pes": ug.pes,
+    "pes_analytic": ug.pes_analytic,
+    "pes_analytic_replacement": ug.pes_analytic_replacement,
+}
+
+
+def samples(estimator, theta, num_windows, num_episodes):
+    draws = window_gradients(estimator, jax.random.key(3), theta, num_windows, num_episodes)
+    return Samples(draws.mean(axis=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(0.9, (12.6, 8.9, 7.3)), (0.5, (10.8, 2.6, 2.2)), (0.1, (11.1, 0.11, 0.09))],
+)
+def test_variance_against_memory(memory, expected):
+    """Influence decaying by ``memory`` a window, n = 10, P = 20: the reference's table (2.3)."""
+    slope = jnp.ones(20) / jnp.sqrt(20.0)
+
+    def step(key, theta, s, t):
+        s = memory * s + slope @ theta
+        return s, s
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 10)
+    theta = jnp.zeros(20)
+    exact = np.asarray(jax.grad(lambda x: ug.episode_loss(problem, jax.random.key(0), x))(theta))
+    for (name, factory), value in zip(FACTORIES.items(), expected, strict=True):
+        s = samples(factory(problem, truncation=1, sigma=0.1), theta, 10, 40_000)
+        variance, se = (x / np.sum(exact**2) for x in s.variance())
+        assert se < 0.03 * value, name
+        assert abs(variance - value) < 0.15 * value, (name, variance)
+        assert s.error_in_se(exact) < 5, name
+
+
+@pytest.mark.slow
+def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not():
+    """Loss exp(theta), nothing remembered: smoothing multiplies the gradient by e^(sigma^2/2)."""
+    sigma, theta = 0.5, jnp.array([0.1, -0.3])
+
+    def step(key, theta, s, t):
+        return s, jnp.sum(jnp.exp(theta))
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 4)
+    plain = np.exp(np.asarray(theta))
+    smoothed = plain * np.exp(sigma**2 / 2)
+
+    def draw(name):
+        estimator = FACTORIES[name](problem, truncation=2, sigma=sigma, num_pairs=4)
+        return samples(estimator, theta, 2, 40_000)
+
+    for name in ["pes", "pes_analytic"]:
+        s = draw(name)
+        assert s.relative_se(smoothed) < 0.01
+        assert s.error_in_se(smoothed) < 5, name
+        assert s.error_in_se(plain) > 10, name
+    replaced = draw("pes_analytic_replacement")
+    assert replaced.error_in_se(smoothed) > 10
+    assert replaced.error_in_se(plain) < 5
+
+
+@pytest.mark.slow
+def test_evaluate():
+    """The evaluation at a window's start belongs to the noise before it."""
+    problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=12, memory=0.9)
+    final = ug.final_loss(problem, lambda key, theta, s: theta @ theta + s.sum())
+    exact = jax.grad(lambda x: ug.episode_loss(final, jax.random.key(0), x))(theta)
+    for name, factory in FACTORIES.items():
+        s = samples(factory(final, truncation=2, sigma=0.1, num_pairs=4), theta, 6, 40_000)
+        assert s.relative_se(exact) < 0.05, name
+        assert s.error_in_se(exact) < 5, name
+
+
+SIGMA = 0.3
+
+
+def oscillation(frequency):
+    """A loss that is smooth at large and wiggles: J and the gradient of the smoothed J."""
+
+    def step(key, theta, s, t):
+        return s, jnp.sum(theta**2 + jnp.sin(frequency * theta) / 10)
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 2)
+    theta = jnp.array([0.4, -0.2])
+    x = np.asarray(theta)
+    damped = np.exp(-((frequency * SIGMA) ** 2) / 2)
+    smoothed = 2 * x + frequency / 10 * np.cos(frequency * x) * damped
+    return problem, theta, smoothed, 2 * x + frequency / 10 * np.cos(frequency * x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frequency", [3.0, 200.0])
+def test_reparameterized_es(frequency):
+    """Unbiased for the smoothed J; about as good as the better of the two it is made of."""
+    problem, theta, smoothed, plain = oscillation(frequency)
+    merged = samples(
+        ug.reparameterized_es(problem, sigma=SIGMA, num_pairs=8), theta, 1, num_episodes=40_000
+    )
+    assert merged.relative_se(smoothed) < 0.05
+    assert merged.error_in_se(smoothed) < 5
+    assert merged.error_in_se(plain) > 10
+    es = samples(ug.full_es(problem, sigma=SIGMA, num_pairs=8), theta, 1, num_episodes=40_000)
+    variance, alone = merged.variance()[0], es.variance()[0]
+    assert variance < 1.3 * alone
+    if frequency < 10:  # smooth: backpropagation takes over
+        assert variance < 0.3 * alone
+
+
+@pytest.mark.slow
+def test_a_sample_that_weighs_itself_is_biased():
+    """Negative control: the papers' merge, with weights from all samples, is rejected."""
+    sigma, pairs, episodes = 1.0, 3, 400_000
+
+    def losses(x):
+        return jnp.exp(x)
+
+    def merge(key, own):
+        u = jax.random.normal(key, (pairs,))
+        e = u * (losses(sigma * u) - losses(-sigma * u)) / (2 * sigma)
+        r = (jnp.exp(sigma * u) + jnp.exp(-sigma * u)) / 2
+        if own:
+            w = jnp.var(e) / (jnp.var(e) + jnp.var(r))
+            return jnp.mean(w * r + (1 - w) * e)
+        problem = ug.UnrolledProblem(
+            lambda key, theta: jnp.float32(0.0), lambda key, theta, s, t: (s, jnp.exp(theta)), 1
+        )
+        estimator = ug.reparameterized_es(problem, sigma=sigma, num_pairs=pairs)
+        theta = jnp.float32(0.0)
+        return estimator.estimate(key, theta, estimator.init(key, theta))[0].grad
+
+    truth = np.exp(sigma**2 / 2)
+    keys = jax.random.split(jax.random.key(5), episodes)
+    for own in (True, False):
+        one = functools.partial(merge, own=own)
+        s = Samples(jax.jit(lambda keys, one=one: jax.lax.map(one, keys, batch_size=4096))(keys))
+        assert s.relative_se([truth]) < 0.01
+        assert (s.error_in_se([truth]) > 10) == own
+
+
+def test_too_few_pairs():
+    problem, _ = ug.problems.influence_balancing(horizon=20)
+    for pairs in (1, 2):
+        with raises(ValueError, "`num_pairs` must be at least 3", f"got {pairs}"):
+            ug.reparameterized_es(problem, sigma=0.1, num_pairs=pairs)
+
+
+def test_gradients_that_explode_get_no_weight():
+    """Backpropagation overflows in every sample; evolution strategies do not."""
+
+    def step(key, theta, s, t):
+        # The value is 0 or 1, its derivative infinite or not a number.
+        return s, jnp.where(jnp.sqrt(jnp.abs(jnp.round(theta) * 0)) > 0, 0.0, theta)
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 2)
+    theta = jnp.float32(1.0)
+    estimator = ug.reparameterized_es(problem, sigma=0.1, num_pairs=8)
+    estimate, _ = estimator.estimate(
+        jax.random.key(0), theta, estimator.init(jax.random.key(0), theta)
+    )
+    assert np.isfinite(float(estimate.grad))

@@ -1,0 +1,226 @@
+"""Forward mode: exact where it says so, unbiased where it is random, and of bounded memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import Samples, build, quadratic, raises, window_gradients
+
+import unrollgrad as ug
+from experiments.problems import PROBLEMS
+from unrollgrad.problems import theory
+
+KEY, OTHER = jax.random.key(0), jax.random.key(1)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64)
+
+
+def episode_mean(estimator, theta, num_windows, key=OTHER):
+    """The mean over one episode's windows of gradient and loss."""
+    state, found = estimator.init(KEY, theta), []
+    for i in range(num_windows):
+        key_call = key if i == 0 else jax.random.fold_in(key, i)
+        estimate, state = estimator.estimate(key_call, theta, state)
+        found.append((flat(estimate.grad), float(estimate.loss)))
+    assert int(state.episode.t) == 0
+    grads, losses = zip(*found, strict=True)
+    return np.mean(grads, axis=0), np.mean(losses)
+
+
+SLOW = ["learned_optimizer", "text_lstm", "copy_task", "digits"]
+HORIZONS = {"learned_optimizer": 6, "text_lstm": 8, "copy_task": 8, "chaotic_map": 15}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PROBLEMS]
+)
+def test_forward_mode_is_bptt(name):
+    """On every problem, whole episodes; on the chaotic map rounding errors double in every step."""
+    horizon = HORIZONS.get(name, 40)
+    problem, theta, *_ = PROBLEMS[name].make(horizon)
+    exact, loss = episode_mean(ug.bptt(problem), theta, 1)
+    got, own = episode_mean(ug.forward_mode(problem, truncation=horizon), theta, 1)
+    assert np.linalg.norm(got - exact) < 1e-5 * np.linalg.norm(exact)
+    assert own == pytest.approx(loss, rel=1e-5)
+
+
+def test_forward_mode_across_windows():
+    """Every window's gradient is that of its losses, whatever came before; no truncation."""
+    problem, theta = quadratic()
+    estimator = ug.forward_mode(problem, truncation=5)
+    state = estimator.init(KEY, theta)
+    for w in range(4):
+        estimate, state = estimator.estimate(OTHER, theta, state)
+
+        def loss(theta, last=5 * (w + 1)):
+            part = problem._replace(horizon=last)
+            return ug.episode_loss(part, OTHER, theta)
+
+        # The mean loss up to here is the mean of the windows up to here.
+        total = (w + 1) * flat(jax.grad(loss)(theta))
+        before = total if w == 0 else total - previous  # noqa: F821
+        previous = total  # noqa: F841
+        np.testing.assert_allclose(flat(estimate.grad), before, rtol=1e-4, atol=1e-5)
+    biased = episode_mean(ug.tbptt(problem, truncation=5), theta, 4)[0]
+    exact = episode_mean(ug.bptt(problem), theta, 1)[0]
+    assert np.linalg.norm(biased - exact) > 0.1 * np.linalg.norm(exact)
+    np.testing.assert_allclose(episode_mean(estimator, theta, 4)[0], exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_mode", "dodge"])
+def test_evaluate(name):
+    """With one number in theta ``dodge`` is exact too."""
+    problem, theta = ug.problems.influence_balancing(horizon=60)
+    problem = problem._replace(
+        evaluate=lambda key, theta, s: 0.5 * (s[0] - 1) ** 2 + theta * jax.random.normal(key)
+    )
+    exact, loss = episode_mean(ug.bptt(problem), theta, 1)
+    for truncation, period in [(60, None), (10, None), (10, 10), (10, 20)]:
+        estimator = build(name, problem, truncation=truncation, noise_period=period)
+        got, own = episode_mean(estimator, theta, 60 // truncation)
+        if name == "forward_mode" or period is None:
+            np.testing.assert_allclose(got, exact, rtol=1e-5)
+        assert own == pytest.approx(loss, rel=1e-5)
+
+
+def test_uoro_reads_the_evaluation_as_bptt_does():
+    """No state that matters: the direct gradient is all, and exact."""
+    problem, theta = quadratic()
+    problem = problem._replace(
+        step=lambda key, theta, s, t: (jax.lax.stop_gradient(s), jnp.sum(theta["start"] ** 2)),
+        init=lambda key, theta: jax.lax.stop_gradient(quadratic()[0].init(key, theta)),
+        evaluate=lambda key, theta, s: jnp.exp(theta["log_rate"]) * jax.random.normal(key),
+    )
+    exact, loss = episode_mean(ug.bptt(problem), theta, 1)
+    got, own = episode_mean(ug.uoro(problem, truncation=5), theta, 4)
+    np.testing.assert_allclose(got, exact, rtol=1e-5)
+    assert own == pytest.approx(loss, rel=1e-5)
+
+
+def recurrence(init_influence=2.0):
+    return ug.problems.linear_recurrence(
+        dim=4, horizon=20, memory=0.8, curvature=0.1, init_influence=init_influence
+    )
+
+
+def samples(estimator, theta, num_windows, num_episodes=20_000):
+    draws = window_gradients(estimator, jax.random.key(7), theta, num_windows, num_episodes)
+    return Samples(draws.mean(axis=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "period"), [("dodge", None), ("dodge", 5), ("dodge", 10), ("uoro", None)]
+)
+def test_unbiased(name, period):
+    problem, theta, influence = recurrence()
+    truth = theory.gradient(influence(theta))
+    wrong = theory.truncated_gradient(influence(theta), truncation=5)
+    s = samples(build(name, problem, truncation=5, noise_period=period), theta, 4)
+    assert s.relative_se(truth) < 0.03
+    assert s.error_in_se(truth) < 5
+    assert s.error_in_se(wrong) > 20
+
+
+@pytest.mark.slow
+def test_dodge_that_forgets_is_rejected():
+    """Negative control: the last direction alone as the weight has the truncated bias."""
+    problem, theta, influence = recurrence()
+    truth = theory.gradient(influence(theta))
+    estimator = ug.dodge(problem, truncation=5, noise_period=5)
+
+    def forgetful(key, theta, state):
+        empty = jax.tree.map(jnp.zeros_like, state.accumulated)
+        return estimator.estimate(key, theta, state._replace(accumulated=empty))
+
+    s = samples(estimator._replace(estimate=forgetful), theta, 4)
+    assert s.error_in_se(truth) > 20
+
+
+@pytest.mark.slow
+def test_variance_of_dodge():
+    """(P - 1) |g|^2 with one direction, and P = 1 is exact."""
+    problem, theta, influence = recurrence()
+    truth = theory.gradient(influence(theta))
+    variance, se = samples(ug.dodge(problem, truncation=5), theta, 4).variance()
+    expected = 3 * np.sum(truth**2)
+    assert se < 0.03 * expected
+    assert abs(variance - expected) < 5 * se
+    assert abs(variance - 5 * np.sum(truth**2)) > 20 * se  # what Gaussian directions would have
+
+
+OPTIMIZERS = {
+    "sgd": lambda rate: optax.sgd(rate),
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    # What uoro puts into Adam's v is multiplied by 1 / (1 - b2) and more: a small b2 tames it.
+    "adam": lambda rate: optax.adam(rate, b2=0.9, eps_root=1e-2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_problems(optimizer):
+    """theta is the learning rate and a penalty; the truth is backpropagation."""
+    problem = ug.training_problem(
+        loss=lambda theta, w, batch, key: (
+            jnp.mean((batch @ w - 1.0) ** 2) + jnp.exp(theta["log_penalty"]) * jnp.sum(w**2)
+        ),
+        init_params=lambda key: jnp.full(3, 0.5),
+        optimizer=lambda theta, t: OPTIMIZERS[optimizer](jnp.exp(theta["log_lr"])),
+        sample_batch=lambda key: jnp.array([[1.0, 0.2, 0.3], [0.1, -1.0, 0.4]]),
+        horizon=6,
+    )
+    theta = {"log_lr": jnp.log(jnp.float32(0.1)), "log_penalty": jnp.float32(-2.0)}
+    exact = episode_mean(ug.bptt(problem), theta, 1)[0]
+    got = episode_mean(ug.forward_mode(problem, truncation=2), theta, 3)[0]
+    np.testing.assert_allclose(got, exact, rtol=1e-4)
+    biased = episode_mean(ug.tbptt(problem, truncation=2), theta, 3)[0]
+    for estimator in [ug.dodge(problem, truncation=2), ug.uoro(problem, truncation=2)]:
+        s = samples(estimator, theta, 3, num_episodes=40_000)
+        assert s.relative_se(exact) < 0.05
+        assert s.error_in_se(exact) < 5
+        assert s.error_in_se(biased) > 10
+
+
+def test_the_tangents_must_fit():
+    problem, theta = quadratic()
+    estimator = ug.forward_mode(problem, truncation=5, max_bytes=100)
+    # 4 tangents, each of 3 floats of state and 4 of direction.
+    with raises(ValueError, "4 tangents", "12 bytes of state and 16", "`max_bytes`", "`dodge`"):
+        estimator.init(KEY, theta)
+    ug.forward_mode(problem, truncation=5, max_bytes=4 * 28).init(KEY, theta)
+    with raises(ValueError, "`max_bytes` must be at least 1"):
+        ug.forward_mode(problem, truncation=5, max_bytes=0)
+
+
+@pytest.mark.parametrize("name", ["forward_mode", "dodge", "uoro"])
+def test_memory_does_not_grow_with_the_truncation(name):
+    def temporary(truncation):
+        problem, theta = quadratic(horizon=640)
+        estimator = build(name, problem, truncation=truncation, noise_period=None)
+        state = estimator.init(KEY, theta)
+        compiled = estimator.estimate.lower(KEY, theta, state).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # 4 bytes of loss per step (and tangent) are kept, the states are not.
+    assert temporary(640) - temporary(10) < 640 * (4 * 6) + 1000
+
+
+def test_a_while_loop_is_fine_in_forward_mode_and_not_for_uoro():
+    def step(key, theta, state, t):
+        state = jax.lax.while_loop(lambda s: s > 1.0, lambda s: 0.5 * s, state + theta)
+        return state, state
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 20)
+    theta = jnp.float32(0.3)
+    epsilon = 1e-3
+    difference = ug.episode_loss(problem, KEY, theta + epsilon)
+    difference = (difference - ug.episode_loss(problem, KEY, theta - epsilon)) / (2 * epsilon)
+    for name in ["forward_mode", "dodge"]:
+        got, _ = episode_mean(build(name, problem, noise_period=None), theta, 4)
+        np.testing.assert_allclose(got, difference, rtol=1e-2)
+    with raises(ValueError, "uoro", "while_loop", "forward_mode"):
+        episode_mean(build("uoro", problem), theta, 4)

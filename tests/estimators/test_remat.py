@@ -1,0 +1,149 @@
+"""``remat`` and ``last``: the same gradient in less memory; a part of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import quadratic, raises
+
+import unrollgrad as ug
+
+KEY, OTHER = jax.random.key(0), jax.random.key(1)
+
+
+def gradient(estimator, theta, data=None):
+    given = {} if data is None else {"data": data}
+    estimate, _ = estimator.estimate(OTHER, theta, estimator.init(KEY, theta), **given)
+    return estimate
+
+
+def temporary(estimator, theta):
+    """Bytes of temporaries that XLA plans."""
+    state = estimator.init(KEY, theta)
+    compiled = estimator.estimate.lower(KEY, theta, state).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def assert_close(a, b, rtol=1e-5):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("remat", ["step", "sqrt", 1, 3, 7, 20, 50])
+def test_the_same_gradient(remat):
+    problem, theta = quadratic()
+    assert_close(gradient(ug.bptt(problem, remat=remat), theta), gradient(ug.bptt(problem), theta))
+    window = {"truncation": 10}
+    assert_close(
+        gradient(ug.tbptt(problem, **window, remat=remat), theta),
+        gradient(ug.tbptt(problem, **window), theta),
+    )
+
+
+@pytest.mark.parametrize("remat", ["step", "sqrt", 3])
+def test_streamed_data(remat):
+    base, theta = quadratic()
+    problem = base._replace(
+        step=lambda key, theta, s, t, batch: (
+            base.step(key, theta, s, t)[0],
+            jnp.sum(s["x"] * batch),
+        )
+    )
+    data = jax.random.normal(KEY, (20, 3))
+    expected = gradient(ug.bptt(problem), theta, data)
+    assert_close(gradient(ug.bptt(problem, remat=remat), theta, data), expected)
+    whole = gradient(ug.bptt(problem, last=20), theta, data)
+    assert_close(whole, expected)
+    assert float(gradient(ug.bptt(problem, last=7), theta, data).loss) == pytest.approx(
+        float(expected.loss), rel=1e-5
+    )
+
+
+def mlp_problem(horizon, width, layers, batch):
+    """SGD on an MLP; theta is the log learning rate."""
+    xs = jax.random.normal(KEY, (batch, width))
+
+    def loss(theta, params, data, key):
+        h = data
+        for w in params:
+            h = jnp.tanh(h @ w)
+        return jnp.mean(h**2)
+
+    return ug.training_problem(
+        loss=loss,
+        init_params=lambda key: [
+            jax.random.normal(jax.random.fold_in(key, i), (width, width)) / width**0.5
+            for i in range(layers)
+        ],
+        optimizer=lambda theta, t: optax.sgd(jnp.exp(theta)),
+        sample_batch=lambda key: xs,
+        horizon=horizon,
+    ), jnp.float32(-2.0)
+
+
+@pytest.mark.slow
+def test_remat_of_steps_takes_a_quarter_of_the_memory():
+    """6 layers of 256, batch 512, 20 inner steps."""
+    problem, theta = mlp_problem(20, 256, 6, 512)
+    plain, remade = ug.bptt(problem), ug.bptt(problem, remat="step")
+    assert temporary(remade, theta) < temporary(plain, theta) / 4
+    assert_close(gradient(remade, theta), gradient(plain, theta))
+
+
+@pytest.mark.slow
+def test_sqrt_grows_like_the_root():
+    def slope(remat):
+        lengths = [64, 256, 1024]
+        sizes = []
+        for horizon in lengths:
+            problem, theta = mlp_problem(horizon, 32, 2, 32)
+            sizes.append(temporary(ug.bptt(problem, remat=remat), theta))
+        return np.polyfit(np.log(lengths), np.log(sizes), 1)[0]
+
+    assert abs(slope("sqrt") - 0.5) < 0.15
+    assert slope(None) > 0.9  # negative control
+
+
+def test_last_is_the_derivative_of_the_last_steps():
+    problem, theta = quadratic()
+    final = ug.final_loss(problem, lambda key, theta, s: jnp.sum(s["x"] ** 2))
+    for last in (1, 5, 19):
+        for one in (problem, final):
+
+            def cut(theta, one=one, last=last):
+                """The same episode, theta held constant up to the cut."""
+                fixed = jax.lax.stop_gradient(theta)
+                held = one._replace(
+                    init=lambda key, _: one.init(key, fixed),
+                    step=lambda key, theta, s, t: jax.tree.map(
+                        lambda a, b: jnp.where(t < 20 - last, a, b),
+                        jax.lax.stop_gradient(one.step(key, fixed, s, t)),
+                        one.step(key, theta, s, t),
+                    ),
+                )
+                return ug.episode_loss(held, OTHER, theta)
+
+            got = gradient(ug.bptt(one, last=last), theta)
+            value, exact = jax.value_and_grad(cut)(theta)
+            assert_close(got.grad, exact, rtol=1e-4)
+            assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
+            assert int(got.info.inner_steps) == 20
+
+
+def test_last_takes_less_memory():
+    problem, theta = mlp_problem(40, 16, 2, 16)
+    assert temporary(ug.bptt(problem, last=4), theta) < temporary(ug.bptt(problem), theta) / 3
+
+
+def test_errors():
+    problem, _ = quadratic()
+    for bad in ["steps", 0, -1, 1.5, True]:
+        with raises(ValueError, "`remat` must be None", repr(bad)):
+            ug.bptt(problem, remat=bad)
+        with raises(ValueError, "`remat` must be None", repr(bad)):
+            ug.tbptt(problem, truncation=5, remat=bad)
+    with raises(ValueError, "`last`=21", "horizon of 20"):
+        ug.bptt(problem, last=21)
+    with raises(ValueError, "`last` must be at least 1"):
+        ug.bptt(problem, last=0)
