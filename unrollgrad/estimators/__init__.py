@@ -11,7 +11,8 @@ from unrollgrad.estimators.analytic import (
 )
 from unrollgrad.estimators.backprop import bptt, tbptt
 from unrollgrad.estimators.evolution import es_single, full_es, gpes, pes, truncated_es
-from unrollgrad.estimators.forward import dodge, forward_mode, uoro
+from unrollgrad.estimators.forward import dodge, forward_mode
+from unrollgrad.estimators.rank_one import uoro
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 __all__ = [

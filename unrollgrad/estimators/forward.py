@@ -1,8 +1,7 @@
 """Forward-mode estimators: the state's derivative is carried along, so that nothing is forgotten.
 
-``forward_mode`` carries it whole, ``dodge`` its product with one direction, ``uoro`` a random
-product of two vectors whose mean it is. None of them looks back: the memory does not grow with the
-truncation.
+``forward_mode`` carries it whole, ``dodge`` its product with one direction. Neither looks back: the
+memory does not grow with the truncation.
 """
 
 from collections.abc import Callable
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from unrollgrad import checks, unroll, varying
-from unrollgrad.estimators import backprop, persistence, worker
+from unrollgrad.estimators import persistence, worker
+from unrollgrad.estimators.floats import floats_of, split
 from unrollgrad.noise import rademacher, wide
 from unrollgrad.types import (
     Episode,
@@ -46,24 +45,6 @@ class TangentState(NamedTuple):
     tangents: list[jax.Array]
     accumulated: Theta | None
     evaluated: jax.Array | None
-    made_by: worker.MadeBy
-
-
-class RankOneState(NamedTuple):
-    """The state of a ``uoro`` worker: d state / d theta is the mean of ``left`` times ``right``.
-
-    Attributes:
-        episode: Where it stands.
-        state: The inner state.
-        left: Like the state's floating leaves, in their order.
-        right: Like theta, in at least float32.
-        made_by: The estimator whose it is.
-    """
-
-    episode: Episode
-    state: State
-    left: list[jax.Array]
-    right: Theta
     made_by: worker.MadeBy
 
 
@@ -116,7 +97,7 @@ def forward_mode(
         theta = checks.floating_theta(theta)
         dim = _dim(theta)
         _check_bytes(dim, theta, mean.state, max_bytes)
-        tangents = [jnp.zeros((dim, *x.shape), x.dtype) for x in _floats(mean.state)]
+        tangents = [jnp.zeros((dim, *x.shape), x.dtype) for x in floats_of(mean.state)]
         tangents = varying.over(varying.axes((key, theta)), tangents)
         return TangentState(mean.episode, mean.state, tangents, None, None, made_by)
 
@@ -190,7 +171,7 @@ def dodge(
     def init(key: Key, theta: Theta) -> TangentState:
         mean = worker.init_mean(problem, key, theta, truncation, made_by)
         theta = checks.floating_theta(theta)
-        tangents = [jnp.zeros_like(x) for x in _floats(mean.state)]
+        tangents = [jnp.zeros_like(x) for x in floats_of(mean.state)]
         accumulated = None
         if noise_period is not None:
             accumulated = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
@@ -234,172 +215,6 @@ def dodge(
     return worker.compiled(init, estimate, truncation)
 
 
-def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
-    """Unbiased online recurrent optimization: the state's derivative as a random rank-one product.
-
-    Instead of G = d state / d theta a pair of vectors is carried with E[left right^T] = G. In each
-    step, with random signs v, left <- a (ds'/ds left) + b v and right <- right / a + (v^T
-    ds'/dtheta) / b; a and b make both parts equally long. ``grad`` = the mean over the window's
-    steps of (dloss/dstate . left) right + dloss/dtheta. Averaged over an episode's windows it is
-    unbiased for the gradient of J, where the step is differentiable; ``init`` enters in the same
-    way. With ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated like that.
-
-    Variance: of the order of min(dim(state), dim(theta)) |g|^2 or worse, growing with the memory of
-    the system; the price for one call that needs neither dim(theta) tangents nor the past. Time: K
-    steps forwards, each with one tangent and one step back. Memory: 2 states + 2 theta and what one
-    step computes, whatever the truncation.
-
-    Args:
-        problem: The inner loop; its step must be differentiable.
-        truncation: Inner steps per call (K); divides a static horizon.
-
-    Returns:
-        An estimator; streaming ``data`` has leading axis ``truncation``.
-
-    Raises:
-        ValueError: If the truncation is not positive or does not divide the horizon or, when
-            estimating, for a ``while_loop`` in the step.
-
-    Example:
-        >>> import jax, unrollgrad as ug
-        >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.uoro(problem, truncation=10)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
-        >>> int(estimate.info.inner_steps), int(state.episode.t)
-        (10, 10)
-
-    References:
-        Tallec and Ollivier, Unbiased online recurrent optimization, ICLR 2018, arXiv:1702.05043.
-    """
-    truncation = checks.check_truncation(problem, truncation)
-    made_by = worker.made_by("uoro", problem, truncation=truncation)
-
-    def init(key: Key, theta: Theta) -> RankOneState:
-        mean = worker.init_mean(problem, key, theta, truncation, made_by)
-        left = [jnp.zeros_like(x) for x in _floats(mean.state)]
-        right = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, wide(x.dtype)), checks.floating_theta(theta)
-        )
-        return RankOneState(mean.episode, mean.state, left, right, made_by)
-
-    def estimate(key: Key, theta: Theta, state: RankOneState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        with backprop.no_while_loop("uoro"):
-            return _uoro(problem, truncation, made_by, key, theta, state, data)
-
-    return worker.compiled(init, estimate, truncation)
-
-
-def _uoro(problem, truncation, made_by, key, theta, state, data):
-    episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-    names = varying.axes((theta, episode, state.state, data))
-
-    def signs(t, floats):
-        """Random signs for the state after t steps, the start of the episode being t = 0."""
-        key = unroll.noise_key(episode, t)
-        return [
-            varying.over(names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype))
-            for i, x in enumerate(floats)
-        ]
-
-    def begin():
-        def initial(theta):
-            state = unroll.initial_state(problem, episode, theta)
-            return _floats(state), state
-
-        floats, back, start = jax.vjp(initial, theta, has_aux=True)
-        v = signs(0, floats)
-        right = jax.tree.map(lambda g: g.astype(wide(g.dtype)), back(v)[0])
-        return start, *_balanced([jnp.zeros_like(x) for x in v], right, v, right, keep=0.0)
-
-    carried = state.state, state.left, state.right
-    at_start = None
-    if problem.evaluate is not None:
-        at_start = _rank_one_gradient(
-            lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, *carried
-        )
-    inner, left, right = unroll.reset(episode, begin, carried)
-
-    def body(carry, inputs):
-        i, batch = inputs
-        t = episode.t + i
-        inner, left, right, total = carry
-        floats, rebuild = _split(inner)
-
-        def step(theta, floats):
-            after, loss = unroll.one_step(problem, episode, theta, rebuild(floats), t, batch)
-            return (_floats(after), loss), after
-
-        (ends, loss), push, after = jax.linearize(step, theta, floats, has_aux=True)
-        back = jax.linear_transpose(push, theta, floats)
-        v = signs(t + 1, ends)
-        # The loss's own gradient and the new part of the state's, each by one step back.
-        direct, through = back(([jnp.zeros_like(x) for x in ends], jnp.ones_like(loss)))
-        fresh, _ = back((v, jnp.zeros_like(loss)))
-        pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), left)
-        slope = _dot(through, left)
-        total = jax.tree.map(
-            lambda a, d, r: a + d.astype(a.dtype) + slope.astype(a.dtype) * r.astype(a.dtype),
-            total,
-            direct,
-            right,
-        )
-        fresh = jax.tree.map(lambda g: g.astype(wide(g.dtype)), fresh)
-        left, right = _balanced(pushed, right, v, fresh)
-        return (after, left, right, total), loss
-
-    total = jax.tree.map(lambda r: jnp.zeros_like(r), right)
-    inputs = (jnp.arange(truncation, dtype=jnp.int32), data)
-    (inner, left, right, total), losses = jax.lax.scan(body, (inner, left, right, total), inputs)
-    grad = jax.tree.map(lambda a: a / truncation, total)
-    loss = jnp.mean(losses)
-    if at_start is not None:
-        scale = checks.static_horizon(problem, "problem.evaluate") / truncation
-        at_end = _rank_one_gradient(
-            lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, inner, left, right
-        )
-        first = episode.t == 0
-        grad = jax.tree.map(
-            lambda g, e, s: g + scale * (e - jnp.where(first, 0, s)).astype(g.dtype),
-            grad,
-            at_end[1],
-            at_start[1],
-        )
-        loss = loss + scale * (at_end[0] - jnp.where(first, 0, at_start[0]))
-    grad = jax.tree.map(lambda g, x: g.astype(x.dtype), grad, theta)
-    out = Estimate(grad, loss, Info(jnp.int32(truncation)))
-    episode = unroll.advance(episode, truncation)
-    return out, RankOneState(episode, inner, left, right, made_by)
-
-
-def _rank_one_gradient(loss, theta, state, left, right) -> tuple[jax.Array, Theta]:
-    """The loss, and d/dtheta of it where d state / d theta is ``left`` times ``right``."""
-    floats, rebuild = _split(state)
-    value, (direct, through) = jax.value_and_grad(
-        lambda theta, floats: loss(theta, rebuild(floats)), argnums=(0, 1)
-    )(theta, floats)
-    slope = _dot(through, left)
-    return value, jax.tree.map(
-        lambda d, r: d.astype(r.dtype) + slope.astype(r.dtype) * r, direct, right
-    )
-
-
-def _balanced(pushed, right, v, fresh, keep=1.0) -> tuple[list[jax.Array], Theta]:
-    """Joins two rank-one products into one with the same mean, scaled for little variance.
-
-    The guards are those of the paper's code: what is 0 stays 0, and nothing is divided by it.
-    """
-    tiny = 1e-7
-
-    def ratio(a, b):
-        return jnp.sqrt((optax.tree.norm(a) + tiny) / (optax.tree.norm(b) + tiny))
-
-    a, b = ratio(right, pushed), ratio(fresh, v)
-    left = [(keep * a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
-    return left, jax.tree.map(lambda r, f: (keep * r / a + f / b).astype(r.dtype), right, fresh)
-
-
 class _Along(NamedTuple):
     """The derivative of a ``Window`` along a direction; ``floats`` that of its state."""
 
@@ -422,12 +237,12 @@ def _pushforward(
     The third argument is the evaluation at the window's start and its derivative, where they were
     kept; else the state there is evaluated.
     """
-    floats, rebuild = _split(state)
+    floats, rebuild = split(state)
 
     def push(direction, tangents, evaluated):
         def window(theta, floats, start):
             out = unroll.window(problem, episode, theta, rebuild(floats), truncation, data, start)
-            return _Along(_floats(out.state), out.losses, out.start, out.end), out
+            return _Along(floats_of(out.state), out.losses, out.start, out.end), out
 
         start, slope = (None, None) if evaluated is None else evaluated
         _, along, out = jax.jvp(
@@ -436,33 +251,6 @@ def _pushforward(
         return out, along
 
     return push
-
-
-def _split(state: State) -> tuple[list[jax.Array], Callable[[list[jax.Array]], State]]:
-    """The floating leaves of a state, and the state with others in their places."""
-    leaves, structure = jax.tree.flatten(state)
-    where = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    def rebuild(floats):
-        new = list(leaves)
-        for i, x in zip(where, floats, strict=True):
-            new[i] = x
-        return structure.unflatten(new)
-
-    return [leaves[i] for i in where], rebuild
-
-
-def _floats(state: State) -> list[jax.Array]:
-    return _split(state)[0]
-
-
-def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """The inner product, in at least float32."""
-    parts = [
-        jnp.sum(x.astype(wide(x.dtype)) * y.astype(wide(y.dtype)))
-        for x, y in zip(a, b, strict=True)
-    ]
-    return sum(parts, jnp.zeros(()))
 
 
 def _dim(theta: Theta) -> int:
@@ -492,7 +280,8 @@ def _unflatten(theta: Theta, numbers: jax.Array) -> Theta:
 
 def _check_bytes(dim: int, theta: Theta, state: State, max_bytes: int) -> None:
     sizes = [
-        sum(x.size * x.dtype.itemsize for x in t) for t in (jax.tree.leaves(theta), _floats(state))
+        sum(x.size * x.dtype.itemsize for x in t)
+        for t in (jax.tree.leaves(theta), floats_of(state))
     ]
     need = dim * sum(sizes)
     if need > max_bytes:

@@ -1,0 +1,37 @@
+"""The floating leaves of an inner state: those that have derivatives."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from unrollgrad.noise import wide
+from unrollgrad.types import State
+
+
+def split(state: State) -> tuple[list[jax.Array], Callable[[list[jax.Array]], State]]:
+    """The floating leaves of a state, and the state with others in their places."""
+    leaves, structure = jax.tree.flatten(state)
+    where = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def rebuild(floats):
+        new = list(leaves)
+        for i, x in zip(where, floats, strict=True):
+            new[i] = x
+        return structure.unflatten(new)
+
+    return [leaves[i] for i in where], rebuild
+
+
+def floats_of(state: State) -> list[jax.Array]:
+    """The floating leaves of a state."""
+    return split(state)[0]
+
+
+def inner_product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    """The inner product, in at least float32."""
+    parts = [
+        jnp.sum(x.astype(wide(x.dtype)) * y.astype(wide(y.dtype)))
+        for x, y in zip(a, b, strict=True)
+    ]
+    return sum(parts, jnp.zeros(()))
