@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import experiment as framework
-from experiments import fit_overhead, influence_balancing, report, results, train, variance
+from experiments import (
+    fit_overhead,
+    influence_balancing,
+    remat,
+    report,
+    results,
+    train,
+    variance,
+)
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
 from experiments.processes import Processes, join
@@ -17,7 +25,7 @@ from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (variance, train, influence_balancing, fit_overhead)
+    for module in (variance, train, influence_balancing, fit_overhead, remat)
 }
 
 
