@@ -108,7 +108,7 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
     written = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     results.write_json(folder / "config.json", {k: v for k, v in written.items() if k != "resume"})
-    status = "complete"
+    status, goes_on = "complete", hasattr(settings, "resume")
     try:
         with (
             results.writer(folder, experiment.labels) as write,
@@ -128,6 +128,7 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         status = "interrupted" if interrupted else f"failed: {error}"
+        goes_on = goes_on and not isinstance(error, ArithmeticError)  # it would fail again
         raise
     finally:
         seconds = time.perf_counter() - begun
@@ -139,7 +140,7 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
             redraw(experiment, folder)
             if status != "complete":
                 print(f"what was computed is in {folder}", file=sys.stderr)
-                if hasattr(settings, "resume"):
+                if goes_on:
                     again = f"python -m experiments {experiment.name} --resume {folder}"
                     print(f"to go on: {again}", file=sys.stderr)
         elif resume is None:
