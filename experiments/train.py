@@ -13,7 +13,7 @@ import optax
 
 import unrollgrad as ug
 from experiments.experiment import Claim, Experiment
-from experiments.problems import PROBLEMS
+from experiments.problems import PROBLEMS, with_defaults
 from experiments.results import Record, Summary, read_json
 from unrollgrad.checks import positive_int
 from unrollgrad.extras import need
@@ -107,18 +107,7 @@ def filled(settings: Settings) -> Settings:
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
     if settings.checkpoint_every is not None:
         positive_int("--checkpoint-every", settings.checkpoint_every)
-    choice = PROBLEMS[settings.problem]
-    truncation = choice.truncation if settings.truncation is None else settings.truncation
-    defaults: dict[str, Any] = {
-        "outer_rate": choice.outer_rate / 2,
-        "horizon": choice.horizon,
-        "truncation": truncation,
-        "sigma": choice.sigma,
-        "noise_period": 2 * truncation,
-        "devices": jax.device_count(),
-    }
-    missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
-    filled: Any = dataclasses.replace(settings, **missing)
+    filled: Any = with_defaults(settings, outer_rate=PROBLEMS[settings.problem].outer_rate / 2)
     if settings.resume is None:
         workers = -(-filled.num_workers // filled.devices) * filled.devices
         return dataclasses.replace(filled, num_workers=workers)

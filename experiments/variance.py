@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 import unrollgrad as ug
 from experiments import training
 from experiments.experiment import Claim, Experiment
-from experiments.problems import PROBLEMS
+from experiments.problems import PROBLEMS, with_defaults
 from experiments.results import Record, Summary
 from unrollgrad.diagnostics.report import draw, print_table, row_of
 from unrollgrad.diagnostics.statistics import pooled, root_se
@@ -107,18 +107,7 @@ SCALES = {
 
 def filled(settings: Settings) -> Settings:
     """The settings with the problem's defaults in place of None."""
-    choice = PROBLEMS[settings.problem]
-    truncation = choice.truncation if settings.truncation is None else settings.truncation
-    defaults: dict[str, Any] = {
-        "horizon": choice.horizon,
-        "truncation": truncation,
-        "sigma": choice.sigma,
-        "noise_period": 2 * truncation,
-        "reference": choice.reference,
-        "devices": jax.device_count(),
-    }
-    missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
-    return dataclasses.replace(settings, **missing)
+    return with_defaults(settings, reference=PROBLEMS[settings.problem].reference)
 
 
 def run(

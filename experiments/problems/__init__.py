@@ -1,8 +1,11 @@
 """The problems that experiments can be run on, by name, with settings that suit each."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import jax
 
 import unrollgrad as ug
 
@@ -115,3 +118,19 @@ PROBLEMS = {
         outer_rate=0.01,
     ),
 }
+
+
+def with_defaults(settings: Any, **others: Any) -> Any:
+    """Settings with the problem's defaults, all devices, and ``others``, in place of None."""
+    choice = PROBLEMS[settings.problem]
+    truncation = choice.truncation if settings.truncation is None else settings.truncation
+    defaults = {
+        "horizon": choice.horizon,
+        "truncation": truncation,
+        "sigma": choice.sigma,
+        "noise_period": 2 * truncation,
+        "devices": jax.device_count(),
+        **others,
+    }
+    missing = {k: v for k, v in defaults.items() if getattr(settings, k) is None}
+    return dataclasses.replace(settings, **missing)
