@@ -118,8 +118,8 @@ def _compiled(problem: Any, theta: Any, remat: Any, key: jax.Array) -> tuple[Cal
     estimator = ug.bptt(problem, remat=remat)
     state = estimator.init(key, theta)
     compiled = jax.jit(estimator.estimate).lower(key, theta, state).compile()
-    size = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    return lambda: compiled(key, theta, state), size
+    plan: Any = compiled.memory_analysis()
+    return lambda: compiled(key, theta, state), plan.temp_size_in_bytes / 2**20
 
 
 def _table(records: list[Record], metric: str) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _slopes(records: list[Record]) -> dict[str, float]:
     out = {}
     for name in dict.fromkeys(r.labels["remat"] for r in records if r.step is not None):
         mine = [r for r in records if r.step is not None and r.labels["remat"] == name]
-        steps, sizes = [r.step for r in mine], [r.value for r in mine]
+        steps, sizes = [r.step or 0 for r in mine], [r.value for r in mine]
         out[name] = float(np.polyfit(np.log(steps), np.log(sizes), 1)[0])
     return out
 
