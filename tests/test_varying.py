@@ -52,6 +52,26 @@ def test_each_device_is_its_own_worker(name):
             np.testing.assert_allclose(a, b[i], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_scan_over_calls(name):
+    """The state of ``init`` is already what comes back, as a scan's carry has to be."""
+    problem, theta = quadratic()
+    estimator = build(name, with_constants(problem))
+
+    def calls(keys, theta):
+        def call(state, i):
+            estimate, state = estimator.estimate(jax.random.fold_in(keys[0], i), theta, state)
+            return state, estimate.loss
+
+        return jax.lax.scan(call, estimator.init(keys[0], theta), jnp.arange(4))[1]
+
+    mesh = ug.make_worker_mesh(2)
+    sharded = jax.shard_map(calls, mesh=mesh, in_specs=(P("workers"), P()), out_specs=P("workers"))
+    alone = jnp.concatenate([calls(KEYS[i : i + 1], theta) for i in range(2)])
+    np.testing.assert_allclose(jax.jit(sharded)(KEYS, theta), alone, rtol=1e-5)
+
+
 @pytest.mark.parametrize("make", [ug.problems.influence_balancing, ug.problems.lorenz])
 def test_average_inside_shard_map(make):
     """Lorenz begins at an array that depends on nothing; its reset is a select under vmap."""

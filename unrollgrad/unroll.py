@@ -124,8 +124,9 @@ def unroll(
     if remat == "step":
         return jax.lax.scan(_remade(body), state, inputs)
     # Segments of equal length, and what is left over; each keeps the state it begins with.
-    segments = math.isqrt(num_steps) if remat == "sqrt" else min(remat, num_steps)
-    length = num_steps // segments
+    wanted = math.isqrt(num_steps) if remat == "sqrt" else min(remat, num_steps)
+    length = -(-num_steps // wanted)
+    segments = num_steps // length
     whole = segments * length
 
     @_remade
@@ -186,7 +187,7 @@ def window(
     state: State | None,
     num_steps: int,
     data: Any = None,
-    start: jax.Array | None = None,
+    start: jax.Array | float | None = None,
     remat: Remat = None,
 ) -> Window:
     """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.

@@ -185,6 +185,30 @@ def test_training_problems(optimizer):
         assert s.error_in_se(biased) > 10
 
 
+def test_uoro_refuses_complex_states():
+    problem = ug.UnrolledProblem(
+        lambda key, theta: {"z": jnp.zeros(2, jnp.complex64)},
+        lambda key, theta, s, t: ({"z": s["z"] * 1j + theta}, jnp.sum(jnp.abs(s["z"]) ** 2)),
+        20,
+    )
+    with raises(TypeError, "uoro cannot carry complex", "state['z'] is complex64[2]", "`dodge`"):
+        ug.uoro(problem, truncation=5).init(KEY, jnp.float32(0.1))
+
+
+def test_uoro_in_half_precision():
+    """A state of 70 000 numbers: their squares overflow float16."""
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.zeros(70_000, jnp.float16),
+        lambda key, theta, s, t: (
+            (0.5 * s + theta).astype(jnp.float16),
+            jnp.mean(s.astype(jnp.float32)),
+        ),
+        20,
+    )
+    got, _ = episode_mean(ug.uoro(problem, truncation=5), jnp.float32(0.1), 4)
+    assert np.isfinite(got).all()
+
+
 def test_the_tangents_must_fit():
     problem, theta = quadratic()
     estimator = ug.forward_mode(problem, truncation=5, max_bytes=100)

@@ -131,6 +131,18 @@ def test_last_is_the_derivative_of_the_last_steps():
             assert int(got.info.inner_steps) == 20
 
 
+@pytest.mark.slow
+def test_numbers_that_do_not_divide_the_horizon_save_as_much():
+    """The rest is shorter than a segment."""
+    problem, theta = mlp_problem(199, 16, 2, 16)
+    plain = temporary(ug.bptt(problem), theta)
+    for remat in (14, 67, 99, 100):
+        assert temporary(ug.bptt(problem, remat=remat), theta) < 0.2 * plain, remat
+    assert_close(
+        gradient(ug.bptt(problem, remat=67), theta), gradient(ug.bptt(problem), theta), rtol=1e-4
+    )
+
+
 def test_last_takes_less_memory():
     problem, theta = mlp_problem(40, 16, 2, 16)
     assert temporary(ug.bptt(problem, last=4), theta) < temporary(ug.bptt(problem), theta) / 3

@@ -157,7 +157,7 @@ REGISTRY: dict[str, Row] = {
         variance="of the data alone",
         passes=_once,
         time="K(1+P)",
-        memory="P(S + P)",
+        memory="P(S + P), and P times what a step computes",
         paper="Williams & Zipser 1989 (RTRL)",
     ),
     "dodge": Row(
@@ -174,7 +174,7 @@ REGISTRY: dict[str, Row] = {
         unbiased_for="J",
         variance="of the order of min(S, P)‖g‖², more with memory",
         passes=_once,
-        time="K(2+B)",
+        time="K(2+2B)",
         memory="2S + 2P",
         paper="Tallec & Ollivier 2018",
         reverse_mode=True,
@@ -202,7 +202,7 @@ REGISTRY: dict[str, Row] = {
     "reparameterized_es": Row(
         reparameterized_es,
         unbiased_for="smoothed J",
-        variance="about the lower of full_es's and backpropagation's",
+        variance="about the lower of full_es's and backpropagation's, if not few samples explode",
         passes=lambda num_pairs: 2 * max(num_pairs, 3),
         time="2NT(1+B)",
         memory="2NTS + 5NP",

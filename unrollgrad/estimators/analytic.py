@@ -170,7 +170,7 @@ def _analytic(name, weigh, problem, truncation, sigma, num_pairs) -> GradientEst
             problem, episode, unit, thetas, state, truncation, truncation, data
         )
         # The evaluation at the window's start is what the noise before made it: no part of p.
-        loss = backprop.window(problem, episode, state.state, truncation, data, start=jnp.zeros(()))
+        loss = backprop.window(problem, episode, state.state, truncation, data, start=0.0)
         own, after = backprop.gradient(name, loss, theta, truncation)
         weight = weigh(noise)
         steps = (2 * num_pairs + 1) * truncation
@@ -217,8 +217,10 @@ def reparameterized_es(
     sample weighs itself and the merge stays unbiased.
 
     Variance: about that of the better of the two, and less where they are alike: with gradients
-    that explode w goes to 0, with smooth ones to 1. Time: 2 num_pairs T steps a call and as many
-    back. Memory: what 2 num_pairs T steps compute.
+    that explode in most samples w goes to 0, with smooth ones to 1. A sample that explodes alone
+    weighs nothing in the others' weights and passes through, and one that is not a number makes the
+    estimate so (``average`` then leaves the worker out and counts it). Time: 2 num_pairs T steps a
+    call and as many back. Memory: what 2 num_pairs T steps compute.
 
     Args:
         problem: The inner loop; its horizon must be static and its step differentiable.
@@ -279,7 +281,7 @@ def reparameterized_es(
             # Where both are alike without spread, either will do.
             both = spread_e + spread_r
             w = jnp.where(both > 0, spread_e / jnp.where(both > 0, both, 1), 1.0)
-            # A spread that is not finite has no weight: that is its limit.
+            # Where the others' spread is not finite there is no weight: that is its limit.
             w = _like(jnp.where(jnp.isfinite(spread_r), w, 0.0), u)
             return jnp.mean(jnp.where(w > 0, w * r, 0) + (1 - w) * e, axis=0).astype(x.dtype)
 

@@ -96,7 +96,7 @@ def bptt(
         state = unroll.initial_state(problem, episode, theta)
         state, losses = unroll.unroll(problem, episode, theta, state, cut, head)
         later = episode._replace(t=episode.t + cut)
-        loss = window(problem, later, state, last, tail, remat, start=jnp.zeros(()))
+        loss = window(problem, later, state, last, tail, remat, start=0.0)
         out, _ = gradient("bptt", loss, theta, horizon)
         share = last / horizon
         grad = jax.tree.map(lambda g: (share * g).astype(g.dtype), out.grad)
@@ -166,7 +166,7 @@ def window(
     num_steps: int,
     data: Any,
     remat: Remat = None,
-    start: jax.Array | None = None,
+    start: jax.Array | float | None = None,
 ) -> Callable[[Theta], tuple[jax.Array, State]]:
     """One window's loss, and the state after it, as a function of theta."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, resolution, unroll
+from unrollgrad import checks, resolution, unroll, varying
 from unrollgrad.estimators import pairs, persistence, worker
 from unrollgrad.noise import Noise, wide
 from unrollgrad.types import Episode, GradientEstimator, Key, Theta, UnrolledProblem
@@ -261,6 +261,7 @@ def init_pairs(
     if problem.evaluate is not None:
         loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
         evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
+    accumulated, evaluated = varying.over(varying.axes((key, theta)), (accumulated, evaluated))
     states = pairs.spread(mean.state, num_pairs)
     return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
 

@@ -60,13 +60,14 @@ def forward_mode(
     bias that vanishes with the outer learning rate.
 
     Variance: that of the data alone. Time: K steps forwards, each with dim(theta) tangents. Memory:
-    dim(theta) times (state + theta), whatever the truncation.
+    dim(theta) times (state + theta) and what one step computes, whatever the truncation; each
+    worker of an ``average`` has its own.
 
     Args:
         problem: The inner loop; its step must be differentiable (``while_loop`` is fine).
         truncation: Inner steps per call (K); divides a static horizon.
-        max_bytes: What the tangents and their directions may take; more is an error before
-            anything is allocated.
+        max_bytes: What one worker's tangents and their directions may take; more is an error
+            before anything is allocated. What a step computes on the way is not counted.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
@@ -134,8 +135,8 @@ def dodge(
     xi_{t-1} L_start'), xi the directions so far.
 
     Variance: (P - 1) |g|^2 with one direction per episode (P = dim(theta); none at all for P = 1),
-    more periods as in ``gpes``. Workers divide it. Time: K steps with one tangent, about 2 to 3
-    forward passes. Memory: 2 states + 2 theta, whatever the truncation.
+    with more periods about as in ``gpes``. Workers divide it. Time: K steps with one tangent, about
+    2 to 3 forward passes. Memory: 2 states + 2 theta, whatever the truncation.
 
     Args:
         problem: The inner loop; its step must be differentiable (``while_loop`` is fine).
@@ -179,6 +180,9 @@ def dodge(
         if problem.evaluate is not None:
             loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
             evaluated = jnp.zeros(2, loss.dtype)
+        tangents, accumulated, evaluated = varying.over(
+            varying.axes((key, theta)), (tangents, accumulated, evaluated)
+        )
         return TangentState(mean.episode, mean.state, tangents, accumulated, evaluated, made_by)
 
     def estimate(key: Key, theta: Theta, state: TangentState, *, data: Any = None):

@@ -52,11 +52,11 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
 
     Variance: of the order of min(dim(state), dim(theta)) |g|^2 or worse, growing with the memory of
     the system; the price for one call that needs neither dim(theta) tangents nor the past. Time: K
-    steps forwards, each with one tangent and one step back. Memory: 2 states + 2 theta and what one
-    step computes, whatever the truncation.
+    steps forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what
+    one step computes, whatever the truncation.
 
     Args:
-        problem: The inner loop; its step must be differentiable.
+        problem: The inner loop; its step must be differentiable, and its state not complex.
         truncation: Inner steps per call (K); divides a static horizon.
 
     Returns:
@@ -65,6 +65,7 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     Raises:
         ValueError: If the truncation is not positive or does not divide the horizon or, when
             estimating, for a ``while_loop`` in the step.
+        TypeError: In ``init``, if the state has complex leaves.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -83,10 +84,12 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
 
     def init(key: Key, theta: Theta) -> RankOneState:
         mean = worker.init_mean(problem, key, theta, truncation, made_by)
+        _check_real(mean.state)
         left = [jnp.zeros_like(x) for x in floats_of(mean.state)]
         right = jax.tree.map(
             lambda x: jnp.zeros(x.shape, wide(x.dtype)), checks.floating_theta(theta)
         )
+        left, right = varying.over(varying.axes((key, theta)), (left, right))
         return RankOneState(mean.episode, mean.state, left, right, made_by)
 
     def estimate(key: Key, theta: Theta, state: RankOneState, *, data: Any = None):
@@ -198,9 +201,22 @@ def _balanced(pushed, right, v, fresh, keep=1.0) -> tuple[list[jax.Array], Theta
     """
     tiny = 1e-7
 
+    def norm(tree):
+        return optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree))
+
     def ratio(a, b):
-        return jnp.sqrt((optax.tree.norm(a) + tiny) / (optax.tree.norm(b) + tiny))
+        return jnp.sqrt((norm(a) + tiny) / (norm(b) + tiny))
 
     a, b = ratio(right, pushed), ratio(fresh, v)
     left = [(keep * a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
     return left, jax.tree.map(lambda r, f: (keep * r / a + f / b).astype(r.dtype), right, fresh)
+
+
+def _check_real(state: State) -> None:
+    """Raises TypeError if the state has complex leaves: real signs would see only half of them."""
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"uoro cannot carry complex states: state{jax.tree_util.keystr(path)} is "
+                f"{checks.describe(x)}. Keep its real and imaginary parts apart, or use `dodge`."
+            )
