@@ -149,7 +149,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     for name, size in sizes.items():
         left.plot(seconds[name], size, "o")
         left.annotate(name, (seconds[name], size), textcoords="offset points", xytext=(6, 4))
-    left.set(xlabel="seconds", ylabel="MiB of temporaries", yscale="log", xlim=(0, None))
+    left.set(xlabel="seconds", ylabel="MiB of temporaries", yscale="log")
+    left.set_xlim(0, 1.3 * max(seconds.values()))
     left.set_title(f"{config['layers']} x {config['width']}, {config['horizon']} steps")
     for name, slope in _slopes(records).items():
         mine = [r for r in records if r.step is not None and r.labels["remat"] == name]
