@@ -1,13 +1,9 @@
 """The outer loop: an estimator and any optax optimizer, in dispatches of many steps."""
 
-import contextlib
 import functools
-import itertools
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unrollgrad import checkpoints, checks
 from unrollgrad.interrupts import stop_requests
 from unrollgrad.mesh import on_any_process, placed
+from unrollgrad.prefetch import prefetched
 from unrollgrad.progress import progress_bar
 from unrollgrad.types import GradientEstimator, Key, Theta, WorkerState
 
@@ -172,7 +169,7 @@ def fit(
         saved, stopping = run.done, False
         try:
             with (
-                _prefetched(data, run.done, num_steps, size) as batches,
+                prefetched(data, run.done, num_steps, size) as batches,
                 progress_bar(num_steps, "steps") as progress,
             ):
                 while run.done < num_steps and not stopping:
@@ -287,59 +284,6 @@ def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key)
     theta, opt_state = jax.tree.map(own, (theta, optimizer.init(theta)))
     # The workers' states too: a problem's `init` may return an array that is the user's.
     return _Carry(theta, opt_state, jax.tree.map(lambda x: x.copy(), worker_state))
-
-
-@contextlib.contextmanager
-def _prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Iterator[Any]]:
-    """Yields the batches of dispatch after dispatch; each is made while the one before computes."""
-    if data is None:
-        yield itertools.repeat(None)
-        return
-
-    def batch(step):
-        if callable(data):
-            return data(step)
-        try:
-            return next(data)
-        except StopIteration:
-            raise ValueError(
-                f"`data` ended before outer step {step}. Use an iterator that goes on, such as "
-                "itertools.cycle(batches), or fewer steps."
-            ) from None
-
-    closing = threading.Event()
-
-    def make(first):
-        batches = []
-        for step in range(first, min(first + size, num_steps)):
-            if closing.is_set():  # nobody waits for them any more
-                raise CancelledError
-            batches.append(batch(step))
-        return batches + [batches[-1]] * (size - len(batches))  # the last dispatch does not reach
-
-    def stacked(batches):
-        return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
-
-    # Of several processes all must dispatch in the same order: then the main thread stacks.
-    together = jax.process_count() > 1
-    ahead_of = make if together else lambda first: stacked(make(first))
-
-    def chunks():
-        ahead = pool.submit(ahead_of, done)
-        for first in range(done + size, num_steps + size, size):
-            ready = ahead.result()
-            if first < num_steps:
-                ahead = pool.submit(ahead_of, first)
-            yield stacked(ready) if together else ready
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        if not callable(data):
-            for step in range(done):
-                batch(step)
-        try:
-            yield chunks()
-        finally:
-            closing.set()
 
 
 def _dispatched(
