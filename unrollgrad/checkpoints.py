@@ -82,10 +82,7 @@ class Checkpoints(NamedTuple):
         """The step of the newest that is on the disk now, for messages."""
         with contextlib.suppress(OSError):
             self.finish()
-        with contextlib.suppress(OSError):
-            self.manager.reload()
-            return self.manager.latest_step()
-        return None
+        return max(_steps(self.folder), default=None)
 
     def restore(self, like: Any, about: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The newest run, laid out over the devices as ``like`` is, and its history.
@@ -108,14 +105,19 @@ class Checkpoints(NamedTuple):
         return _typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
 
 
+def _steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are there and whole: half-written ones have other names."""
+    names = [file.name for file in (folder / "steps").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Turns whatever goes wrong in reading the newest into an OSError that says what to do."""
     try:
         yield
     except Exception as error:
-        names = [f.name for f in (folder / "steps").iterdir()]
-        *before, newest = sorted(int(name) for name in names if name.isdigit()) or [0]
+        *before, newest = _steps(folder) or [0]
         then = f"go on from step {before[-1]}" if before else "begin anew"
         raise OSError(
             f"the checkpoint of step {newest} in {folder} is damaged: "

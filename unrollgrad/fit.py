@@ -180,7 +180,8 @@ def fit(
                         raise FloatingPointError(_not_finite(finite, run.done))
                     metrics = {k: x[-1] for k, x in run.steps[-1].items()}
                     # A copy, which may be kept: the next dispatch takes over the buffers.
-                    here = jax.tree.map(jnp.copy, run.carry.theta)
+                    seen = evaluate is not None or callback is not None
+                    here = jax.tree.map(jnp.copy, run.carry.theta) if seen else None
                     if evaluate is not None:
                         at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
                         found = _checked(evaluate(at, here), run)

@@ -80,13 +80,20 @@ def evaluate_shape(problem: UnrolledProblem, episode: Episode, theta: Theta, sta
     return jax.eval_shape(lambda *args: evaluate(problem, *args), episode, theta, state)
 
 
+def step_key(episode: Episode) -> Key:
+    """The key from which the episode's steps draw theirs."""
+    return jax.random.fold_in(episode.key, _STEP)
+
+
 def one_step(
-    problem: UnrolledProblem, episode: Episode, theta: Theta, state: State, t: Any, batch: Any
+    problem: UnrolledProblem, key: Key, theta: Theta, state: State, t: Any, batch: Any
 ) -> tuple[State, jax.Array]:
-    """The episode's step ``t``: the state after it and its loss, at least float32."""
-    key = jax.random.fold_in(jax.random.fold_in(episode.key, _STEP), t)
+    """Step ``t`` of the episode with this ``step_key``: the state after it, and its loss.
+
+    The loss is at least float32.
+    """
     extra = () if batch is None else (batch,)
-    state, loss = problem.step(key, theta, state, t, *extra)
+    state, loss = problem.step(jax.random.fold_in(key, t), theta, state, t, *extra)
     return checks.strong_state(state, made_by="step"), _as_loss(loss)
 
 
@@ -113,10 +120,11 @@ def unroll(
     Returns:
         The state after them and the losses of shape ``(num_steps,)``, at least float32.
     """
+    key = step_key(episode)
 
     def body(state, inputs):
         i, batch = inputs
-        return one_step(problem, episode, theta, state, episode.t + i, batch)
+        return one_step(problem, key, theta, state, episode.t + i, batch)
 
     inputs = (jnp.arange(num_steps, dtype=jnp.int32), data)
     if remat is None:

@@ -51,7 +51,7 @@ def test_forward_mode_across_windows():
     """Every window's gradient is that of its losses, whatever came before; no truncation."""
     problem, theta = quadratic()
     estimator = ug.forward_mode(problem, truncation=5)
-    state = estimator.init(KEY, theta)
+    state, before = estimator.init(KEY, theta), 0.0
     for w in range(4):
         estimate, state = estimator.estimate(OTHER, theta, state)
 
@@ -61,9 +61,8 @@ def test_forward_mode_across_windows():
 
         # The mean loss up to here is the mean of the windows up to here.
         total = (w + 1) * flat(jax.grad(loss)(theta))
-        before = total if w == 0 else total - previous  # noqa: F821
-        previous = total  # noqa: F841
-        np.testing.assert_allclose(flat(estimate.grad), before, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(flat(estimate.grad), total - before, rtol=1e-4, atol=1e-5)
+        before = total
     biased = episode_mean(ug.tbptt(problem, truncation=5), theta, 4)[0]
     exact = episode_mean(ug.bptt(problem), theta, 1)[0]
     assert np.linalg.norm(biased - exact) > 0.1 * np.linalg.norm(exact)

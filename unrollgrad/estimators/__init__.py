@@ -172,7 +172,7 @@ REGISTRY: dict[str, Row] = {
     "uoro": Row(
         uoro,
         unbiased_for="J",
-        variance="of the order of min(S, P)‖g‖², more with memory",
+        variance="high, no closed form",
         passes=_once,
         time="K(2+2B)",
         memory="2S + 2P",

@@ -33,8 +33,8 @@ def bptt(
 
     With ``last=m`` only the last m steps are differentiated: ``grad`` = d/dtheta [(1/T)
     sum_{t >= T - m} loss_t + evaluate(final state)] with the state before them a constant. That is
-    biased, by what earlier steps do; with a final loss and an inner optimizer that converges the
-    bias falls exponentially in m.
+    biased, by what earlier steps do; for a final loss and an inner descent on a strongly convex
+    loss the bias falls exponentially in m (Shaban et al.).
 
     Time: T steps forwards and back; m back. Memory: what T steps (m) compute, or with ``remat``
     less for more time:

@@ -10,13 +10,10 @@ fine.
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from unrollgrad import checks, resolution, unroll, varying
+from unrollgrad import checks, resolution, unroll
 from unrollgrad.estimators import pairs, persistence, worker
-from unrollgrad.noise import Noise, wide
-from unrollgrad.types import Episode, GradientEstimator, Key, Theta, UnrolledProblem
+from unrollgrad.noise import Noise
+from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
 
 
 def full_es(
@@ -217,7 +214,9 @@ def gpes(
     def init(key: Key, theta: Theta) -> worker.PersistentState:
         theta = checks.floating_theta(theta)
         resolution.check(sigma, theta)
-        return init_pairs(problem, key, theta, truncation, noise_period, num_pairs, made_by)
+        return persistence.init_pairs(
+            problem, key, theta, truncation, noise_period, num_pairs, made_by
+        )
 
     def estimate(key: Key, theta: Theta, state: worker.PersistentState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
@@ -225,7 +224,7 @@ def gpes(
         unit, thetas = pairs.draw(
             law, sigma, num_pairs, theta, persistence.noise_key(episode, noise_period)
         )
-        window, noise = run_pairs(
+        window, noise = persistence.run_pairs(
             problem, episode, unit, thetas, state, truncation, noise_period, data
         )
         steps = 2 * num_pairs * truncation
@@ -239,49 +238,6 @@ def gpes(
         )
 
     return worker.compiled(init, estimate, truncation)
-
-
-def init_pairs(
-    problem: UnrolledProblem,
-    key: Key,
-    theta: Theta,
-    truncation: int,
-    noise_period: int | None,
-    num_pairs: int,
-    made_by: worker.MadeBy,
-) -> worker.PersistentState:
-    """Pairs at the start of an episode, with an empty accumulator."""
-    mean = worker.init_mean(problem, key, theta, truncation, made_by)
-
-    def zeros(x):
-        return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
-
-    accumulated = None if noise_period is None else jax.tree.map(zeros, theta)
-    evaluated = None
-    if problem.evaluate is not None:
-        loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
-        evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
-    accumulated, evaluated = varying.over(varying.axes((key, theta)), (accumulated, evaluated))
-    states = pairs.spread(mean.state, num_pairs)
-    return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
-
-
-def run_pairs(
-    problem: UnrolledProblem,
-    episode: Episode,
-    unit: Theta,
-    thetas: Theta,
-    state: Any,
-    truncation: int,
-    noise_period: int | None,
-    data: Any,
-) -> tuple[unroll.Window, persistence.Weights]:
-    """Runs one window of pairs that persist; the window, and what weighs its losses."""
-    window = pairs.run(
-        problem, episode, thetas, state.states, truncation, data, starts=state.evaluated
-    )
-    noise = persistence.accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
-    return window, noise
 
 
 def _persistent(

@@ -1,12 +1,14 @@
 """What makes an estimator persist: noise held for a period, and the sum of all noise so far."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll
-from unrollgrad.types import Episode, Key, Theta
+from unrollgrad import checks, unroll, varying
+from unrollgrad.estimators import pairs, worker
+from unrollgrad.noise import wide
+from unrollgrad.types import Episode, Key, Theta, UnrolledProblem
 
 
 class Weights(NamedTuple):
@@ -70,3 +72,46 @@ def accumulate(
     before = jax.tree.map(lambda f, w: jnp.where(starts, f, w), finished, now)
     carried = jax.tree.map(lambda f, w: jnp.where(ends, w, f), finished, now)
     return Weights(now, before, carried)
+
+
+def init_pairs(
+    problem: UnrolledProblem,
+    key: Key,
+    theta: Theta,
+    truncation: int,
+    noise_period: int | None,
+    num_pairs: int,
+    made_by: worker.MadeBy,
+) -> worker.PersistentState:
+    """Pairs at the start of an episode, with an empty accumulator."""
+    mean = worker.init_mean(problem, key, theta, truncation, made_by)
+
+    def zeros(x):
+        return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
+
+    accumulated = None if noise_period is None else jax.tree.map(zeros, theta)
+    evaluated = None
+    if problem.evaluate is not None:
+        loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
+        evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
+    accumulated, evaluated = varying.over(varying.axes((key, theta)), (accumulated, evaluated))
+    states = pairs.spread(mean.state, num_pairs)
+    return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
+
+
+def run_pairs(
+    problem: UnrolledProblem,
+    episode: Episode,
+    unit: Theta,
+    thetas: Theta,
+    state: Any,
+    truncation: int,
+    noise_period: int | None,
+    data: Any,
+) -> tuple[unroll.Window, Weights]:
+    """Runs one window of pairs that persist; the window, and what weighs its losses."""
+    window = pairs.run(
+        problem, episode, thetas, state.states, truncation, data, starts=state.evaluated
+    )
+    noise = accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
+    return window, noise

@@ -50,9 +50,9 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     unbiased for the gradient of J, where the step is differentiable; ``init`` enters in the same
     way. With ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated like that.
 
-    Variance: of the order of min(dim(state), dim(theta)) |g|^2 or worse, growing with the memory of
-    the system; the price for one call that needs neither dim(theta) tangents nor the past. Time: K
-    steps forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what
+    Variance: high, without a closed form, since the signs disturb every number of the state alike,
+    whatever it is worth: what Adam keeps as v is divided by 1 - b2 later, so take a small b2. Time:
+    K steps forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what
     one step computes, whatever the truncation.
 
     Args:
@@ -120,7 +120,8 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
         floats, back, start = jax.vjp(initial, theta, has_aux=True)
         v = signs(0, floats)
         right = jax.tree.map(lambda g: g.astype(wide(g.dtype)), back(v)[0])
-        return start, *_balanced([jnp.zeros_like(x) for x in v], right, v, right, keep=0.0)
+        none, nothing = [jnp.zeros_like(x) for x in v], jax.tree.map(jnp.zeros_like, right)
+        return start, *_balanced(none, nothing, v, right)
 
     carried = state.state, state.left, state.right
     at_start = None
@@ -129,6 +130,7 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
             lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, *carried
         )
     inner, left, right = unroll.reset(episode, begin, carried)
+    step_key = unroll.step_key(episode)
 
     def body(carry, inputs):
         i, batch = inputs
@@ -137,7 +139,7 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
         floats, rebuild = split(inner)
 
         def step(theta, floats):
-            after, loss = unroll.one_step(problem, episode, theta, rebuild(floats), t, batch)
+            after, loss = unroll.one_step(problem, step_key, theta, rebuild(floats), t, batch)
             return (floats_of(after), loss), after
 
         (ends, loss), push, after = jax.linearize(step, theta, floats, has_aux=True)
@@ -194,7 +196,7 @@ def _rank_one_gradient(loss, theta, state, left, right) -> tuple[jax.Array, Thet
     )
 
 
-def _balanced(pushed, right, v, fresh, keep=1.0) -> tuple[list[jax.Array], Theta]:
+def _balanced(pushed, right, v, fresh) -> tuple[list[jax.Array], Theta]:
     """Joins two rank-one products into one with the same mean, scaled for little variance.
 
     The guards are those of the paper's code: what is 0 stays 0, and nothing is divided by it.
@@ -208,8 +210,8 @@ def _balanced(pushed, right, v, fresh, keep=1.0) -> tuple[list[jax.Array], Theta
         return jnp.sqrt((norm(a) + tiny) / (norm(b) + tiny))
 
     a, b = ratio(right, pushed), ratio(fresh, v)
-    left = [(keep * a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
-    return left, jax.tree.map(lambda r, f: (keep * r / a + f / b).astype(r.dtype), right, fresh)
+    left = [(a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
+    return left, jax.tree.map(lambda r, f: (r / a + f / b).astype(r.dtype), right, fresh)
 
 
 def _check_real(state: State) -> None:
