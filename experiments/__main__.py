@@ -12,6 +12,7 @@ from experiments import experiment as framework
 from experiments import (
     fit_overhead,
     influence_balancing,
+    mixed_mode,
     remat,
     report,
     results,
@@ -25,7 +26,7 @@ from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (variance, train, influence_balancing, fit_overhead, remat)
+    for module in (variance, train, influence_balancing, fit_overhead, remat, mixed_mode)
 }
 
 

@@ -64,7 +64,8 @@ def forward_mode(
     worker of an ``average`` has its own.
 
     Args:
-        problem: The inner loop; its step must be differentiable (``while_loop`` is fine).
+        problem: The inner loop; its step must be differentiable forwards (``while_loop`` is fine,
+            ``jax.custom_vjp`` is not).
         truncation: Inner steps per call (K); divides a static horizon.
         max_bytes: What one worker's tangents and their directions may take; more is an error
             before anything is allocated. What a step computes on the way is not counted.
@@ -139,7 +140,8 @@ def dodge(
     2 to 3 forward passes. Memory: 2 states + 2 theta, whatever the truncation.
 
     Args:
-        problem: The inner loop; its step must be differentiable (``while_loop`` is fine).
+        problem: The inner loop; its step must be differentiable forwards (``while_loop`` is fine,
+            ``jax.custom_vjp`` is not).
         truncation: Inner steps per call (K); divides a static horizon.
         noise_period: Inner steps between draws, a multiple of ``truncation``; None: one draw per
             episode.

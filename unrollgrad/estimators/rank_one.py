@@ -56,7 +56,8 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     one step computes, whatever the truncation.
 
     Args:
-        problem: The inner loop; its step must be differentiable, and its state not complex.
+        problem: The inner loop; its step must be differentiable (no ``while_loop`` and no
+            ``jax.custom_vjp`` in it), and its state not complex.
         truncation: Inner steps per call (K); divides a static horizon.
 
     Returns:
