@@ -7,6 +7,9 @@ An inner loop is an ``UnrolledProblem`` (or ``training_problem(...)``); an estim
 mean of many. See the README for a table of the estimators.
 """
 
+import importlib
+from typing import Any
+
 from unrollgrad import constraints, diagnostics, noise, problems
 from unrollgrad.curriculum import curriculum
 from unrollgrad.estimators import (
@@ -64,6 +67,7 @@ __all__ = [
     "forward_mode",
     "full_es",
     "gpes",
+    "implicit",
     "make_worker_mesh",
     "noise",
     "pes",
@@ -76,3 +80,10 @@ __all__ = [
     "truncated_es",
     "uoro",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``implicit``, imported when it is used, and lineax with it."""
+    if name == "implicit":
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""Linear solves by lineax's solvers, and one that is differentiated like the inverse it stands for.
+
+The derivative of ``lineax.linear_solve`` itself raises where a solve stopped early, since its
+backward pass has nowhere to report it; here a truncated solve is a result, forwards, backwards and
+again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+from unrollgrad.implicit import operators, trees
+
+
+class Solution(NamedTuple):
+    """What a solver returned.
+
+    Attributes:
+        value: x.
+        result: One of ``lineax.RESULTS``.
+        num_steps: That the solver took; 0 for a direct one.
+    """
+
+    value: Any
+    result: Any
+    num_steps: jax.Array
+
+
+def solve(
+    operator: Any, vector: Any, solver: lx.AbstractLinearSolver, start: Any = None
+) -> Solution:
+    """X with ``operator x = vector``, whatever became of it.
+
+    The solver gets a vector of norm 1, so that its tolerances are relative to it.
+
+    Args:
+        operator: lineax's.
+        vector: A tree of one floating dtype.
+        solver: lineax's.
+        start: Where an iterative solver begins; zero by default.
+    """
+    size = trees.norm(vector)
+    unit = jnp.where(size > 0, size, 1)
+    options = {} if start is None else {"y0": trees.scale(1 / unit, start)}
+    state = solver.init(operator, options)
+    value, result, stats = solver.compute(state, trees.scale(1 / unit, vector), options)
+    num_steps = jnp.asarray(stats.get("num_steps", 0), jnp.int32)
+    return Solution(trees.scale(size, value), result, num_steps)
+
+
+def differentiable_solve(
+    matvec: Callable[[Any], Any],
+    vector: Any,
+    solver: lx.AbstractLinearSolver,
+    seen: Sequence[jax.Array],
+    tags: Any = (),
+) -> Any:
+    """X with ``matvec(x) = vector``, under jvp, vjp, vmap and again.
+
+    jax transposes a linear solve only where *all* of its right-hand side is linear in what is
+    differentiated. Zeros that are added bind its leaves together, so that none of them is constant
+    where another is not: a multiple of the others to the vector, and a factor of one, whose
+    derivative is a zero that jax does not see, to the matrix.
+
+    Args:
+        matvec: Linear, from vectors like ``vector`` to the same.
+        vector: A tree of one floating dtype.
+        solver: Of lineax.
+        seen: All that ``matvec`` closes over and that may be differentiated.
+        tags: lineax's, of the matrix.
+    """
+    nothing = 0 * _corners(jax.tree.leaves(vector))
+    one = _one(list(seen))
+
+    def bound(x):
+        return trees.scale(one, matvec(x))
+
+    def run(matvec, vector):
+        return solve(operators.function(matvec, vector, tags), vector, solver).value
+
+    vector = jax.tree.map(lambda x: x + nothing.astype(x.dtype), vector)
+    return jax.lax.custom_linear_solve(bound, vector, run, run)
+
+
+def _corners(leaves: list[jax.Array]) -> jax.Array:
+    """A number that depends on every leaf."""
+    return sum((jnp.sum(x.ravel()[:1]).real.astype(jnp.float32) for x in leaves), jnp.zeros(()))
+
+
+@jax.custom_jvp
+def _one(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.ones(())
+
+
+@_one.defjvp
+def _one_jvp(primals, tangents):
+    return _one(*primals), 0 * _corners(tangents[0])
