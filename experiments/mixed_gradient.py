@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from unrollgrad import varying
+from unrollgrad import checks, varying
+from unrollgrad.implicit.linear import unseen
 
 
 def value_and_grad(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[jax.Array, Any]]:
@@ -27,8 +28,9 @@ def value_and_grad(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[ja
     J^T times (a, v) is a times the gradient in (w, c), plus that gradient's derivative along
     (v, 0), which is (H v, B v) with B = d2 loss / dc dw.
 
-    Left to jax are losses with effects (``jax.debug.print``) or a ``custom_vjp`` in them, which may
-    not go forwards over backwards, and those whose gradient jax sums over devices.
+    Left to jax are losses with effects (``jax.debug.print``) or a ``custom_vjp`` in their program,
+    which may not go forwards over backwards, and those inside ``shard_map`` (unless it has
+    ``check_vma=False``, as ``average``'s).
 
     Args:
         loss: ``loss(params) -> scalar``, with floating params.
@@ -39,18 +41,19 @@ def value_and_grad(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[ja
     """
 
     def run(params):
+        params = jax.tree.map(jnp.asarray, params)
+        checks.check_loss("loss", jax.eval_shape(loss, params))
         leaves, structure = jax.tree.flatten(params)
         program: Any = jax.make_jaxpr(lambda leaves: loss(structure.unflatten(leaves)))(leaves)
-        names = varying.axes((leaves, program.consts))
-        summed = any(names - varying.axes(x) for x in leaves)  # by jax, over devices
-        if not leaves or summed or program.effects or has_custom_vjp(program):
+        spread = varying.axes((leaves, program.consts))
+        if not leaves or spread or program.effects or has_custom_vjp(program):
             return jax.value_and_grad(loss)(params)
 
         def flat(*inputs):
             params, consts = inputs[: len(leaves)], inputs[len(leaves) :]
             return jax.core.eval_jaxpr(getattr(program, "jaxpr", program), consts, *params)[0]
 
-        consts = varying.over(names, program.consts)
+        consts = [jnp.asarray(c) for c in program.consts]
         value, grads = _with_rule(flat, len(leaves))(*leaves, *consts)
         return value, structure.unflatten(grads)
 
@@ -120,18 +123,17 @@ def _linear(
 
     jax's map with a transpose of its own that can be differentiated again is a linear solve. Here
     it is that of [[1, 0], [-J, 1]] (x, y) = (tangents, 0). jax transposes it only where all of the
-    right-hand side is linear in what is differentiated, so zeros that are bind its parts together.
+    right-hand side is linear in what is differentiated: ``unseen`` zeros bind its parts together.
     """
-    nothing = 0 * _corners(tangents)
-    one = _one([x for x in inputs if jnp.issubdtype(x.dtype, jnp.inexact)])
+    nothing = unseen(tangents)
+    one = 1 + unseen([x for x in inputs if jnp.issubdtype(x.dtype, jnp.inexact)])
 
     def add(a, b):
         return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), a, b)
 
     def matvec(xy):
-        x, y = xy
-        here = jax.tree.map(lambda x: (one * x).astype(x.dtype), x)
-        return here, jax.tree.map(jnp.subtract, y, push(x))
+        bound = jax.tree.map(lambda z: (one * z).astype(z.dtype), xy)
+        return bound[0], jax.tree.map(jnp.subtract, bound[1], push(xy[0]))
 
     def solve(_, xy):
         x, y = xy
@@ -146,19 +148,3 @@ def _linear(
         jax.tree.map(lambda x: jnp.full_like(x, nothing), like),
     )
     return jax.lax.custom_linear_solve(matvec, system, solve, transpose_solve)[1]
-
-
-def _corners(leaves: list[jax.Array]) -> jax.Array:
-    """A number that depends on every leaf."""
-    return sum((jnp.sum(x.ravel()[:1]).real.astype(jnp.float32) for x in leaves), jnp.zeros(()))
-
-
-@jax.custom_jvp
-def _one(leaves: list[jax.Array]) -> jax.Array:
-    """1, with a derivative of zero that jax does not see to be zero."""
-    return jnp.ones(())
-
-
-@_one.defjvp
-def _one_jvp(primals, tangents):
-    return _one(*primals), 0 * _corners(tangents[0])

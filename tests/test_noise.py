@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Samples, settings, window_gradients
+from conftest import Samples, quadratic, raises, settings, window_gradients
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY
@@ -121,3 +121,14 @@ def test_every_estimator_takes_every_law(name, law):
     s = Samples(draws.mean(axis=1))
     assert s.relative_se(truth) < 0.05
     assert s.error_in_se(truth) < 5
+
+
+def test_a_law_that_draws_something_else():
+    problem, theta = quadratic()
+    single = ug.noise.Noise(lambda theta: None, lambda key, state, theta, n: theta)
+    other = ug.noise.Noise(lambda theta: None, lambda key, state, theta, n: {"a": jnp.ones(n)})
+    for law in (single, other):
+        estimator = ug.pes(problem, truncation=5, sigma=0.1, num_pairs=4, noise=law)
+        state = estimator.init(jax.random.key(0), theta)
+        with raises(TypeError, "`noise`", "num_pairs=4", "['log_rate']", "expected (4,)"):
+            estimator.estimate(jax.random.key(0), theta, state)

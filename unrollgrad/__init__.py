@@ -55,6 +55,7 @@ __all__ = [
     "TrainingState",
     "UnrolledProblem",
     "average",
+    "bilevel",
     "bptt",
     "constraints",
     "curriculum",
@@ -83,7 +84,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``implicit``, imported when it is used, and lineax with it."""
-    if name == "implicit":
+    """``implicit`` and ``bilevel``, imported when they are used, and lineax with them."""
+    if name in ("bilevel", "implicit"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

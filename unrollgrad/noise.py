@@ -34,6 +34,29 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
+    """The law's perturbations.
+
+    Raises:
+        TypeError: If they are not like theta with a leading axis ``num_pairs``.
+    """
+    unit = law.sample(key, law.init(theta), theta, num_pairs)
+
+    def shapes(tree, *leading):
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): (*leading, *jnp.shape(x)) for path, x in named}
+
+    expected, got = shapes(theta, num_pairs), shapes(unit)
+    for path in [*expected, *got]:
+        if expected.get(path) != got.get(path):
+            raise TypeError(
+                f"`noise` must draw a tree like theta with a leading axis num_pairs={num_pairs}; "
+                f"at theta{path} its sample has shape {got.get(path, 'nothing')}, expected "
+                f"{expected.get(path, 'nothing')}."
+            )
+    return unit
+
+
 def gaussian() -> Noise:
     """Independent standard normal perturbations: the law that smooths J by a Gaussian.
 

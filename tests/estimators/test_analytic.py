@@ -47,6 +47,29 @@ def test_variance_against_memory(memory, expected):
 
 
 @pytest.mark.slow
+def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
+    """Windows that begin far from where the episode did; quadratic, so the replacement is exact."""
+
+    def step(key, theta, s, t):
+        s = 0.5 * s + theta
+        return s, jnp.sum((s - 1) ** 2)
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.full(3, 20.0), step, 8)
+    theta = jnp.array([0.3, -0.2, 0.1])
+    exact = jax.grad(lambda x: ug.episode_loss(problem, jax.random.key(0), x))(theta)
+    found = {
+        name: samples(factory(problem, truncation=2, sigma=0.1, num_pairs=4), theta, 4, 20_000)
+        for name, factory in FACTORIES.items()
+    }
+    for name, s in found.items():
+        assert s.relative_se(exact) < 0.02, name
+        assert s.error_in_se(exact) < 5, name
+    # A p of the episode's first state would add variance, and bias to the replacement.
+    for name in ("pes_analytic", "pes_analytic_replacement"):
+        assert found[name].variance()[0] < 0.5 * found["pes"].variance()[0], name
+
+
+@pytest.mark.slow
 def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not():
     """Loss exp(theta), nothing remembered: smoothing multiplies the gradient by e^(sigma^2/2)."""
     sigma, theta = 0.5, jnp.array([0.1, -0.3])

@@ -99,6 +99,26 @@ def test_uoro_reads_the_evaluation_as_bptt_does():
     assert own == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "period"), [("dodge", None), ("dodge", 5), ("uoro", None)])
+def test_the_loss_at_the_end_alone(name, period):
+    """``evaluate`` of a state that matters, in windows, for random directions."""
+    problem, theta, _ = recurrence()
+    final = ug.final_loss(problem, lambda key, theta, s: jnp.sum(s**2) + theta[0] * jnp.sum(s))
+    truth = jax.grad(lambda x: ug.episode_loss(final, KEY, x))(theta)
+    fixed = jax.lax.stop_gradient
+    held = problem._replace(
+        init=lambda key, theta: problem.init(key, fixed(theta)),
+        step=lambda key, theta, s, t: problem.step(key, fixed(theta), s, t),
+    )
+    held = ug.final_loss(held, final.evaluate)
+    direct = jax.grad(lambda x: ug.episode_loss(held, KEY, x))(theta)
+    s = samples(build(name, final, truncation=5, noise_period=period), theta, 4)
+    assert s.relative_se(truth) < 0.05
+    assert s.error_in_se(truth) < 5
+    assert s.error_in_se(direct) > 10  # negative control: the state taken for a constant
+
+
 def recurrence(init_influence=2.0):
     return ug.problems.linear_recurrence(
         dim=4, horizon=20, memory=0.8, curvature=0.1, init_influence=init_influence

@@ -91,6 +91,15 @@ def test_remat_of_steps_takes_a_quarter_of_the_memory():
     assert_close(gradient(remade, theta), gradient(plain, theta))
 
 
+def test_windows_and_last_steps_recompute_too():
+    problem, theta = mlp_problem(20, 64, 4, 128)
+    for make in (
+        lambda remat: ug.tbptt(problem, truncation=10, remat=remat),
+        lambda remat: ug.bptt(problem, last=10, remat=remat),
+    ):
+        assert temporary(make("step"), theta) < temporary(make(None), theta) / 2
+
+
 @pytest.mark.slow
 def test_sqrt_grows_like_the_root():
     def slope(remat):

@@ -34,6 +34,41 @@ def _scalar(value_and_grad):
     return scalar
 
 
+def _plain_sums(value_and_grad):
+    """Outputs that are used linearly, or not at all: their cotangents are constants."""
+
+    def scalar(params, closed):
+        rows, scale = closed
+
+        def loss(params):
+            return jnp.sum(jnp.tanh(rows @ params["a"]) ** 3) + scale * jnp.sum(params["b"] ** 4)
+
+        value, grad = value_and_grad(loss)(params)
+        _, again = value_and_grad(lambda b: jnp.sum(b**3) * scale)(params["b"])
+        return value + jnp.sum(grad["a"]) + 2 * jnp.sum(again)
+
+    return scalar
+
+
+def _training(value_and_grad):
+    """Through scanned steps, recomputed on the way back."""
+
+    def scalar(params, closed):
+        rows, scale = closed
+
+        def loss(params):
+            return jnp.mean(jnp.tanh(rows @ params["a"] + params["b"]) ** 2) * jnp.exp(scale)
+
+        @jax.checkpoint
+        def step(params, _):
+            _, grad = value_and_grad(loss)(params)
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, grad), None
+
+        return loss(jax.lax.scan(step, params, length=3)[0])
+
+    return scalar
+
+
 def _example():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"a": jax.random.normal(keys[0], (3, 2)), "b": jax.random.normal(keys[1], (2,))}
@@ -68,16 +103,77 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize("name", DERIVATIVES)
-def test_the_numbers_of_jax(name, x64):
+LOSSES = {"all outputs": _scalar, "sums": _plain_sums, "training": _training}
+CASES = [("all outputs", name) for name in DERIVATIVES]
+CASES += [
+    (loss, name)
+    for loss in ("sums", "training")
+    for name in ("jvp", "vjp", "forward over reverse", "reverse over reverse")
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), CASES)
+def test_the_numbers_of_jax(loss, name, x64):
     params, closed = _example()
     if "vmap" in name:
         params = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, 2 * x]), params)
     ours, theirs = (
-        DERIVATIVES[name](_scalar(f))(params, closed)
+        DERIVATIVES[name](LOSSES[loss](f))(params, closed)
         for f in (mixed_gradient.value_and_grad, jax.value_and_grad)
     )
     chex.assert_trees_all_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_a_number_that_is_not_finite_stays_where_it_is():
+    """In the coordinate whose derivative it is."""
+
+    def second(w, mode):
+        return jax.jvp(lambda w: mode(lambda w: w["a"] ** 2 + w["b"] ** 2)(w)[1], (w,), (w,))[1]
+
+    w = {"a": jnp.float32(jnp.inf), "b": jnp.float32(1.0)}
+    for mode in (mixed_gradient.value_and_grad, jax.value_and_grad):
+        out = second(w, mode)
+        assert out["b"] == 2
+        assert jnp.isinf(out["a"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64])
+def test_other_dtypes(dtype):
+    w = jnp.array([1.0, 2.0, -0.5], dtype)
+
+    def norm(value_and_grad, scale):
+        grad = value_and_grad(lambda w: jnp.sum(jnp.abs(w) ** 4 * scale))(w)[1]
+        return jnp.sum(jnp.abs(grad) ** 2).astype(jnp.float32)
+
+    ours, theirs = (
+        jax.value_and_grad(norm, 1)(f, 0.7)
+        for f in (mixed_gradient.value_and_grad, jax.value_and_grad)
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_in_shard_map():
+    """Left to jax, which sums where it must."""
+    mesh = jax.make_mesh((8,), ("d",))
+
+    def spread(value_and_grad):
+        def loss(w, c):
+            return jnp.sum(value_and_grad(lambda w: jnp.sum(w**3 * c))(w)[1] ** 2)
+
+        return jax.shard_map(
+            jax.grad(lambda w, c: jax.lax.psum(loss(w, c), "d"), (0, 1)),
+            mesh=mesh,
+            in_specs=(jax.P("d"), jax.P()),
+            out_specs=(jax.P("d"), jax.P()),
+        )
+
+    with jax.set_mesh(mesh):
+        arguments = jax.device_put(jnp.arange(16.0), jax.P("d")), jnp.float32(0.5)
+        ours, theirs = (
+            jax.jit(spread(f))(*arguments)
+            for f in (mixed_gradient.value_and_grad, jax.value_and_grad)
+        )
+    chex.assert_trees_all_close(ours, theirs)
 
 
 def test_what_is_left_to_jax():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from stored import expect
 
+import unrollgrad as ug
 from experiments import __main__ as cli
 from experiments import experiment as framework
 from experiments import results, variance
@@ -54,6 +55,21 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     # Strict JSON has null for what is not finite: only the SNR where there is no spread.
     assert {x["metric"] for x in summary.results if x["mean"] is None} <= {"snr"}
     expect(problem, numbers)
+
+
+def test_every_row_of_the_registry(tmp_path, capsys):
+    """An estimator is in the command by its row alone."""
+    settings = dataclasses.replace(
+        variance.SCALES["smoke"],
+        problem="linear_recurrence",
+        estimators=tuple(ug.REGISTRY),
+        out=tmp_path,
+    )
+    folder = framework.execute(variance.EXPERIMENT, settings)
+    (rows,) = variance.rows(results.read(folder)).values()
+    assert [row["name"] for row in rows] == list(ug.REGISTRY)
+    assert all(row["norm"] > 0 for row in rows)
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):

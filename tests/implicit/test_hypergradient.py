@@ -245,6 +245,24 @@ def test_trees_of_mixed_dtypes():
         np.testing.assert_allclose(out.grad["b"].astype(jnp.float32), [6.0], rtol=1e-2)
 
 
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "LSMR"])
+def test_single_precision(name):
+    """float32 stays float32, also where jax has float64 enabled (lineax's LSMR fails there)."""
+    problem = ridge()
+    loose = {"rtol": 1e-5, "atol": 1e-5}
+    solver = {
+        "CG": lx.CG(**loose),
+        "NormalCG": lx.Normal(lx.CG(**loose)),
+        "GMRES": lx.GMRES(**loose),
+        "BiCGStab": lx.BiCGStab(**loose),
+        "nystrom": implicit.nystrom(8, 1e-3),
+    }.get(name, EXACT[name])
+    f = implicit.hypergradient(problem.outer, problem.inner, solver=solver, check=True)
+    out = f(problem.params.astype(jnp.float32), problem.theta.astype(jnp.float32))
+    assert out.grad.dtype == out.v.dtype == jnp.float32
+    assert _error(out.grad, problem.exact) < 1e-2
+
+
 def test_a_million_of_both_in_a_few_vectors():
     """10^6 weights, each with its decay: a few times the 8 MB of one, at most."""
     number = 10**6

@@ -220,9 +220,9 @@ def reparameterized_es(
 
     Variance: about that of the better of the two, and less where they are alike: with gradients
     that explode in most samples w goes to 0, with smooth ones to 1. A sample that explodes alone
-    weighs nothing in the others' weights and passes through, and one that is not a number makes the
-    estimate so (``average`` then leaves the worker out and counts it). Time: 2 num_pairs T steps a
-    call and as many back. Memory: what 2 num_pairs T steps compute.
+    sets the others' weights to 0 but not its own, and passes through; one that is not a number
+    makes the estimate so (``average`` then leaves the worker out and counts it). Time: 2 num_pairs
+    T steps a call and as many back. Memory: what 2 num_pairs T steps compute.
 
     Args:
         problem: The inner loop; its horizon must be static and its step differentiable.

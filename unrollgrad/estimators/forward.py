@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from unrollgrad import checks, unroll, varying
 from unrollgrad.estimators import persistence, worker
 from unrollgrad.estimators.floats import floats_of, split
-from unrollgrad.noise import rademacher, wide
+from unrollgrad.noise import rademacher, sample, wide
 from unrollgrad.types import (
     Episode,
     Estimate,
@@ -95,10 +95,14 @@ def forward_mode(
     made_by = worker.made_by("forward_mode", problem, truncation=truncation)
 
     def init(key: Key, theta: Theta) -> TangentState:
-        mean = worker.init_mean(problem, key, theta, truncation, made_by)
         theta = checks.floating_theta(theta)
         dim = _dim(theta)
-        _check_bytes(dim, theta, mean.state, max_bytes)
+
+        def begin(key, theta):
+            return worker.init_mean(problem, key, theta, truncation, made_by)
+
+        _check_bytes(dim, theta, jax.eval_shape(begin, key, theta).state, max_bytes)
+        mean = begin(key, theta)
         tangents = [jnp.zeros((dim, *x.shape), x.dtype) for x in floats_of(mean.state)]
         tangents = varying.over(varying.axes((key, theta)), tangents)
         return TangentState(mean.episode, mean.state, tangents, None, None, made_by)
@@ -191,7 +195,7 @@ def dodge(
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         names = varying.axes((theta, episode, state.state, data))
-        drawn = law.sample(persistence.noise_key(episode, noise_period), law.init(theta), theta, 1)
+        drawn = sample(law, persistence.noise_key(episode, noise_period), theta, 1)
         unit = varying.over(names, jax.tree.map(lambda u: u[0], drawn))
         push = _pushforward(problem, episode, theta, state.state, truncation, data)
         direction = jax.tree.map(lambda u, x: u.astype(x.dtype), unit, theta)  # signs are exact

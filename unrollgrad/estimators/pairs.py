@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, unroll
-from unrollgrad.noise import Noise, gaussian, wide
+from unrollgrad.noise import Noise, gaussian, sample, wide
 from unrollgrad.types import Episode, Estimate, Info, Key, State, Theta, UnrolledProblem
 
 
@@ -37,7 +37,7 @@ def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> tupl
         leading axes ``(num_pairs, 2)``. In bfloat16 much of a small eps is lost to rounding;
         weighing with what is left keeps the estimate true.
     """
-    unit = law.sample(key, law.init(theta), theta, num_pairs)
+    unit = sample(law, key, theta, num_pairs)
 
     def perturb(x, s, u):
         eps = jnp.asarray(s, wide(x.dtype)) * u

@@ -51,9 +51,11 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     way. With ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated like that.
 
     Variance: high, without a closed form, since the signs disturb every number of the state alike,
-    whatever it is worth: what Adam keeps as v is divided by 1 - b2 later, so take a small b2. Time:
-    K steps forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what
-    one step computes, whatever the truncation.
+    whatever it is worth. Adam's small v is under a root: through it the standard deviation over
+    |grad| (an MLP's learning rate, 12 steps) was 3e7 with b2 = 0.999 and eps_root = 1e-8, 2e4 with
+    b2 = 0.9, 235 with eps_root = 1e-2 and 1.7 with both; 1.6 for ``dodge`` in all four. Prefer that
+    for adaptive optimizers. Time: K steps forwards, each with one tangent and two steps back.
+    Memory: 2 states + 2 theta and what one step computes, whatever the truncation.
 
     Args:
         problem: The inner loop; its step must be differentiable (no ``while_loop`` and no

@@ -19,13 +19,13 @@ class HyperGradient(NamedTuple):
         outer_loss: ``outer(params, theta)``.
         v: The solution q of (H + damping) q = d outer / d params, like params in one dtype of at
             least float32. It warm-starts the next call.
-        info: What was seen on the way.
+        info: What was seen on the way; None where nothing was solved.
     """
 
     grad: Theta
     outer_loss: jax.Array
     v: Any
-    info: health.HypergradientInfo
+    info: health.HypergradientInfo | None
 
 
 def hypergradient(

@@ -5,6 +5,7 @@ backward pass has nowhere to report it; here a truncated solve is a result, forw
 again.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,9 +62,8 @@ def differentiable_solve(
     """X with ``matvec(x) = vector``, under jvp, vjp, vmap and again.
 
     jax transposes a linear solve only where *all* of its right-hand side is linear in what is
-    differentiated. Zeros that are added bind its leaves together, so that none of them is constant
-    where another is not: a multiple of the others to the vector, and a factor of one, whose
-    derivative is a zero that jax does not see, to the matrix.
+    differentiated. ``unseen`` zeros bind its leaves together, so that none of them is constant
+    where another is not: one is added to the vector, and 1 plus one multiplies the matrix.
 
     Args:
         matvec: Linear, from vectors like ``vector`` to the same.
@@ -72,8 +72,8 @@ def differentiable_solve(
         seen: All that ``matvec`` closes over and that may be differentiated.
         tags: lineax's, of the matrix.
     """
-    nothing = 0 * _corners(jax.tree.leaves(vector))
-    one = _one(list(seen))
+    nothing = unseen(jax.tree.leaves(vector))
+    one = 1 + unseen(seen)
 
     def bound(x):
         return trees.scale(one, matvec(x))
@@ -85,16 +85,8 @@ def differentiable_solve(
     return jax.lax.custom_linear_solve(bound, vector, run, run)
 
 
-def _corners(leaves: list[jax.Array]) -> jax.Array:
-    """A number that depends on every leaf."""
-    return sum((jnp.sum(x.ravel()[:1]).real.astype(jnp.float32) for x in leaves), jnp.zeros(()))
-
-
-@jax.custom_jvp
-def _one(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.ones(())
-
-
-@_one.defjvp
-def _one_jvp(primals, tangents):
-    return _one(*primals), 0 * _corners(tangents[0])
+def unseen(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Zero, linear in every leaf; jax does not see that it is constant, and XLA does."""
+    corners = [jnp.sum(jnp.ravel(x)[:1]).real.astype(jnp.float32) for x in leaves]
+    total = functools.reduce(jnp.add, corners, jnp.float32(0))
+    return jax.lax.select(jnp.zeros((), bool), total, jnp.zeros_like(total))

@@ -4,6 +4,7 @@ All solve H q = a for the q with which a hypergradient is made. Those that stop 
 terms give an approximation by intent: that they stopped is no failure.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -181,7 +182,7 @@ class _Nystrom(_MatrixFree):
                 )
                 for begin, x, c in zip(ends[:-1], leaves, jax.tree.leaves(columns), strict=True)
             ]
-            return sum(parts, jnp.zeros(()))
+            return functools.reduce(jnp.add, parts)
 
         return jax.vmap(at)(chosen), columns
 

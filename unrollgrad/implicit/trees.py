@@ -1,5 +1,6 @@
 """Vectors as pytrees, in one floating dtype of at least float32: what lineax's solvers work on."""
 
+import functools
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def narrow(tree: Any, like: Any) -> Any:
 
 def dot(a: Any, b: Any) -> jax.Array:
     """The inner product."""
-    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), jnp.zeros(()))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
 
 
 def norm(tree: Any) -> jax.Array:

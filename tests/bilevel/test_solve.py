@@ -1,0 +1,146 @@
+"""``bilevel.solve`` and ``bilevel.unrolled``."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+from conftest import raises
+from quadratics import quadratic, ridge
+
+from unrollgrad import bilevel, implicit
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("start", ["cold", "warm"])
+def test_one_minimum_is_found_from_both_starts(start):
+    """A strongly convex inner problem: the same descent, and the outer minimum."""
+    problem = ridge()
+    result = bilevel.solve(
+        problem.inner,
+        implicit.hypergradient(problem.outer, problem.inner, solver=lx.CG(**TIGHT)),
+        jnp.zeros(8),
+        problem.theta,
+        inner_optimizer=optax.sgd(0.3),
+        inner_steps=100,
+        outer_optimizer=optax.adam(0.1),
+        num_steps=200,
+        start=start,
+        keep_v=start == "warm",
+    )
+    np.testing.assert_allclose(result.paths[0], problem.params, rtol=1e-6)
+    np.testing.assert_allclose(result.thetas[0], problem.theta)
+    assert result.outer_losses.shape == (200,)
+    first = problem.outer(problem.params, problem.theta)
+    np.testing.assert_allclose(result.outer_losses[0], first, rtol=1e-6)
+    assert result.outer_losses[-1] < 0.99 * first
+    last = problem.outer(result.params, result.thetas[-1])
+    np.testing.assert_allclose(result.outer_losses[-1], last, rtol=1e-10)
+    # Another trajectory ends at the same place.
+    assert jnp.linalg.norm(result.theta - result.thetas[-1]) < 0.1
+
+
+def test_warm_start_projects_on_and_on_and_cold_start_once():
+    """One equation for two weights: the nearest solution to where the descent begins."""
+    rows = jnp.array([[1.0, 0.0], [1.0, 1.0]]) / jnp.array([[1.0], [jnp.sqrt(2.0)]])
+
+    def inner(w, theta):
+        return (jnp.stack([1 - theta, theta]) @ (rows @ w - 1)) ** 2 / 2
+
+    def moved(w, theta, v0):
+        """The other equation in the next step: theta from 0 to 1."""
+        return implicit.HyperGradient(-jnp.ones(()), jnp.zeros(()), None, None)
+
+    def ends(start):
+        return bilevel.solve(
+            inner,
+            moved,
+            jnp.zeros(2),
+            0.0,
+            inner_optimizer=optax.sgd(1.0),
+            inner_steps=50,
+            outer_optimizer=optax.sgd(1.0),
+            num_steps=2,
+            start=start,
+        ).paths
+
+    def projected(w, i):
+        return w + (1 - rows[i] @ w) * rows[i]
+
+    once = projected(jnp.zeros(2), 0)
+    np.testing.assert_allclose(ends("warm"), [once, projected(once, 1)], atol=1e-9)
+    np.testing.assert_allclose(ends("cold"), [once, projected(jnp.zeros(2), 1)], atol=1e-9)
+
+
+def test_unrolled_is_neumanns_series_at_a_minimum():
+    problem, alpha = ridge(), 0.3
+    for terms in (1, 5):
+        f = bilevel.unrolled(
+            problem.outer, problem.inner, optimizer=optax.sgd(alpha), num_steps=terms
+        )
+        solver = implicit.neumann(terms, alpha)
+        g = implicit.hypergradient(problem.outer, problem.inner, solver=solver)
+        got, truth = (h(problem.params, problem.theta) for h in (f, g))
+        np.testing.assert_allclose(got.grad, truth.grad, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(got.outer_loss, truth.outer_loss, rtol=1e-9)
+
+
+@pytest.mark.parametrize("remat", [None, "step"])
+def test_unrolled_tunes_the_inner_rate(remat):
+    problem = quadratic([1.0, 0.3])
+
+    def inner(w, log_rate):
+        return problem.inner(w, jnp.ones(3))
+
+    def outer(w, log_rate):
+        return inner(w, log_rate)
+
+    settings = {
+        "inner_optimizer": lambda log_rate: optax.sgd(jnp.exp(log_rate)),
+        "inner_steps": 0,
+        "outer_optimizer": optax.adam(optax.cosine_decay_schedule(0.1, 200), b2=0.9),
+        "num_steps": 200,
+        "start": "cold",
+        "every": 50,
+    }
+    f = bilevel.unrolled(
+        outer, inner, optimizer=settings["inner_optimizer"], num_steps=3, remat=remat
+    )
+    result = bilevel.solve(inner, f, jnp.zeros(2), jnp.log(0.1), **settings)
+    assert result.thetas.shape == (4,)
+    rates = jnp.linspace(0.1, 1.9, 181)
+    losses = jax.vmap(lambda rate: f(jnp.zeros(2), jnp.log(rate)).outer_loss)(rates)
+    np.testing.assert_allclose(jnp.exp(result.theta), rates[jnp.argmin(losses)], rtol=0.02)
+
+
+def test_errors():
+    problem = ridge()
+    f = implicit.hypergradient(problem.outer, problem.inner, solver=lx.CG(**TIGHT))
+
+    def run(**changes):
+        settings = {
+            "inner_optimizer": optax.sgd(0.3),
+            "inner_steps": 1,
+            "outer_optimizer": optax.sgd(0.1),
+            "num_steps": 4,
+        }
+        bilevel.solve(problem.inner, f, jnp.zeros(8), problem.theta, **(settings | changes))
+
+    with raises(ValueError, "`start`", "'hot'"):
+        run(start="hot")
+    with raises(ValueError, "`every`=3", "num_steps=4"):
+        run(every=3)
+    with raises(ValueError, "`inner_steps`", "-1"):
+        run(inner_steps=-1)
+    with raises(ValueError, "`num_steps`", "0"):
+        run(num_steps=0)
+    with raises(ValueError, "`num_steps`", "0"):
+        bilevel.unrolled(problem.outer, problem.inner, optimizer=optax.sgd(0.1), num_steps=0)
