@@ -283,6 +283,25 @@ def test_a_million_of_both_in_a_few_vectors():
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 8 * number
 
 
+@pytest.mark.parametrize("solver", ["CG", "NormalCG"])
+def test_a_million_in_single_precision(solver):
+    """lineax's CG alone returns NaN here: it takes curvatures below 10 for zero."""
+    number, theta = 10**6, jnp.float32(0.5)
+    cg = lx.CG(rtol=1e-4, atol=1e-4, max_steps=20)
+    f = implicit.hypergradient(
+        lambda w, theta: jnp.sum(w**2) / 2,
+        lambda w, theta: (
+            jnp.sum(jnp.linspace(0.5, 1.0, number, dtype=w.dtype) * w**2) / 2 - theta * jnp.sum(w)
+        ),
+        solver=cg if solver == "CG" else lx.Normal(cg),
+    )
+    curvature = np.linspace(0.5, 1.0, number)
+    w = jnp.asarray(0.5 / curvature, jnp.float32)
+    out = jax.jit(f)(w, theta)
+    np.testing.assert_allclose(out.grad, np.sum(0.5 / curvature**2), rtol=1e-3)
+    assert out.info.converged
+
+
 def test_unused_info_is_not_computed():
     problem = ridge()
     f = implicit.hypergradient(problem.outer, problem.inner, solver=implicit.neumann(10, 0.3))

@@ -1,0 +1,32 @@
+"""``python -m experiments hypergradient_cost`` at smoke scale; its kinds compute the same."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from experiments import experiment as framework
+from experiments import hypergradient_cost, results
+
+
+def test_smoke(tmp_path, capsys):
+    settings = dataclasses.replace(hypergradient_cost.SCALES["smoke"], out=tmp_path)
+    folder = framework.execute(hypergradient_cost.EXPERIMENT, settings)
+    records = results.read(folder)
+    assert {r.labels["kind"] for r in records} >= {"floor", "neumann", "CG"}
+    assert all(r.value > 0 for r in records)
+    assert "3 products" in capsys.readouterr().out
+    assert len(hypergradient_cost.claims(results.read_summary(folder))) == 4
+
+
+def test_the_solvers_agree():
+    """With as many products as weights they solve the same system."""
+    problem = hypergradient_cost.problem(jax.random.key(0), 2, 8, 5)
+    found = hypergradient_cost.kinds(problem, 40)
+    grads = [found[name](problem.params, problem.theta) for name in found if "CG" in name]
+    series = hypergradient_cost.implicit.hypergradient(
+        problem.outer, problem.inner, solver=hypergradient_cost.implicit.neumann(500)
+    )
+    grads.append(series(problem.params, problem.theta).grad)
+    for grad in grads:
+        np.testing.assert_allclose(grad, grads[-1], rtol=1e-2, atol=1e-5)
