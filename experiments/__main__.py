@@ -8,17 +8,23 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import experiment as framework
 from experiments import (
+    data_cleaning,
+    distillation,
     fit_overhead,
+    hypergradient_cost,
+    hypergradient_quality,
     influence_balancing,
     mixed_mode,
+    overfit_validation,
     remat,
     report,
     results,
     train,
     variance,
+    warm_vs_cold,
 )
+from experiments import experiment as framework
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
 from experiments.processes import Processes, join
@@ -26,7 +32,20 @@ from unrollgrad import extras
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (variance, train, influence_balancing, fit_overhead, remat, mixed_mode)
+    for module in (
+        variance,
+        train,
+        influence_balancing,
+        hypergradient_quality,
+        overfit_validation,
+        data_cleaning,
+        distillation,
+        warm_vs_cold,
+        fit_overhead,
+        remat,
+        mixed_mode,
+        hypergradient_cost,
+    )
 }
 
 

@@ -1,6 +1,7 @@
 """What a hypergradient costs, beside the products that it is made of."""
 
 import dataclasses
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -119,14 +120,14 @@ def kinds(problem: Problem, terms: int) -> dict[str, Callable[[Any, Any], Any]]:
 
 
 def _jaxopt(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
-    from jaxopt import implicit_diff, linear_solve
+    jaxopt: Any = importlib.import_module("jaxopt")
 
     def solve(matvec, b):
-        return linear_solve.solve_cg(matvec, b, tol=0.0, maxiter=terms)
+        return jaxopt.linear_solve.solve_cg(matvec, b, tol=0.0, maxiter=terms)
 
     def run(params, theta):
         _, (a, direct) = jax.value_and_grad(problem.outer, argnums=(0, 1))(params, theta)
-        (through,) = implicit_diff.root_vjp(
+        (through,) = jaxopt.implicit_diff.root_vjp(
             jax.grad(problem.inner), params, (theta,), a, solve=solve
         )
         return jax.tree.map(jnp.add, direct, through)

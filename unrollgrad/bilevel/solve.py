@@ -20,8 +20,8 @@ class BilevelResult(NamedTuple):
     Attributes:
         theta: Outer parameters after the last outer step.
         params: Inner parameters that the last hypergradient was taken at.
-        thetas: Theta at every kept outer step, before its update; leading axis
-            ``num_steps / every``.
+        thetas: Theta at every ``every``-th outer step, before its update; leading axis
+            ``num_steps / every``. The j-th belongs to ``outer_losses[(j + 1) * every - 1]``.
         paths: Params likewise, after the inner steps with that theta.
         outer_losses: ``outer(params, theta)`` at all outer steps, ``(num_steps,)``.
     """
