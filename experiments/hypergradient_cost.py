@@ -103,7 +103,7 @@ def floor(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
 
 
 def kinds(problem: Problem, terms: int) -> dict[str, Callable[[Any, Any], Any]]:
-    """Ours and, where it is installed, jaxopt's."""
+    """Ours and, where it is installed, jaxopt's; CG begins with a product, to see where it is."""
 
     def ours(solver):
         f = implicit.hypergradient(problem.outer, problem.inner, solver=solver)
@@ -112,7 +112,7 @@ def kinds(problem: Problem, terms: int) -> dict[str, Callable[[Any, Any], Any]]:
     found = {
         "floor": floor(problem, terms),
         "neumann": ours(implicit.neumann(terms + 1, 1e-3)),
-        "CG": ours(lx.CG(rtol=0.0, atol=0.0, max_steps=terms, stabilise_every=None)),
+        "CG": ours(lx.CG(rtol=0.0, atol=0.0, max_steps=terms - 1, stabilise_every=None)),
     }
     if importlib.util.find_spec("jaxopt"):
         found["jaxopt CG"] = _jaxopt(problem, terms)
@@ -123,7 +123,7 @@ def _jaxopt(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
     jaxopt: Any = importlib.import_module("jaxopt")
 
     def solve(matvec, b):
-        return jaxopt.linear_solve.solve_cg(matvec, b, tol=0.0, maxiter=terms)
+        return jaxopt.linear_solve.solve_cg(matvec, b, tol=0.0, maxiter=terms - 1)
 
     def run(params, theta):
         _, (a, direct) = jax.value_and_grad(problem.outer, argnums=(0, 1))(params, theta)

@@ -52,7 +52,7 @@ def section(name: str, summary: Summary, experiment: Experiment | None, picture:
         lines += [f"**Not complete: {about['status']}.**", ""]
     claims: list[Claim] = [] if experiment is None else experiment.claims(summary)
     if claims:
-        lines += ["| the paper's claim | source | ours | holds |", "|---|---|---|---|"]
+        lines += ["| claim | source | ours | holds |", "|---|---|---|---|"]
         lines += [_row(c.says, c.source, c.ours, MARKS[c.holds]) for c in claims]
         lines.append("")
     seeds = ", ".join(map(str, about["seeds"]))

@@ -121,6 +121,40 @@ def test_unrolled_tunes_the_inner_rate(remat):
     np.testing.assert_allclose(jnp.exp(result.theta), rates[jnp.argmin(losses)], rtol=0.02)
 
 
+@pytest.mark.parametrize("inject", [False, True])
+def test_the_inner_optimizer_follows_theta(inject):
+    """Also where its state would keep the first theta's rate, and its momentum goes on."""
+
+    def optimizer(rate):
+        if inject:
+            make = optax.inject_hyperparams(optax.sgd)
+            return make(learning_rate=rate, momentum=0.5)
+        return optax.sgd(rate, momentum=0.5)
+
+    def moved(w, theta, v0):
+        return implicit.HyperGradient(-jnp.ones(()), w, None, None)
+
+    result = bilevel.solve(
+        lambda w, theta: w**2 / 2,
+        moved,
+        1.0,
+        0.0,
+        inner_optimizer=optimizer,
+        inner_steps=1,
+        outer_optimizer=optax.sgd(0.1),
+        num_steps=6,
+        every=2,
+    )
+    w, momentum, path = 1.0, 0.0, []
+    for i in range(6):
+        momentum = 0.5 * momentum + w
+        w -= 0.1 * i * momentum
+        path.append(w)
+    np.testing.assert_allclose(result.outer_losses, path, rtol=1e-9)
+    np.testing.assert_allclose(result.paths, path[1::2], rtol=1e-9)
+    np.testing.assert_allclose(result.thetas, [0.1, 0.3, 0.5], rtol=1e-9)
+
+
 def test_errors():
     problem = ridge()
     f = implicit.hypergradient(problem.outer, problem.inner, solver=lx.CG(**TIGHT))
@@ -140,7 +174,12 @@ def test_errors():
         run(every=3)
     with raises(ValueError, "`inner_steps`", "-1"):
         run(inner_steps=-1)
+    with raises(ValueError, "`inner_steps`", "2.5"):
+        run(inner_steps=2.5)
     with raises(ValueError, "`num_steps`", "0"):
         run(num_steps=0)
+    f = bilevel.unrolled(problem.outer, problem.inner, optimizer=optax.sgd(0.1), num_steps=2)
+    with raises(ValueError, "`keep_v=True`", "v = None"):
+        run(keep_v=True)
     with raises(ValueError, "`num_steps`", "0"):
         bilevel.unrolled(problem.outer, problem.inner, optimizer=optax.sgd(0.1), num_steps=0)

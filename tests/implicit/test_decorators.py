@@ -95,6 +95,39 @@ def test_closed_over_arrays_have_derivatives():
         np.testing.assert_allclose(gradient, truth, rtol=1e-7)
 
 
+def test_a_number_that_is_closed_over_and_no_arguments():
+    def outer(a):
+        return implicit.root(lambda x: x**2 - a)(lambda init: jnp.sqrt(a))(1.0)
+
+    for a in (4.0, jnp.float64(4.0)):
+        np.testing.assert_allclose(jax.jvp(outer, (a,), (1.0,))[1], 0.25, rtol=1e-9)
+        np.testing.assert_allclose(jax.hessian(outer)(a), -1 / 32, rtol=1e-9)
+        np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(outer))(a), -1 / 32, rtol=1e-9)
+
+
+def test_second_derivatives_in_a_scan():
+    """jax before 0.12 loses the rule in reverse over reverse, as the docstring says."""
+    root = implicit.root(lambda x, a: x**2 - a)(lambda init, a: jnp.sqrt(a))
+
+    def scanned(a):
+        return jax.lax.scan(lambda c, _: (root(1.0, c), None), a, length=2)[0]
+
+    truth = -3 / 16 * 16.0 ** (-7 / 4)
+    np.testing.assert_allclose(jax.grad(scanned)(16.0), 16.0 ** (-3 / 4) / 4, rtol=1e-9)
+    np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(scanned))(16.0), truth, rtol=1e-9)
+    if jax.__version_info__ >= (0, 12):
+        for second in (jax.hessian(scanned), jax.grad(jax.grad(scanned))):
+            np.testing.assert_allclose(second(16.0), truth, rtol=1e-9)
+
+
+def test_the_default_solver_on_a_larger_system():
+    matrix = 3 * jax.random.normal(jax.random.key(0), (50, 50)) / 50**0.5
+    solve = implicit.root(lambda x, a: matrix @ x - a)(lambda init, a: jnp.linalg.solve(matrix, a))
+    got = jax.jacrev(solve, 1)(jnp.zeros(50), jnp.ones(50))
+    inverse = jnp.linalg.inv(matrix)
+    assert jnp.linalg.norm(got - inverse) < 1e-6 * jnp.linalg.norm(inverse)
+
+
 def test_arguments_of_all_kinds():
     """Trees, keyword arguments, ints, keys, functions; and aux."""
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import pytest
 from conftest import raises
 from quadratics import quadratic, ridge
 
@@ -90,6 +91,41 @@ def test_a_series_that_diverges():
         info, checked = _both(problem.outer, problem.inner, w, theta, solver=fine)
         checked()
         assert info.converged
+
+
+@pytest.mark.parametrize(("step_size", "terms"), [(2.1, 5), (2.5, 3), (3.0, 2)])
+def test_a_series_that_has_only_begun_to_diverge(step_size, terms):
+    curvature = jnp.linspace(0.01, 1.0, 100)
+    _, checked = _both(
+        lambda w, theta: jnp.sum(w),
+        lambda w, theta: jnp.sum(curvature * w**2 / 2 - theta * w),
+        1 / curvature,
+        jnp.ones(100),
+        solver=implicit.neumann(terms, step_size),
+    )
+    with raises(implicit.HypergradientError, "diverges", "2 / lambda_max = 2"):
+        checked()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": implicit.identity(1e-3)},
+        {"solver": implicit.nystrom(2, 100.0)},
+        {"solver": lx.CG(**TIGHT), "damping": 100.0},
+        {"solver": implicit.neumann(5, 0.3)},
+    ],
+)
+def test_whether_it_is_solved_does_not_depend_on_the_solver(settings):
+    problem = ridge()
+    for share, healthy in ((0.5, False), (1.0, True), (1.001, True)):
+        w = share * problem.params
+        _, checked = _both(problem.outer, problem.inner, w, problem.theta, **settings)
+        if healthy:
+            checked()
+        else:
+            with raises(implicit.HypergradientError, "not solved"):
+                checked()
 
 
 def test_an_inner_problem_that_is_not_solved():

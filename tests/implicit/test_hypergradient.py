@@ -206,6 +206,38 @@ def test_gauss_newton():
     assert problem.hessian.shape == (8, 8)
 
 
+@pytest.mark.parametrize("name", [n for n in EXACT if n != "nystrom"])
+def test_an_outer_loss_that_does_not_see_the_params(name):
+    """Nothing to solve: the direct term alone, and nothing is wrong."""
+    f = implicit.hypergradient(
+        lambda w, theta: jnp.sum(theta**2) + 0 * jnp.sum(w),
+        lambda w, theta: jnp.sum((w - theta) ** 2),
+        solver=EXACT[name],
+        check=True,
+    )
+    out = f(jnp.ones(3), jnp.ones(3))
+    np.testing.assert_allclose(out.grad, 2)
+    assert out.info.converged
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3])
+@pytest.mark.parametrize("name", ["CG", "NormalCG", "GMRES", "LSMR", "dense"])
+def test_any_units(name, scale):
+    """An inner loss in large or small units, in the tolerances of single precision."""
+    curvature = jnp.array([1.0, 2.0, 5.0])
+    loose = {"rtol": 1e-5, "atol": 1e-5}
+    solver = {"CG": lx.CG(**loose), "GMRES": lx.GMRES(**loose), "LSMR": lx.LSMR(**loose)}
+    solver |= {"NormalCG": lx.Normal(lx.CG(**loose)), "dense": implicit.dense()}
+    f = implicit.hypergradient(
+        lambda w, theta: jnp.sum(w),
+        lambda w, theta: scale * jnp.sum(curvature * w**2 / 2 - theta * w),
+        solver=solver[name],
+        check=True,
+    )
+    out = f(1 / curvature, jnp.ones(3))
+    np.testing.assert_allclose(out.grad, 1 / curvature, rtol=1e-3)
+
+
 def test_warm_start():
     problem = ridge()
     for solver in (lx.CG(rtol=1e-6, atol=1e-6), lx.GMRES(rtol=1e-6, atol=1e-6)):

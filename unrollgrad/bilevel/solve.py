@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad import checks
-from unrollgrad.bilevel.unrolled import InnerOptimizer, _optimizer, descend
+from unrollgrad.bilevel.unrolled import InnerOptimizer, begun, descend
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta
 
@@ -79,8 +79,8 @@ def solve(
         The end, and both trajectories.
 
     Raises:
-        ValueError: For another start, a negative number of steps, or an ``every`` that does not
-            divide ``num_steps``.
+        ValueError: For another start, a negative number of steps, an ``every`` that does not divide
+            ``num_steps``, or ``keep_v`` where nothing is solved.
 
     Example:
         >>> import jax.numpy as jnp, lineax as lx, optax, unrollgrad as ug
@@ -101,17 +101,17 @@ def solve(
         raise ValueError(f'`start` must be "cold" or "warm"; got {start!r}.')
     num_steps = checks.positive_int("num_steps", num_steps)
     every = checks.positive_int("every", every)
-    if inner_steps < 0:
-        raise ValueError(f"`inner_steps` must not be negative; got {inner_steps}.")
+    if not isinstance(inner_steps, int) or inner_steps < 0:
+        raise ValueError(f"`inner_steps` must be a whole number, 0 or more; got {inner_steps!r}.")
     if num_steps % every:
         raise ValueError(f"`every`={every} must divide num_steps={num_steps}.")
     params, theta = trees.check_floating("params", params), checks.floating_theta(theta)
+    if keep_v and jax.eval_shape(hypergradient, params, theta).v is None:
+        raise ValueError("`keep_v=True` needs a hypergradient that solves; this one has v = None.")
 
     def train(theta, params, opt_state):
-        optimizer = _optimizer(inner_optimizer, theta)
-
         def turn(carry, _):
-            return descend(inner, optimizer, theta, *carry), None
+            return descend(inner, inner_optimizer, theta, *carry), None
 
         carry, _ = jax.lax.scan(turn, (params, opt_state), length=inner_steps)
         return carry
@@ -131,7 +131,7 @@ def solve(
 
     @jax.jit
     def run(params, theta):
-        begin = params, _optimizer(inner_optimizer, theta).init(params)
+        begin = params, begun(inner_optimizer, theta).init(params)
         v = jax.tree.map(jnp.zeros_like, trees.widen(params)) if keep_v else None
         carry = theta, begin, outer_optimizer.init(theta), v, theta
         carry, kept = jax.lax.scan(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks
+from unrollgrad import checks, inner_optimizers
 from unrollgrad.estimators import bptt
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta, UnrolledProblem
@@ -62,11 +62,10 @@ def unrolled(
         params = trees.check_floating("params", params)
 
         def init(key, theta):
-            return params, _optimizer(optimizer, theta).init(params)
+            return params, begun(optimizer, theta).init(params)
 
         def step(key, theta, state, t):
-            params, opt_state = descend(inner, _optimizer(optimizer, theta), theta, *state)
-            return (params, opt_state), jnp.zeros(())
+            return descend(inner, optimizer, theta, *state), jnp.zeros(())
 
         def evaluate(key, theta, state):
             return outer(state[0], theta)
@@ -81,16 +80,19 @@ def unrolled(
 
 def descend(
     inner: Callable[[Any, Theta], Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: InnerOptimizer,
     theta: Theta,
     params: Any,
     opt_state: Any,
 ) -> tuple[Any, Any]:
-    """One inner step: params and the optimizer's state."""
+    """One inner step: params and the optimizer's state, with this theta's hyperparameters."""
     grad = jax.grad(inner)(params, theta)
-    updates, opt_state = optimizer.update(grad, opt_state, params)
+    updates, opt_state = inner_optimizers.update(
+        lambda theta, t: begun(optimizer, theta), theta, 0, grad, opt_state, params
+    )
     return optax.apply_updates(params, updates), opt_state
 
 
-def _optimizer(optimizer: InnerOptimizer, theta: Theta) -> optax.GradientTransformation:
+def begun(optimizer: InnerOptimizer, theta: Theta) -> optax.GradientTransformation:
+    """The optimizer for this theta."""
     return optimizer(theta) if callable(optimizer) else optimizer

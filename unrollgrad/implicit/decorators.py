@@ -32,13 +32,17 @@ def root(
     with ``while_loop`` or, outside jit, leave jax. ``init`` has no gradient. What ``optimality``
     closes over is differentiated as its arguments are; so ``solve`` may close over it too.
 
+    Beware of *second* derivatives inside ``lax.scan`` or ``lax.map`` on jax 0.10: a derivative of
+    ``jax.grad`` is 0 there, since jax loses the rule, as it does that of its own ``custom_root``.
+    jax 0.12 has it right, and so have both in ``jacfwd`` of ``jacfwd``.
+
     Time: of each derivative, one linear solve with products of A or A^T, each about one evaluation
     of optimality's derivative. Memory: one linearisation of optimality; no path is kept.
 
     Args:
         optimality: ``optimality(params, *args, **kwargs)``, a tree like params.
-        solver: Of the linear systems, lineax's or ours; by default ``lineax.GMRES``. One that
-            stops after some terms gives that approximation, silently.
+        solver: Of the linear systems, lineax's or ours; by default ``lineax.GMRES``, restarted
+            after 200 vectors. One that stops early gives that approximation, silently.
         has_aux: ``solve`` returns ``(params, aux)``; aux has no derivative.
 
     Returns:
@@ -290,15 +294,18 @@ def _attached(
         return unknowns, trees.narrow(x, unknowns)
 
     value.defjvp(rule, symbolic_zeros=True)
-    return structure.unflatten(value(leaves, *arrays, *program.consts))
+    consts = [jnp.asarray(c) for c in program.consts]
+    return structure.unflatten(value(leaves, *arrays, *consts))
 
 
 def _default(leaves: list[jax.Array], tags: Any) -> lx.AbstractLinearSolver:
     """To the precision of the dtype, as far as that goes with rounding."""
     tolerance = float(jnp.finfo(trees.dtype(leaves)).eps) ** 0.75
-    steps = max(10, min(10 * trees.size(leaves), 1000))
-    kind = lx.CG if tags else lx.GMRES
-    return kind(rtol=tolerance, atol=tolerance, max_steps=steps)
+    size = trees.size(leaves)
+    steps = max(10, min(10 * size, 1000))
+    if tags:
+        return lx.CG(rtol=tolerance, atol=tolerance, max_steps=steps)
+    return lx.GMRES(rtol=tolerance, atol=tolerance, max_steps=steps, restart=min(size, 200))
 
 
 def _check_function(name: str, function: Any) -> None:

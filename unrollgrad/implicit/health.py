@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import lineax as lx
 
 from unrollgrad.implicit import trees
-from unrollgrad.implicit.linear import Solution
+from unrollgrad.implicit.linear import Solution, solve
 
 _LANCZOS_STEPS = 16
 _PROBES = 3
-_MOVE = 0.01  # of the params, by one Newton step: more is an inner problem that is not solved
+_UNSOLVED = 0.01  # of the inner loss: what a Newton step would still take from it
 
 
 class HypergradientInfo(NamedTuple):
@@ -27,8 +27,8 @@ class HypergradientInfo(NamedTuple):
             vectors: rounding only, unless the curvature is not that of a function.
         negative_curvature: The most negative curvature seen by 16 Lanczos steps from a random
             vector, its sign turned: v^T H v / v^T v = -negative_curvature. 0 where none was seen.
-        converged: Whether the solver says that it reached its aim (a number of terms is one), its
-            result is finite, and a Neumann series does not diverge.
+        converged: Whether the solver says that it reached its aim (a number of terms is one) and
+            its result is finite and no worse than q = 0, which a diverging series is.
     """
 
     stationarity: jax.Array
@@ -61,7 +61,9 @@ def examine(operator: Any, gradient: Any, vector: Any, solution: Solution) -> Hy
         iterations=solution.num_steps,
         asymmetry=_asymmetry(operator, vector),
         negative_curvature=jnp.maximum(-spectrum(operator, vector).smallest, 0),
-        converged=(solution.result == lx.RESULTS.successful) & jnp.isfinite(trees.norm(q)),
+        converged=(solution.result == lx.RESULTS.successful)
+        & jnp.isfinite(trees.norm(q))
+        & (residual <= 1.001),
     )
 
 
@@ -103,23 +105,44 @@ def spectrum(operator: Any, like: Any) -> Spectrum:
     return Spectrum(ends[0], ends[-1])
 
 
+class Place(NamedTuple):
+    """Where a hypergradient was taken: what ``check`` looks at besides the solve.
+
+    Attributes:
+        params: There.
+        inner_loss: There.
+        gradient: d inner / d params.
+        curvature: The operator without damping.
+    """
+
+    params: Any
+    inner_loss: jax.Array
+    gradient: Any
+    curvature: Any
+
+
 def check(
-    operator: Any, params: Any, newton: Any, solution: Solution, info: HypergradientInfo
+    operator: Any,
+    solver: lx.AbstractLinearSolver,
+    solution: Solution,
+    place: Place,
+    info: HypergradientInfo,
 ) -> None:
     """Raises if something is wrong, with the likely cause and what to do; needs concrete values.
 
     Args:
         operator: H with its damping.
-        params: Where it was taken.
-        newton: The Newton step, the same solve for the inner gradient.
-        solution: Of the solve.
+        solver: The solver.
+        solution: What it returned.
+        place: Where.
         info: What was seen.
 
     Raises:
         HypergradientError: If so.
     """
+    params = place.params
     tolerance = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)) ** 0.5
-    ends = spectrum(operator, newton)
+    ends = spectrum(operator, solution.value)
     scale = max(abs(float(ends.smallest)), abs(float(ends.largest)))
     problems = []
     if not jnp.isfinite(info.stationarity):
@@ -140,33 +163,46 @@ def check(
             "params are at no minimum of `inner`. Take more inner steps, or "
             f"damping={2 * negative:.1g}, or curvature=implicit.gauss_newton(...)."
         )
-    problems += _of_solve(operator, solution, info, ends, tolerance)
-    move = float(trees.norm(newton)) / max(float(trees.norm(trees.widen(params))), 1e-30)
-    if not problems and not move <= _MOVE:
+    problems += _of_solve(operator, solver, solution, info, ends, tolerance)
+    if not problems and (left := _left_to_gain(place)) > _UNSOLVED:
         problems.append(
             f"the inner problem is not solved: its gradient has norm {float(info.stationarity):.3g}"
-            f", and one Newton step would move the params by {100 * move:.3g} % of their norm. "
-            "Take more inner steps, or differentiate the path instead (bilevel.unrolled, bptt)."
+            f", and a Newton step would still take {100 * left:.2g} % from its loss. Take more "
+            "inner steps, or differentiate the path instead (bilevel.unrolled, bptt)."
         )
     if problems:
         raise HypergradientError("; ".join(problems))
 
 
+def _left_to_gain(place: Place) -> float:
+    """g^T H^-1 g / 2 as a share of the inner loss, by conjugate gradients."""
+    gradient = trees.widen(place.gradient)
+    cg = lx.CG(rtol=1e-3, atol=1e-3, max_steps=100)
+    step = solve(place.curvature, gradient, cg).value
+    return float(trees.dot(gradient, step)) / 2 / max(abs(float(place.inner_loss)), 1e-30)
+
+
 def _of_solve(
-    operator: Any, solution: Solution, info: HypergradientInfo, ends: Spectrum, tolerance: float
+    operator: Any,
+    solver: lx.AbstractLinearSolver,
+    solution: Solution,
+    info: HypergradientInfo,
+    ends: Spectrum,
+    tolerance: float,
 ) -> list[str]:
     """What is wrong with the solve itself."""
     q, result = solution.value, solution.result
-    bounded = bool(result == lx.RESULTS.max_steps_reached) and float(info.residual) <= 1
+    largest, iterations = float(ends.largest), int(info.iterations)
+    rate = getattr(solver, "step_size", "auto")
+    if iterations > 1 and not isinstance(rate, str) and float(rate) * largest > 2:
+        return [
+            f"Neumann's series diverges: step_size={float(rate):.3g}, and it must be below 2 / "
+            f"lambda_max = {2 / largest:.2g} (residual {float(info.residual):.2g} after "
+            f'{iterations} terms). Use step_size="auto", or another solver'
+        ]
+    bounded = bool(result == lx.RESULTS.max_steps_reached) and float(info.residual) < 1
     if bool(info.converged) or bounded:  # a solve of few terms is a result
         return []
-    largest, iterations = float(ends.largest), int(info.iterations)
-    if bool(result == lx.RESULTS.breakdown) and float(info.residual) > 1:
-        return [
-            f"the solve diverges (residual {float(info.residual):.2g} times the right-hand side "
-            f"after {iterations} steps). Neumann's series needs step_size < 2 / lambda_max = "
-            f'{2 / largest:.2g}: use step_size="auto", or another solver'
-        ]
     square = float(trees.dot(q, q))
     curvature = float(trees.dot(q, operator.mv(q))) / square if 0 < square < jnp.inf else 0.0
     singular = (

@@ -44,31 +44,43 @@ def solve(
         solver: lineax's.
         start: Where an iterative solver begins; zero by default.
     """
-    size, factor = trees.norm(vector), _factor(solver, vector)
+    size = trees.norm(vector)
     unit = jnp.where(size > 0, size, 1)
+    right = trees.scale(1 / unit, vector)
+    factor = _factor(operator, right, solver)
     options = {} if start is None else {"y0": trees.scale(1 / (unit * factor), start)}
-    if factor > 1:
-        operator = _scaled(operator, factor, vector)
-    state = solver.init(operator, options)
-    value, result, stats = solver.compute(state, trees.scale(1 / unit, vector), options)
+    state = solver.init(_scaled(operator, factor, vector), options)
+    value, result, stats = solver.compute(state, right, options)
+    # Some solvers divide zero by zero where there is nothing to solve.
+    value = jax.tree.map(lambda x: jnp.where(size > 0, x, 0), value)
+    result = lx.RESULTS.where(size > 0, result, lx.RESULTS.successful)
     num_steps = jnp.asarray(stats.get("num_steps", 0), jnp.int32)
     return Solution(trees.scale(size * factor, value), result, num_steps)
 
 
-def _factor(solver: lx.AbstractLinearSolver, like: Any) -> int:
-    """What the matrix is multiplied by for ``lineax.CG``, a power of two; 1 for other solvers.
+def _factor(operator: Any, right: Any, solver: lx.AbstractLinearSolver) -> Any:
+    """What the matrix is multiplied by for solvers that know absolute numbers; 1 for the others.
 
-    CG returns NaN where a curvature is below 100 d times the machine epsilon, in whatever units:
-    10 for a million unknowns in float32. Multiplied by this it is a millionth.
+    ``lineax.CG`` returns NaN where a curvature is below 100 d times the machine epsilon, in
+    whatever units: 10 for a million unknowns in float32. Multiplied by this power of two it is a
+    millionth. ``lineax.LSMR`` stops early where the matrix is small, ``lineax.Normal`` squares it:
+    they get one of norm about 1, for one product more.
     """
-    inner = solver.inner_solver if isinstance(solver, lx.Normal) else solver
-    if not isinstance(inner, lx.CG):
-        return 1
-    least = 100 * trees.size(like) * float(jnp.finfo(trees.dtype(like)).eps)
-    return 2 ** max(0, math.ceil(math.log2(1e6 * least)))
+    factor, inner = 1, solver
+    if isinstance(solver, lx.LSMR | lx.Normal):
+        norm = trees.norm(operator.mv(right))
+        factor = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 1)
+        inner = getattr(solver, "inner_solver", solver)
+    if isinstance(inner, lx.CG):
+        least = 100 * trees.size(right) * float(jnp.finfo(trees.dtype(right)).eps)
+        factor = factor * 2 ** max(0, math.ceil(math.log2(1e6 * least)))
+    return factor
 
 
-def _scaled(operator: Any, factor: int, like: Any) -> Any:
+def _scaled(operator: Any, factor: Any, like: Any) -> Any:
+    if isinstance(factor, int) and factor == 1:
+        return operator
+
     def mv(v):
         return trees.scale(factor, operator.mv(v))
 
