@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from sklearn import datasets
 
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import bilevel, implicit
 from unrollgrad.extras import need
@@ -191,13 +191,7 @@ def clean(settings: Settings, task: Task, params: Any) -> bilevel.BilevelResult:
     )
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the test accuracy of the references and along the cleaning, and the weights."""
     here = task(settings, seed)
     progress("references", 0.0)
@@ -378,10 +372,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("series",),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "data_cleaning",
 )

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from experiments.data_cleaning import Data, accuracy, cross_entropies, digits, minimise, zeros
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import bilevel, implicit
 from unrollgrad.extras import need
@@ -121,13 +121,7 @@ def random_images(key: jax.Array, data: Data) -> jax.Array:
     return data.images[order[first]]
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes accuracies on held-out images of classifiers trained anew, and the images."""
     split, draws = jax.random.split(jax.random.key(seed))
     train, test = digits(split, settings.num_train)
@@ -285,10 +279,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("series", "image"),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "distillation",
 )

@@ -22,6 +22,10 @@ SCALES = ("smoke", "cpu", "paper")
 """smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
 
 
+Write = Callable[[dict[str, Any]], None]
+Progress = Callable[[str, float], None]
+
+
 class Claim(NamedTuple):
     """What a paper (or the theory) says, and what came out here.
 
@@ -47,7 +51,6 @@ class Experiment(NamedTuple):
         settings: A frozen dataclass with fields ``scale``, ``seeds`` and ``out`` among others.
         scales: Settings by scale: "smoke", "cpu", "paper".
         labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
-        fill: ``fill(settings)`` puts what depends on other settings in place of None.
         run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` with what is
             computed as soon as it is: a dict of the labels, perhaps ``step``, and numbers by
             metric; and ``progress(text, fraction)`` in between. What it keeps in the results'
@@ -55,7 +58,8 @@ class Experiment(NamedTuple):
         draw: ``draw(records, config)`` returns a matplotlib figure, from the CSV alone.
         show: ``show(records)`` prints the result.
         claims: ``claims(summary)`` compares a recorded result with the papers.
-        title: ``title(settings)``, the name of the results' folder.
+        fill: ``fill(settings)`` puts what depends on other settings in place of None.
+        title: ``title(settings)``, the name of the results' folder; ``name`` by default.
     """
 
     name: str
@@ -63,14 +67,12 @@ class Experiment(NamedTuple):
     settings: type
     scales: dict[str, Any]
     labels: tuple[str, ...]
-    fill: Callable[[Any], Any]
-    run: Callable[
-        [Any, int, Path, Callable[[dict[str, Any]], None], Callable[[str, float], None]], None
-    ]
+    run: Callable[[Any, int, Path, Write, Progress], None]
     draw: Callable[[list[Record], dict[str, Any]], Any]
     show: Callable[[list[Record]], None]
     claims: Callable[[Summary], list[Claim]]
-    title: Callable[[Any], str]
+    fill: Callable[[Any], Any] = lambda settings: settings
+    title: Callable[[Any], str] | None = None
 
 
 def execute(experiment: Experiment, settings: Any) -> Path | None:
@@ -95,7 +97,8 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
             experiment.run(settings, seed, folder, lambda numbers: None, lambda text, done: None)
         return None
     resume: Path | None = getattr(settings, "resume", None)
-    folder = resume or results.new_folder(settings.out, experiment.title(settings))
+    title = experiment.title(settings) if experiment.title else experiment.name
+    folder = resume or results.new_folder(settings.out, title)
     with contextlib.ExitStack() as stack:
         if hasattr(settings, "resume"):  # before anything is written into a folder that is in use
             stack.enter_context(checkpoints.lock(folder / "checkpoints"))

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
 
@@ -46,13 +46,7 @@ SCALES = {
 PER_DISPATCH = 100
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes every repeat's microseconds per step, and their ratio."""
     problem, theta = ug.problems.influence_balancing(horizon=100)
     pes = {"truncation": 1, "sigma": 0.1}
@@ -154,10 +148,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("layout",),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "fit_overhead",
 )

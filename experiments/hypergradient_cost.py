@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import implicit
 from unrollgrad.extras import need
@@ -135,13 +135,7 @@ def _jaxopt(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
     return run
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes seconds of every kind, by products and by hyperparameters."""
     cells = [("products", settings.hyperparameters[0], k) for k in settings.terms]
     cells += [("hyperparameters", p, settings.terms[0]) for p in settings.hyperparameters]
@@ -241,10 +235,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("axis", "number", "kind"),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "hypergradient_cost",
 )

@@ -14,7 +14,7 @@ import optax
 from sklearn import datasets
 
 import unrollgrad as ug
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
 
@@ -70,13 +70,7 @@ class Data(NamedTuple):
     validation_targets: jax.Array
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes how far every method is from the exact hypergradient, by its number of terms.
 
     gain is the cosine less that of the fewest terms; fall, how far it has been below an earlier one
@@ -311,10 +305,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("method", "terms"),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "hypergradient_quality",
 )

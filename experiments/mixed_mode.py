@@ -13,7 +13,7 @@ import optax
 
 import unrollgrad as ug
 from experiments import mixed_gradient
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
 
@@ -76,13 +76,7 @@ SCALES = {
 }
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes MiB and seconds of every workload, estimator and gradient."""
     cells = [(w, e) for w in settings.workloads for e in ESTIMATORS]
     for i, (workload, name) in enumerate(cells):
@@ -200,10 +194,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("workload", "estimator", "gradient"),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "mixed_mode",
 )

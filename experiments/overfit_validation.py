@@ -1,7 +1,6 @@
 """``overfit_validation``: as many decay rates as weights, tuned until 50 images are all right."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import optax
 from sklearn import datasets
 
 import unrollgrad as ug
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
 
@@ -61,13 +60,7 @@ SCALES = {
 }
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the accuracies along each run."""
     cells = [(m, d) for m in settings.models for d in (TUNED, FIXED)]
     for i, (model, decay) in enumerate(cells):
@@ -239,10 +232,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("model", "decay"),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "overfit_validation",
 )

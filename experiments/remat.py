@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
 
@@ -56,13 +56,7 @@ SCALES = {
 KINDS: dict[str, Any] = {"none": None, "step": "step", "sqrt": "sqrt", "2 states": 2}
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes MiB and seconds of every kind, and MiB against the horizon."""
     key = jax.random.key(seed)
     programs, mebibytes = {}, {}
@@ -186,10 +180,8 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("workload", "remat"),
-    fill=lambda settings: settings,
     run=run,
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "remat",
 )

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments.experiment import Claim, Experiment
+from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems.fourier import (
     TARGETS,
     Data,
@@ -97,13 +97,7 @@ def fill(settings: Settings) -> Settings:
     return settings
 
 
-def run(
-    settings: Settings,
-    seed: int,
-    folder: Path,
-    write: Callable[[dict[str, Any]], None],
-    progress: Callable[[str, float], None],
-) -> None:
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the losses along each run of one point, and where antidistillation ends."""
     with jax.enable_x64(True):
         optimizers = [f"adam {rate:g}" for rate in settings.adam_rates]
@@ -390,5 +384,4 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: "warm_vs_cold",
 )
