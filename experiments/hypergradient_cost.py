@@ -1,6 +1,7 @@
 """What a hypergradient costs, beside the products that it is made of."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import time
@@ -137,24 +138,29 @@ def _jaxopt(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes seconds of every kind, by products and by hyperparameters."""
-    cells = [("products", settings.hyperparameters[0], k) for k in settings.terms]
-    cells += [("hyperparameters", p, settings.terms[0]) for p in settings.hyperparameters]
-    for i, (axis, number, terms) in enumerate(cells):
-        progress(f"{number} hyperparameters, {terms} products", i / len(cells))
-        here = problem(jax.random.key(seed), settings.width, settings.batch, number)
-        programs = {name: jax.jit(f) for name, f in kinds(here, terms).items()}
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for repeat in range(settings.num_repeats + 1):
+    sweeps = {
+        "products": [(k, settings.hyperparameters[0], k) for k in settings.terms],
+        "hyperparameters": [(p, p, settings.terms[0]) for p in settings.hyperparameters],
+    }
+    for i, (axis, cells) in enumerate(sweeps.items()):
+        programs: dict[tuple[int, str], Callable[[], Any]] = {}
+        for number, hyperparameters, terms in cells:
+            here = problem(jax.random.key(seed), settings.width, settings.batch, hyperparameters)
+            for kind, f in kinds(here, terms).items():
+                arguments = here.params, here.theta
+                programs[number, kind] = functools.partial(jax.jit(f), *arguments)
+        seconds: dict[tuple[int, str], list[float]] = {name: [] for name in programs}
+        for repeat in range(settings.num_repeats + 1):  # in turn, as the machine changes its pace
+            progress(axis, (i + repeat / (settings.num_repeats + 1)) / len(sweeps))
             for name, program in programs.items():
                 begun = time.perf_counter()
-                jax.block_until_ready(program(here.params, here.theta))
+                jax.block_until_ready(program())
                 if repeat:
                     seconds[name].append(time.perf_counter() - begun)
-        for name, values in seconds.items():
-            ratio = float(np.median(np.divide(values, seconds["floor"])))
+        for (number, kind), values in seconds.items():
+            ratio = float(np.median(np.divide(values, seconds[number, "floor"])))
             numbers = {"seconds": float(np.median(values)), "over_floor": ratio}
-            size = terms if axis == "products" else number
-            write({"axis": axis, "number": str(size), "kind": name, **numbers})
+            write({"axis": axis, "number": str(number), "kind": kind, **numbers})
 
 
 def _lines(records: list[Record], axis: str, metric: str) -> dict[str, dict[int, float]]:

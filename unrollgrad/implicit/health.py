@@ -149,10 +149,10 @@ def check(
         problems.append(
             "the inner gradient is not finite: the inner problem has diverged. Lower its rate."
         )
-    elif float(info.asymmetry) > 10 * tolerance:
+    elif isinstance(solver, lx.CG | lx.Cholesky) and float(info.asymmetry) > 10 * tolerance:
         problems.append(
-            f"the operator is not symmetric (asymmetry {float(info.asymmetry):.2g}), as CG and "
-            "Neumann's series need it. Use lineax.GMRES, lineax.BiCGStab or "
+            f"the operator is not symmetric (asymmetry {float(info.asymmetry):.2g}), as "
+            f"{type(solver).__name__} needs it. Use lineax.GMRES, lineax.BiCGStab or "
             "lineax.Normal(lineax.CG(...)); a stop_gradient in `inner` or a `curvature` of your "
             "own are the usual causes."
         )

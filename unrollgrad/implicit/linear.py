@@ -34,7 +34,7 @@ class Solution(NamedTuple):
 def solve(
     operator: Any, vector: Any, solver: lx.AbstractLinearSolver, start: Any = None
 ) -> Solution:
-    """X with ``operator x = vector``, whatever became of it.
+    """Solves ``operator x = vector``, and says what became of it.
 
     The solver gets a vector of norm 1, so that its tolerances are relative to it.
 
@@ -98,7 +98,7 @@ def differentiable_solve(
     seen: Sequence[jax.Array],
     tags: Any = (),
 ) -> Any:
-    """X with ``matvec(x) = vector``, under jvp, vjp, vmap and again.
+    """Solves ``matvec(x) = vector``, under jvp, vjp, vmap and again.
 
     jax transposes a linear solve only where *all* of its right-hand side is linear in what is
     differentiated. ``unseen`` zeros bind its leaves together, so that none of them is constant
