@@ -144,19 +144,20 @@ def check(
     tolerance = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(params)) ** 0.5
     ends = spectrum(operator, solution.value)
     scale = max(abs(float(ends.smallest)), abs(float(ends.largest)))
+    symmetric = not float(info.asymmetry) > 10 * tolerance  # else there is no sign of a curvature
     problems = []
     if not jnp.isfinite(info.stationarity):
         problems.append(
             "the inner gradient is not finite: the inner problem has diverged. Lower its rate."
         )
-    elif isinstance(solver, lx.CG | lx.Cholesky) and float(info.asymmetry) > 10 * tolerance:
+    elif not symmetric and isinstance(solver, lx.CG | lx.Cholesky):
         problems.append(
             f"the operator is not symmetric (asymmetry {float(info.asymmetry):.2g}), as "
             f"{type(solver).__name__} needs it. Use lineax.GMRES, lineax.BiCGStab or "
             "lineax.Normal(lineax.CG(...)); a stop_gradient in `inner` or a `curvature` of your "
             "own are the usual causes."
         )
-    elif float(info.negative_curvature) > tolerance * scale:
+    elif symmetric and float(info.negative_curvature) > tolerance * scale:
         negative = float(info.negative_curvature)
         problems.append(
             f"the Hessian is indefinite (curvature {-negative:.3g}, the largest {scale:.3g}): the "
@@ -164,7 +165,7 @@ def check(
             f"damping={2 * negative:.1g}, or curvature=implicit.gauss_newton(...)."
         )
     problems += _of_solve(operator, solver, solution, info, ends, tolerance)
-    if not problems and (left := _left_to_gain(place)) > _UNSOLVED:
+    if symmetric and not problems and (left := _left_to_gain(place)) > _UNSOLVED:
         problems.append(
             f"the inner problem is not solved: its gradient has norm {float(info.stationarity):.3g}"
             f", and a Newton step would still take {100 * left:.2g} % from its loss. Take more "
