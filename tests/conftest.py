@@ -20,6 +20,13 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every compiled program takes memory maps; Linux ends a process that asks for 65,530."""
+    yield
+    jax.clear_caches()
+
+
 def raises(error, *parts):
     """A context that expects ``error`` with all the parts in its message."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
