@@ -316,7 +316,7 @@ def claims(summary: Summary) -> list[Claim]:
                 f"with {share} wrong labels, learned weights give at least 5 points of test "
                 "accuracy over equal ones, both trained to convergence",
                 source,
-                f"{_points(gain)} points: " + _compared(summary),
+                f"{points(gain)} points: " + _compared(summary),
                 gain["mean"] >= 0.05,
             )
         )
@@ -348,7 +348,7 @@ def claims(summary: Summary) -> list[Claim]:
                 Claim(
                     f"cleaning is better than {says}",
                     "a control of ours",
-                    f"{_points(found)} points",
+                    f"{points(found)} points",
                     found["mean"] > 0 if clear else None,
                 )
             )
@@ -358,10 +358,11 @@ def claims(summary: Summary) -> list[Claim]:
 def _compared(summary: Summary) -> str:
     names = ("cleaning, trained anew", *REFERENCES)
     found = {name: summary.find("test_accuracy", series=name) for name in names}
-    return ", ".join(f"{name} {_points(result)} %" for name, result in found.items() if result)
+    return ", ".join(f"{name} {points(result)} %" for name, result in found.items() if result)
 
 
-def _points(result: dict[str, Any]) -> str:
+def points(result: dict[str, Any]) -> str:
+    """A share in per cent, with its standard error."""
     se = f" ± {100 * result['se']:.1f}" if result["se"] is not None else ""
     return f"{100 * result['mean']:.1f}{se}"
 

@@ -12,7 +12,15 @@ import lineax as lx
 import numpy as np
 import optax
 
-from experiments.data_cleaning import Data, accuracy, cross_entropies, digits, minimise, zeros
+from experiments.data_cleaning import (
+    Data,
+    accuracy,
+    cross_entropies,
+    digits,
+    minimise,
+    points,
+    zeros,
+)
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import bilevel, implicit
@@ -261,16 +269,11 @@ def claims(summary: Summary) -> list[Claim]:
                     Claim(
                         f"ten images distilled with {name} train a better classifier than {says}",
                         "Lorraine et al. 2020 (pictures only: no number of theirs)",
-                        f"{_points(ours)} against {_points(theirs)} %: {_points(gain)} points",
+                        f"{points(ours)} against {points(theirs)} %: {points(gain)} points",
                         gain["mean"] > 2 * gain["se"] if gain["se"] is not None else None,
                     )
                 )
     return out
-
-
-def _points(result: dict[str, Any]) -> str:
-    se = f" ± {100 * result['se']:.1f}" if result["se"] is not None else ""
-    return f"{100 * result['mean']:.1f}{se}"
 
 
 EXPERIMENT = Experiment(

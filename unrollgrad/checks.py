@@ -44,23 +44,52 @@ def floating_theta(theta: Theta) -> Theta:
         ValueError: If theta has no leaves.
         TypeError: If a leaf is not floating.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    return floating(
+        "theta",
+        theta,
+        "Move it out of theta (into the problem's closure or the inner state), or make it "
+        "floating.",
+        what="outer parameters",
+    )
+
+
+def floating(name: str, tree: Any, advice: str, what: str = "they") -> Any:
+    """Returns the tree with every leaf a strongly typed floating array.
+
+    Raises:
+        ValueError: If it has no leaves, or an empty one.
+        TypeError: If a leaf is not floating.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
         raise ValueError(
-            f"`theta` has no floating leaves; got {theta!r}. Pass the parameters to be tuned."
+            f"`{name}` has no floating leaves; got {tree!r}. Pass the parameters to be tuned."
         )
     for path, leaf in leaves:
         if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
             raise TypeError(
-                f"theta{jax.tree_util.keystr(path)} is {describe(leaf)}; outer parameters must be "
-                "real floating-point arrays. Move it out of theta (into the problem's closure or "
-                "the inner state), or make it floating."
+                f"{name}{jax.tree_util.keystr(path)} is {describe(leaf)}; {what} must be "
+                f"real floating-point arrays. {advice}"
             )
         if np.size(leaf) == 0:
             raise ValueError(
-                f"theta{jax.tree_util.keystr(path)} is empty: {describe(leaf)}. Remove the leaf."
+                f"{name}{jax.tree_util.keystr(path)} is empty: {describe(leaf)}. Remove the leaf."
             )
-    return jax.tree.map(strong, theta)
+    return jax.tree.map(strong, tree)
+
+
+def shape_difference(expected: Any, got: Any) -> str | None:
+    """Where the shapes of two trees first differ, and how; None if they do not."""
+
+    def shapes(tree):
+        named = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): np.shape(x) for path, x in named}
+
+    a, b = shapes(expected), shapes(got)
+    for path in [*a, *b]:
+        if a.get(path) != b.get(path):
+            return f"{path}: expected {a.get(path, 'nothing')}, got {b.get(path, 'nothing')}"
+    return None
 
 
 def strong_state(state: State, made_by: str) -> State:

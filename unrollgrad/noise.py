@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from unrollgrad import checks
 from unrollgrad.types import Key, Theta
 
 
@@ -42,18 +43,12 @@ def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
     """
     unit = law.sample(key, law.init(theta), theta, num_pairs)
 
-    def shapes(tree, *leading):
-        named = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): (*leading, *jnp.shape(x)) for path, x in named}
-
-    expected, got = shapes(theta, num_pairs), shapes(unit)
-    for path in [*expected, *got]:
-        if expected.get(path) != got.get(path):
-            raise TypeError(
-                f"`noise` must draw a tree like theta with a leading axis num_pairs={num_pairs}; "
-                f"at theta{path} its sample has shape {got.get(path, 'nothing')}, expected "
-                f"{expected.get(path, 'nothing')}."
-            )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_pairs, *x.shape), x.dtype), theta)
+    if difference := checks.shape_difference(like, unit):
+        raise TypeError(
+            f"`noise` must draw a tree like theta with a leading axis num_pairs={num_pairs}; its "
+            f"sample differs at theta{difference}."
+        )
     return unit
 
 

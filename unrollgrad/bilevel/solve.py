@@ -60,7 +60,8 @@ def solve(
     With a unique minimum and enough inner steps both are the same.
 
     Time: per outer step ``inner_steps`` gradients of inner and a hypergradient. Memory: what is
-    kept, one theta and params per ``every`` steps. All in one compiled program.
+    kept, one theta and params per ``every`` steps. All in one program, compiled in every
+    call.
 
     Args:
         inner: ``inner(params, theta) -> scalar``.

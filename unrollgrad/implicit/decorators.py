@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optax
 from jax.custom_derivatives import SymbolicZero
 
 from unrollgrad import checks
@@ -301,7 +302,7 @@ def _attached(
 def _default(leaves: list[jax.Array], tags: Any) -> lx.AbstractLinearSolver:
     """To the precision of the dtype, as far as that goes with rounding."""
     tolerance = float(jnp.finfo(trees.dtype(leaves)).eps) ** 0.75
-    size = trees.size(leaves)
+    size = optax.tree.size(leaves)
     steps = max(10, min(10 * size, 1000))
     if tags:
         return lx.CG(rtol=tolerance, atol=tolerance, max_steps=steps)
@@ -315,17 +316,8 @@ def _check_function(name: str, function: Any) -> None:
 
 def _check_like(name: str, params: Any, out: Any) -> None:
     """Raises TypeError if ``out`` has not the structure and shapes of params."""
-
-    def shapes(tree):
-        named = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): jnp.shape(x) for path, x in named}
-
-    a, b = shapes(params), shapes(out)
-    if a != b:
-        different = [p for p in [*a, *b] if a.get(p) != b.get(p)]
-        first = different[0]
+    if difference := checks.shape_difference(params, out):
         raise TypeError(
             f"`{name}` must return a tree like params, with one equation for each of their "
-            f"numbers; at params{first} it has {b.get(first, 'nothing')} for "
-            f"{a.get(first, 'nothing')}."
+            f"numbers; it differs at params{difference}."
         )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optax
 
 from unrollgrad.implicit import trees
 from unrollgrad.implicit.linear import Solution, solve
@@ -53,23 +54,23 @@ class Spectrum(NamedTuple):
 def examine(operator: Any, gradient: Any, vector: Any, solution: Solution) -> HypergradientInfo:
     """The info of a solve of ``operator q = vector``."""
     q = solution.value
-    size = trees.norm(vector)
-    residual = trees.norm(trees.add(vector, operator.mv(q), -1)) / jnp.where(size > 0, size, 1)
+    size = optax.tree.norm(vector)
+    residual = optax.tree.norm(trees.add(vector, operator.mv(q), -1)) / jnp.where(size > 0, size, 1)
     return HypergradientInfo(
-        stationarity=trees.norm(trees.widen(gradient)),
+        stationarity=optax.tree.norm(trees.widen(gradient)),
         residual=residual,
         iterations=solution.num_steps,
         asymmetry=_asymmetry(operator, vector),
         negative_curvature=jnp.maximum(-spectrum(operator, vector).smallest, 0),
         converged=(solution.result == lx.RESULTS.successful)
-        & jnp.isfinite(trees.norm(q))
+        & jnp.isfinite(optax.tree.norm(q))
         & (residual <= 1.001),
     )
 
 
 def _asymmetry(operator: Any, like: Any) -> jax.Array:
     keys = jax.random.split(jax.random.key(1), _PROBES)
-    vectors = [trees.random_like(key, like) for key in keys]
+    vectors = [optax.tree.random_like(key, like) for key in keys]
     images = [operator.mv(v) for v in vectors]
     pairs = [(i, j) for i in range(_PROBES) for j in range(i)]
     skew = sum(
@@ -81,9 +82,9 @@ def _asymmetry(operator: Any, like: Any) -> jax.Array:
 
 def spectrum(operator: Any, like: Any) -> Spectrum:
     """Lanczos from a random vector, three vectors at a time."""
-    steps = min(_LANCZOS_STEPS, trees.size(like))
-    v = trees.random_like(jax.random.key(2), like)
-    v = trees.scale(1 / trees.norm(v), v)
+    steps = min(_LANCZOS_STEPS, optax.tree.size(like))
+    v = optax.tree.random_like(jax.random.key(2), like)
+    v = trees.scale(1 / optax.tree.norm(v), v)
     nothing = jax.tree.map(jnp.zeros_like, v)
 
     def turn(carry, _):
@@ -91,7 +92,7 @@ def spectrum(operator: Any, like: Any) -> Spectrum:
         w = trees.add(operator.mv(v), before, -beta)
         alpha = trees.dot(v, w)
         w = trees.add(w, v, -alpha)
-        after = trees.norm(w)
+        after = optax.tree.norm(w)
         going = after > 1e-6 * (jnp.abs(alpha) + beta)  # else the space is used up
         after = jnp.where(going, after, 0)
         w = trees.scale(jnp.where(going, 1 / jnp.where(going, after, 1), 0), w)

@@ -71,7 +71,7 @@ def hypergradient(
         mixed: inner on another batch, for B.
         curvature: ``curvature(params, theta)``, an operator in place of H: ``gauss_newton(...)``.
         check: Raise if the result cannot be trusted. Outside jit only (not in ``bilevel.solve``);
-            costs up to 130 more products.
+            costs up to 140 products.
 
     Returns:
         ``f(params, theta, v0=None) -> HyperGradient(grad, outer_loss, v, info)``; v0 is the ``v``
@@ -115,10 +115,12 @@ def hypergradient(
         for name, loss in {"outer": outer, "inner": inner, "mixed": mixed}.items():
             checks.check_loss(name, jax.eval_shape(loss, params, theta))
         outer_loss, (a, direct) = jax.value_and_grad(outer, argnums=(0, 1))(params, theta)
-        gradient, hessian = operators.hessian(inner, params, theta)
-        operator = hessian if curvature is None else curvature(params, theta)
-        if curvature is not None and (check or isinstance(solver, lx.CG | lx.Cholesky)):
-            operator = lx.TaggedLinearOperator(operator, lx.positive_semidefinite_tag)
+        if curvature is None:
+            gradient, operator = operators.hessian(inner, params, theta)
+        else:
+            gradient, operator = jax.grad(inner)(params, theta), curvature(params, theta)
+            if check or isinstance(solver, lx.CG | lx.Cholesky):
+                operator = lx.TaggedLinearOperator(operator, lx.positive_semidefinite_tag)
         undamped = operators.damped(operator, params, 0.0)
         operator = operators.damped(operator, params, damping)
         a = trees.widen(trees.narrow(a, params))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optax
 
 from unrollgrad.implicit import operators, trees
 
@@ -44,7 +45,7 @@ def solve(
         solver: lineax's.
         start: Where an iterative solver begins; zero by default.
     """
-    size = trees.norm(vector)
+    size = optax.tree.norm(vector)
     unit = jnp.where(size > 0, size, 1)
     right = trees.scale(1 / unit, vector)
     factor = _factor(operator, right, solver)
@@ -68,11 +69,11 @@ def _factor(operator: Any, right: Any, solver: lx.AbstractLinearSolver) -> Any:
     """
     factor, inner = 1, solver
     if isinstance(solver, lx.LSMR | lx.Normal):
-        norm = trees.norm(operator.mv(right))
+        norm = optax.tree.norm(operator.mv(right))
         factor = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 1)
         inner = getattr(solver, "inner_solver", solver)
     if isinstance(inner, lx.CG):
-        least = 100 * trees.size(right) * float(jnp.finfo(trees.dtype(right)).eps)
+        least = 100 * optax.tree.size(right) * float(jnp.finfo(trees.dtype(right)).eps)
         factor = factor * 2 ** max(0, math.ceil(math.log2(1e6 * least)))
     return factor
 

@@ -10,7 +10,7 @@ from unrollgrad.implicit import trees
 
 
 def hessian(inner: Callable, params: Any, theta: Any) -> tuple[Any, lx.AbstractLinearOperator]:
-    """D inner / d params, and the operator of the second derivative.
+    """The gradient of inner in the params, and the operator of its derivative.
 
     The gradient is linearised once, so that a product costs no more than its linear part.
     """

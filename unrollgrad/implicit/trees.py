@@ -1,10 +1,13 @@
-"""Vectors as pytrees, in one floating dtype of at least float32: what lineax's solvers work on."""
+"""Vectors as pytrees, in one floating dtype of at least float32: what lineax's solvers work on.
 
-import functools
+What ``optax.tree`` has is used from there; these keep the dtypes of their leaves.
+"""
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from unrollgrad import checks
 
@@ -27,12 +30,7 @@ def narrow(tree: Any, like: Any) -> Any:
 
 def dot(a: Any, b: Any) -> jax.Array:
     """The inner product."""
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
-
-
-def norm(tree: Any) -> jax.Array:
-    """The Euclidean norm."""
-    return jnp.sqrt(sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(tree)))
+    return jnp.asarray(optax.tree.vdot(a, b))
 
 
 def scale(factor: Any, tree: Any) -> Any:
@@ -45,37 +43,14 @@ def add(a: Any, b: Any, factor: Any = 1) -> Any:
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
 
 
-def size(tree: Any) -> int:
-    """How many numbers there are."""
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def random_like(key: jax.Array, tree: Any) -> Any:
-    """Standard normal numbers."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
-
-
 def check_floating(name: str, tree: Any) -> Any:
     """The tree with leaves that are strongly typed floating arrays.
 
     Raises:
         TypeError: If a leaf is not floating.
-        ValueError: If there are no leaves.
+        ValueError: If there are no leaves, or one is empty.
     """
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    if not named:
-        raise ValueError(f"`{name}` has no leaves; got {tree!r}.")
-    for path, leaf in named:
-        if not jnp.issubdtype(checks.dtype_of(leaf), jnp.floating):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} is {checks.describe(leaf)}; `{name}` must "
-                "have real floating leaves. Let the functions close over the others."
-            )
-    return jax.tree.map(checks.strong, tree)
+    return checks.floating(name, tree, "Let the functions close over the others.")
 
 
 def is_concrete(tree: Any) -> bool:
