@@ -10,7 +10,7 @@ mean of many. See the README for a table of the estimators.
 import importlib
 from typing import Any
 
-from unrollgrad import constraints, diagnostics, noise, problems
+from unrollgrad import apo, constraints, diagnostics, noise, problems
 from unrollgrad.curriculum import curriculum
 from unrollgrad.estimators import (
     REGISTRY,
@@ -54,6 +54,7 @@ __all__ = [
     "Info",
     "TrainingState",
     "UnrolledProblem",
+    "apo",
     "average",
     "bilevel",
     "bptt",
