@@ -1,0 +1,142 @@
+"""A preconditioner that is learned while it is used, without an inverse."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from unrollgrad import constraints as kinds
+from unrollgrad.apo.proximal import Proximal, adapted, kl_divergence
+from unrollgrad.apo.structures import Structure, by_shape
+
+
+def preconditioner(
+    initial_rate: float,
+    *,
+    lambda_fsd: float = 1.0,
+    lambda_wsd: float = 0.0,
+    discrepancy: Callable[[Any, Any], jax.Array] | None = kl_divergence,
+    linearised: bool = False,
+    structure: Structure | Callable[[str, Any], Structure | None] | None = None,
+    meta_optimizer: optax.GradientTransformation | None = None,
+    meta_interval: int = 10,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Steps -P g whose preconditioner P descends a proximal objective while it trains (APO-P).
+
+    The objective, its batches and ``update`` are those of ``apo.learning_rate``, with
+    w'(P) = w - P g. P has a block for each leaf of the weights: initial_rate times a positive
+    semidefinite matrix of the leaf's ``Structure``, which begins as I. For a weight matrix that is
+    (A ⊗ B) diag(vec S)² (A ⊗ B)ᵀ, KFAC's form with a free basis. Nothing is ever inverted or
+    decomposed, so that it works in 16 bits too: factors are kept in float32 and multiplied in the
+    dtype of the gradient.
+
+    With a quadratic loss of Hessian H and G the Hessian of the mean discrepancy, a ``dense`` P goes
+    to (H + lambda_fsd G + lambda_wsd I)⁻¹ whatever the distribution of the gradients, if their
+    second moment is not singular; linearised to (lambda_fsd G + lambda_wsd I)⁻¹, which is natural
+    gradient descent for lambda_wsd = 0 and a KL divergence.
+
+    ``optax.tree.get(state, "preconditioner")`` is the tree of factors, "total_notfinite" the number
+    of meta-gradients that were not finite, and were skipped.
+
+    Time: P g in every step (four matrix products per weight matrix); a meta-step as in
+    ``apo.learning_rate``. Memory: w' beside the weights, and three times the factors with Adam.
+
+    Args:
+        initial_rate: P begins as this number times the identity: a learning rate for SGD, positive.
+        lambda_fsd: Weight of the discrepancy in function space, at least 0.
+        lambda_wsd: Weight of the squared distance in weight space, at least 0: damping.
+        discrepancy: As in ``apo.learning_rate``.
+        linearised: As in ``apo.learning_rate``.
+        structure: ``structure(path, leaf)``, the ``Structure`` of a leaf of the weights, or one for
+            all of them: ``apo.kronecker()``, ``dense()``, ``diagonal()``, ``identity()``. By
+            default ``apo.by_shape()``: matrices and kernels kronecker, if not too large, others
+            diagonal. A path is as ``jax.tree_util.keystr`` has it, "['hidden']['kernel']".
+        meta_optimizer: Of the factors, in a list. By default ``optax.adam(1e-3, eps=1e-15)``: they
+            begin at 0 and 1, and meta-gradients become small as training ends.
+        meta_interval: Steps from one meta-step to the next; the first step is one.
+        axis_name: As in ``apo.learning_rate``.
+
+    Returns:
+        A transform with the same ``update`` as ``apo.learning_rate``'s.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind; in ``init``, if a leaf is not floating.
+        ValueError: If a lambda is negative or ``initial_rate`` not positive; in ``init``, if no
+            rule covers a leaf; in ``update``, if an argument is missing or the loss is no scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
+        >>> predict, loss = lambda w, x: x @ w, lambda w, x: jnp.mean((x @ w - 1.0) ** 2) / 2
+        >>> optimizer, w = ug.apo.preconditioner(
+        ...     0.1, discrepancy=ug.apo.squared_error), jnp.zeros((4, 1))
+        >>> state, x = optimizer.init(w), jax.random.normal(jax.random.key(0), (8, 4))
+        >>> updates, state = optimizer.update(jax.grad(loss)(w, x), state, w, loss=loss,
+        ...     predict=predict, batch=x, other_batch=x + 1)
+        >>> jax.tree.map(jnp.shape, optax.tree.get(state, "preconditioner"))
+        {'a': (4, 4), 'b': (1, 1), 's': (4, 1)}
+
+    References:
+        Bae, Vicol, HaoChen, Grosse, Amortized proximal optimization, NeurIPS 2022,
+        arXiv:2203.00089.
+    """
+    traced = isinstance(initial_rate, jax.core.Tracer)
+    if not traced and not (math.isfinite(initial_rate) and initial_rate > 0):
+        raise ValueError(
+            f"`initial_rate` must be positive and finite; got {initial_rate}. It is the learning "
+            "rate of the SGD that P begins as."
+        )
+    rule = by_shape() if structure is None else structure
+    if not (isinstance(rule, Structure) or callable(rule)):
+        raise TypeError(
+            "`structure` must be a Structure such as apo.kronecker(), or a function of (path, "
+            f"leaf) that returns one; got {rule!r}."
+        )
+
+    def blocks(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, x: _structure(rule, path, x), tree)
+
+    def start(params):
+        factors = jax.tree.map(lambda x, block: block.init(x), params, blocks(params))
+        return {"preconditioner": factors}
+
+    def optimizer(hyperparams):
+        def step(updates, params):
+            factors = hyperparams["preconditioner"]
+            return jax.tree.map(
+                lambda g, block, f: -initial_rate * block.multiply(f, g),
+                updates,
+                blocks(updates),
+                factors,
+            )
+
+        return optax.stateless(step)
+
+    return adapted(
+        "preconditioner",
+        start,
+        kinds.free,
+        optimizer,
+        Proximal(
+            lambda_fsd,
+            lambda_wsd,
+            discrepancy,
+            linearised,
+            optax.adam(1e-3, eps=1e-15) if meta_optimizer is None else meta_optimizer,
+            meta_interval,
+            axis_name,
+        ),
+    )
+
+
+def _structure(rule: Any, path: Any, leaf: Any) -> Structure:
+    name = jax.tree_util.keystr(path)
+    found = rule if isinstance(rule, Structure) else rule(name, leaf)
+    if not isinstance(found, Structure):
+        raise ValueError(
+            f"no structure for params{name}: `structure` returned {found!r} for it. Return "
+            "apo.kronecker(), apo.dense(), apo.diagonal() or apo.identity(), or another Structure."
+        )
+    return found
