@@ -9,6 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import (
+    apo_autoencoder,
+    apo_cost,
+    apo_learning_rate,
+    apo_regression,
+    apo_rosenbrock,
     data_cleaning,
     distillation,
     fit_overhead,
@@ -41,10 +46,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         data_cleaning,
         distillation,
         warm_vs_cold,
+        apo_learning_rate,
+        apo_regression,
+        apo_autoencoder,
+        apo_rosenbrock,
         fit_overhead,
         remat,
         mixed_mode,
         hypergradient_cost,
+        apo_cost,
     )
 }
 

@@ -108,9 +108,8 @@ def adapted(
         other_batch=None,
         **extra_args,
     ):
-        functions = {"loss": loss, "predict": predict}
-        batches = {"batch": batch, "other_batch": other_batch}
-        _check_given(name, proximal, {"params": params, **functions, **batches})
+        given = {"loss": loss, "predict": predict, "batch": batch, "other_batch": other_batch}
+        _check_given(name, proximal, {"params": params, **given})
 
         def step(hyperparams):
             return inner_optimizers.update(
@@ -118,13 +117,16 @@ def adapted(
             )
 
         def adapt(hyperparams, meta_state):
-            objective = _meta_objective(proximal, updates, params, step, functions, batches)
             free, structure = jax.tree.flatten(unconstrain(constraints, hyperparams))
 
             def value(free):
                 return constrain(constraints, structure.unflatten(free))
 
-            gradient = _gradient(proximal.axis_name, lambda free: objective(value(free)), free)
+            def look_ahead(free):
+                return optax.apply_updates(params, step(value(free))[0])
+
+            objective = _meta_objective(proximal, updates, params, given)
+            gradient = _gradient(proximal.axis_name, lambda x: objective(look_ahead(x)), free)
             moved, meta_state = meta.update(gradient, meta_state, free)
             return value(optax.apply_updates(free, moved)), meta_state
 
@@ -142,41 +144,39 @@ def adapted(
 
 
 def _meta_objective(
-    proximal: Proximal,
-    gradient: Any,
-    params: Any,
-    step: Callable[[Any], Any],
-    functions: dict[str, Any],
-    batches: dict[str, Any],
-) -> Callable[[Any], jax.Array]:
-    """Q(hyperparams), with the gradient, the weights and the optimizer's state held fixed."""
-    loss, predict = functions["loss"], functions["predict"]
-    reference = None if _is_zero(proximal.lambda_fsd) else predict(params, batches["other_batch"])
+    proximal: Proximal, gradient: Any, params: Any, given: dict[str, Any]
+) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    """Q as a function of the weights after the look-ahead step, and its part that may overflow."""
+    loss, predict = given["loss"], given["predict"]
+    reference = None if _is_zero(proximal.lambda_fsd) else predict(params, given["other_batch"])
 
-    def objective(hyperparams):
-        moved, _ = step(hyperparams)
-        there = optax.apply_updates(params, moved)
-        moved = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), moved)
+    def wide(x):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def objective(there):
+        moved = jax.tree.map(lambda x, y: wide(x) - wide(y), there, params)
         if proximal.linearised:
             value = optax.tree.vdot(gradient, moved)
         else:
-            value = loss(there, batches["batch"])
+            value = loss(there, given["batch"])
             checks.check_loss("loss", value)
         if reference is not None:
-            outputs = predict(there, batches["other_batch"])
+            outputs = predict(there, given["other_batch"])
             away = jnp.asarray(proximal.discrepancy(outputs, reference))
             value += proximal.lambda_fsd * jnp.mean(away, dtype=jnp.float32)
-        if not _is_zero(proximal.lambda_wsd):
-            value += 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True)
-        return value
+        far = 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True)
+        return value + far, value
 
     return objective
 
 
-def _gradient(axis_name: Any, objective: Callable[[Any], jax.Array], free: Any) -> Any:
+def _gradient(
+    axis_name: Any, objective: Callable[[Any], tuple[jax.Array, jax.Array]], free: Any
+) -> Any:
     """Of the objective, not finite where that is not; the mean over devices, if there are any."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    value, gradient = jax.value_and_grad(objective)(varying.over(frozenset(axes), free))
+    free = varying.over(frozenset(axes), free)
+    gradient, value = jax.grad(objective, has_aux=True)(free)
     gradient = jax.tree.map(lambda x: jnp.where(jnp.isfinite(value), x, jnp.nan), gradient)
     return jax.lax.pmean(gradient, axes) if axes else gradient
 
