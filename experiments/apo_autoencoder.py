@@ -51,7 +51,7 @@ class Settings:
     """Steps from one meta-step to the next."""
     batch: int = 128
     """Images."""
-    num_steps: int = 10_000
+    num_steps: int = 5000
     """Of training."""
     points: int = 50
     """Of each curve; they divide the steps."""
@@ -66,7 +66,7 @@ SCALES = {
         scale="smoke", widths=(64, 16, 4, 16, 64), num_steps=200, points=10, seeds=(0,)
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", num_steps=100_000, seeds=tuple(range(10))),
+    "paper": Settings(scale="paper", num_steps=50_000, seeds=tuple(range(10))),
 }
 
 

@@ -1,0 +1,182 @@
+"""The APO experiments at smoke scale, and what they are made of."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from stored import expect
+
+from experiments import (
+    apo_autoencoder,
+    apo_cost,
+    apo_learning_rate,
+    apo_regression,
+    apo_rosenbrock,
+    proximal_training,
+    results,
+)
+from experiments import experiment as framework
+from unrollgrad import apo
+
+
+def smoke(module, tmp_path):
+    settings = dataclasses.replace(module.SCALES["smoke"], out=tmp_path)
+    folder = framework.execute(module.EXPERIMENT, settings)
+    assert (folder / "figure.png").stat().st_size > 10_000
+    return results.read(folder), results.read_summary(folder)
+
+
+def test_learning_rate(tmp_path, capsys):
+    records, summary = smoke(apo_learning_rate, tmp_path)
+    ours = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.APO)
+    fixed = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.FIXED)
+    assert len(fixed) == 9
+    assert max(ours.values()) < 0.5 * fixed["0.01"] + 0.5 * np.log(10)
+    expect("apo_learning_rate", [*ours.values(), min(fixed.values())])
+    rates = [r for r in records if r.metric == "learning_rate"]
+    assert {r.labels["rate"] for r in rates} == {"0.0001", "0.01", "1"}
+    assert [claim.holds is not None for claim in apo_learning_rate.claims(summary)] == [True, True]
+    assert "best fixed" in capsys.readouterr().out
+
+
+def test_labels_that_are_wrong():
+    """The floor is the entropy of the labels, and batches have as many wrong ones as they say."""
+    task = apo_learning_rate.task("MLP", 20_000, 0.3)
+    images, labels = task.sample(jax.random.key(0))
+    clean = apo_learning_rate.task("MLP", 20_000, 0.0).sample(jax.random.key(0))
+    np.testing.assert_array_equal(images, clean[0])
+    share = float(jnp.mean(jnp.any(labels != clean[1], axis=-1)))
+    assert abs(share - 0.3 * 0.9) < 4 * np.sqrt(0.27 * 0.73 / 20_000)
+    p = np.array([0.7 + 0.03, *[0.03] * 9])
+    np.testing.assert_allclose(apo_learning_rate.floor(0.3), -np.sum(p * np.log(p)))
+    assert apo_learning_rate.floor(0.0) == 0
+
+
+def test_claims_about_learning_rates_can_fail():
+    def result(method, rate, mean):
+        labels = {"net": "MLP", "base": "SGD", "method": method, "rate": rate}
+        return {**labels, "metric": "final", "mean": mean, "se": 0.0, "n": 3}
+
+    found = [
+        result(apo_learning_rate.FIXED, "0.1", 0.5),
+        result(apo_learning_rate.FIXED, "1", None),
+        result(apo_learning_rate.DECAY, "0.1", 0.5),
+    ]
+    good = [result(apo_learning_rate.APO, r, 0.505) for r in ("0.1", "1")]
+    bad = [good[0], result(apo_learning_rate.APO, "1", 0.6)]
+    nan = [good[0], result(apo_learning_rate.APO, "1", None)]
+    for ours, holds in ((good, [True, True]), (bad, [False, False]), (nan, [False])):
+        claims = apo_learning_rate.claims(results.Summary(found + ours, {}))
+        assert [claim.holds for claim in claims] == holds
+
+
+def test_regression(tmp_path, capsys):
+    _, summary = smoke(apo_regression, tmp_path)
+    logs = {
+        (r["method"], r["rate"]): r["mean"] for r in summary.results if r["metric"] == "log10_final"
+    }
+    ours = logs[apo_regression.APO, "0.1"]
+    assert ours < -3
+    natural = min(v for (m, _), v in logs.items() if m == "natural gradient" and v is not None)
+    assert natural < -10
+    expect("apo_regression", [ours, natural])
+    assert len(apo_regression.claims(summary)) == 1
+    assert "APO preconditioner" in capsys.readouterr().out
+
+
+def test_natural_gradient_takes_its_share_of_the_residual():
+    """A Gauss-Newton step of 0.01 leaves 0.99 of the residual, 0.9801 of the loss."""
+    with jax.enable_x64(True):
+        task = apo_regression.task(0, 10.0, 8)
+        params = task.init(jax.random.key(0))
+        optimizer = apo_regression.natural_gradient(0.01, 1e-10)
+        gradient = jax.grad(task.evaluate)(params)
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+        near = task.evaluate(optax.apply_updates(params, updates))
+        np.testing.assert_allclose(near / task.evaluate(params), 0.9801, atol=2e-3)
+
+
+def test_best_is_finite():
+    assert apo_regression.best({"a": float("nan"), "b": 2.0, "c": 1.0}) == "c"
+
+
+def test_rosenbrock(tmp_path, capsys):
+    _, summary = smoke(apo_rosenbrock, tmp_path)
+    ends = {r["method"]: r["mean"] for r in summary.results if r["metric"] == "loss"}
+    assert ends[apo_rosenbrock.NEWTON] < 1e-3
+    methods = "gradient descent at its best rate", apo_rosenbrock.APO_RATE, apo_rosenbrock.APO_DENSE
+    expect("apo_rosenbrock", [ends[method] for method in methods])
+    assert len(apo_rosenbrock.claims(summary)) == 2
+    capsys.readouterr()
+
+
+def test_rosenbrock_is_half_of_its_residuals_squared():
+    x, y = 0.3, -0.4
+    value = apo_rosenbrock.rosenbrock(jnp.array([x, y]))
+    np.testing.assert_allclose(value, (1 - x) ** 2 + 100 * (y - x**2) ** 2, rtol=1e-6)
+
+
+def test_autoencoder(tmp_path, capsys):
+    records, summary = smoke(apo_autoencoder, tmp_path)
+    found = {
+        (r["dtype"], r["method"]): r["mean"]
+        for r in summary.results
+        if r["metric"] == "final" and r["method"] == apo_autoencoder.APO
+    }
+    assert set(found) == {("float32", apo_autoencoder.APO), ("bfloat16", apo_autoencoder.APO)}
+    first = max(r.value for r in records if r.metric == "loss")
+    assert all(value < 0.8 * first for value in found.values())
+    expect("apo_autoencoder", found["float32", apo_autoencoder.APO])
+    assert len(apo_autoencoder.claims(summary)) == 2
+    capsys.readouterr()
+
+
+def test_bernoulli_divergence():
+    logits, reference = jnp.array([[0.3, -1.0]]), jnp.array([[0.5, 2.0]])
+    p, q = jax.nn.sigmoid(reference), jax.nn.sigmoid(logits)
+    exact = jnp.sum(p * jnp.log(p / q) + (1 - p) * jnp.log((1 - p) / (1 - q)))
+    found = apo_autoencoder.bernoulli_divergence(logits, reference)
+    np.testing.assert_allclose(found, [exact], rtol=1e-5)
+    np.testing.assert_allclose(apo_autoencoder.bernoulli_divergence(logits, logits), [0], atol=1e-7)
+
+
+def test_cost(tmp_path, capsys):
+    records, _ = smoke(apo_cost, tmp_path)
+    assert {r.labels["kind"] for r in records} == set(apo_cost.optimizers(apo_cost.Settings()))
+    assert all(r.value > 0 for r in records if r.metric in ("milliseconds", "memory"))
+    assert "copies of the weights" in capsys.readouterr().out
+    settings = dataclasses.replace(apo_cost.SCALES["smoke"], num_steps=7, out=tmp_path)
+    with pytest.raises(ValueError, match="must be a multiple of meta_interval=10"):
+        framework.execute(apo_cost.EXPERIMENT, settings)
+
+
+def test_training_loop():
+    """What the loop hands to the optimizer is what a loop by hand would."""
+    task = apo_learning_rate.task("MLP", 8, 0.1)
+    optimizer, key = apo.learning_rate(optax.sgd, 0.1, meta_interval=2), jax.random.key(0)
+    params, losses, rates = proximal_training.train(task, optimizer, key, 4, 2)
+    key_params, key_batches = jax.random.split(key)
+    by_hand = task.init(key_params)
+    state = optimizer.init(by_hand)
+    for keys in jax.random.split(key_batches, (2, 2)):
+        for k in keys:
+            batch, other = map(task.sample, jax.random.split(k))
+            updates, state = optimizer.update(
+                jax.grad(task.loss)(by_hand, batch),
+                state,
+                by_hand,
+                loss=task.loss,
+                predict=task.predict,
+                batch=batch,
+                other_batch=other,
+            )
+            by_hand = optax.apply_updates(by_hand, updates)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(by_hand), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses[-1], task.evaluate(by_hand), rtol=1e-5)
+    np.testing.assert_allclose(rates[-1], optax.tree.get(state, "learning_rate"), rtol=1e-5)
+    with pytest.raises(ValueError, match="`points` must divide `num_steps`=4; got points=3"):
+        proximal_training.train(task, optimizer, key, 4, 3)
