@@ -101,7 +101,8 @@ def bernoulli_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
 
 def task(widths: tuple[int, ...], batch: int, dtype: Any) -> Task:
     """The autoencoder and all 1797 digits."""
-    pixels = jnp.asarray(datasets.load_digits(return_X_y=True)[0] / 16, jnp.float32)
+    pixels, _ = datasets.load_digits(return_X_y=True)
+    pixels = jnp.asarray(pixels, jnp.float32) / 16
     entropy = -jnp.sum(jax.scipy.special.xlogy(pixels, pixels), -1)
     entropy -= jnp.sum(jax.scipy.special.xlogy(1 - pixels, 1 - pixels), -1)
     graph = nnx.graphdef(Autoencoder(widths, dtype, nnx.Rngs(0)))

@@ -1,6 +1,7 @@
 """``apo_learning_rate``: learning rates found while training, from three beginnings."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,12 @@ class Settings:
     """Defaults of everything else."""
     nets: tuple[Literal["MLP", "conv net"], ...] = ("MLP", "conv net")
     """32 hidden units; two convolutions of 8 and 16 channels."""
-    bases: tuple[Literal["SGD", "momentum", "RMSprop", "Adam"], ...] = tuple(BASES)
+    bases: tuple[Literal["SGD", "momentum", "RMSprop", "Adam"], ...] = (
+        "SGD",
+        "momentum",
+        "RMSprop",
+        "Adam",
+    )
     """Optimizers whose rate is adapted."""
     lambda_fsd: float = 3.0
     """Weight of the KL divergence between the predictions before and after a step."""
@@ -72,9 +78,9 @@ class Settings:
     """Probability that a label is drawn from all ten."""
     batch: int = 64
     """Images."""
-    num_steps: int = 10_000
+    num_steps: int = 5000
     """Of training."""
-    points: int = 100
+    points: int = 50
     """Of each curve; they divide the steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each draws its first weights and its batches."""
@@ -114,7 +120,7 @@ def task(net: str, batch: int, wrong: float) -> Task:
         return MLP(64, 32, 10, rngs=rngs) if net == "MLP" else ConvNet(rngs)
 
     images, labels = datasets.load_digits(return_X_y=True)
-    images, labels = jnp.asarray(images / 16 - 0.5, jnp.float32), jnp.asarray(labels)
+    images, labels = jnp.asarray(images, jnp.float32) / 16 - 0.5, jnp.asarray(labels)
     clean = jax.nn.one_hot(labels, 10)
     graph = nnx.graphdef(build(0))
 
@@ -152,10 +158,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     cells = [(net, base) for net in settings.nets for base in settings.bases]
     for i, (net, base) in enumerate(cells):
         progress(f"{net}, {base}", i / len(cells))
-        here = task(net, settings.batch, settings.wrong_labels)
         grid = np.geomspace(*GRIDS[base], 9)
         for method, rates in {FIXED: grid, DECAY: grid, APO: BEGINNINGS[base]}.items():
-            curves = _curves(settings, here, seed, base, method, rates)
+            curves = _curves(settings, seed, net, base, method, rates)
             for rate, losses, found in zip(rates, *curves, strict=True):
                 labels = {"net": net, "base": base, "method": method, "rate": f"{rate:.3g}"}
                 every = settings.num_steps // settings.points
@@ -168,10 +173,21 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def _curves(
-    settings: Settings, task: Task, seed: int, base: str, method: str, rates: Any
+    settings: Settings, seed: int, net: str, base: str, method: str, rates: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and rates along training, from every rate in turn, in one program."""
+    """Losses and rates along training, from every rate in turn."""
+    setting = dataclasses.replace(settings, seeds=(), out=Path())  # all that the program depends on
+    losses, found = _program(setting, net, base, method)(
+        jax.random.key(seed), jnp.asarray(rates, jnp.float32)
+    )
+    return np.asarray(losses), np.asarray(found)
+
+
+@functools.cache
+def _program(settings: Settings, net: str, base: str, method: str) -> Any:
+    """All rates of one method, compiled once for all seeds."""
     steps = settings.num_steps
+    here = task(net, settings.batch, settings.wrong_labels)
 
     def optimizer(rate):
         if method == FIXED:
@@ -184,15 +200,18 @@ def _curves(
             rate,
             lambda_fsd=settings.lambda_fsd,
             lambda_wsd=settings.lambda_wsd,
-            meta_optimizer=optax.rmsprop(settings.meta_rate),
+            meta_optimizer=optax.rmsprop(settings.meta_rate, eps=1e-30, bias_correction=True),
             meta_interval=settings.meta_interval,
         )
 
-    def one(rate):
-        return train(task, optimizer(rate), jax.random.key(seed), steps, settings.points)[1:]
+    @jax.jit
+    def all_rates(key, rates):
+        def one(rate):
+            return train(here, optimizer(rate), key, steps, settings.points)[1:]
 
-    losses, found = jax.jit(lambda rates: jax.lax.map(one, rates))(jnp.asarray(rates, jnp.float32))
-    return np.asarray(losses), np.asarray(found)
+        return jax.lax.map(one, rates)
+
+    return all_rates
 
 
 def _series(records: list[Record], metric: str, **labels: str) -> dict[str, dict[int, np.ndarray]]:

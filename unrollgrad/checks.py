@@ -385,6 +385,11 @@ def check_worker_state(state: Any, like: Any) -> None:
 
 def check_loss(made_by: str, loss: Any) -> None:
     """Raises ValueError if ``loss`` is not a real scalar."""
+    if isinstance(loss, tuple | list | dict):
+        raise ValueError(
+            f"the loss of `{made_by}` must be a scalar; got a {type(loss).__name__}. Return the "
+            "loss alone, without what comes beside it."
+        )
     if np.shape(loss) != ():
         raise ValueError(
             f"the loss of `{made_by}` must be a scalar; got shape {np.shape(loss)}. Take its mean."

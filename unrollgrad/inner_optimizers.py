@@ -56,7 +56,7 @@ def init(optimizer: Optimizer, theta: Theta, params: Any) -> Any:
 
 
 def update(
-    optimizer: Optimizer, theta: Theta, t: Any, grad: Any, state: Any, params: Any, **extra: Any
+    optimizer: Optimizer, theta: Theta, t: Any, grad: Any, state: Any, params: Any, /, **extra: Any
 ) -> tuple[Any, Any]:
     """The updates, and the next state with the dtypes of the old one.
 
@@ -70,7 +70,7 @@ def update(
         transform = optax.with_extra_args_support(optimizer(theta, t))
         if any(map(_is_injected, jax.tree.leaves(state, is_leaf=_is_injected))):
             state = _renewed(state, transform.init(params))
-        updates, new = transform.update(grad, state, params, grad=grad, **extra)
+        updates, new = transform.update(grad, state, params, **{"grad": grad, **extra})
     return updates, _keep_dtypes(state, new)
 
 

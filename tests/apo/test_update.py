@@ -1,5 +1,7 @@
 """``update``: what it needs, what it skips, where it runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,28 @@ def test_missing_arguments(name):
         optimizer.update(gradient, state, w, **given | {"predict": w})
     with raises(ValueError, "the loss of `loss` must be a scalar; got shape (16,)"):
         optimizer.update(gradient, state, w, **given | {"loss": lambda w, b: b["x"][:, 0]})
+    with raises(ValueError, "must be a scalar; got a tuple. Return the loss alone"):
+        optimizer.update(gradient, state, w, **given | {"loss": lambda w, b: (loss(w, b), {})})
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_discrepancies(name):
+    """Scalars and other outputs are fine; what is not real is named."""
+    w, given = weights(), extra(0)
+    gradient = jax.grad(loss)(w, given["batch"])
+
+    def update(discrepancy, predict):
+        optimizer = make(name, discrepancy=discrepancy)
+        given["predict"] = predict
+        return optimizer.update(gradient, optimizer.init(w), w, **given)[1]
+
+    whole = update(lambda a, b: jnp.mean((a["y"] - b["y"]) ** 2), lambda w, b: {"y": predict(w, b)})
+    assert int(optax.tree.get(whole, "total_notfinite")) == 0
+    bad = update(lambda a, b: jnp.log(-1 - jnp.sum((a - b) ** 2)), predict)
+    assert int(optax.tree.get(bad, "total_notfinite")) == 1
+    for wrong in (lambda a, b: {"d": a}, lambda a, b: a + 1j, lambda a, b: "a"):
+        with raises(TypeError, "`discrepancy` must return a real array; got"):
+            update(wrong, predict)
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -102,6 +126,9 @@ def test_bad_settings(name):
         for value in (-0.1, float("nan"), float("inf")):
             with raises(ValueError, f"`{key}` must be at least 0 and finite; got {value}"):
                 make(name, **{key: value})
+        for value in (None, "1", jnp.ones(1), optax.sgd):
+            with raises(TypeError, f"`{key}` must be a number; got"):
+                make(name, **{key: value})
     with raises(TypeError, "`discrepancy` must be a function", "apo.kl_divergence"):
         make(name, discrepancy=None)
     with raises(TypeError, "`meta_optimizer` must be an optax transform; got a float"):
@@ -117,9 +144,16 @@ def test_bad_bases_and_rates():
         apo.learning_rate(optax.adam(0.1), 0.1)
     with raises(ValueError, "'learning_rate'", "0 < value < inf", "got -0.1"):
         apo.learning_rate(optax.sgd, -0.1)
+    for first in (None, {}):
+        with raises(ValueError, "`initial` has no numbers"):
+            apo.learning_rate(optax.sgd, first)
+    with raises(TypeError, "`base` must return an optax transform; got a"):
+        apo.learning_rate(lambda rate: rate, 0.1).init(weights())
     for rate in (0.0, -1.0, float("nan")):
-        with raises(ValueError, "`initial_rate` must be positive and finite"):
+        with raises(ValueError, "`initial_rate` must be"):
             apo.preconditioner(rate)
+    with raises(TypeError, "`initial_rate` must be a number"):
+        apo.preconditioner(optax.sgd)
 
 
 def test_leaves_without_a_rule():
@@ -128,8 +162,74 @@ def test_leaves_without_a_rule():
 
     with raises(ValueError, "no structure for params['first']", "returned None", "apo.kronecker()"):
         apo.preconditioner(0.1, structure=rule).init(weights())
-    with raises(TypeError, "`structure` must be a Structure", "'dense'"):
-        apo.preconditioner(0.1, structure="dense")
+    for wrong in ("dense", apo.dense):
+        with raises(TypeError, "`structure` must be a Structure", "dense"):
+            apo.preconditioner(0.1, structure=wrong)
+    with raises(ValueError, "apo.dense() for float32[200,200] would keep 40000 x 40000", "6 GiB"):
+        apo.preconditioner(0.1, structure=apo.dense()).init(jnp.zeros((200, 200)))
+    turns, w = iter([apo.kronecker(), apo.diagonal()]), jnp.ones((2, 2))
+    fickle = apo.preconditioner(
+        0.1, lambda_fsd=0, linearised=True, structure=lambda path, leaf: next(turns)
+    )
+    with raises(ValueError, "the structure of params is not the one of `init`"):
+        fickle.update(w, fickle.init(w), w)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_masked_weights(name):
+    """Refused from outside; inside, what is frozen does not move."""
+    w = weights()
+    mask = {"first": True, "shift": True, "second": False}
+    with raises(ValueError, "params have masked leaves", "apo.frozen()"):
+        optax.masked(make(name), mask).init(w)
+
+    def base(rate):
+        frozen = optax.masked(optax.set_to_zero(), {k: not v for k, v in mask.items()})
+        return optax.chain(optax.sgd(rate), frozen)
+
+    def rule(path, leaf):
+        return apo.frozen() if "second" in path else apo.diagonal()
+
+    optimizer = {
+        "learning_rate": lambda: apo.learning_rate(base, 0.1),
+        "preconditioner": lambda: apo.preconditioner(0.1, structure=rule),
+    }[name]()
+    moved, _ = train(optimizer, 2)
+    np.testing.assert_array_equal(moved["second"], w["second"])
+    assert jnp.any(moved["first"] != w["first"])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_state_may_be_donated(name):
+    """By an update of a state that begins anew for another seed."""
+    optimizer, given = make(name), extra(0)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(w, state):
+        gradient = jax.grad(loss)(w, given["batch"])
+        updates, state = optimizer.update(gradient, state, w, **given)
+        return optax.apply_updates(w, updates), state
+
+    for _ in range(2):
+        w = weights()
+        w, state = step(w, optimizer.init(w))
+        step(w, state)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("rate", [1e-6, 1e-2])
+def test_the_default_meta_steps_are_relative(rate, scale):
+    """About 10 % per meta-step from any rate, of a loss in any units, if all say the same."""
+
+    def scaled(w, b):
+        return scale * loss(w, b)
+
+    optimizer, w = apo.learning_rate(optax.sgd, rate, lambda_fsd=0.0, meta_interval=1), weights()
+    state, gradient = optimizer.init(w), jax.grad(scaled)(w, batch(0))
+    for _ in range(5):
+        _, state = optimizer.update(gradient, state, w, loss=scaled, batch=batch(0))
+    growth = np.log(float(optax.tree.get(state, "learning_rate")) / rate)
+    assert 0.5 < growth < 0.56  # more than 0.5, as the meta-gradient grows with the rate
 
 
 def test_a_structure_for_each_leaf():
@@ -236,6 +336,9 @@ def test_injected_hyperparameters_follow():
         updates, state = optimizer.update(gradient, optimizer.init(w), w, **given)
         found.append(updates)
     assert state.hyperparams["learning_rate"] != 0.1
+    injected = apo.learning_rate(base, 0.1).init(w)
+    kept = optax.tree.get(injected, "ApoState").hyperparams["learning_rate"]
+    np.testing.assert_allclose(kept, 0.1, rtol=1e-6)
     for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
@@ -245,7 +348,9 @@ def test_extra_arguments_reach_the_base():
     optimizer = apo.learning_rate(lambda scale: optax.polyak_sgd(scaling=scale), 1.0)
     w, given = weights(), extra(0)
     value, gradient = jax.value_and_grad(loss)(w, given["batch"])
-    updates, _ = optimizer.update(gradient, optimizer.init(w), w, value=value, **given)
+    updates, _ = optimizer.update(
+        gradient, optimizer.init(w), w, value=value, grad=gradient, t=1, **given
+    )
     assert all(jnp.any(x != 0) for x in jax.tree.leaves(updates))
 
 
@@ -309,6 +414,11 @@ def test_batches_over_a_mesh(name):
     for found in (sharded, mapped, jax.tree.map(lambda x: x[5], pmapped)):
         for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6)
+    alone = jax.shard_map(
+        lambda *b: update(optimizer, *b), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P()
+    )
+    with raises(ValueError, "differs along the mesh axes ['data']", "pass axis_name='data'"):
+        jax.jit(alone)(batch(0), batch(1))
     if name == "learning_rate":  # a control: a device alone finds another rate
         alone = update(optimizer, *jax.tree.map(lambda x: x[0], by_device))
         assert not np.allclose(alone["learning_rate"], one["learning_rate"], rtol=2e-4)
@@ -363,6 +473,34 @@ def test_flax_weights(name):
         )
         return optax.apply_updates(w, updates), state
 
+    first = hyperparams(state)
     for _ in range(10):
         w, state = step(w, state)
     assert loss(w, images) < begin
+    assert all(jnp.any(x != y) for x, y in zip(first, hyperparams(state), strict=True))
+
+
+def test_flax_optimizer():
+    """nnx.Optimizer names the leaves in another way when it updates; rules see one name."""
+    seen = set()
+
+    def rule(path, leaf):
+        seen.add(path)
+        return apo.kronecker() if path == "['kernel']" else apo.dense()
+
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graph = nnx.graphdef(model)
+    optimizer = nnx.Optimizer(model, apo.preconditioner(0.1, structure=rule), wrt=nnx.Param)
+    x, y = jax.random.normal(jax.random.key(0), (8, 4)), jnp.arange(8) % 3
+
+    def predict(w, x):
+        return nnx.merge(graph, w)(x)
+
+    def loss(w, x):
+        return optax.softmax_cross_entropy_with_integer_labels(predict(w, x), y).mean()
+
+    before = nnx.state(model, nnx.Param)
+    begin, gradient = loss(before, x), jax.grad(loss)(before, x)
+    optimizer.update(model, gradient, loss=loss, predict=predict, batch=x, other_batch=-x)
+    assert loss(nnx.state(model, nnx.Param), x) < begin
+    assert seen == {"['kernel']", "['bias']"}

@@ -34,7 +34,8 @@ def test_learning_rate(tmp_path, capsys):
     ours = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.APO)
     fixed = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.FIXED)
     assert len(fixed) == 9
-    assert max(ours.values()) < 0.5 * fixed["0.01"] + 0.5 * np.log(10)
+    assert fixed["1.54"] < ours["1"] < ours["0.01"] < fixed["0.01"]
+    assert ours["0.0001"] < np.log(10)
     expect("apo_learning_rate", [*ours.values(), min(fixed.values())])
     rates = [r for r in records if r.metric == "learning_rate"]
     assert {r.labels["rate"] for r in rates} == {"0.0001", "0.01", "1"}
@@ -82,7 +83,7 @@ def test_regression(tmp_path, capsys):
     assert ours < -3
     natural = min(v for (m, _), v in logs.items() if m == "natural gradient" and v is not None)
     assert natural < -10
-    expect("apo_regression", [ours, natural])
+    expect("apo_regression", ours)
     assert len(apo_regression.claims(summary)) == 1
     assert "APO preconditioner" in capsys.readouterr().out
 
@@ -106,7 +107,7 @@ def test_best_is_finite():
 def test_rosenbrock(tmp_path, capsys):
     _, summary = smoke(apo_rosenbrock, tmp_path)
     ends = {r["method"]: r["mean"] for r in summary.results if r["metric"] == "loss"}
-    assert ends[apo_rosenbrock.NEWTON] < 1e-3
+    assert ends[apo_rosenbrock.NEWTON] < 1e-2
     methods = "gradient descent at its best rate", apo_rosenbrock.APO_RATE, apo_rosenbrock.APO_DENSE
     expect("apo_rosenbrock", [ends[method] for method in methods])
     assert len(apo_rosenbrock.claims(summary)) == 2

@@ -3,7 +3,15 @@
 from unrollgrad.apo.learning_rate import learning_rate
 from unrollgrad.apo.preconditioner import preconditioner
 from unrollgrad.apo.proximal import ApoState, kl_divergence, squared_error
-from unrollgrad.apo.structures import Structure, by_shape, dense, diagonal, identity, kronecker
+from unrollgrad.apo.structures import (
+    Structure,
+    by_shape,
+    dense,
+    diagonal,
+    frozen,
+    identity,
+    kronecker,
+)
 
 __all__ = [
     "ApoState",
@@ -11,6 +19,7 @@ __all__ = [
     "by_shape",
     "dense",
     "diagonal",
+    "frozen",
     "identity",
     "kl_divergence",
     "kronecker",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from unrollgrad import constraints as kinds
@@ -41,20 +42,23 @@ def learning_rate(
     the Hessian of the mean discrepancy, the rate goes to
     E[gᵀg] / E[gᵀ (H + lambda_fsd G + lambda_wsd I) g]; linearised, H is left out.
 
-    ``optax.tree.get(state, "learning_rate")`` is the current rate; "hyperparams" is the whole tree,
-    for names that the state of ``base`` has too (groups of ``optax.partition``, injected
-    hyperparameters). "total_notfinite" counts meta-gradients that were not finite: they are
-    skipped, and h stays.
+    ``optax.tree.get(state, "learning_rate")`` is the current rate;
+    ``optax.tree.get(state, "ApoState").hyperparams`` the whole tree, for names that the state of
+    ``base`` has too (groups of ``optax.partition``, injected hyperparameters). "total_notfinite"
+    counts meta-gradients that were not finite: they are skipped, and h stays.
 
     Time: a meta-step adds a gradient of the loss on B, one of the discrepancy on B' and a
-    prediction on B', about 2 1/3 training steps: 23 % at the default interval. Under ``vmap`` it is
-    computed in every step. Memory: w' beside the weights and the gradient.
+    prediction on B', about 2 1/3 training steps, 23 % at the default interval by count. Where
+    ``vmap`` gives every element a step count of its own it is computed in every step. Memory: w',
+    beside the gradient, which has to wait; XLA's plans take more
+    (``python -m experiments apo_cost``).
 
     Args:
         base: ``base(h)``, an optax transform with these hyperparameters: ``optax.adam``, or
             ``lambda h: optax.sgd(h["learning_rate"], h["momentum"])``, or rates of groups in
-            ``optax.partition``. What else happens to the step (clipping, weight decay) belongs in
-            it, for the look-ahead to see it too. Its state keeps its structure.
+            ``optax.partition``. What else happens to the step (clipping, weight decay, masks,
+            ``optax.MultiSteps``) belongs in it, for the look-ahead to see it too: behind
+            ``optax.clip`` in a chain a rate would rise freely. Its state keeps its structure.
         initial: Their first values: a number, the learning rate, or a pytree with names.
         lambda_fsd: Weight of the discrepancy in function space (in units of the loss), at least 0;
             0 leaves it out, and ``predict`` and ``other_batch`` with it. Larger: smaller steps.
@@ -66,12 +70,14 @@ def learning_rate(
         linearised: Take loss(w, B) + gᵀ (w' - w) for the loss, g being what ``update`` is given.
         constraints: Domains of the hyperparameters, a pytree prefix of them:
             ``ug.constraints.positive`` (by default), ``unit_interval`` (momentum), ``box``.
-        meta_optimizer: By default ``optax.rmsprop(0.1)``: steps of about 10 % of a rate. It sees a
-            list of the unconstrained numbers.
+        meta_optimizer: Of a list of the unconstrained numbers. By default
+            ``optax.rmsprop(0.1, eps=1e-30, bias_correction=True)``, steps of about 10 % of a rate.
+            With optax's own ``eps`` a small rate hardly moves: its meta-gradient is as small.
         meta_interval: Steps from one meta-step to the next; the first step is one.
         axis_name: In ``shard_map`` or ``pmap`` with a batch for each device: the axis over which
             meta-gradients are averaged. ``loss`` and ``predict`` then see the device's own batch
-            only. Not needed for sharded arrays under ``jit``.
+            only, without collectives. Not needed for sharded arrays under ``jit``. In ``pmap``
+            (and without ``check_vma``) devices would go apart without it.
 
     Returns:
         A transform whose ``update(gradient, state, params, *, loss, predict, batch, other_batch)``
@@ -79,8 +85,8 @@ def learning_rate(
         ``predict(params, other_batch)``, the outputs. Other extra arguments go to ``base``.
 
     Raises:
-        TypeError: If ``base``, ``discrepancy`` or ``meta_optimizer`` is of the wrong kind; in
-            ``init``, if a leaf of params is not floating.
+        TypeError: If an argument is of the wrong kind; in ``init``, if a leaf of params is not
+            floating, or ``base`` returns no optax transform.
         ValueError: If a lambda is negative, or an initial value outside its domain; in ``update``,
             if an argument is missing or the loss is no scalar.
 
@@ -106,19 +112,30 @@ def learning_rate(
         )
     single = jax.tree_util.treedef_is_leaf(jax.tree.structure(initial))
     named = {"learning_rate": initial} if single else initial
+    if not jax.tree.leaves(named):
+        raise ValueError(f"`initial` has no numbers; got {initial!r}. Pass a learning rate.")
     first = kinds.constrain(constraints, kinds.unconstrain(constraints, named))
+
+    def optimizer(hyperparams):
+        found = base(hyperparams["learning_rate"] if single else hyperparams)
+        if not isinstance(found, optax.GradientTransformation):
+            raise TypeError(f"`base` must return an optax transform; got a {type(found).__name__}.")
+        return found
 
     return adapted(
         "learning_rate",
-        lambda params: first,
+        lambda params: jax.tree.map(jnp.copy, first),  # for whoever donates the state
         constraints,
-        lambda hyperparams: base(hyperparams["learning_rate"] if single else hyperparams),
+        optimizer,
         Proximal(
             lambda_fsd,
             lambda_wsd,
             discrepancy,
             linearised,
-            optax.rmsprop(0.1) if meta_optimizer is None else meta_optimizer,
+            # A rate's meta-gradient is of the order of the rate: eps must not stand in for it.
+            optax.rmsprop(0.1, eps=1e-30, bias_correction=True)
+            if meta_optimizer is None
+            else meta_optimizer,
             meta_interval,
             axis_name,
         ),

@@ -1,15 +1,23 @@
 """A preconditioner that is learned while it is used, without an inverse."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
+from unrollgrad import checks
 from unrollgrad import constraints as kinds
-from unrollgrad.apo.proximal import Proximal, adapted, kl_divergence
-from unrollgrad.apo.structures import Structure, by_shape
+from unrollgrad.apo.proximal import Proximal, adapted, check_number, kl_divergence
+from unrollgrad.apo.structures import (
+    Structure,
+    by_shape,
+    dense,
+    diagonal,
+    frozen,
+    identity,
+    kronecker,
+)
 
 
 def preconditioner(
@@ -30,7 +38,7 @@ def preconditioner(
     w'(P) = w - P g. P has a block for each leaf of the weights: initial_rate times a positive
     semidefinite matrix of the leaf's ``Structure``, which begins as I. For a weight matrix that is
     (A ⊗ B) diag(vec S)² (A ⊗ B)ᵀ, KFAC's form with a free basis. Nothing is ever inverted or
-    decomposed, so that it works in 16 bits too: factors are kept in float32 and multiplied in the
+    decomposed, so that it works in bfloat16 too: factors are kept in float32 and multiplied in the
     dtype of the gradient.
 
     With a quadratic loss of Hessian H and G the Hessian of the mean discrepancy, a ``dense`` P goes
@@ -41,8 +49,8 @@ def preconditioner(
     ``optax.tree.get(state, "preconditioner")`` is the tree of factors, "total_notfinite" the number
     of meta-gradients that were not finite, and were skipped.
 
-    Time: P g in every step (four matrix products per weight matrix); a meta-step as in
-    ``apo.learning_rate``. Memory: w' beside the weights, and three times the factors with Adam.
+    Time: P g in every step, four matrix products per weight matrix whatever the batch; a meta-step
+    as in ``apo.learning_rate``. Memory: as there, and three times the factors with Adam.
 
     Args:
         initial_rate: P begins as this number times the identity: a learning rate for SGD, positive.
@@ -51,9 +59,10 @@ def preconditioner(
         discrepancy: As in ``apo.learning_rate``.
         linearised: As in ``apo.learning_rate``.
         structure: ``structure(path, leaf)``, the ``Structure`` of a leaf of the weights, or one for
-            all of them: ``apo.kronecker()``, ``dense()``, ``diagonal()``, ``identity()``. By
-            default ``apo.by_shape()``: matrices and kernels kronecker, if not too large, others
-            diagonal. A path is as ``jax.tree_util.keystr`` has it, "['hidden']['kernel']".
+            all of them: ``apo.kronecker()``, ``dense()``, ``diagonal()``, ``identity()``,
+            ``frozen()``. By default ``apo.by_shape()``: matrices and kernels kronecker, if not too
+            large, others diagonal. A path is as ``jax.tree_util.keystr`` has it,
+            "['hidden']['kernel']".
         meta_optimizer: Of the factors, in a list. By default ``optax.adam(1e-3, eps=1e-15)``: they
             begin at 0 and 1, and meta-gradients become small as training ends.
         meta_interval: Steps from one meta-step to the next; the first step is one.
@@ -82,21 +91,18 @@ def preconditioner(
         Bae, Vicol, HaoChen, Grosse, Amortized proximal optimization, NeurIPS 2022,
         arXiv:2203.00089.
     """
-    traced = isinstance(initial_rate, jax.core.Tracer)
-    if not traced and not (math.isfinite(initial_rate) and initial_rate > 0):
-        raise ValueError(
-            f"`initial_rate` must be positive and finite; got {initial_rate}. It is the learning "
-            "rate of the SGD that P begins as."
-        )
+    if check_number("initial_rate", initial_rate) == 0:
+        raise ValueError("`initial_rate` must be positive; got 0. It is the rate that P begins as.")
     rule = by_shape() if structure is None else structure
-    if not (isinstance(rule, Structure) or callable(rule)):
+    uncalled = rule in (kronecker, dense, diagonal, identity, frozen, by_shape)
+    if uncalled or not (isinstance(rule, Structure) or callable(rule)):
         raise TypeError(
-            "`structure` must be a Structure such as apo.kronecker(), or a function of (path, "
-            f"leaf) that returns one; got {rule!r}."
+            "`structure` must be a Structure such as apo.kronecker() (called), or a function of "
+            f"(path, leaf) that returns one; got {rule!r}."
         )
 
-    def blocks(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, x: _structure(rule, path, x), tree)
+    def blocks(params):
+        return jax.tree_util.tree_map_with_path(lambda path, x: _structure(rule, path, x), params)
 
     def start(params):
         factors = jax.tree.map(lambda x, block: block.init(x), params, blocks(params))
@@ -104,13 +110,16 @@ def preconditioner(
 
     def optimizer(hyperparams):
         def step(updates, params):
+            def leaf(path, x, g, block, factors):
+                if checks.shape_difference(jax.eval_shape(block.init, x), factors):
+                    raise ValueError(
+                        f"the structure of params{_name(path)} is not the one of `init`: "
+                        "`structure` must return the same for a leaf in every call."
+                    )
+                return -initial_rate * block.multiply(factors, g)
+
             factors = hyperparams["preconditioner"]
-            return jax.tree.map(
-                lambda g, block, f: -initial_rate * block.multiply(f, g),
-                updates,
-                blocks(updates),
-                factors,
-            )
+            return jax.tree_util.tree_map_with_path(leaf, params, updates, blocks(params), factors)
 
         return optax.stateless(step)
 
@@ -131,12 +140,17 @@ def preconditioner(
     )
 
 
+def _name(path: Any) -> str:
+    """Of a leaf; the same for flax's variables and for their values."""
+    return jax.tree_util.keystr(path).removesuffix(".value")
+
+
 def _structure(rule: Any, path: Any, leaf: Any) -> Structure:
-    name = jax.tree_util.keystr(path)
-    found = rule if isinstance(rule, Structure) else rule(name, leaf)
+    found = rule if isinstance(rule, Structure) else rule(_name(path), leaf)
     if not isinstance(found, Structure):
         raise ValueError(
-            f"no structure for params{name}: `structure` returned {found!r} for it. Return "
-            "apo.kronecker(), apo.dense(), apo.diagonal() or apo.identity(), or another Structure."
+            f"no structure for params{_name(path)}: `structure` returned {found!r} for it. Return "
+            "apo.kronecker(), apo.dense(), apo.diagonal(), apo.identity() or apo.frozen(), or "
+            "another Structure."
         )
     return found

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from unrollgrad import checks, inner_optimizers, varying
@@ -87,8 +88,16 @@ def adapted(
     def optimizer(hyperparams, t):
         return base(hyperparams)
 
+    def admit(params):
+        if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+            raise ValueError(
+                f"params have masked leaves, but `loss` and `predict` need them all: mask the base "
+                f"of apo.learning_rate, or use apo.frozen() in apo.preconditioner, not apo.{name}."
+            )
+        return checks.floating("params", params, "Train the floating leaves alone.")
+
     def init(params):
-        params = checks.floating("params", params, "Train the floating leaves alone.")
+        params = admit(params)
         hyperparams = start(params)
         return ApoState(
             count=jnp.zeros((), jnp.int32),
@@ -110,6 +119,7 @@ def adapted(
     ):
         given = {"loss": loss, "predict": predict, "batch": batch, "other_batch": other_batch}
         _check_given(name, proximal, {"params": params, **given})
+        params = admit(params)
 
         def step(hyperparams):
             return inner_optimizers.update(
@@ -162,7 +172,12 @@ def _meta_objective(
             checks.check_loss("loss", value)
         if reference is not None:
             outputs = predict(there, given["other_batch"])
-            away = jnp.asarray(proximal.discrepancy(outputs, reference))
+            away = proximal.discrepancy(outputs, reference)
+            if not jnp.issubdtype(checks.dtype_of(away), jnp.floating):
+                raise TypeError(
+                    f"`discrepancy` must return a real array; got {checks.describe(away)}. It is "
+                    "given what `predict` returns."
+                )
             value += proximal.lambda_fsd * jnp.mean(away, dtype=jnp.float32)
         far = 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True)
         return value + far, value
@@ -177,8 +192,28 @@ def _gradient(
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     free = varying.over(frozenset(axes), free)
     gradient, value = jax.grad(objective, has_aux=True)(free)
+    if apart := varying.axes((gradient, value)) - frozenset(axes):
+        raise ValueError(
+            f"the meta-objective differs along the mesh axes {sorted(apart)}, over which batches "
+            f"are split: pass axis_name={sorted(apart)[0]!r} to average its gradient over them."
+        )
     gradient = jax.tree.map(lambda x: jnp.where(jnp.isfinite(value), x, jnp.nan), gradient)
     return jax.lax.pmean(gradient, axes) if axes else gradient
+
+
+def check_number(name: str, value: Any) -> Any:
+    """Returns the number; raises if it is known and not a finite one of at least 0."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if np.ndim(value) != 0 or not jnp.issubdtype(checks.dtype_of(value), np.number):
+        raise TypeError(f"`{name}` must be a number; got {checks.describe(value)}.")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"`{name}` must be at least 0 and finite; got {value}.")
+    return value
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def _is_zero(number: Any) -> bool:
@@ -187,15 +222,8 @@ def _is_zero(number: Any) -> bool:
 
 def _check(proximal: Proximal) -> None:
     """Raises if a setting cannot be."""
-    for name in ("lambda_fsd", "lambda_wsd"):
-        value = getattr(proximal, name)
-        if isinstance(value, jax.core.Tracer):
-            continue
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(
-                f"`{name}` must be at least 0 and finite; got {value}. It weighs a distance that "
-                "the step is to keep small; 0 leaves the term out."
-            )
+    check_number("lambda_fsd", proximal.lambda_fsd)
+    check_number("lambda_wsd", proximal.lambda_wsd)
     if not _is_zero(proximal.lambda_fsd) and not callable(proximal.discrepancy):
         raise TypeError(
             "`discrepancy` must be a function of (outputs, reference) where `lambda_fsd` is not 0; "

@@ -56,10 +56,20 @@ def kronecker() -> Structure:
 
 
 def dense() -> Structure:
-    """P = F Fᵀ with any square F: for a leaf of few numbers d. Time and memory: d²."""
+    """P = F Fᵀ with any square F: for a leaf of few numbers d. Time and memory: d².
+
+    Raises:
+        ValueError: In ``init``, if the leaf has more than 16,384 numbers.
+    """
 
     def init(leaf):
-        return {"f": jnp.eye(math.prod(leaf.shape), dtype=_dtype(leaf))}
+        size = math.prod(leaf.shape)
+        if size > 16_384:
+            raise ValueError(
+                f"apo.dense() for {checks.describe(leaf)} would keep {size} x {size} numbers, "
+                f"{4 * size**2 / 2**30:.0f} GiB. Use apo.kronecker() or apo.diagonal() for it."
+            )
+        return {"f": jnp.eye(size, dtype=_dtype(leaf))}
 
     def multiply(factors, x):
         f = factors["f"].astype(x.dtype)
@@ -86,11 +96,17 @@ def identity() -> Structure:
     return Structure(init, lambda factors, x: factors["s"].astype(x.dtype) ** 2 * x)
 
 
+def frozen() -> Structure:
+    """P = 0: the leaf stays as it is."""
+    return Structure(lambda leaf: {}, lambda factors, x: jnp.zeros_like(x))
+
+
 def by_shape(largest: int = 1024) -> Callable[[str, Any], Structure]:
     """The default rule: matrices and kernels of convolutions ``kronecker``, others ``diagonal``.
 
     A single number is ``identity``. A matrix with more than ``largest`` inputs or outputs, such as
-    an embedding, is ``diagonal``: its factor would have the square of that many numbers.
+    an embedding, is ``diagonal``: its factor would have the square of that many numbers. Kernels
+    whose outputs are more than their last axis (attention heads) want a rule of yours.
 
     Args:
         largest: Inputs or outputs for which there is a factor.
