@@ -13,7 +13,7 @@ from flax import nnx
 from sklearn import datasets
 
 from experiments.experiment import Claim, Experiment, Progress, Write
-from experiments.proximal_training import Task, last_tenth, train
+from experiments.proximal_training import Task, best, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
 from unrollgrad.extras import need
@@ -173,11 +173,6 @@ def _finals(records: list[Record]) -> dict[tuple[str, str], dict[str, float]]:
         series: {rate: float(np.mean(values)) for rate, values in line.items()}
         for series, line in found.items()
     }
-
-
-def best(finals: dict[str, float]) -> str:
-    """The rate with the lowest loss, one that is not finite last."""
-    return min(finals, key=lambda rate: finals[rate] if np.isfinite(finals[rate]) else np.inf)
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from sklearn import datasets
 
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems.digits import MLP
-from experiments.proximal_training import Task, last_tenth, train
+from experiments.proximal_training import Task, best, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
 from unrollgrad.extras import need
@@ -34,7 +34,7 @@ GRIDS = {
     "RMSprop": (1e-4, 10**-1.5),
     "Adam": (1e-4, 10**-1.5),
 }
-"""Ends of the nine fixed rates; where the best one is at an end it is said."""
+"""Ends of the nine fixed rates."""
 
 BEGINNINGS = {
     "SGD": (1e-4, 1e-2, 1.0),
@@ -78,7 +78,7 @@ class Settings:
     """Probability that a label is drawn from all ten."""
     batch: int = 64
     """Images."""
-    num_steps: int = 5000
+    num_steps: int = 10_000
     """Of training."""
     points: int = 50
     """Of each curve; they divide the steps."""
@@ -249,12 +249,12 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             for values in found.values():
                 lower.plot(steps, values, color=f"C{i}", alpha=0.6)
         for method, style in {FIXED: "k:", DECAY: "k--"}.items():
-            best = _best(finals(records, net, base, method))
-            line = _series(records, "loss", net=net, base=base, method=method)[best]
+            rate = best(finals(records, net, base, method))
+            line = _series(records, "loss", net=net, base=base, method=method)[rate]
             mean = np.mean(list(line.values()), axis=0)
-            upper.plot(steps, mean - lowest, style, label=f"best {method} ({best})")
+            upper.plot(steps, mean - lowest, style, label=f"best {method} ({rate})")
             if method == FIXED:
-                lower.axhline(float(best), color="k", linestyle=":")
+                lower.axhline(float(rate), color="k", linestyle=":")
         upper.set(title=f"{net}, {base}", yscale="log")
         lower.set(yscale="log", xscale="log", xlabel="steps")
         for axis in (upper, lower):
@@ -265,21 +265,17 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     return figure
 
 
-def _best(finals: dict[str, float]) -> str:
-    return min(finals, key=lambda rate: np.nan_to_num(finals[rate], nan=np.inf))
-
-
 def show(records: list[Record]) -> None:
     """Prints the losses at the end, means over the seeds."""
     for net, base in dict.fromkeys((r.labels["net"], r.labels["base"]) for r in records):
         fixed, decay = (finals(records, net, base, method) for method in (FIXED, DECAY))
         ours = finals(records, net, base, APO)
         text = ", ".join(f"from {rate} {value:.4f}" for rate, value in ours.items())
-        best = ", ".join(
-            f"best {method} {_best(f)} {f[_best(f)]:.4f}"
+        others = ", ".join(
+            f"best {method} {best(f)} {f[best(f)]:.4f}"
             for method, f in {FIXED: fixed, DECAY: decay}.items()
         )
-        print(f"{net:>8}, {base:>8}:  APO {text};  {best}")
+        print(f"{net:>8}, {base:>8}:  APO {text};  {others}")
 
 
 def claims(summary: Summary) -> list[Claim]:
@@ -293,7 +289,7 @@ def claims(summary: Summary) -> list[Claim]:
             for method in (APO, FIXED, DECAY)
         }
         finite = {m: [r for r in rows if r["mean"] is not None] for m, rows in by.items()}
-        best = {m: min(rows, key=lambda r: r["mean"]) for m, rows in finite.items()}
+        lowest = {m: min(rows, key=lambda r: r["mean"]) for m, rows in finite.items()}
         if len(finite[APO]) < len(by[APO]):
             out.append(Claim(f"{net}, {base}: APO trains", source, "not finite", False))
             continue
@@ -310,11 +306,11 @@ def claims(summary: Summary) -> list[Claim]:
             Claim(
                 f"{net}, {base}: none is worse than the best of nine fixed rates by over 2 %",
                 source,
-                f"fixed {best[FIXED]['rate']} {_value(best[FIXED])}: APO at most "
-                f"{100 * (high / best[FIXED]['mean'] - 1):+.1f} %; step decay from "
-                f"{best[DECAY]['rate']} {_value(best[DECAY])}: "
-                f"{100 * (high / best[DECAY]['mean'] - 1):+.1f} %",
-                high <= 1.02 * best[FIXED]["mean"],
+                f"fixed {lowest[FIXED]['rate']} {_value(lowest[FIXED])}: APO at most "
+                f"{100 * (high / lowest[FIXED]['mean'] - 1):+.1f} %; step decay from "
+                f"{lowest[DECAY]['rate']} {_value(lowest[DECAY])}: "
+                f"{100 * (high / lowest[DECAY]['mean'] - 1):+.1f} %",
+                high <= 1.02 * lowest[FIXED]["mean"],
             ),
         ]
     return out

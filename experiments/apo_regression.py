@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from experiments.experiment import Claim, Experiment, Progress, Write
-from experiments.proximal_training import Task, last_tenth, train
+from experiments.proximal_training import Task, best, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
 from unrollgrad.extras import need
@@ -161,11 +161,6 @@ def preconditioner(settings: Settings) -> optax.GradientTransformation:
         meta_optimizer=optax.rmsprop(settings.meta_rate, eps=1e-30),
         meta_interval=settings.meta_interval,
     )
-
-
-def best(finals: dict[str, float]) -> str:
-    """The rate with the lowest number, one that is not finite last."""
-    return min(finals, key=lambda rate: finals[rate] if np.isfinite(finals[rate]) else np.inf)
 
 
 def _logs(records: list[Record]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Inner training as the APO experiments do it: a task, an optimizer, whole runs in one scan."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,11 @@ def train(
 def last_tenth(losses: jax.Array) -> jax.Array:
     """The mean over the last tenth of the points: the end of training, with less of its noise."""
     return jnp.mean(losses[..., -max(1, losses.shape[-1] // 10) :], axis=-1)
+
+
+def best(finals: dict[str, float]) -> str:
+    """The rate with the lowest number, one that is not finite last."""
+    return min(finals, key=lambda rate: finals[rate] if math.isfinite(finals[rate]) else math.inf)
 
 
 def _rate(state: Any) -> jax.Array:

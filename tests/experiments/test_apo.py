@@ -101,7 +101,7 @@ def test_natural_gradient_takes_its_share_of_the_residual():
 
 
 def test_best_is_finite():
-    assert apo_regression.best({"a": float("nan"), "b": 2.0, "c": 1.0}) == "c"
+    assert proximal_training.best({"a": float("nan"), "b": 2.0, "c": 1.0}) == "c"
 
 
 def test_rosenbrock(tmp_path, capsys):
