@@ -81,8 +81,8 @@ def adapted(
         proximal: The meta-objective and its optimizer.
     """
     _check(proximal)
-    # Never gives up: after 2^31 skips in a row it would apply what is not finite.
-    # The leaves in a list, so that ``optax.tree.get`` finds a name in the hyperparams alone.
+    # Only after 2^31 skips in a row would it apply what is not finite. It is given a list of leaves,
+    # so that ``optax.tree.get`` finds a name in the hyperparams alone.
     meta: Any = optax.apply_if_finite(proximal.meta_optimizer, max_consecutive_errors=2**31 - 1)
 
     def optimizer(hyperparams, t):
@@ -178,7 +178,7 @@ def _meta_objective(
                     f"`discrepancy` must return a real array; got {checks.describe(away)}. It is "
                     "given what `predict` returns."
                 )
-            value += proximal.lambda_fsd * jnp.mean(away, dtype=jnp.float32)
+            value += proximal.lambda_fsd * jnp.mean(wide(jnp.asarray(away)))
         far = 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True)
         return value + far, value
 
