@@ -81,8 +81,8 @@ def adapted(
         proximal: The meta-objective and its optimizer.
     """
     _check(proximal)
-    # Only after 2^31 skips in a row would it apply what is not finite. It is given a list of leaves,
-    # so that ``optax.tree.get`` finds a name in the hyperparams alone.
+    # Only after 2^31 skips in a row would it apply what is not finite. It is given the leaves in a
+    # list, so that ``optax.tree.get`` finds a name in the hyperparams alone.
     meta: Any = optax.apply_if_finite(proximal.meta_optimizer, max_consecutive_errors=2**31 - 1)
 
     def optimizer(hyperparams, t):
