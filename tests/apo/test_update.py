@@ -114,10 +114,20 @@ def test_only_what_is_needed(name):
     """Without a discrepancy no predictions; with the loss linearised no loss."""
     w, given = weights(), extra(0)
     gradient = jax.grad(loss)(w, given["batch"])
-    plain = make(name, lambda_fsd=0.0, discrepancy=None)
-    plain.update(gradient, plain.init(w), w, loss=loss, batch=given["batch"])
-    linear = make(name, linearised=True)
-    linear.update(gradient, linear.init(w), w, predict=predict, other_batch=given["other_batch"])
+    of_the_loss = {"loss": loss, "batch": given["batch"]}
+    of_the_outputs = {"predict": predict, "other_batch": given["other_batch"]}
+    for changes, needed in (
+        ({"lambda_fsd": 0.0, "discrepancy": None}, of_the_loss),
+        ({"linearised": True}, of_the_outputs),
+    ):
+        found = []
+        for arguments in (needed, given):  # what is not needed changes nothing
+            optimizer = make(name, **changes)
+            state = optimizer.init(w)
+            _, new = optimizer.update(gradient, state, w, **arguments)
+            found.append(hyperparams(new))
+            assert jnp.any(found[-1][0] != hyperparams(state)[0])
+        jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -210,10 +220,12 @@ def test_the_state_may_be_donated(name):
         updates, state = optimizer.update(gradient, state, w, **given)
         return optax.apply_updates(w, updates), state
 
+    ends = []
     for _ in range(2):
         w = weights()
         w, state = step(w, optimizer.init(w))
-        step(w, state)
+        ends.append(step(w, state))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad import constraints as kinds
-from unrollgrad.apo.proximal import Proximal, adapted, kl_divergence
+from unrollgrad.apo.proximal import Proximal, adapted, kl_divergence, relative_steps
 
 
 def learning_rate(
@@ -63,8 +63,8 @@ def learning_rate(
         lambda_fsd: Weight of the discrepancy in function space (in units of the loss), at least 0;
             0 leaves it out, and ``predict`` and ``other_batch`` with it. Larger: smaller steps.
         lambda_wsd: Weight of the squared distance in weight space, at least 0. The defaults are
-            good for SGD, momentum, RMSprop and Adam on digits
-            (``python -m experiments apo_learning_rate``); they are worth a small grid.
+            good for SGD, momentum, RMSprop and Adam with an MLP on digits, too cautious for a small
+            conv net (``python -m experiments apo_learning_rate``): worth a small grid.
         discrepancy: ``discrepancy(outputs, reference)``, an array (one number per example): its
             mean counts. ``apo.kl_divergence`` of logits, ``apo.squared_error``, or your own.
         linearised: Take loss(w, B) + gᵀ (w' - w) for the loss, g being what ``update`` is given.
@@ -132,10 +132,7 @@ def learning_rate(
             lambda_wsd,
             discrepancy,
             linearised,
-            # A rate's meta-gradient is of the order of the rate: eps must not stand in for it.
-            optax.rmsprop(0.1, eps=1e-30, bias_correction=True)
-            if meta_optimizer is None
-            else meta_optimizer,
+            relative_steps(0.1) if meta_optimizer is None else meta_optimizer,
             meta_interval,
             axis_name,
         ),

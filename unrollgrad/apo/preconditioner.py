@@ -8,7 +8,13 @@ import optax
 
 from unrollgrad import checks
 from unrollgrad import constraints as kinds
-from unrollgrad.apo.proximal import Proximal, adapted, check_number, kl_divergence
+from unrollgrad.apo.proximal import (
+    Proximal,
+    adapted,
+    check_number,
+    kl_divergence,
+    relative_steps,
+)
 from unrollgrad.apo.structures import (
     Structure,
     by_shape,
@@ -50,7 +56,8 @@ def preconditioner(
     of meta-gradients that were not finite, and were skipped.
 
     Time: P g in every step, four matrix products per weight matrix whatever the batch; a meta-step
-    as in ``apo.learning_rate``. Memory: as there, and three times the factors with Adam.
+    as in ``apo.learning_rate``. Memory: as there, and the factors, their gradient and the
+    meta-optimizer's state.
 
     Args:
         initial_rate: P begins as this number times the identity: a learning rate for SGD, positive.
@@ -63,8 +70,9 @@ def preconditioner(
             ``frozen()``. By default ``apo.by_shape()``: matrices and kernels kronecker, if not too
             large, others diagonal. A path is as ``jax.tree_util.keystr`` has it,
             "['hidden']['kernel']".
-        meta_optimizer: Of the factors, in a list. By default ``optax.adam(1e-3, eps=1e-15)``: they
-            begin at 0 and 1, and meta-gradients become small as training ends.
+        meta_optimizer: Of the factors, in a list. By default
+            ``optax.rmsprop(0.01, eps=1e-30, bias_correction=True)``: they begin at 0 and 1, and
+            meta-gradients fall by orders of magnitude.
         meta_interval: Steps from one meta-step to the next; the first step is one.
         axis_name: As in ``apo.learning_rate``.
 
@@ -133,7 +141,7 @@ def preconditioner(
             lambda_wsd,
             discrepancy,
             linearised,
-            optax.adam(1e-3, eps=1e-15) if meta_optimizer is None else meta_optimizer,
+            relative_steps(0.01) if meta_optimizer is None else meta_optimizer,
             meta_interval,
             axis_name,
         ),

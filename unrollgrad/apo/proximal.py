@@ -52,6 +52,15 @@ class Proximal(NamedTuple):
     axis_name: Any
 
 
+def relative_steps(rate: float) -> optax.GradientTransformation:
+    """The default meta-optimizer: steps of about ``rate``, whatever the size of the meta-gradients.
+
+    They are as small as the learning rates, and fall by orders of magnitude during training: an
+    ``eps`` must not stand in for them, nor a long memory (Adam's) hold them down.
+    """
+    return optax.rmsprop(rate, eps=1e-30, bias_correction=True)
+
+
 def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     """KL(softmax(reference) ‖ softmax(logits)) along the last axis, in nats: for classification."""
     return optax.losses.kl_divergence_with_log_targets(
@@ -179,8 +188,9 @@ def _meta_objective(
                     "given what `predict` returns."
                 )
             value += proximal.lambda_fsd * jnp.mean(wide(jnp.asarray(away)))
-        far = 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True)
-        return value + far, value
+        if _is_zero(proximal.lambda_wsd):
+            return value, value
+        return value + 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True), value
 
     return objective
 
