@@ -14,7 +14,7 @@ from sklearn import datasets
 
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems.digits import MLP
-from experiments.proximal_training import Task, best, last_tenth, train
+from experiments.proximal_training import Task, best, best_results, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
 from unrollgrad.extras import need
@@ -281,21 +281,17 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """Insensitive to the first rate, and as good as the best fixed one."""
     out = []
-    found = [r for r in summary.results if r["metric"] == "final"]
     source = "Bae et al. 2022 (there ResNets on CIFAR)"
-    for net, base in dict.fromkeys((r["net"], r["base"]) for r in found):
-        by = {
-            method: [r for r in found if (r["net"], r["base"], r["method"]) == (net, base, method)]
-            for method in (APO, FIXED, DECAY)
-        }
-        finite = {m: [r for r in rows if r["mean"] is not None] for m, rows in by.items()}
-        lowest = {m: min(rows, key=lambda r: r["mean"]) for m, rows in finite.items()}
-        if len(finite[APO]) < len(by[APO]):
+    lowest = best_results(summary, "final", "net", "base", "method")
+    for net, base in dict.fromkeys((net, base) for net, base, _ in lowest):
+        wanted = {"metric": "final", "net": net, "base": base, "method": APO}
+        ours = [r for r in summary.results if wanted.items() <= r.items()]
+        fixed, decay = (lowest[net, base, method] for method in (FIXED, DECAY))
+        if any(r["mean"] is None for r in ours):
             out.append(Claim(f"{net}, {base}: APO trains", source, "not finite", False))
             continue
-        text = ", ".join(f"from {r['rate']} {_value(r)}" for r in by[APO])
-        low = min(r["mean"] for r in by[APO])
-        high = max(r["mean"] for r in by[APO])
+        text = ", ".join(f"from {r['rate']} {_value(r)}" for r in ours)
+        low, high = min(r["mean"] for r in ours), max(r["mean"] for r in ours)
         out += [
             Claim(
                 f"{net}, {base}: losses from rates two decades apart end within 10 %",
@@ -306,11 +302,10 @@ def claims(summary: Summary) -> list[Claim]:
             Claim(
                 f"{net}, {base}: none is worse than the best of nine fixed rates by over 2 %",
                 source,
-                f"fixed {lowest[FIXED]['rate']} {_value(lowest[FIXED])}: APO at most "
-                f"{100 * (high / lowest[FIXED]['mean'] - 1):+.1f} %; step decay from "
-                f"{lowest[DECAY]['rate']} {_value(lowest[DECAY])}: "
-                f"{100 * (high / lowest[DECAY]['mean'] - 1):+.1f} %",
-                high <= 1.02 * lowest[FIXED]["mean"],
+                f"fixed {fixed['rate']} {_value(fixed)}: APO at most "
+                f"{100 * (high / fixed['mean'] - 1):+.1f} %; step decay from "
+                f"{decay['rate']} {_value(decay)}: {100 * (high / decay['mean'] - 1):+.1f} %",
+                high <= 1.02 * fixed["mean"],
             ),
         ]
     return out

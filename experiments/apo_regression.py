@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from experiments.experiment import Claim, Experiment, Progress, Write
-from experiments.proximal_training import Task, best, last_tenth, train
+from experiments.proximal_training import Task, best, best_results, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
 from unrollgrad.extras import need
@@ -209,14 +209,7 @@ def show(records: list[Record]) -> None:
 
 def claims(summary: Summary) -> list[Claim]:
     """Ten times below Adam."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for r in summary.results:
-        if r["metric"] == "log10_final":
-            found.setdefault(r["method"], {})[r["rate"]] = r
-    chosen = {}
-    for method, line in found.items():
-        means = {rate: np.inf if r["mean"] is None else r["mean"] for rate, r in line.items()}
-        chosen[method] = line[best(means)]
+    chosen = best_results(summary, "log10_final", "method")
     ours, adam = chosen[APO], chosen["Adam"]
 
     def text(method):
@@ -232,7 +225,7 @@ def claims(summary: Summary) -> list[Claim]:
             "at the best of nine rates",
             "Bae et al. 2022 (a picture: no number of theirs)",
             "log10 of the loss: " + ", ".join(map(text, chosen)),
-            ours["mean"] is not None and ours["mean"] <= adam["mean"] - 1,
+            None not in (ours["mean"], adam["mean"]) and ours["mean"] <= adam["mean"] - 1,
         )
     ]
 

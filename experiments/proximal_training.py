@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.results import Summary
 from unrollgrad import apo
 from unrollgrad.types import Key
 
@@ -80,6 +81,22 @@ def last_tenth(losses: jax.Array) -> jax.Array:
 def best(finals: dict[str, float]) -> str:
     """The rate with the lowest number, one that is not finite last."""
     return min(finals, key=lambda rate: finals[rate] if math.isfinite(finals[rate]) else math.inf)
+
+
+def best_results(summary: Summary, metric: str, *labels: str) -> dict[Any, dict[str, Any]]:
+    """The result with the lowest mean of each series, by the values of these labels.
+
+    Of a series without any finite mean it is one whose mean is None, as in ``summary.json``.
+    """
+    out: dict[Any, dict[str, Any]] = {}
+    for result in summary.results:
+        if result["metric"] == metric:
+            series = tuple(result[label] for label in labels)
+            series = series[0] if len(series) == 1 else series
+            mean, held = result["mean"], out.get(series, {"mean": None})["mean"]
+            if series not in out or (mean is not None and (held is None or mean < held)):
+                out[series] = result
+    return out
 
 
 def _rate(state: Any) -> jax.Array:

@@ -151,6 +151,22 @@ def positive_int(name: str, value: Any, note: str = "") -> int:
     return int(value)
 
 
+def number(name: str, value: Any) -> Any:
+    """Returns a number that, where it is known, is finite and at least 0.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if np.ndim(value) != 0 or not jnp.issubdtype(dtype_of(value), np.number):
+        raise TypeError(f"`{name}` must be a number; got {describe(value)}.")
+    if not np.isfinite(value) or value < 0:
+        raise ValueError(f"`{name}` must be at least 0 and finite; got {value}.")
+    return value
+
+
 def num_devices(devices: Any) -> int:
     """Returns the number of devices asked for as an int.
 

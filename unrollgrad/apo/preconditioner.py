@@ -11,7 +11,6 @@ from unrollgrad import constraints as kinds
 from unrollgrad.apo.proximal import (
     Proximal,
     adapted,
-    check_number,
     kl_divergence,
     relative_steps,
 )
@@ -99,7 +98,7 @@ def preconditioner(
         Bae, Vicol, HaoChen, Grosse, Amortized proximal optimization, NeurIPS 2022,
         arXiv:2203.00089.
     """
-    if check_number("initial_rate", initial_rate) == 0:
+    if checks.number("initial_rate", initial_rate) == 0:
         raise ValueError("`initial_rate` must be positive; got 0. It is the rate that P begins as.")
     rule = by_shape() if structure is None else structure
     uncalled = rule in (kronecker, dense, diagonal, identity, frozen, by_shape)

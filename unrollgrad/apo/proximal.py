@@ -1,12 +1,10 @@
 """The proximal meta-objective, and the one transformation that descends it while it trains."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from unrollgrad import checks, inner_optimizers, varying
@@ -211,17 +209,6 @@ def _gradient(
     return jax.lax.pmean(gradient, axes) if axes else gradient
 
 
-def check_number(name: str, value: Any) -> Any:
-    """Returns the number; raises if it is known and not a finite one of at least 0."""
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if np.ndim(value) != 0 or not jnp.issubdtype(checks.dtype_of(value), np.number):
-        raise TypeError(f"`{name}` must be a number; got {checks.describe(value)}.")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"`{name}` must be at least 0 and finite; got {value}.")
-    return value
-
-
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
@@ -232,8 +219,8 @@ def _is_zero(number: Any) -> bool:
 
 def _check(proximal: Proximal) -> None:
     """Raises if a setting cannot be."""
-    check_number("lambda_fsd", proximal.lambda_fsd)
-    check_number("lambda_wsd", proximal.lambda_wsd)
+    checks.number("lambda_fsd", proximal.lambda_fsd)
+    checks.number("lambda_wsd", proximal.lambda_wsd)
     if not _is_zero(proximal.lambda_fsd) and not callable(proximal.discrepancy):
         raise TypeError(
             "`discrepancy` must be a function of (outputs, reference) where `lambda_fsd` is not 0; "
