@@ -10,7 +10,7 @@ import pytest
 from conftest import build
 
 import unrollgrad as ug
-from unrollgrad import checks, reach
+from unrollgrad import problem_checks, reach
 from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
@@ -30,7 +30,7 @@ def accused(problem, theta=THETA):
     """The names in the warning; all of them where it is an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trace = checks.check_step(problem, KEY, theta)
+        trace = problem_checks.check_step(problem, KEY, theta)
         try:
             reach.check_theta(theta, *trace)
         except ValueError:

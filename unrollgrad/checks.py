@@ -3,14 +3,13 @@
 Every message says which argument, which values it had, at which leaf, and one way out.
 """
 
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unrollgrad.types import Key, State, Theta, UnrolledProblem
+from unrollgrad.types import Key, State, Theta
 
 
 def typed_key(key: Key) -> Key:
@@ -183,85 +182,6 @@ def num_devices(devices: Any) -> int:
     return devices
 
 
-def check_problem(problem: Any) -> None:
-    """Raises TypeError if ``problem`` is no ``UnrolledProblem``."""
-    if not isinstance(problem, UnrolledProblem):
-        hint = ""
-        if hasattr(problem, "problem") and hasattr(problem, "theta"):
-            hint = " Unpack it: `problem, theta, *_ = ...`."
-        raise TypeError(
-            f"`problem` must be an UnrolledProblem(init, step, horizon); got a "
-            f"{type(problem).__name__}.{hint}"
-        )
-
-
-def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
-    """Returns the horizon as an int.
-
-    Raises:
-        TypeError: If ``problem`` is no ``UnrolledProblem``.
-        ValueError: If the horizon is sampled.
-    """
-    check_problem(problem)
-    if callable(problem.horizon):
-        raise ValueError(
-            f"{needed_by} needs a static horizon; got problem.horizon={problem.horizon!r}, a "
-            "sampler. Set a whole number with problem._replace(horizon=...), or use an estimator "
-            "with a `truncation`, such as pes or tbptt."
-        )
-    return positive_int("problem.horizon", problem.horizon)
-
-
-def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
-    """Returns the truncation as an int, having checked it against the horizon.
-
-    Raises:
-        ValueError: If it does not divide a static horizon, or if ``evaluate`` meets a sampled one.
-    """
-    check_problem(problem)
-    truncation = positive_int("truncation", truncation)
-    if callable(problem.horizon):
-        if problem.evaluate is not None:
-            raise ValueError(
-                "problem.evaluate needs a static horizon, since a window counts T/K times; got "
-                f"problem.horizon={problem.horizon!r}, a sampler. Set a whole number, or drop the "
-                "evaluation with problem._replace(evaluate=None)."
-            )
-        return truncation
-    horizon = positive_int("problem.horizon", problem.horizon)
-    if horizon % truncation:
-        raise ValueError(
-            f"`truncation` must divide `problem.horizon`; got truncation={truncation} and "
-            f"problem.horizon={horizon}. Use one of {divisors(horizon)}."
-        )
-    return truncation
-
-
-def divisors(number: int) -> str:
-    """The divisors of a number, as a list to choose from."""
-    return _shorten([d for d in range(1, number + 1) if number % d == 0])
-
-
-def _shorten(numbers: list[int], most: int = 24) -> str:
-    if len(numbers) <= most:
-        return ", ".join(map(str, numbers))
-    half = most // 2
-    return ", ".join([*map(str, numbers[:half]), "...", *map(str, numbers[-half:])])
-
-
-def check_remat(remat: Any) -> None:
-    """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number."""
-    whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
-    if remat is not None and not whole and (not isinstance(remat, str) or remat not in REMAT):
-        raise ValueError(
-            '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1; got '
-            f"{remat!r}."
-        )
-
-
-REMAT = ("step", "sqrt")
-
-
 def check_sigma(sigma: Any) -> None:
     """Raises ValueError or TypeError if a known value in ``sigma`` is no positive number."""
     leaves = jax.tree_util.tree_leaves_with_path(sigma)
@@ -318,65 +238,6 @@ def check_data(data: Any, size: int, axis: str, what: str = "inner step") -> Non
             )
 
 
-def check_step(
-    problem: UnrolledProblem, key: Key, theta: Theta, data: Any = None
-) -> tuple[Any, int]:
-    """Traces one inner step abstractly and checks what it returns.
-
-    Returns:
-        The trace, from (key, theta, t, data) to (state before, state after, losses); and the number
-        of leaves in the state.
-
-    Raises:
-        TypeError: If ``step`` does not return (state, loss), or changes the state's structure,
-            shapes or dtypes; the message lists the differing paths.
-        ValueError: If the loss is not a scalar.
-    """
-
-    def first_step(key, theta, t, data):
-        # The barrier gives each leaf of the state a name of its own in the trace, constants too.
-        state = jax.lax.optimization_barrier(strong_state(problem.init(key, theta), "init"))
-        extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
-        _check_takes(problem.step, key, theta, state, 0, *extra)
-        return state, problem.step(key, theta, state, t, *extra)
-
-    def checked(key, theta, t, data):
-        before, result = first_step(key, theta, t, data)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                f"`step` must return (state, loss); got {type(result).__name__} "
-                f"{jax.tree.structure(result)}."
-            )
-        after, loss = result
-        after = strong_state(after, "step")
-        _check_same(before, after)
-        check_loss("step", loss)
-        losses = [loss]
-        if problem.evaluate is not None:
-            losses.append(problem.evaluate(key, theta, before))
-            check_loss("evaluate", losses[-1])
-        return before, after, losses
-
-    trace, (before, *_) = jax.make_jaxpr(checked, return_shape=True)(key, theta, jnp.int32(0), data)
-    return trace, len(jax.tree.leaves(before))
-
-
-def _check_takes(step: Any, *arguments: Any) -> None:
-    try:
-        signature = inspect.signature(step)
-    except (TypeError, ValueError):
-        return  # nothing can be known of it
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        given = "key, theta, state, t" + (", batch" if len(arguments) == 5 else "")
-        raise TypeError(
-            f"`step{signature}` cannot be called as step({given}): {error}. The fifth argument is "
-            "the slice of `estimate(..., data=)`, there only when data is streamed (and not in "
-            '`init`, where average(stagger="burn_in") runs the workers).'
-        ) from error
-
-
 def check_worker_state(state: Any, like: Any) -> None:
     """Raises TypeError if a worker's state is not like ``like``: maker, structure, shapes."""
     held = getattr(getattr(state, "episode", None), "key", like.episode.key)
@@ -388,7 +249,7 @@ def check_worker_state(state: Any, like: Any) -> None:
     # Only `episode` is required of a state; who made it is said by those that carry `made_by`.
     theirs, ours = (getattr(s, "made_by", None) for s in (state, like))
     named = ours is not None and hasattr(like, "_replace")
-    differences = _differences(like._replace(made_by=theirs) if named else like, state)
+    differences = state_differences(like._replace(made_by=theirs) if named else like, state)
     if differences or theirs != ours:
         origin = f"was made by {theirs}" if theirs else f"is a {type(state).__name__}"
         details = f" Expected -> got:\n{differences}\n" if differences else " "
@@ -416,16 +277,6 @@ def check_loss(made_by: str, loss: Any) -> None:
         raise ValueError(f"the loss of `{made_by}` must be real; got {describe(loss)}.")
 
 
-def _check_same(before: State, after: State) -> None:
-    differences = _differences(before, after)
-    if differences:
-        raise TypeError(
-            "`step` must return a state with the structure, shapes and dtypes that it was given "
-            f"(those of `init`); it changed:\n{differences}\nCast or reshape in `step`, or begin "
-            "with the final form in `init`."
-        )
-
-
 def leaf_differences(old: Any, new: Any, name: str = "state") -> list[str]:
     """The leaves in which two trees differ, a line each."""
 
@@ -441,7 +292,7 @@ def leaf_differences(old: Any, new: Any, name: str = "state") -> list[str]:
     ]
 
 
-def _differences(old: Any, new: Any) -> str:
+def state_differences(old: Any, new: Any) -> str:
     """The leaves in which two states differ, or else their structures; empty where they do not."""
     lines = leaf_differences(old, new)
     if not lines and jax.tree.structure(old) != jax.tree.structure(new):

@@ -81,7 +81,7 @@ def _is_injected(x: Any) -> bool:
 def _renewed(state: Any, fresh: Any) -> Any:
     """The state with the injected hyperparameters of a fresh one, in its own dtypes."""
     if jax.tree.structure(state) != jax.tree.structure(fresh):
-        return state  # refused by name, in ``checks.check_step``
+        return state  # refused by name, in ``problem_checks.check_step``
 
     def number(old, new):
         return jnp.asarray(new, checks.dtype_of(old))
@@ -99,7 +99,7 @@ def _renewed(state: Any, fresh: Any) -> Any:
 def _keep_dtypes(old: Any, new: Any) -> Any:
     """Rounds to the dtypes the optimizer began with: a float32 theta would widen bfloat16 state."""
     if jax.tree.structure(old) != jax.tree.structure(new):
-        return new  # refused by name, in ``checks.check_step``
+        return new  # refused by name, in ``problem_checks.check_step``
 
     def leaf(old, new):
         floating = jnp.issubdtype(checks.dtype_of(old), jnp.floating)

@@ -26,7 +26,7 @@ def check_theta(theta: Theta, trace: Any, num_state: int) -> None:
 
     Args:
         theta: Outer parameters.
-        trace: That of a step, as ``checks.check_step`` returns it.
+        trace: That of a step, as ``problem_checks.check_step`` returns it.
         num_state: Leaves in the inner state.
 
     Raises:

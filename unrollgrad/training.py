@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks, inner_optimizers
+from unrollgrad import checks, inner_optimizers, problem_checks
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
 
 
@@ -184,12 +184,12 @@ def final_loss(
         >>> round(float(ug.episode_loss(final, jax.random.key(0), theta)), 3)
         8.0
     """
-    checks.static_horizon(problem, "final_loss")
+    problem_checks.static_horizon(problem, "final_loss")
 
     def step(key: Key, theta: Theta, state: State, t: Any, *data: Any):
         result = problem.step(key, theta, state, t, *data)
         if not (isinstance(result, tuple) and len(result) == 2):
-            return result  # refused with its own message, in ``checks.check_step``
+            return result  # refused with its own message, in ``problem_checks.check_step``
         return result[0], jnp.zeros_like(result[1])
 
     return problem._replace(step=step, evaluate=evaluate)

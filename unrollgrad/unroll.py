@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, varying
+from unrollgrad import checks, problem_checks, varying
 from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
 
 Remat = Literal["step", "sqrt"] | int | None
@@ -220,7 +220,7 @@ def window(
     after, losses = unroll(problem, episode, theta, before, num_steps, data, remat)
     if problem.evaluate is None:
         return Window(after, losses, None, None)
-    scale = checks.static_horizon(problem, "problem.evaluate") / num_steps
+    scale = problem_checks.static_horizon(problem, "problem.evaluate") / num_steps
     end = scale * evaluate(problem, episode, theta, after)
     if state is None:
         return Window(after, losses, jnp.zeros_like(end), end)
@@ -255,10 +255,10 @@ def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any 
         >>> round(float(ug.episode_loss(problem, jax.random.key(0), theta)), 3)
         9.948
     """
-    horizon = checks.static_horizon(problem, "episode_loss")
+    horizon = problem_checks.static_horizon(problem, "episode_loss")
     key, theta = checks.typed_key(key), checks.floating_theta(theta)
     checks.check_data(data, horizon, "horizon")
-    checks.check_step(problem, key, theta, data)
+    problem_checks.check_step(problem, key, theta, data)
     episode = new_episode(problem, key, horizon)
     return window(problem, episode, theta, None, horizon, data).loss()
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unrollgrad import checks, moments, staggering, varying
+from unrollgrad import checks, moments, problem_checks, staggering, varying
 from unrollgrad.curriculum import CurriculumState
 from unrollgrad.mesh import axis_size, placed
 from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
@@ -286,7 +286,7 @@ def _check_batch_size(batch_size: int, own: int, num_workers: int) -> int:
             which += f" of one device (num_workers={num_workers} over {num_workers // own} devices)"
         raise ValueError(
             f"`batch_size` must divide {which}; got batch_size={batch_size}. Use one of "
-            f"{checks.divisors(own)}."
+            f"{problem_checks.divisors(own)}."
         )
     return batch_size
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
-from unrollgrad import checks, varying
+from unrollgrad import checks, problem_checks, varying
 from unrollgrad.curriculum import CurriculumState
 from unrollgrad.diagnostics import statistics
 from unrollgrad.diagnostics.report import Comparison
@@ -100,7 +100,7 @@ def compare(
         The protocol of Vicol et al., ICML 2021, arXiv:2112.13835 (theta frozen, whole episodes),
         extended to U updates.
     """
-    horizon = checks.static_horizon(problem, "compare")
+    horizon = problem_checks.static_horizon(problem, "compare")
     theta, key = checks.floating_theta(theta), checks.typed_key(key)
     num_samples = checks.positive_int("num_samples", num_samples)
     if num_samples < 3:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, resolution, unroll
+from unrollgrad import checks, problem_checks, resolution, unroll
 from unrollgrad.estimators import backprop, pairs, persistence, worker
 from unrollgrad.noise import gaussian, wide
 from unrollgrad.types import (
@@ -147,7 +147,7 @@ def pes_analytic_replacement(
 
 def _analytic(name, weigh, problem, truncation, sigma, num_pairs) -> GradientEstimator:
     """Both forms; ``weigh`` says with which of the ``persistence.Weights``."""
-    truncation = checks.check_truncation(problem, truncation)
+    truncation = problem_checks.check_truncation(problem, truncation)
     law = pairs.check(sigma, num_pairs, gaussian())
     made_by = worker.made_by(name, problem, truncation=truncation, num_pairs=num_pairs)
 
@@ -250,7 +250,7 @@ def reparameterized_es(
         Metz et al., Understanding and correcting pathologies in the training of learned optimizers,
         ICML 2019, arXiv:1810.10180 (there every sample weighs itself too: slightly biased).
     """
-    horizon = checks.static_horizon(problem, "reparameterized_es")
+    horizon = problem_checks.static_horizon(problem, "reparameterized_es")
     law = pairs.check(sigma, num_pairs, gaussian())
     if num_pairs < 3:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll
+from unrollgrad import checks, problem_checks, unroll
 from unrollgrad.estimators import worker
 from unrollgrad.types import (
     Episode,
@@ -68,14 +68,14 @@ def bptt(
         ``last``: Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019.
         ``"sqrt"``: Chen et al., Training deep nets with sublinear memory cost, 2016.
     """
-    horizon = checks.static_horizon(problem, "bptt")
+    horizon = problem_checks.static_horizon(problem, "bptt")
     last = horizon if last is None else checks.positive_int("last", last)
     if last > horizon:
         raise ValueError(
             f"`last`={last} steps are more than the horizon of {horizon}. Leave it out to "
             "differentiate the whole episode."
         )
-    checks.check_remat(remat)
+    problem_checks.check_remat(remat)
     made_by = worker.made_by("bptt", problem)
 
     def init(key: Key, theta: Theta) -> worker.EpisodeState:
@@ -142,8 +142,8 @@ def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> 
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent
         network trajectories, Neural Computation, 1990.
     """
-    truncation = checks.check_truncation(problem, truncation)
-    checks.check_remat(remat)
+    truncation = problem_checks.check_truncation(problem, truncation)
+    problem_checks.check_remat(remat)
     made_by = worker.made_by("tbptt", problem, truncation=truncation)
 
     def init(key: Key, theta: Theta) -> worker.MeanState:

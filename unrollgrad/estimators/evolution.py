@@ -10,7 +10,7 @@ fine.
 
 from typing import Any
 
-from unrollgrad import checks, resolution, unroll
+from unrollgrad import checks, problem_checks, resolution, unroll
 from unrollgrad.estimators import pairs, persistence, worker
 from unrollgrad.noise import Noise
 from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
@@ -55,7 +55,7 @@ def full_es(
         Salimans et al., Evolution strategies as a scalable alternative to reinforcement learning,
         2017, arXiv:1703.03864. Mirrored pairs: Brockhoff et al., PPSN 2010.
     """
-    horizon = checks.static_horizon(problem, "full_es")
+    horizon = problem_checks.static_horizon(problem, "full_es")
     law = pairs.check(sigma, num_pairs, noise)
     made_by = worker.made_by("full_es", problem)
 
@@ -122,7 +122,7 @@ def truncated_es(
         Metz et al., Understanding and correcting pathologies in the training of learned optimizers,
         ICML 2019, arXiv:1810.10180. Vicol et al., ICML 2021, arXiv:2112.13835 (as a baseline).
     """
-    truncation = checks.check_truncation(problem, truncation)
+    truncation = problem_checks.check_truncation(problem, truncation)
     law = pairs.check(sigma, num_pairs, noise)
     made_by = worker.made_by("truncated_es", problem, truncation=truncation)
 
@@ -206,7 +206,7 @@ def gpes(
         Vicol et al., Low-variance gradient estimation in unrolled computation graphs with
         ES-Single, ICML 2023, arXiv:2304.11153 (its appendix F).
     """
-    truncation = checks.check_truncation(problem, truncation)
+    truncation = problem_checks.check_truncation(problem, truncation)
     noise_period = persistence.check_period(noise_period, truncation)
     law = pairs.check(sigma, num_pairs, noise)
     made_by = _persistent(problem, truncation, noise_period, num_pairs)

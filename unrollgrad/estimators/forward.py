@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll, varying
+from unrollgrad import checks, problem_checks, unroll, varying
 from unrollgrad.estimators import persistence, worker
 from unrollgrad.estimators.floats import floats_of, split
 from unrollgrad.noise import rademacher, sample, wide
@@ -90,7 +90,7 @@ def forward_mode(
         Williams and Zipser, A learning algorithm for continually running fully recurrent neural
         networks, Neural Computation, 1989.
     """
-    truncation = checks.check_truncation(problem, truncation)
+    truncation = problem_checks.check_truncation(problem, truncation)
     max_bytes = checks.positive_int("max_bytes", max_bytes)
     made_by = worker.made_by("forward_mode", problem, truncation=truncation)
 
@@ -170,7 +170,7 @@ def dodge(
         Silver et al., Learning by directional gradient descent, ICLR 2022. Baydin et al., Gradients
         without backpropagation, 2022, arXiv:2202.08587. As a family: Li et al., NeurIPS 2023.
     """
-    truncation = checks.check_truncation(problem, truncation)
+    truncation = problem_checks.check_truncation(problem, truncation)
     noise_period = persistence.check_period(noise_period, truncation)
     made_by = worker.made_by("dodge", problem, truncation=truncation, noise_period=noise_period)
     law = rademacher()

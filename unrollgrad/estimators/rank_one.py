@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks, unroll, varying
+from unrollgrad import checks, problem_checks, unroll, varying
 from unrollgrad.estimators import backprop, worker
 from unrollgrad.estimators.floats import floats_of, inner_product, split
 from unrollgrad.noise import wide
@@ -82,7 +82,7 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     References:
         Tallec and Ollivier, Unbiased online recurrent optimization, ICLR 2018, arXiv:1702.05043.
     """
-    truncation = checks.check_truncation(problem, truncation)
+    truncation = problem_checks.check_truncation(problem, truncation)
     made_by = worker.made_by("uoro", problem, truncation=truncation)
 
     def init(key: Key, theta: Theta) -> RankOneState:
@@ -169,7 +169,7 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
     grad = jax.tree.map(lambda a: a / truncation, total)
     loss = jnp.mean(losses)
     if at_start is not None:
-        scale = checks.static_horizon(problem, "problem.evaluate") / truncation
+        scale = problem_checks.static_horizon(problem, "problem.evaluate") / truncation
         at_end = _rank_one_gradient(
             lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, inner, left, right
         )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from unrollgrad import checks, reach, unroll, varying
+from unrollgrad import checks, problem_checks, reach, unroll, varying
 from unrollgrad.types import (
     Episode,
     EstimateFn,
@@ -123,7 +123,7 @@ def admit(
     """
     key, theta = checks.typed_key(key), checks.floating_theta(theta)
     checks.check_data(data, num_steps, axis)
-    reach.check_theta(theta, *checks.check_step(problem, key, theta, data))
+    reach.check_theta(theta, *problem_checks.check_step(problem, key, theta, data))
     checks.check_worker_state(state, jax.eval_shape(init, key, theta))
     names = varying.axes((key, theta, state, data))
     return varying.over(names, (key, theta))
