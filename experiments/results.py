@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def write_summary(
         "scale": config["scale"],
         "seeds": list(config["seeds"]),
         "status": status,
-        "command": " ".join(["python -m experiments", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
         "seconds": round(seconds, 1),
         "compile_seconds": round(compiling, 1),
         "run_seconds": round(seconds - compiling, 1),

@@ -386,6 +386,23 @@ def _(primals, tangents):
     raise AssertionError("a second derivative")
 
 
+@pytest.mark.parametrize(
+    "make_of", [functools.partial(apo.learning_rate, optax.sgd), apo.preconditioner]
+)
+def test_traced_settings(make_of):
+    """A transform may be made inside a compiled program, of numbers that it computes."""
+
+    def step(rate):
+        optimizer, w, arguments = make_of(rate, lambda_fsd=rate), weights(), extra(0)
+        gradient = jax.grad(loss)(w, arguments["batch"])
+        updates, state = optimizer.update(gradient, optimizer.init(w), w, **arguments)
+        return updates, state.hyperparams
+
+    found = jax.tree.map(lambda x: x[1], jax.lax.map(step, jnp.array([0.1, 0.2])))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(step(0.2)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_no_second_derivative(name):
     def loss_of(w, b):

@@ -12,6 +12,7 @@ from unrollgrad.apo.proximal import (
     Proximal,
     adapted,
     kl_divergence,
+    known_zero,
     relative_steps,
 )
 from unrollgrad.apo.structures import (
@@ -98,7 +99,7 @@ def preconditioner(
         Bae, Vicol, HaoChen, Grosse, Amortized proximal optimization, NeurIPS 2022,
         arXiv:2203.00089.
     """
-    if checks.number("initial_rate", initial_rate) == 0:
+    if known_zero(checks.number("initial_rate", initial_rate)):
         raise ValueError("`initial_rate` must be positive; got 0. It is the rate that P begins as.")
     rule = by_shape() if structure is None else structure
     uncalled = rule in (kronecker, dense, diagonal, identity, frozen, by_shape)

@@ -165,7 +165,7 @@ def _meta_objective(
 ) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
     """Q as a function of the weights after the look-ahead step, and its part that may overflow."""
     loss, predict = given["loss"], given["predict"]
-    reference = None if _is_zero(proximal.lambda_fsd) else predict(params, given["other_batch"])
+    reference = None if known_zero(proximal.lambda_fsd) else predict(params, given["other_batch"])
 
     def wide(x):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -186,7 +186,7 @@ def _meta_objective(
                     "given what `predict` returns."
                 )
             value += proximal.lambda_fsd * jnp.mean(wide(jnp.asarray(away)))
-        if _is_zero(proximal.lambda_wsd):
+        if known_zero(proximal.lambda_wsd):
             return value, value
         return value + 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True), value
 
@@ -213,7 +213,8 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _is_zero(number: Any) -> bool:
+def known_zero(number: Any) -> bool:
+    """Whether a number is 0, as far as is known while tracing."""
     return not isinstance(number, jax.core.Tracer) and float(number) == 0
 
 
@@ -221,7 +222,7 @@ def _check(proximal: Proximal) -> None:
     """Raises if a setting cannot be."""
     checks.number("lambda_fsd", proximal.lambda_fsd)
     checks.number("lambda_wsd", proximal.lambda_wsd)
-    if not _is_zero(proximal.lambda_fsd) and not callable(proximal.discrepancy):
+    if not known_zero(proximal.lambda_fsd) and not callable(proximal.discrepancy):
         raise TypeError(
             "`discrepancy` must be a function of (outputs, reference) where `lambda_fsd` is not 0; "
             f"got {proximal.discrepancy!r}. Pass apo.kl_divergence for logits, apo.squared_error "
@@ -249,7 +250,7 @@ def _check_given(name: str, proximal: Proximal, given: dict[str, Any]) -> None:
     needed = ["params"]
     if not proximal.linearised:
         needed += ["loss", "batch"]
-    if not _is_zero(proximal.lambda_fsd):
+    if not known_zero(proximal.lambda_fsd):
         needed += ["predict", "other_batch"]
     missing = [key for key in needed if given[key] is None]
     if missing:
