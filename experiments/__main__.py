@@ -1,6 +1,7 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from experiments import (
     apo_learning_rate,
     apo_regression,
     apo_rosenbrock,
+    benchmark,
     data_cleaning,
     distillation,
     fit_overhead,
@@ -50,6 +52,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         apo_regression,
         apo_autoencoder,
         apo_rosenbrock,
+        benchmark,
         fit_overhead,
         remat,
         mixed_mode,
@@ -103,15 +106,18 @@ def write_report(
 def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
     """The experiment as a function of its settings, with the scale's defaults."""
     spreads = any(field.name == "devices" for field in dataclasses.fields(experiment.settings))
+    sweeps = spreads and isinstance(default.devices, tuple)
 
     def main(settings: Any, group: Any) -> Path | None:
         if spreads:
-            join(group, settings.devices)
+            join(group, max(settings.devices) if sweeps else settings.devices)
         return framework.execute(experiment, settings)
 
     main.__annotations__ = {
         "settings": Annotated[experiment.settings, tyro.conf.arg(name="")],
-        "group": Annotated[Processes, tyro.conf.arg(name="") if spreads else tyro.conf.Suppress],
+        "group": Annotated[
+            Processes, tyro.conf.arg(name="") if spreads and not sweeps else tyro.conf.Suppress
+        ],
     }
     main.__defaults__ = (default, Processes())
     main.__doc__ = experiment.settings.__doc__
@@ -155,7 +161,12 @@ def resumed(arguments: list[str]) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command."""
+    """Runs the command; several numbers may be given as 1,2,4 too."""
+    arguments = [
+        part
+        for given in arguments
+        for part in (given.split(",") if re.fullmatch(r"\d+(,\d+)+", given) else [given])
+    ]
     app = tyro.extras.SubcommandApp()
     before = resumed(arguments)
     for name, experiment in EXPERIMENTS.items():

@@ -1,6 +1,7 @@
 """Shared by all tests: how samples are drawn and judged."""
 
 import functools
+import os
 import re
 
 import jax
@@ -16,8 +17,11 @@ def pytest_configure(config):
     """Eight CPU devices; and compiled programs are kept: many tests compile the same one."""
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # else collectives may deadlock
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    cache = str(config.cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # of the processes that tests start
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,6 +34,11 @@ def forget_programs():
 def raises(error, *parts):
     """A context that expects ``error`` with all the parts in its message."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
+
+
+EACH_STATE = ["full_es", "truncated_es", "gpes", "tbptt", "dodge", "uoro"]
+"""One estimator for each kind of worker state, and one that goes backwards: where only what is
+carried and spread matters. What each estimator must hold is in ``estimators/test_contract.py``."""
 
 
 class Samples:

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, quadratic, raises
+from conftest import EACH_STATE, build, quadratic, raises
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
 MESHES = [pytest.param(n, marks=[] if n == 8 else pytest.mark.slow) for n in (1, 2, 4, 8)]
@@ -76,7 +75,7 @@ def draws(state):
 
 
 @pytest.mark.parametrize("num_devices", MESHES)
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", EACH_STATE)
 def test_every_mesh_gives_the_same(name, num_devices):
     problem, theta = recorded()
     mesh = ug.make_worker_mesh(num_devices)
@@ -100,7 +99,7 @@ def collectives(many, theta):
     return len(re.findall(r" all-reduce(?:-start)?\(", text)), len(re.findall(other, text))
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", EACH_STATE)
 def test_one_all_reduce(name):
     mesh = ug.make_worker_mesh(8)
     problem, theta = recorded()
@@ -158,7 +157,7 @@ def update_by_hand(estimator):
     return update
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", EACH_STATE)
 def test_the_users_own_pmap_and_shard_map(name):
     """Three equal ways; ``test_the_n_fold_trap`` is what would go wrong."""
     problem, theta = recorded()
@@ -174,7 +173,7 @@ def test_the_users_own_pmap_and_shard_map(name):
     for got, x in zip(jax.tree.leaves((grad, loss)), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, np.broadcast_to(x, got.shape), rtol=1e-5, atol=1e-7)
 
-    if name not in ("pes", "bptt"):  # the others are in test_varying.py, without the mean
+    if name not in ("gpes", "tbptt"):  # the others are in test_varying.py, without the mean
         return
 
     def body(key, theta, states):

@@ -5,15 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, quadratic
+from conftest import EACH_STATE, build, quadratic
 
 import unrollgrad as ug
-from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", EACH_STATE)
 def test_mean_of_workers_with_folded_keys(name):
     problem, theta = quadratic()
     alone = build(name, problem)

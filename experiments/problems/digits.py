@@ -3,6 +3,7 @@
 The data are 1797 real 8x8 images that come with scikit-learn: nothing is downloaded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,6 +49,19 @@ def digits(
     Returns:
         ``Example(problem, theta)``.
     """
+    optimizer, theta = schedule(horizon, num_knots)
+    problem = ug.training_problem(
+        **mlp_on_digits(hidden, batch_size), optimizer=optimizer, horizon=horizon
+    )
+    return Example(problem, theta)
+
+
+def schedule(horizon: int, num_knots: int) -> tuple[Callable[[Any, Any], Any], Any]:
+    """SGD with momentum whose rate and momentum are piecewise linear in t, and a plain theta.
+
+    Returns:
+        ``optimizer(theta, t)``, and theta as ``digits`` says.
+    """
 
     def at(knots, t):
         return jnp.interp(t / horizon * (num_knots - 1), jnp.arange(float(num_knots)), knots)
@@ -56,14 +70,11 @@ def digits(
         rate = jnp.exp(at(theta["log_lr"], t))
         return optax.sgd(rate, momentum=jax.nn.sigmoid(at(theta["momentum_logit"], t)))
 
-    problem = ug.training_problem(
-        **mlp_on_digits(hidden, batch_size), optimizer=optimizer, horizon=horizon
-    )
     theta = {
         "log_lr": jnp.linspace(jnp.log(0.1), jnp.log(0.02), num_knots, dtype=jnp.float32),
         "momentum_logit": jnp.full(num_knots, jnp.log(9.0), jnp.float32),
     }
-    return Example(problem, theta)
+    return optimizer, theta
 
 
 def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,289 @@
+"""``benchmark``: time and memory of every estimator beside its unrolls alone, on this machine."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import floors, hypergradient_cost, timing
+from experiments.benchmark_figure import claims, draw, show
+from experiments.experiment import Experiment, Progress, Write
+from experiments.workloads import leaky_sum, workloads
+from unrollgrad.estimators import REGISTRY
+
+Estimator = Literal[
+    "pes",
+    "es_single",
+    "gpes",
+    "truncated_es",
+    "full_es",
+    "tbptt",
+    "bptt",
+    "dodge",
+    "uoro",
+    "pes_analytic",
+    "pes_analytic_replacement",
+    "reparameterized_es",
+    "forward_mode",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Time, memory and compile time of estimators, beside the floor: the same unrolls alone.
+
+    The floor is one jitted vmap and scan of the same particles and inner steps, a mean pass
+    counted, with perturbed thetas that are given; for bptt and tbptt the bare value_and_grad of the
+    same windows. Estimator and floor run in turn, whole episodes; medians and quartiles of the
+    ratios. "tiny" is influence balancing, "medium" the schedule of a 784-100-10 MLP at batch 100,
+    "learned optimizer" all weights of a small optimizer, "large" the schedule of a transformer.
+    Then sweeps: workers, devices, truncation and horizon (what compiling takes), theta's size
+    (memory), and implicit hypergradients beside bare Hessian products.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else, and the size of "large"."""
+    workloads: tuple[Literal["tiny", "medium", "learned optimizer", "large"], ...] = (
+        "tiny",
+        "medium",
+        "learned optimizer",
+        "large",
+    )
+    """What is unrolled."""
+    estimators: tuple[Estimator, ...] = (
+        "es_single",
+        "pes",
+        "gpes",
+        "truncated_es",
+        "full_es",
+        "tbptt",
+        "bptt",
+        "dodge",
+        "uoro",
+        "pes_analytic",
+        "reparameterized_es",
+    )
+    """By name. forward_mode has a price for each number in theta: it is left out by default."""
+    particles: int | None = None
+    """Trajectories side by side, both signs of all pairs. Default: the workload's."""
+    num_pairs: int = 1
+    """Antithetic pairs of a worker."""
+    workers: tuple[int, ...] = (1, 8, 64, 512)
+    """Of one pair, on "learned optimizer"."""
+    devices: tuple[int, ...] = (1,)
+    """Over how many 512 workers on "tiny" are spread; more than there are CPUs are made."""
+    truncations: tuple[int, ...] = (10, 100, 1000)
+    """On "tiny"; and horizons of ten times as much."""
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Of theta and state, where a step computes next to nothing."""
+    products: tuple[int, ...] = (10, 40)
+    """With the Hessian, of implicit hypergradients."""
+    num_repeats: int = 9
+    """Runs of each program."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a whole measurement."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        workloads=("medium",),
+        estimators=("es_single", "tbptt"),
+        particles=4,
+        workers=(1, 8),
+        truncations=(2,),
+        sizes=(10, 100),
+        products=(2,),
+        num_repeats=1,
+    ),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", particles=4096, workers=(8, 64, 512, 4096)),
+}
+
+SWEPT = ("es_single", "pes", "tbptt")
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes every repeat's seconds and ratio, and their medians."""
+    parts = {
+        "estimators": _estimators,
+        "workers": _workers,
+        "devices": _devices,
+        "truncation": _truncations,
+        "horizon": _horizons,
+        "size": _sizes,
+        "products": _products,
+    }
+    for i, (part, cells) in enumerate(parts.items()):
+        for labels, measure in cells(settings, jax.random.key(seed)):
+            labels = {"part": part, **labels}
+            text = " ".join(str(v) for v in labels.values() if v != "")
+            at = functools.partial(lambda text, i, f: progress(text, (i + f) / len(parts)), text, i)
+            at(0.0)
+            for numbers in measure(at):
+                write({**labels, **numbers})
+
+
+Cell = tuple[dict[str, Any], Callable[[Callable[[float], None]], Iterator[dict[str, Any]]]]
+
+
+def _estimators(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    for name, workload in _chosen(settings).items():
+        particles = settings.particles or workload.particles
+        for estimator in settings.estimators:
+            make = functools.partial(
+                floors.case,
+                workload,
+                estimator,
+                key,
+                particles=particles,
+                num_pairs=settings.num_pairs,
+            )
+            labels = {"workload": name, "estimator": estimator, "number": particles}
+            yield labels, functools.partial(_beside, settings, make)
+
+
+def _workers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    name = "tiny" if settings.scale == "smoke" else "learned optimizer"
+    workload = workloads(settings.scale)[name]
+    for estimator in set(SWEPT) & set(settings.estimators):
+        for number in settings.workers:
+            particles = number * (2 if REGISTRY[estimator].takes("num_pairs") else 1)
+            make = functools.partial(floors.case, workload, estimator, key, particles=particles)
+            labels = {"workload": name, "estimator": estimator, "number": number}
+            yield labels, functools.partial(_beside, settings, make)
+
+
+def _devices(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    workload = workloads(settings.scale)["tiny"]
+    for number in settings.devices:
+        make = functools.partial(
+            floors.case, workload, "es_single", key, particles=1024, devices=number
+        )
+        labels = {"workload": "tiny", "estimator": "es_single", "number": number}
+        yield labels, functools.partial(_beside, settings, make)
+
+
+def _truncations(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    tiny = workloads(settings.scale)["tiny"]
+    for estimator in SWEPT:
+        for number in settings.truncations:
+            workload = tiny._replace(truncation=number, windows=2)
+            make = functools.partial(floors.case, workload, estimator, key, particles=16)
+            labels = {"workload": "tiny", "estimator": estimator, "number": number}
+            yield labels, functools.partial(_beside, settings, make)
+
+
+def _horizons(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    tiny = workloads(settings.scale)["tiny"]
+    for number in settings.truncations:
+        workload = tiny._replace(windows=10 * number // tiny.truncation)
+        make = functools.partial(floors.case, workload, "pes", key, particles=16)
+        labels = {"workload": "tiny", "estimator": "pes", "number": 10 * number}
+        yield labels, functools.partial(_beside, settings, make)
+
+
+def _sizes(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    for estimator in ("es_single", "pes"):
+        for number in settings.sizes:
+            measure = functools.partial(_memory, settings, estimator, key, number)
+            yield {"workload": "leaky sum", "estimator": estimator, "number": number}, measure
+
+
+def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    width = 4 if settings.scale == "smoke" else 512
+    problem = hypergradient_cost.problem(key, width, width // 2, 100)
+    for number in settings.products:
+        kinds = hypergradient_cost.kinds(problem, number)
+        for name in set(kinds) - {"floor"}:
+            programs: dict[str, Callable[[], Any]] = {
+                kind: functools.partial(jax.jit(kinds[kind]), problem.params, problem.theta)
+                for kind in (name, "floor")
+            }
+            labels = {"workload": "implicit", "estimator": name, "number": number}
+            yield labels, functools.partial(_ratios, programs, settings.num_repeats)
+
+
+def _chosen(settings: Settings) -> dict[str, Any]:
+    found = workloads(settings.scale)
+    return {name: found[name] for name in settings.workloads}
+
+
+def _beside(
+    settings: Settings, make: Callable[[], floors.Case], progress: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
+    """An episode of an estimator and of its floor, in turn."""
+    case = make()
+    compiled = {
+        "estimator": timing.compiled(case.episode, *case.args),
+        "floor": timing.compiled(case.floor, *case.floor_args),
+    }
+    programs: dict[str, Callable[[], Any]] = {
+        "estimator": functools.partial(compiled["estimator"].call, *case.args),
+        "floor": functools.partial(compiled["floor"].call, *case.floor_args),
+    }
+    for kind, program in compiled.items():
+        yield {f"{kind}_compile_seconds": program.seconds, f"{kind}_mebibytes": program.mebibytes}
+    for numbers in _ratios(programs, settings.num_repeats, progress):
+        if "median_seconds" in numbers:
+            seconds = numbers["median_seconds"] / case.num_calls
+            numbers["estimates_per_second"] = case.num_workers / seconds
+            numbers["microseconds_per_step"] = 1e6 * seconds / case.num_steps
+        yield numbers
+
+
+def _ratios(
+    programs: dict[str, Callable[[], Any]], num_repeats: int, progress: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
+    """Of the program that is not the floor: every repeat, then medians and quartiles."""
+    (name,) = set(programs) - {"floor"}
+    times = []
+    for repeat, seconds in timing.in_turn(programs, num_repeats, progress):
+        times.append((seconds[name], seconds[name] / seconds["floor"]))
+        yield {"step": repeat, "seconds": times[-1][0], "ratio": times[-1][1]}
+    seconds, ratios = np.array(times).T
+    low, median, high = (float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75)))
+    yield {"median_ratio": median, "lower_ratio": low, "upper_ratio": high}
+    yield {"median_seconds": float(np.median(seconds))}
+
+
+def _memory(
+    settings: Settings, name: str, key: jax.Array, size: int, progress: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
+    """The peak of one call, its state donated, per pair and in copies of theta."""
+    num_pairs = 16
+    problem, theta = leaky_sum(20, size)
+    estimator = REGISTRY[name].build(problem, truncation=10, sigma=0.1, num_pairs=num_pairs)
+    state = jax.tree.map(jnp.copy, estimator.init(key, theta))  # to be donated
+    args = key, theta, state
+    program = timing.compiled(estimator.estimate, *args, donate=(2,))
+    yield {"copies_per_pair": program.mebibytes * 2**20 / (theta.nbytes * num_pairs)}
+
+    carried = [state]
+
+    def call():
+        out, carried[0] = program.call(key, theta, carried[0])
+        return out
+
+    times = [s["call"] for _, s in timing.in_turn({"call": call}, settings.num_repeats, progress)]
+    yield {"median_seconds": float(np.median(times))}
+
+
+EXPERIMENT = Experiment(
+    name="benchmark",
+    about="Time and memory of every estimator beside its unrolls alone, on this machine.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("part", "workload", "estimator", "number"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

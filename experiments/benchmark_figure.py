@@ -1,0 +1,207 @@
+"""The picture, the table and the claims of ``benchmark``."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments.experiment import Claim
+from experiments.results import Record, Summary
+from unrollgrad import extras
+from unrollgrad.extras import need
+
+CORE = ("pes", "es_single", "truncated_es", "full_es", "tbptt", "bptt")
+TARGETS = ("medium", "learned optimizer")
+
+
+def _table(records: list[Record], part: str, metric: str) -> dict[tuple[str, str], dict]:
+    """A number by (workload, estimator), by number; the mean over seeds, of the last step."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for r in records:
+        if r.labels["part"] == part and r.metric == metric:
+            line = found.setdefault((r.labels["workload"], r.labels["estimator"]), {})
+            line.setdefault(int(r.labels["number"]), []).append(r.value)
+    return {
+        series: {number: float(np.mean(values)) for number, values in sorted(line.items())}
+        for series, line in found.items()
+    }
+
+
+def slope(line: dict[int, float]) -> float:
+    """The log-log slope of a line."""
+    return float(np.polyfit(np.log(list(line)), np.log(list(line.values())), 1)[0])
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """Ratios with quartiles; time against workers; compile time; memory."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(2, 2)
+    _draw_ratios(axes[0, 0], records)
+    _draw_lines(axes[0, 1], _table(records, "workers", "median_seconds"), "workers", "s / episode")
+    for part, marker in (("truncation", "o-"), ("horizon", "s--")):
+        for (_, estimator), line in _compile_ratios(records, part).items():
+            label = f"{estimator}, {part}"
+            axes[1, 0].plot(list(line), list(line.values()), marker, label=label)
+    axes[1, 0].axhline(3, color="k", linestyle=":")
+    axes[1, 0].set(
+        xscale="log", xlabel="inner steps", ylabel="compile time / the floor's", ylim=(0, None)
+    )
+    memory = _table(records, "size", "copies_per_pair")
+    _draw_lines(axes[1, 1], memory, "numbers in theta (and in a state)", "copies of it per pair")
+    axes[1, 1].set(yscale="linear", ylim=(0, None))
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[1:]:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _draw_ratios(axis: Any, records: list[Record]) -> None:
+    lines = {
+        name: _table(records, "estimators", f"{name}_ratio")
+        for name in ("median", "lower", "upper")
+    }
+    workloads = list(dict.fromkeys(workload for workload, _ in lines["median"]))
+    estimators = list(dict.fromkeys(estimator for _, estimator in lines["median"]))
+    for i, workload in enumerate(workloads):
+        for j, estimator in enumerate(estimators):
+            middle, low, high = (
+                next(iter(lines[name].get((workload, estimator), {0: np.nan}).values()))
+                for name in ("median", "lower", "upper")
+            )
+            x = j + 0.8 * ((i + 0.5) / len(workloads) - 0.5)
+            error = [[middle - low], [high - middle]]
+            label = workload if j == 0 else None
+            axis.errorbar(x, middle, error, fmt="o", ms=4, color=f"C{i}", label=label)
+    axis.axhline(1.05, color="k", linestyle=":", label="5 % more")
+    axis.set_xticks(range(len(estimators)), estimators, rotation=45, ha="right")
+    axis.set(ylabel="time / the floor's", yscale="log")
+    ticks = [0.8, 1, 1.2, 1.5, 2, 3, 5]
+    axis.set_yticks(ticks, [str(t) for t in ticks], minor=False)
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+
+
+def _draw_lines(axis: Any, lines: dict[tuple[str, str], dict], x: str, y: str) -> None:
+    for (_, estimator), line in lines.items():
+        axis.plot(list(line), list(line.values()), "o-", label=estimator)
+    axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+
+
+def _compile_ratios(records: list[Record], part: str) -> dict[tuple[str, str], dict]:
+    ours = _table(records, part, "estimator_compile_seconds")
+    floors = _table(records, part, "floor_compile_seconds")
+    return {
+        series: {number: seconds / floors[series][number] for number, seconds in line.items()}
+        for series, line in ours.items()
+    }
+
+
+def show(records: list[Record]) -> None:
+    """Prints the tables."""
+    console, table = extras.console(), need("rich.table", "rich").Table
+    main = table(title="beside the floor, medians (quartiles)", title_justify="left", box=None)
+    for name in ("workload", "estimator", "ratio", "", "estimates/s", "us/step", "compile s"):
+        main.add_column(name, justify="left" if name in ("workload", "estimator") else "right")
+    main.add_column("floor's", justify="right")
+    main.add_column("MiB", justify="right")
+    columns = (
+        "median_ratio",
+        "lower_ratio",
+        "upper_ratio",
+        "estimates_per_second",
+        "microseconds_per_step",
+        "estimator_compile_seconds",
+        "floor_compile_seconds",
+        "estimator_mebibytes",
+    )
+    tables = {name: _table(records, "estimators", name) for name in columns}
+    for series, line in tables["median_ratio"].items():
+        for number in line:
+            x = {name: tables[name][series][number] for name in columns}
+            main.add_row(
+                *series,
+                f"{x['median_ratio']:.2f}",
+                f"({x['lower_ratio']:.2f} to {x['upper_ratio']:.2f})",
+                f"{x['estimates_per_second']:.3g}",
+                f"{x['microseconds_per_step']:.3g}",
+                f"{x['estimator_compile_seconds']:.1f}",
+                f"{x['floor_compile_seconds']:.1f}",
+                f"{x['estimator_mebibytes']:.1f}",
+            )
+    console.print(main)
+    for part, metric, unit in (
+        ("workers", "median_seconds", "s"),
+        ("workers", "median_ratio", "of the floor"),
+        ("devices", "median_seconds", "s"),
+        ("truncation", "estimator_compile_seconds", "s to compile"),
+        ("horizon", "estimator_compile_seconds", "s to compile"),
+        ("size", "median_seconds", "s"),
+        ("size", "copies_per_pair", "copies of theta per pair"),
+        ("products", "median_ratio", "of bare products"),
+    ):
+        for (_, estimator), line in _table(records, part, metric).items():
+            values = ", ".join(f"{number}: {value:.3g}" for number, value in line.items())
+            print(f"{part:>10} {estimator:>12}  {values} {unit}")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Our targets."""
+    records = [
+        Record(0, None, {k: r[k] for k in ("part", "workload", "estimator", "number")}, *pair)
+        for r in summary.results
+        for pair in [(r["metric"], r["mean"])]
+        if r["mean"] is not None
+    ]
+    found = []
+    ratios = _table(records, "estimators", "median_ratio")
+    for workload in TARGETS:
+        measured = [e for e in CORE if (workload, e) in ratios]
+        line = {e: next(iter(ratios[workload, e].values())) for e in measured}
+        if line:
+            text = ", ".join(f"{name} {value:.2f}" for name, value in line.items())
+            found.append(
+                _claim(f"{workload}: at most 5 % over the floor", text, max(line.values()) <= 1.05)
+            )
+    for series, line in _table(records, "workers", "median_seconds").items():
+        line = {k: v for k, v in line.items() if k >= 8}
+        if len(line) > 1:
+            found.append(
+                _claim(
+                    f"{series[1]}: cost linear in workers from {min(line)} to {max(line)} (log-log "
+                    "slope 1 ± 0.1)",
+                    f"slope {slope(line):.2f}",
+                    abs(slope(line) - 1) <= 0.1,
+                )
+            )
+    bounds = {"es_single": 1.1 * (2 + 2), "pes": 1.1 * (2 + 3)}
+    for (_, name), line in _table(records, "size", "copies_per_pair").items():
+        most = line[max(line)]
+        thetas = 2 + (name == "pes")
+        says = f"{name}: peak memory of a pair at most its two states and {thetas} theta, + 10 %"
+        found.append(
+            _claim(says, f"{most:.2f} copies for {bounds[name]:.1f}", most <= bounds[name])
+        )
+    for part in ("truncation", "horizon"):
+        for (_, name), line in _compile_ratios(records, part).items():
+            text = ", ".join(f"{number}: {value:.2f}" for number, value in line.items())
+            found.append(
+                _claim(
+                    f"{name}: compiles in at most 3 times the floor's time",
+                    f"by {part} {text}",
+                    max(line.values()) <= 3,
+                )
+            )
+        for (_, name), line in _table(records, part, "estimator_compile_seconds").items():
+            spread = max(line.values()) / min(line.values()) - 1
+            found.append(
+                _claim(
+                    f"{name}: compile time independent of the {part}, within 20 %",
+                    f"{100 * spread:.0f} % between {min(line)} and {max(line)}",
+                    spread <= 0.2,
+                )
+            )
+    return found
+
+
+def _claim(says: str, ours: str, holds: bool) -> Claim:
+    return Claim(says, "our target", ours, bool(holds))
