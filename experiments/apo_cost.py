@@ -1,7 +1,7 @@
 """``apo_cost``: time and memory of a training step with APO, beside one without."""
 
 import dataclasses
-import time
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from experiments import timing
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import apo
@@ -110,9 +111,10 @@ def program(settings: Settings, optimizer: Any, seed: int) -> tuple[Callable, fl
         return jax.lax.scan(turn, carry, length=settings.num_steps)[0]
 
     carry = params, optimizer.init(params)
-    plan: Any = jax.jit(step, donate_argnums=0).lower(carry, batches).compile().memory_analysis()
-    compiled = jax.jit(steps).lower(carry, batches).compile()
-    return lambda: compiled(carry, batches), plan.temp_size_in_bytes / (4 * optax.tree.size(params))
+    plan = timing.compiled(step, carry, batches, donate=(0,))
+    compiled = timing.compiled(steps, carry, batches)
+    size = plan.temporaries / (4 * optax.tree.size(params))
+    return functools.partial(compiled.call, carry, batches), size
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
@@ -128,21 +130,15 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     for name, (optimizer, _) in kinds.items():
         progress(f"compiling {name}", 0.0)
         programs[name], sizes[name] = program(settings, optimizer, seed)
-    for repeat in range(settings.num_repeats + 1):  # in turn, as the machine changes its pace
-        progress("steps", repeat / (settings.num_repeats + 1))
-        seconds = {}
-        for name, call in programs.items():
-            begun = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name] = (time.perf_counter() - begun) / settings.num_steps
-        if repeat:
-            for name, (_, beside) in kinds.items():
-                numbers = {
-                    "milliseconds": 1e3 * seconds[name],
-                    "ratio": seconds[name] / seconds[beside],
-                }
-                write({"kind": name, "step": repeat, **numbers})
-                ratios[name].append(numbers["ratio"])
+    turns = timing.in_turn(programs, settings.num_repeats, functools.partial(progress, "steps"))
+    for repeat, seconds in turns:
+        for name, (_, beside) in kinds.items():
+            numbers = {
+                "milliseconds": 1e3 * seconds[name] / settings.num_steps,
+                "ratio": seconds[name] / seconds[beside],
+            }
+            write({"kind": name, "step": repeat, **numbers})
+            ratios[name].append(numbers["ratio"])
     for name in kinds:
         plain = "Adam" if "Adam" in name else "SGD"
         numbers = {"memory": sizes[name], "more_memory": sizes[name] - sizes[plain]}

@@ -68,13 +68,13 @@ class Settings:
         "pes_analytic",
         "reparameterized_es",
     )
-    """By name. forward_mode has a price for each number in theta: it is left out by default."""
+    """By name. forward_mode pays for each number in theta: it is left out by default."""
     particles: int | None = None
     """Trajectories side by side, both signs of all pairs. Default: the workload's."""
     num_pairs: int = 1
     """Antithetic pairs of a worker."""
     workers: tuple[int, ...] = (1, 8, 64, 512)
-    """Of one pair, on "learned optimizer"."""
+    """Of one pair, on "learned optimizer". Each sweep may be empty."""
     devices: tuple[int, ...] = (1,)
     """Over how many 512 workers on "tiny" are spread; more than there are CPUs are made."""
     truncations: tuple[int, ...] = (10, 100, 1000)
@@ -83,7 +83,7 @@ class Settings:
     """Of theta and state, where a step computes next to nothing."""
     products: tuple[int, ...] = (10, 40)
     """With the Hessian, of implicit hypergradients."""
-    num_repeats: int = 9
+    num_repeats: int = 5
     """Runs of each program."""
     seeds: tuple[int, ...] = (0,)
     """Each is a whole measurement."""
@@ -125,7 +125,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         for labels, measure in cells(settings, jax.random.key(seed)):
             labels = {"part": part, **labels}
             text = " ".join(str(v) for v in labels.values() if v != "")
-            at = functools.partial(lambda text, i, f: progress(text, (i + f) / len(parts)), text, i)
+
+            def at(fraction: float, text: str = text, i: int = i) -> None:
+                progress(text, (i + fraction) / len(parts))
+
             at(0.0)
             for numbers in measure(at):
                 write({**labels, **numbers})
@@ -153,7 +156,7 @@ def _estimators(settings: Settings, key: jax.Array) -> Iterator[Cell]:
 def _workers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
     name = "tiny" if settings.scale == "smoke" else "learned optimizer"
     workload = workloads(settings.scale)[name]
-    for estimator in set(SWEPT) & set(settings.estimators):
+    for estimator in ("es_single", "pes"):
         for number in settings.workers:
             particles = number * (2 if REGISTRY[estimator].takes("num_pairs") else 1)
             make = functools.partial(floors.case, workload, estimator, key, particles=particles)

@@ -51,7 +51,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes.flat[1:]:
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     return figure
 
 

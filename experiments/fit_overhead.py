@@ -1,7 +1,6 @@
 """``fit_overhead``: what ``fit`` costs beyond a bare scan of the same updates."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments import timing
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
@@ -60,17 +60,17 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             "bare": _bare(estimator, optimizer, theta, key, settings.num_updates),
             "fit": _fit(estimator, optimizer, theta, key, settings.num_updates),
         }
-        for repeat in range(settings.num_repeats + 1):
-            progress(name, (i + repeat / (settings.num_repeats + 1)) / len(layouts))
-            seconds = {}
-            for kind, program in programs.items():
-                begun = time.perf_counter()
-                program()
-                seconds[kind] = (time.perf_counter() - begun) / settings.num_updates
-            if repeat:
-                micros = {f"{kind}_microseconds": 1e6 * s for kind, s in seconds.items()}
-                ratio = seconds["fit"] / seconds["bare"]
-                write({"layout": name, "step": repeat, **micros, "ratio": ratio})
+
+        def at(fraction: float, name: str = name, i: int = i) -> None:
+            progress(name, (i + fraction) / len(layouts))
+
+        for repeat, seconds in timing.in_turn(programs, settings.num_repeats, at):
+            micros = {
+                f"{kind}_microseconds": 1e6 * s / settings.num_updates
+                for kind, s in seconds.items()
+            }
+            ratio = seconds["fit"] / seconds["bare"]
+            write({"layout": name, "step": repeat, **micros, "ratio": ratio})
 
 
 def _fit(estimator: Any, optimizer: Any, theta: Any, key: jax.Array, num: int) -> Callable:

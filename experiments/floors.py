@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
     Attributes:
         episode: ``episode(key, theta, state)``, all calls of an episode; it returns the state.
-        floor: ``floor(key, thetas)``, the same unrolls.
+        floor: The same unrolls.
         args: Of ``episode``.
         floor_args: Of ``floor``.
         num_calls: Of an episode.
@@ -79,15 +79,18 @@ def case(
         floor = backwards(problem, num_steps, num_calls)
     else:
         floor = forwards(problem, num_steps, num_calls)
-    thetas = theta
-    if name not in ("bptt", "tbptt"):
+    keys = jax.random.split(key, num_workers)
+    if name in ("bptt", "tbptt"):
+        states = jax.vmap(lambda key: problem.init(key, theta), axis_size=num_workers)(keys)
+        floor_args = keys, theta, states
+    else:
         near = 1 + 1e-3 * jax.random.normal(key, (num_workers, passes))
-        thetas = jax.tree.map(lambda x: jnp.multiply.outer(near, x), theta)
+        floor_args = keys, jax.tree.map(lambda x: jnp.multiply.outer(near, x), theta)
     return Case(
         episode=calls(average, num_calls),
         floor=floor,
         args=(key, theta, average.init(key, theta)),
-        floor_args=(jax.random.split(key, num_workers), thetas),
+        floor_args=floor_args,
         num_calls=num_calls,
         num_steps=num_workers * passes * num_steps,
         num_workers=num_workers,
@@ -138,17 +141,16 @@ def forwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Callab
 
 
 def backwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Callable[..., Any]:
-    """The gradient of every window of an episode: keys (workers,), one theta."""
+    """The gradient of every window of an episode: keys and first states (workers,), one theta."""
 
-    def worker(key: Key, theta: Theta) -> Any:
-        if num_calls == 1:
+    def whole(key: Key, theta: Theta, state: Any) -> Any:
+        def loss(theta):
+            first = problem.init(key, theta)
+            return unroll(problem, num_steps, key, theta, first, jnp.int32(0))[1]
 
-            def whole(theta):
-                state = problem.init(key, theta)
-                return unroll(problem, num_steps, key, theta, state, jnp.int32(0))[1]
+        return jax.value_and_grad(loss)(theta)
 
-            return jax.value_and_grad(whole)(theta)
-
+    def windows(key: Key, theta: Theta, state: Any) -> Any:
         def window(state, i):
             def loss(theta):
                 return unroll(problem, num_steps, key, theta, state, i * num_steps)[::-1]
@@ -156,7 +158,6 @@ def backwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Calla
             (value, state), grad = jax.value_and_grad(loss, has_aux=True)(theta)
             return state, (value, grad)
 
-        first = problem.init(key, theta)
-        return jax.lax.scan(window, first, jnp.arange(num_calls, dtype=jnp.int32))
+        return jax.lax.scan(window, state, jnp.arange(num_calls, dtype=jnp.int32))
 
-    return lambda keys, theta: jax.vmap(worker, in_axes=(0, None))(keys, theta)
+    return jax.vmap(whole if num_calls == 1 else windows, in_axes=(0, None, 0))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
+from experiments import timing
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import implicit
@@ -149,16 +149,16 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             for kind, f in kinds(here, terms).items():
                 arguments = here.params, here.theta
                 programs[number, kind] = functools.partial(jax.jit(f), *arguments)
-        seconds: dict[tuple[int, str], list[float]] = {name: [] for name in programs}
-        for repeat in range(settings.num_repeats + 1):  # in turn, as the machine changes its pace
-            progress(axis, (i + repeat / (settings.num_repeats + 1)) / len(sweeps))
-            for name, program in programs.items():
-                begun = time.perf_counter()
-                jax.block_until_ready(program())
-                if repeat:
-                    seconds[name].append(time.perf_counter() - begun)
-        for (number, kind), values in seconds.items():
-            ratio = float(np.median(np.divide(values, seconds[number, "floor"])))
+        times: dict[tuple[int, str], list[float]] = {name: [] for name in programs}
+
+        def at(fraction: float, axis: str = axis, i: int = i) -> None:
+            progress(axis, (i + fraction) / len(sweeps))
+
+        for _, seconds in timing.in_turn(programs, settings.num_repeats, at):
+            for name, value in seconds.items():
+                times[name].append(value)
+        for (number, kind), values in times.items():
+            ratio = float(np.median(np.divide(values, times[number, "floor"])))
             numbers = {"seconds": float(np.median(values)), "over_floor": ratio}
             write({"axis": axis, "number": str(number), "kind": kind, **numbers})
 

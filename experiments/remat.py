@@ -1,7 +1,7 @@
 """``remat``: what backpropagation through inner training takes, in memory and time."""
 
 import dataclasses
-import time
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments import timing
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
@@ -66,15 +67,14 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             key, settings.horizon, settings.width, settings.layers, settings.batch
         )
         programs[name], mebibytes[name] = _compiled(problem, theta, remat, key)
-    seconds: dict[str, list[float]] = {name: [] for name in KINDS}
-    for repeat in range(settings.num_repeats + 1):
-        for name, program in programs.items():
-            progress(f"running {name}", 0.3 + 0.5 * repeat / (settings.num_repeats + 1))
-            begun = time.perf_counter()
-            jax.block_until_ready(program())
-            if repeat:
-                seconds[name].append(time.perf_counter() - begun)
-    for name, values in seconds.items():
+    times: dict[str, list[float]] = {name: [] for name in KINDS}
+    turns = timing.in_turn(
+        programs, settings.num_repeats, lambda f: progress("running", 0.3 + 0.5 * f)
+    )
+    for _, seconds in turns:
+        for name, value in seconds.items():
+            times[name].append(value)
+    for name, values in times.items():
         numbers = {"mebibytes": mebibytes[name], "seconds": float(np.median(values))}
         write({"workload": "mlp", "remat": name, **numbers})
     for i, horizon in enumerate(settings.horizons):
@@ -110,10 +110,9 @@ def _training(key: jax.Array, horizon: int, width: int, layers: int, batch: int)
 def _compiled(problem: Any, theta: Any, remat: Any, key: jax.Array) -> tuple[Callable, float]:
     """One gradient, ready to run, and the mebibytes of its temporaries."""
     estimator = ug.bptt(problem, remat=remat)
-    state = estimator.init(key, theta)
-    compiled = jax.jit(estimator.estimate).lower(key, theta, state).compile()
-    plan: Any = compiled.memory_analysis()
-    return lambda: compiled(key, theta, state), plan.temp_size_in_bytes / 2**20
+    args = key, theta, estimator.init(key, theta)
+    compiled = timing.compiled(estimator.estimate, *args)
+    return functools.partial(compiled.call, *args), compiled.temporaries / 2**20
 
 
 def _table(records: list[Record], metric: str) -> dict[str, float]:

@@ -25,8 +25,15 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def forget_programs():
-    """Every compiled program takes memory maps; Linux ends a process that asks for 65,530."""
+def programs(request):
+    """Compiled fast where little is computed, and forgotten at a module's end.
+
+    Most of a test's time is XLA's, which takes much less of it without optimizations. Modules that are marked
+    slow compute much, and are optimized. Every compiled program takes memory maps; Linux ends a
+    process that asks for 65,530.
+    """
+    optimize = request.node.get_closest_marker("slow") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimize)
     yield
     jax.clear_caches()
 
@@ -39,6 +46,11 @@ def raises(error, *parts):
 EACH_STATE = ["full_es", "truncated_es", "gpes", "tbptt", "dodge", "uoro"]
 """One estimator for each kind of worker state, and one that goes backwards: where only what is
 carried and spread matters. What each estimator must hold is in ``estimators/test_contract.py``."""
+
+
+def of_the_registry(names=REGISTRY):
+    """Parameters: the names, of which the quick suite takes ``EACH_STATE``."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in EACH_STATE)) for n in names]
 
 
 class Samples:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, quadratic, raises, settings
+from conftest import build, of_the_registry, quadratic, raises, settings
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY, worker
 
 KEY = jax.random.key(0)
 NAMES = list(REGISTRY)
-every = pytest.mark.parametrize("name", NAMES)
+every = pytest.mark.parametrize("name", of_the_registry())
 
 
 def run(name, problem, theta, **changes):
@@ -23,7 +23,8 @@ def run(name, problem, theta, **changes):
 
 
 def taking(setting):
-    return pytest.mark.parametrize("name", [n for n in NAMES if REGISTRY[n].takes(setting)])
+    names = [n for n in NAMES if REGISTRY[n].takes(setting)]
+    return pytest.mark.parametrize("name", of_the_registry(names))
 
 
 @taking("truncation")

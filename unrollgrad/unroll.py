@@ -165,6 +165,22 @@ def reset(episode: Episode, begin: Callable[[], Any], carried: Any) -> Any:
     return jax.lax.cond(first, begin, lambda: carried)
 
 
+def reset_forwards(episode: Episode, begin: Callable[[], Any], carried: Any) -> Any:
+    """As ``reset``, where nothing is differentiated in reverse mode.
+
+    A loop of one turn or none: it overwrites the carried state in place, and under ``vmap`` it runs
+    ``begin`` only if one of the episodes is at its start, where a ``cond`` would run it always.
+    """
+    first = episode.t == 0
+    if varying.axes(first):
+        return reset(episode, begin, carried)
+
+    def turn(carry):
+        return jnp.zeros_like(first), begin()
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (first, carried))[1]
+
+
 class Window(NamedTuple):
     """One window of one trajectory.
 
@@ -197,6 +213,7 @@ def window(
     data: Any = None,
     start: jax.Array | float | None = None,
     remat: Remat = None,
+    reset: Callable[[Episode, Callable[[], Any], Any], Any] = reset,
 ) -> Window:
     """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.
 
@@ -211,6 +228,7 @@ def window(
         start: The ``end`` of the window before, where the caller kept it; else the state at the
             window's start is evaluated.
         remat: What backpropagation keeps, as ``bptt`` says.
+        reset: How the state is replaced where t is 0.
     """
 
     def begin():

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import raises
+from conftest import of_the_registry, raises
 
-import unrollgrad as ug
 from experiments import __main__ as cli
 from experiments import experiment as framework
 from experiments import results, train
@@ -32,7 +31,7 @@ def values(folder):
     return found
 
 
-@pytest.mark.parametrize("estimator", ug.REGISTRY)
+@pytest.mark.parametrize("estimator", of_the_registry())
 def test_every_estimator(estimator, tmp_path, capsys):
     folder = execute(tmp_path, problem="influence_balancing", estimator=estimator, devices=2)
     files = ["checkpoints", "config.json", "figure.png", "metrics.csv", "summary.json"]

@@ -57,6 +57,7 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     expect(problem, numbers)
 
 
+@pytest.mark.slow
 def test_every_row_of_the_registry(tmp_path, capsys):
     """An estimator is in the command by its row alone."""
     settings = dataclasses.replace(
@@ -72,6 +73,7 @@ def test_every_row_of_the_registry(tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     settings = dataclasses.replace(
         variance.SCALES["smoke"],

@@ -165,11 +165,11 @@ def _analytic(name, weigh, problem, truncation, sigma, num_pairs) -> GradientEst
     def estimate(key: Key, theta: Theta, state: AnalyticState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        unit, thetas = pairs.draw(
+        thetas = pairs.draw(
             law, sigma, num_pairs, theta, persistence.noise_key(episode, truncation)
         )
         window, noise = persistence.run_pairs(
-            problem, episode, unit, thetas, state, truncation, truncation, data
+            problem, episode, sigma, thetas, state, truncation, truncation, data
         )
         # The evaluation at the window's start is what the noise before made it: no part of p.
         loss = backprop.window(problem, episode, state.state, truncation, data, start=0.0)
@@ -177,7 +177,7 @@ def _analytic(name, weigh, problem, truncation, sigma, num_pairs) -> GradientEst
         weight = weigh(noise)
         steps = (2 * num_pairs + 1) * truncation
         out = pairs.estimate(window, sigma, theta, weight, noise.before, inner_steps=steps)
-        expected = _products(unit, own.grad)
+        expected = _products(pairs.realised(thetas, sigma, window.losses), own.grad)
 
         def leaf(g, p, w):
             wide_p = p.astype(w.dtype)
@@ -266,7 +266,7 @@ def reparameterized_es(
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
         episode = unroll.new_episode(problem, key, horizon)
-        unit, thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
+        thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
         loss = backprop.window(problem, episode, None, horizon, data)
 
         def one(theta):
@@ -274,6 +274,7 @@ def reparameterized_es(
             return out.loss, out.grad
 
         losses, grads = jax.vmap(jax.vmap(one))(thetas)
+        unit = pairs.realised(thetas, sigma, losses)
         halves = (losses[:, 0] - losses[:, 1]) / 2
 
         def leaf(x, s, u, r):

@@ -66,8 +66,9 @@ def full_es(
     def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
         episode = unroll.new_episode(problem, key, horizon)
-        unit, thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
+        thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
         result = pairs.run(problem, episode, thetas, None, horizon, data)
+        unit = pairs.realised(thetas, sigma, result.losses)
         steps = 2 * num_pairs * horizon
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
         return out, worker.EpisodeState(unroll.advance(episode, horizon), made_by)
@@ -134,10 +135,13 @@ def truncated_es(
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         noise_key = unroll.noise_key(episode, episode.t // truncation)
-        unit, thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
+        thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
         states = pairs.spread(state.state, num_pairs)
         result = pairs.run(problem, episode, thetas, states, truncation, data)
-        mean = unroll.window(problem, episode, theta, state.state, truncation, data)
+        mean = unroll.window(
+            problem, episode, theta, state.state, truncation, data, reset=unroll.reset_forwards
+        )
+        unit = pairs.realised(thetas, sigma, result.losses)
         steps = (2 * num_pairs + 1) * truncation
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
         episode = unroll.advance(episode, truncation)
@@ -221,11 +225,11 @@ def gpes(
     def estimate(key: Key, theta: Theta, state: worker.PersistentState, *, data: Any = None):
         key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        unit, thetas = pairs.draw(
+        thetas = pairs.draw(
             law, sigma, num_pairs, theta, persistence.noise_key(episode, noise_period)
         )
         window, noise = persistence.run_pairs(
-            problem, episode, unit, thetas, state, truncation, noise_period, data
+            problem, episode, sigma, thetas, state, truncation, noise_period, data
         )
         steps = 2 * num_pairs * truncation
         out = pairs.estimate(window, sigma, theta, noise.now, noise.before, inner_steps=steps)

@@ -28,29 +28,38 @@ def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
     )
 
 
-def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> tuple[Theta, Theta]:
-    """Draws the pairs' perturbations.
-
-    Returns:
-        The unit-variance perturbations as realised, ((theta + eps) - (theta - eps)) / (2 sigma) in
-        at least float32, leading axis ``num_pairs``; and the perturbed thetas in theta's dtypes,
-        leading axes ``(num_pairs, 2)``. In bfloat16 much of a small eps is lost to rounding;
-        weighing with what is left keeps the estimate true.
-    """
+def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> Theta:
+    """The pairs' perturbed thetas, in theta's dtypes, leading axes ``(num_pairs, 2)``."""
     unit = sample(law, key, theta, num_pairs)
 
     def perturb(x, s, u):
         eps = jnp.asarray(s, wide(x.dtype)) * u
         center = x.astype(eps.dtype)
-        return jnp.stack([_round(center + eps, x.dtype), _round(center - eps, x.dtype)], axis=1)
+        both = [_round(center + eps, x.dtype), _round(center - eps, x.dtype)]
+        return jnp.stack(both, axis=1).astype(x.dtype)
 
-    def realised(s, both):
+    return jax.tree.map(perturb, theta, checks.broadcast_sigma(sigma, theta), unit)
+
+
+def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
+    """The pairs' unit-variance perturbations as they came out, leading axis ``num_pairs``.
+
+    ((theta + eps) - (theta - eps)) / (2 sigma), in at least float32: in bfloat16 much of a small
+    eps is lost to rounding, and weighing with what is left keeps the estimate true.
+
+    Args:
+        thetas: What ``draw`` returned.
+        sigma: A pytree prefix of theta.
+        window: What was run with them. The perturbations are computed from the thetas after it, so
+            that no copy of them is held while it runs.
+    """
+    thetas, _ = jax.lax.optimization_barrier((thetas, window))
+
+    def leaf(s, both):
+        both = both.astype(wide(both.dtype))
         return (both[:, 0] - both[:, 1]) / (2 * jnp.asarray(s, both.dtype))
 
-    sigma = checks.broadcast_sigma(sigma, theta)
-    both = jax.tree.map(perturb, theta, sigma, unit)
-    thetas = jax.tree.map(lambda b, x: b.astype(x.dtype), both, theta)
-    return jax.tree.map(realised, sigma, both), thetas
+    return jax.tree.map(leaf, checks.broadcast_sigma(sigma, thetas), thetas)
 
 
 def _round(x: jax.Array, dtype: Any) -> jax.Array:
@@ -76,7 +85,9 @@ def run(
     """Runs one window of every pair; leading axes ``(num_pairs, 2)`` in and out."""
 
     def one(theta, state, start):
-        return unroll.window(problem, episode, theta, state, num_steps, data, start)
+        return unroll.window(
+            problem, episode, theta, state, num_steps, data, start, reset=unroll.reset_forwards
+        )
 
     return jax.vmap(jax.vmap(one))(thetas, states, starts)
 

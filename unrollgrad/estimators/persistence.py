@@ -102,7 +102,7 @@ def init_pairs(
 def run_pairs(
     problem: UnrolledProblem,
     episode: Episode,
-    unit: Theta,
+    sigma: Any,
     thetas: Theta,
     state: Any,
     truncation: int,
@@ -113,5 +113,6 @@ def run_pairs(
     window = pairs.run(
         problem, episode, thetas, state.states, truncation, data, starts=state.evaluated
     )
+    unit = pairs.realised(thetas, sigma, window.losses)
     noise = accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
     return window, noise

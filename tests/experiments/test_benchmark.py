@@ -1,0 +1,105 @@
+"""``python -m experiments benchmark``: what it measures is the same on both sides; no times."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import unrollgrad as ug
+from experiments import __main__ as command
+from experiments import benchmark, benchmark_figure, floors, results, timing, workloads
+from experiments import experiment as framework
+from experiments.experiment import Claim
+from unrollgrad.estimators import REGISTRY
+
+WORKLOAD = workloads.Workload(ug.problems.lorenz, 4, 3, 6, 0.1)
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path, capsys):
+    settings = dataclasses.replace(benchmark.SCALES["smoke"], out=tmp_path, devices=(1, 8))
+    folder = framework.execute(benchmark.EXPERIMENT, settings)
+    assert (folder / "figure.png").stat().st_size > 10_000
+    records = results.read(folder)
+    parts = {"estimators", "workers", "devices", "truncation", "horizon", "size", "products"}
+    assert {r.labels["part"] for r in records} == parts
+    assert all(r.value > 0 for r in records)
+    found = benchmark_figure.claims(results.read_summary(folder))
+    assert len(found) > 10
+    assert all(isinstance(claim, Claim) for claim in found)
+    printed = capsys.readouterr().out
+    assert "es_single" in printed
+    assert "copies of theta per pair" in printed
+
+
+@pytest.mark.parametrize("name", ["es_single", "truncated_es", "full_es", "tbptt", "bptt"])
+def test_the_floor_runs_the_same_steps(name):
+    """As many inner steps as ``info`` counts, in as many calls."""
+    case = floors.case(WORKLOAD, name, jax.random.key(0), particles=6)
+    num_pairs = REGISTRY[name].least_pairs
+    estimator = REGISTRY[name].build(
+        WORKLOAD.make(12)[0], truncation=4, sigma=0.1, num_pairs=num_pairs
+    )
+    key, theta, state = case.args
+    average = ug.average(estimator, case.num_workers)
+    estimate = average.estimate(key, theta, state)[0]
+    assert case.num_steps == estimate.info.inner_steps
+    assert case.num_calls == 12 // (estimator.truncation or 12)
+    (state, total), losses = case.episode(*case.args)
+    assert losses.shape == (case.num_calls,)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(total))
+    np.testing.assert_array_equal(state.episode.t, 0)
+
+
+def test_the_floor_of_backpropagation_is_its_gradient():
+    """Worker for worker it computes what the estimators do from the same episodes."""
+    problem, theta = ug.problems.lorenz(horizon=12)
+    key = jax.random.key(0)
+    whole = floors.backwards(problem, 12, 1)
+    _, grad = whole(key[None], theta, jax.tree.map(lambda x: x[None], problem.init(key, theta)))
+
+    def loss(theta):
+        state, total = problem.init(key, theta), 0.0
+        for t in range(12):
+            state, value = problem.step(jax.random.fold_in(key, t), theta, state, jnp.int32(t))
+            total = total + value
+        return total / 12
+
+    for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(jax.grad(loss)(theta)), strict=True):
+        np.testing.assert_allclose(a[0], b, rtol=1e-4)
+
+
+def test_turns():
+    """Every program once a turn, in an order that alternates; the first turn is not counted."""
+    ran = []
+    programs = {name: lambda name=name: ran.append(name) for name in "ab"}
+    turns = list(timing.in_turn(programs, 2))
+    assert [turn for turn, _ in turns] == [1, 2]
+    assert "".join(ran) == "abbaab"
+    assert all(set(seconds) == {"a", "b"} for _, seconds in turns)
+
+
+def test_numbers_with_commas(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(command, "join", lambda group, devices: None)
+    monkeypatch.setattr(framework, "execute", lambda experiment, settings: given.append(settings))
+    command.main(["benchmark", "--workers", "1,8,64", "--devices", "1,2", "--out", str(tmp_path)])
+    assert given[0].workers == (1, 8, 64)
+    assert given[0].devices == (1, 2)
+
+
+def test_claims_can_fail():
+    def result(part, estimator, number, metric, mean):
+        labels = {"part": part, "workload": "medium", "estimator": estimator, "number": str(number)}
+        return {**labels, "metric": metric, "mean": mean, "se": 0.0, "n": 1}
+
+    for factor, holds in ((1, True), (2, False)):
+        found = [result("estimators", "pes", 16, "median_ratio", 1.04 * factor)]
+        found += [
+            result("workers", "pes", n, "median_seconds", n ** (1.0 * factor)) for n in (8, 64)
+        ]
+        found += [result("size", "pes", 100, "copies_per_pair", 5.4 * factor)]
+        claims = benchmark_figure.claims(results.Summary(found, {}))
+        assert [claim.holds for claim in claims] == [holds] * 3
