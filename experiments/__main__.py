@@ -110,7 +110,7 @@ def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
 
     def main(settings: Any, group: Any) -> Path | None:
         if spreads:
-            join(group, max(settings.devices) if sweeps else settings.devices)
+            join(group, max(settings.devices, default=None) if sweeps else settings.devices)
         return framework.execute(experiment, settings)
 
     main.__annotations__ = {

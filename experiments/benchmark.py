@@ -83,7 +83,7 @@ class Settings:
     """Of theta and state, where a step computes next to nothing."""
     products: tuple[int, ...] = (10, 40)
     """With the Hessian, of implicit hypergradients."""
-    num_repeats: int = 5
+    num_repeats: int = 11
     """Runs of each program."""
     seeds: tuple[int, ...] = (0,)
     """Each is a whole measurement."""

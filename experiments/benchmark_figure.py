@@ -1,5 +1,6 @@
 """The picture, the table and the claims of ``benchmark``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,28 +33,44 @@ def slope(line: dict[int, float]) -> float:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Ratios with quartiles; time against workers; compile time; memory."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(12, 9), layout="constrained")
-    axes = figure.subplots(2, 2)
-    _draw_ratios(axes[0, 0], records)
-    _draw_lines(axes[0, 1], _table(records, "workers", "median_seconds"), "workers", "s / episode")
-    for part, marker in (("truncation", "o-"), ("horizon", "s--")):
-        for (_, estimator), line in _compile_ratios(records, part).items():
-            label = f"{estimator}, {part}"
-            axes[1, 0].plot(list(line), list(line.values()), marker, label=label)
-    axes[1, 0].axhline(3, color="k", linestyle=":")
-    axes[1, 0].set(
-        xscale="log", xlabel="inner steps", ylabel="compile time / the floor's", ylim=(0, None)
+    """Ratios with quartiles; time against workers; compile time; memory: what was measured."""
+    parts = {r.labels["part"] for r in records}
+    panels: dict[str, Callable[[Any, list[Record]], None]] = {
+        "estimators": _draw_ratios,
+        "workers": _draw_workers,
+        "truncation": _draw_compiling,
+        "size": _draw_memory,
+    }
+    shown = [panel for part, panel in panels.items() if part in parts] or [_draw_ratios]
+    figure = need("matplotlib.figure", "matplotlib").Figure(
+        figsize=(7 * min(2, len(shown)), 4.5 * (1 + len(shown) // 3)), layout="constrained"
     )
-    memory = _table(records, "size", "copies_per_pair")
-    _draw_lines(axes[1, 1], memory, "numbers in theta (and in a state)", "copies of it per pair")
-    axes[1, 1].set(yscale="linear", ylim=(0, None))
-    for axis in axes.flat:
+    axes = figure.subplots(1 + len(shown) // 3, min(2, len(shown)), squeeze=False).flat
+    for axis, panel in zip(axes, shown, strict=False):
+        panel(axis, records)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[1:]:
-        if axis.lines:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     return figure
+
+
+def _draw_workers(axis: Any, records: list[Record]) -> None:
+    _draw_lines(axis, _table(records, "workers", "median_seconds"), "workers", "s / episode")
+
+
+def _draw_memory(axis: Any, records: list[Record]) -> None:
+    lines = _table(records, "size", "copies_per_pair")
+    _draw_lines(axis, lines, "numbers in theta (and in a state)", "copies of theta per pair")
+    axis.set(yscale="linear", ylim=(0, None))
+
+
+def _draw_compiling(axis: Any, records: list[Record]) -> None:
+    for part, style in (("truncation", "o-"), ("horizon", "s--")):
+        for (_, estimator), line in _table(records, part, "estimator_compile_seconds").items():
+            axis.plot(list(line), list(line.values()), style, label=f"{estimator}, {part}")
+        for (_, estimator), line in _table(records, part, "floor_compile_seconds").items():
+            floor = f"its floor, {estimator}, {part}"
+            axis.plot(list(line), list(line.values()), style, color="0.7", label=floor)
+    axis.set(xscale="log", xlabel="inner steps", ylabel="s to compile", ylim=(0, None))
 
 
 def _draw_ratios(axis: Any, records: list[Record]) -> None:
@@ -76,10 +93,11 @@ def _draw_ratios(axis: Any, records: list[Record]) -> None:
     axis.axhline(1.05, color="k", linestyle=":", label="5 % more")
     axis.set_xticks(range(len(estimators)), estimators, rotation=45, ha="right")
     axis.set(ylabel="time / the floor's", yscale="log")
-    ticks = [0.8, 1, 1.2, 1.5, 2, 3, 5]
+    most = max(x for line in lines["upper"].values() for x in line.values())
+    ticks = [0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5]
     axis.set_yticks(ticks, [str(t) for t in ticks], minor=False)
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+    axis.set_ylim(0.8, max(1.3, 1.1 * most))
 
 
 def _draw_lines(axis: Any, lines: dict[tuple[str, str], dict], x: str, y: str) -> None:

@@ -28,9 +28,9 @@ def pytest_configure(config):
 def programs(request):
     """Compiled fast where little is computed, and forgotten at a module's end.
 
-    Most of a test's time is XLA's, which takes much less of it without optimizations. Modules that are marked
-    slow compute much, and are optimized. Every compiled program takes memory maps; Linux ends a
-    process that asks for 65,530.
+    Most of a test's time is XLA's, which takes much less of it without optimizations. Modules that
+    are marked slow compute much, and are optimized. Every compiled program takes memory maps; Linux
+    ends a process that asks for 65,530.
     """
     optimize = request.node.get_closest_marker("slow") is not None
     jax.config.update("jax_disable_most_optimizations", not optimize)
