@@ -205,7 +205,7 @@ def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
     problem = hypergradient_cost.problem(key, width, width // 2, 100)
     for number in settings.products:
         kinds = hypergradient_cost.kinds(problem, number)
-        for name in set(kinds) - {"floor"}:
+        for name in (kind for kind in kinds if kind != "floor"):
             programs: dict[str, Callable[[], Any]] = {
                 kind: functools.partial(jax.jit(kinds[kind]), problem.params, problem.theta)
                 for kind in (name, "floor")
@@ -279,6 +279,31 @@ def _memory(
     yield {"median_seconds": float(np.median(times))}
 
 
+def _fill(settings: Settings) -> Settings:
+    """Raises for numbers that are none, before anything is measured."""
+    numbers = {
+        "--particles": [] if settings.particles is None else [settings.particles],
+        "--num-pairs": [settings.num_pairs],
+        "--num-repeats": [settings.num_repeats],
+        "--workers": settings.workers,
+        "--devices": settings.devices,
+        "--truncations": settings.truncations,
+        "--sizes": settings.sizes,
+        "--products": settings.products,
+    }
+    for flag, values in numbers.items():
+        for value in values:
+            if value < 1:
+                raise ValueError(f"`{flag}` must be at least 1; got {value}.")
+    for devices in settings.devices:
+        if 512 % devices:
+            raise ValueError(
+                f"`--devices` must divide the 512 workers that are spread; got {devices}. Use a "
+                "power of two."
+            )
+    return settings
+
+
 EXPERIMENT = Experiment(
     name="benchmark",
     about="Time and memory of every estimator beside its unrolls alone, on this machine.",
@@ -289,4 +314,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    fill=_fill,
 )

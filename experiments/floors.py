@@ -1,8 +1,10 @@
 """What an estimator is measured against: its unrolls alone, in plain jax, and itself as run.
 
 A floor runs the same particles through the same inner steps, in one jitted program of vmap and
-scan, with perturbed thetas that are given: no noise, no estimate. What is differentiated in reverse
-mode has the bare ``value_and_grad`` of the same windows. Both begin an episode once, and end it.
+scan, with perturbed thetas that are given: no noise, no estimate. ``bptt`` and ``tbptt`` have the
+bare ``value_and_grad`` of the same windows, from given states where no episode begins. What else
+differentiates (``dodge``, ``uoro``, ``pes_analytic``, ``reparameterized_es``) is measured against
+its forward passes, and must take more.
 """
 
 from collections.abc import Callable
@@ -135,6 +137,8 @@ def forwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Callab
                 lambda theta, state: unroll(problem, num_steps, key, theta, state, i * num_steps)
             )(thetas, states)
 
+        if num_calls == 1:
+            return window(states, jnp.int32(0))
         return jax.lax.scan(window, states, jnp.arange(num_calls, dtype=jnp.int32))
 
     return lambda keys, thetas: jax.vmap(worker)(keys, thetas)

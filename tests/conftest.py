@@ -38,12 +38,30 @@ def programs(request):
     jax.clear_caches()
 
 
+@pytest.fixture
+def optimized(programs):
+    """Compiles as a user does."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def raises(error, *parts):
     """A context that expects ``error`` with all the parts in its message."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
 
 
-EACH_STATE = ["full_es", "truncated_es", "gpes", "tbptt", "dodge", "uoro"]
+EACH_STATE = [
+    "full_es",
+    "truncated_es",
+    "gpes",
+    "es_single",
+    "tbptt",
+    "dodge",
+    "uoro",
+    "pes_analytic",
+]
 """One estimator for each kind of worker state, and one that goes backwards: where only what is
 carried and spread matters. What each estimator must hold is in ``estimators/test_contract.py``."""
 

@@ -155,17 +155,17 @@ def _remade(body: Any) -> Any:
     return jax.checkpoint(body, prevent_cse=False)  # in a scan nothing can be merged with it
 
 
-def reset(episode: Episode, begin: Callable[[], Any], carried: Any) -> Any:
-    """``begin()`` where the episode is at its start, ``carried`` elsewhere."""
+def reset(episode: Episode, begin: Callable[[Episode], Any], carried: Any) -> Any:
+    """``begin(episode)`` where the episode is at its start, ``carried`` elsewhere."""
     first = episode.t == 0
     if varying.axes(first):
         # In shard_map no `cond`: under vmap JAX makes it a select of all it closes over, which then
         # vary over devices where the branch was traced with constants, and fails (jax 0.10).
-        return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin(), carried)
-    return jax.lax.cond(first, begin, lambda: carried)
+        return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin(episode), carried)
+    return jax.lax.cond(first, lambda: begin(episode), lambda: carried)
 
 
-def reset_forwards(episode: Episode, begin: Callable[[], Any], carried: Any) -> Any:
+def reset_forwards(episode: Episode, begin: Callable[[Episode], Any], carried: Any) -> Any:
     """As ``reset``, where nothing is differentiated in reverse mode.
 
     A loop of one turn or none: it overwrites the carried state in place, and under ``vmap`` it runs
@@ -176,7 +176,12 @@ def reset_forwards(episode: Episode, begin: Callable[[], Any], carried: Any) -> 
         return reset(episode, begin, carried)
 
     def turn(carry):
-        return jnp.zeros_like(first), begin()
+        # XLA takes out of a loop what no turn changes, and would begin an episode in every call.
+        # Where `waiting` is False under vmap, what begins is dropped.
+        waiting, _ = carry
+        data = jnp.where(waiting, jax.random.key_data(episode.key), 0)
+        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(episode.key))
+        return jnp.zeros_like(waiting), begin(episode._replace(key=key))
 
     return jax.lax.while_loop(lambda carry: carry[0], turn, (first, carried))[1]
 
@@ -213,7 +218,7 @@ def window(
     data: Any = None,
     start: jax.Array | float | None = None,
     remat: Remat = None,
-    reset: Callable[[Episode, Callable[[], Any], Any], Any] = reset,
+    reset: Callable[[Episode, Callable[[Episode], Any], Any], Any] = reset,
 ) -> Window:
     """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.
 
@@ -231,10 +236,10 @@ def window(
         reset: How the state is replaced where t is 0.
     """
 
-    def begin():
+    def begin(episode):
         return initial_state(problem, episode, theta)
 
-    before = begin() if state is None else reset(episode, begin, state)
+    before = begin(episode) if state is None else reset(episode, begin, state)
     after, losses = unroll(problem, episode, theta, before, num_steps, data, remat)
     if problem.evaluate is None:
         return Window(after, losses, None, None)

@@ -20,11 +20,13 @@ class Weights(NamedTuple):
             the window's start.
         accumulated: The noise of the finished periods, to be carried on; None where a period is a
             whole episode.
+        unit: This window's own noise.
     """
 
     now: Theta
     before: Theta
     accumulated: Theta | None
+    unit: Theta
 
 
 def check_period(noise_period: int | None, truncation: int) -> int | None:
@@ -65,13 +67,13 @@ def accumulate(
     """
     if noise_period is None:
         # In the first window the evaluation at the start is 0, whatever weighs it.
-        return Weights(unit, unit, None)
+        return Weights(unit, unit, None, unit)
     starts, ends = t % noise_period == 0, (t + truncation) % noise_period == 0
     finished = jax.tree.map(lambda a: jnp.where(t == 0, 0, a), accumulated)
     now = jax.tree.map(jnp.add, finished, unit)
     before = jax.tree.map(lambda f, w: jnp.where(starts, f, w), finished, now)
     carried = jax.tree.map(lambda f, w: jnp.where(ends, w, f), finished, now)
-    return Weights(now, before, carried)
+    return Weights(now, before, carried, unit)
 
 
 def init_pairs(

@@ -115,7 +115,7 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
             for i, x in enumerate(floats)
         ]
 
-    def begin():
+    def begin(episode):
         def initial(theta):
             state = unroll.initial_state(problem, episode, theta)
             return floats_of(state), state
