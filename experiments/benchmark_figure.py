@@ -46,6 +46,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         figsize=(7 * min(2, len(shown)), 4.5 * (1 + len(shown) // 3)), layout="constrained"
     )
     axes = figure.subplots(1 + len(shown) // 3, min(2, len(shown)), squeeze=False).flat
+    for axis in axes[len(shown) :]:
+        axis.remove()
     for axis, panel in zip(axes, shown, strict=False):
         panel(axis, records)
         axis.grid(alpha=0.3)
@@ -60,16 +62,18 @@ def _draw_workers(axis: Any, records: list[Record]) -> None:
 def _draw_memory(axis: Any, records: list[Record]) -> None:
     lines = _table(records, "size", "copies_per_pair")
     _draw_lines(axis, lines, "numbers in theta (and in a state)", "copies of theta per pair")
-    axis.set(yscale="linear", ylim=(0, None))
+    values = [value for line in lines.values() for value in line.values()]
+    axis.set(yscale="linear", ylim=(0, 1.2 * max(values)))
 
 
 def _draw_compiling(axis: Any, records: list[Record]) -> None:
+    floor: str | None = "their floors"
     for part, style in (("truncation", "o-"), ("horizon", "s--")):
         for (_, estimator), line in _table(records, part, "estimator_compile_seconds").items():
             axis.plot(list(line), list(line.values()), style, label=f"{estimator}, {part}")
-        for (_, estimator), line in _table(records, part, "floor_compile_seconds").items():
-            floor = f"its floor, {estimator}, {part}"
+        for line in _table(records, part, "floor_compile_seconds").values():
             axis.plot(list(line), list(line.values()), style, color="0.7", label=floor)
+            floor = None
     axis.set(xscale="log", xlabel="inner steps", ylabel="s to compile", ylim=(0, None))
 
 

@@ -38,10 +38,10 @@ def test_mean_of_workers_with_folded_keys(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "again"), [("gpes", False), ("truncated_es", False), ("dodge", True)]
+    ("name", "again"), [("gpes", False), ("truncated_es", False), ("tbptt", True)]
 )
 def test_episodes_begin_only_where_they_do(name, again, optimized):
-    """``init`` runs in the windows that begin one, not in all; what is differentiated does not wait.
+    """``init`` runs in the windows that begin one, not in all; differentiated, in all.
 
     A pure callback is what XLA may move, as it may move any other part of ``init``.
     """
