@@ -35,13 +35,14 @@ def programs(request):
     optimize = request.node.get_closest_marker("slow") is not None
     jax.config.update("jax_disable_most_optimizations", not optimize)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
 @pytest.fixture
 def optimized(programs):
     """Compiles as a user does."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
