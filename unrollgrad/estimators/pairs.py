@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll, varying
+from unrollgrad import checks, unroll
 from unrollgrad.noise import Noise, gaussian, sample, wide
 from unrollgrad.types import Episode, Estimate, Info, Key, State, Theta, UnrolledProblem
 
@@ -53,8 +53,7 @@ def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
         window: What was run with them. The perturbations are computed from the thetas after it, so
             that no copy of them is held while it runs.
     """
-    both = varying.over(varying.axes((thetas, window)), (thetas, window))
-    thetas, _ = jax.lax.optimization_barrier(both)
+    thetas, _ = jax.lax.optimization_barrier((thetas, window))
 
     def leaf(s, both):
         both = both.astype(wide(both.dtype))
