@@ -46,7 +46,7 @@ class Row(NamedTuple):
             ``passes(num_pairs)`` times the steps of a call.
         time: Inner steps per call for N pairs; K the truncation, T the horizon, B the cost of a
             backward step.
-        memory: Beyond the problem's own, in states S and thetas P.
+        memory: At its peak beyond the problem's own, in states S and thetas P; random bits count.
         paper: Where it comes from.
         reverse_mode: Whether it differentiates ``step`` in reverse mode.
         least_pairs: The fewest pairs that it takes.
@@ -92,7 +92,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g‖²",
         passes=_both_signs,
         time="2NT",
-        memory="2NS + 3NP",
+        memory="2NS + 4NP",
         paper="Salimans et al. 2017",
     ),
     "truncated_es": Row(
@@ -101,7 +101,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)/n × mean over windows of ‖own g‖²",
         passes=_both_signs_and_mean,
         time="(2N+1)K",
-        memory="(2N+1)S + 3NP",
+        memory="(2N+1)S + 4NP",
         paper="Metz et al. 2019",
     ),
     "pes": Row(
@@ -110,7 +110,7 @@ REGISTRY: dict[str, Row] = {
         variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 4NP",
+        memory="2NS + 5NP",
         paper="Vicol et al. 2021",
     ),
     "es_single": Row(
@@ -119,7 +119,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g‖²",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 3NP",
+        memory="2NS + 4NP",
         paper="Vicol et al. 2023; Li et al. 2023 (NRES)",
     ),
     "gpes": Row(
@@ -128,7 +128,7 @@ REGISTRY: dict[str, Row] = {
         variance="usually between pes and es_single",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 4NP",
+        memory="2NS + 5NP",
         paper="Li et al. 2023",
     ),
     "bptt": Row(
@@ -185,7 +185,7 @@ REGISTRY: dict[str, Row] = {
         variance="as pes, less what the newest window's noise causes",
         passes=_both_signs_and_mean,
         time="(2N+1+B)K",
-        memory="(2N+1+K)S + 4NP",
+        memory="(2N+1+K)S + 5NP",
         paper="Vicol et al. 2021",
         reverse_mode=True,
     ),
@@ -195,7 +195,7 @@ REGISTRY: dict[str, Row] = {
         variance="below that of pes_analytic",
         passes=_both_signs_and_mean,
         time="(2N+1+B)K",
-        memory="(2N+1+K)S + 4NP",
+        memory="(2N+1+K)S + 5NP",
         paper="Vicol et al. 2021, as released",
         reverse_mode=True,
     ),
