@@ -32,20 +32,25 @@ def programs(request):
     are marked slow compute much, and are optimized. Every compiled program takes memory maps; Linux
     ends a process that asks for 65,530.
     """
-    optimize = request.node.get_closest_marker("slow") is not None
-    jax.config.update("jax_disable_most_optimizations", not optimize)
+    _optimize(request.node.get_closest_marker("slow") is not None)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _optimize(True)
     jax.clear_caches()
+
+
+def _optimize(how):
+    """Sets it here and for the processes that tests start, whose numbers are to be the same."""
+    jax.config.update("jax_disable_most_optimizations", not how)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not how))
 
 
 @pytest.fixture
 def optimized(programs):
     """Compiles as a user does."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
+    before = not jax.config.read("jax_disable_most_optimizations")
+    _optimize(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    _optimize(before)
 
 
 def raises(error, *parts):
