@@ -17,7 +17,6 @@ from unrollgrad.estimators import REGISTRY
 WORKLOAD = workloads.Workload(ug.problems.lorenz, 4, 3, 6, 0.1)
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(benchmark.SCALES["smoke"], out=tmp_path, devices=(1, 8))
     folder = framework.execute(benchmark.EXPERIMENT, settings)

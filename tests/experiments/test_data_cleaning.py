@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from experiments import data_cleaning, results
 from experiments import experiment as framework
@@ -56,7 +55,6 @@ def test_auc():
     assert data_cleaning.auc(jnp.zeros(4), wrong) == 0.5
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(SMOKE, out=tmp_path)
     folder = framework.execute(data_cleaning.EXPERIMENT, settings)

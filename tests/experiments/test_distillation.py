@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from experiments import data_cleaning, distillation, results
 from experiments import experiment as framework
@@ -34,7 +33,6 @@ def test_both_solvers_descend():
         np.testing.assert_allclose(result.outer_losses[0], jnp.log(10.0), rtol=0.01)  # of zeros
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(SMOKE, out=tmp_path)
     folder = framework.execute(distillation.EXPERIMENT, settings)

@@ -19,7 +19,6 @@ def x64():
         yield
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(quality.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(quality.EXPERIMENT, settings)

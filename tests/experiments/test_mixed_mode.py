@@ -201,7 +201,6 @@ def test_what_is_left_to_jax():
         chex.assert_trees_all_close(ours, theirs)
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(mixed_mode.SCALES["smoke"], out=tmp_path)
     records = results.read(framework.execute(mixed_mode.EXPERIMENT, settings))

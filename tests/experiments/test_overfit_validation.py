@@ -5,14 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from experiments import experiment as framework
 from experiments import overfit_validation as overfit
 from experiments import results
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(overfit.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(overfit.EXPERIMENT, settings)

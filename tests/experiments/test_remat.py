@@ -2,13 +2,10 @@
 
 import dataclasses
 
-import pytest
-
 from experiments import experiment as framework
 from experiments import remat, results
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(remat.SCALES["smoke"], out=tmp_path)
     records = results.read(framework.execute(remat.EXPERIMENT, settings))

@@ -30,12 +30,7 @@ def command(*arguments):
     )
 
 
-SLOW = {"digits", "text_lstm", "copy_task", "learned_optimizer"}  # to compile
-
-
-@pytest.mark.parametrize(
-    "problem", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in PROBLEMS]
-)
+@pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     # text_lstm reads the standard library's source, another one in every Python.
     monkeypatch.setattr("inspect.getsource", lambda _: (ROOT / "LICENSE").read_text())
@@ -57,7 +52,6 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     expect(problem, numbers)
 
 
-@pytest.mark.slow
 def test_every_row_of_the_registry(tmp_path, capsys):
     """An estimator is in the command by its row alone."""
     settings = dataclasses.replace(
@@ -73,7 +67,6 @@ def test_every_row_of_the_registry(tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     settings = dataclasses.replace(
         variance.SCALES["smoke"],

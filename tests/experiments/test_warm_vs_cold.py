@@ -12,7 +12,6 @@ from experiments import experiment as framework
 from experiments import results, warm_vs_cold
 
 
-@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(warm_vs_cold.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(warm_vs_cold.EXPERIMENT, settings)
