@@ -16,21 +16,7 @@ from experiments.experiment import Experiment, Progress, Write
 from experiments.workloads import leaky_sum, workloads
 from unrollgrad.estimators import REGISTRY
 
-Estimator = Literal[
-    "pes",
-    "es_single",
-    "gpes",
-    "truncated_es",
-    "full_es",
-    "tbptt",
-    "bptt",
-    "dodge",
-    "uoro",
-    "pes_analytic",
-    "pes_analytic_replacement",
-    "reparameterized_es",
-    "forward_mode",
-]
+USUAL = tuple(n for n in REGISTRY if n not in ("forward_mode", "pes_analytic_replacement"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +41,9 @@ class Settings:
         "large",
     )
     """What is unrolled."""
-    estimators: tuple[Estimator, ...] = (
-        "es_single",
-        "pes",
-        "gpes",
-        "truncated_es",
-        "full_es",
-        "tbptt",
-        "bptt",
-        "dodge",
-        "uoro",
-        "pes_analytic",
-        "reparameterized_es",
-    )
-    """By name. forward_mode pays for each number in theta: it is left out by default."""
+    estimators: tuple[Literal[tuple(REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
+    """By name. Left out by default: forward_mode, which pays for each number in theta, and
+    pes_analytic_replacement, which runs what pes_analytic runs."""
     particles: int | None = None
     """Trajectories side by side, both signs of all pairs. Default: the workload's."""
     num_pairs: int = 1
@@ -107,8 +82,6 @@ SCALES = {
     "paper": Settings(scale="paper", particles=4096, workers=(8, 64, 512, 4096)),
 }
 
-SWEPT = ("es_single", "pes", "tbptt")
-
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes every repeat's seconds and ratio, and their medians."""
@@ -124,7 +97,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     for i, (part, cells) in enumerate(parts.items()):
         for labels, measure in cells(settings, jax.random.key(seed)):
             labels = {"part": part, **labels}
-            text = " ".join(str(v) for v in labels.values() if v != "")
+            text = " ".join(map(str, labels.values()))
 
             def at(fraction: float, text: str = text, i: int = i) -> None:
                 progress(text, (i + fraction) / len(parts))
@@ -138,7 +111,9 @@ Cell = tuple[dict[str, Any], Callable[[Callable[[float], None]], Iterator[dict[s
 
 
 def _estimators(settings: Settings, key: jax.Array) -> Iterator[Cell]:
-    for name, workload in _chosen(settings).items():
+    known = workloads(settings.scale)
+    for name in settings.workloads:
+        workload = known[name]
         particles = settings.particles or workload.particles
         for estimator in settings.estimators:
             make = functools.partial(
@@ -158,8 +133,7 @@ def _workers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
     workload = workloads(settings.scale)[name]
     for estimator in ("es_single", "pes"):
         for number in settings.workers:
-            particles = number * (2 if REGISTRY[estimator].takes("num_pairs") else 1)
-            make = functools.partial(floors.case, workload, estimator, key, particles=particles)
+            make = functools.partial(floors.case, workload, estimator, key, particles=2 * number)
             labels = {"workload": name, "estimator": estimator, "number": number}
             yield labels, functools.partial(_beside, settings, make)
 
@@ -176,7 +150,7 @@ def _devices(settings: Settings, key: jax.Array) -> Iterator[Cell]:
 
 def _truncations(settings: Settings, key: jax.Array) -> Iterator[Cell]:
     tiny = workloads(settings.scale)["tiny"]
-    for estimator in SWEPT:
+    for estimator in ("es_single", "pes", "tbptt"):
         for number in settings.truncations:
             workload = tiny._replace(truncation=number, windows=2)
             make = functools.partial(floors.case, workload, estimator, key, particles=16)
@@ -212,11 +186,6 @@ def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
             }
             labels = {"workload": "implicit", "estimator": name, "number": number}
             yield labels, functools.partial(_ratios, programs, settings.num_repeats)
-
-
-def _chosen(settings: Settings) -> dict[str, Any]:
-    found = workloads(settings.scale)
-    return {name: found[name] for name in settings.workloads}
 
 
 def _beside(

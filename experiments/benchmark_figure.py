@@ -15,7 +15,7 @@ TARGETS = ("medium", "learned optimizer")
 
 
 def _table(records: list[Record], part: str, metric: str) -> dict[tuple[str, str], dict]:
-    """A number by (workload, estimator), by number; the mean over seeds, of the last step."""
+    """A metric that stands once per seed, by (workload, estimator), by number: means over seeds."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for r in records:
         if r.labels["part"] == part and r.metric == metric:
@@ -215,9 +215,9 @@ def claims(summary: Summary) -> list[Claim]:
                 )
             )
         for (_, name), line in _table(records, part, "estimator_compile_seconds").items():
-            spread = max(line.values()) / min(line.values()) - 1
             if len(line) < 2:
                 continue
+            spread = max(line.values()) / min(line.values()) - 1
             found.append(
                 _claim(
                     f"{name}: compile time independent of the {part}, within 20 %",

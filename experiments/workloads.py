@@ -118,7 +118,7 @@ def transformer_schedule(
 
 
 def leaky_sum(horizon: int, size: int) -> Example:
-    """X' = x / 2 + theta with the mean square as loss: a step that computes next to nothing.
+    """A leaky sum, x / 2 + theta, with a mean square as loss: a step that computes next to nothing.
 
     State and theta have the same size, so that all memory and time is the estimator's own.
     """
