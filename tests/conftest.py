@@ -68,8 +68,7 @@ EACH_STATE = [
     "uoro",
     "pes_analytic",
 ]
-"""One estimator for each kind of worker state, and one that goes backwards: where only what is
-carried and spread matters. What each estimator must hold is in ``estimators/test_contract.py``."""
+"""One estimator for each kind of worker state; the others share the code of one of them."""
 
 
 def of_the_registry(names=REGISTRY):

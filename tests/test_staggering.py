@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EACH_STATE, Samples, build, quadratic, raises
+from conftest import Samples, build, of_the_registry, quadratic, raises
 
 import unrollgrad as ug
 from unrollgrad.estimators import REGISTRY
@@ -170,7 +170,7 @@ def test_expectation_over_an_episode_of_calls(stagger):
     assert samples.error_in_se(theory.truncated_gradient(influence, 2)) > 10
 
 
-@pytest.mark.parametrize("name", EACH_STATE)
+@pytest.mark.parametrize("name", of_the_registry())
 def test_every_batch_size_equals_none(name):
     problem, theta = quadratic()
     stagger = "burn_in" if name in TRUNCATED else "lockstep"

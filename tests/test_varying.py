@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EACH_STATE, build, quadratic
+from conftest import build, of_the_registry, quadratic
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
@@ -20,7 +20,7 @@ def with_constants(problem):
     )
 
 
-@pytest.mark.parametrize("name", EACH_STATE)
+@pytest.mark.parametrize("name", of_the_registry())
 def test_each_device_is_its_own_worker(name):
     """Replicated theta, sharded keys and states: not the sum of the gradients, as jax.grad has."""
     problem, theta = quadratic()
@@ -52,7 +52,7 @@ def test_each_device_is_its_own_worker(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EACH_STATE)
+@pytest.mark.parametrize("name", of_the_registry())
 def test_a_scan_over_calls(name):
     """The state of ``init`` is already what comes back, as a scan's carry has to be."""
     problem, theta = quadratic()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import EACH_STATE, build, call_steps, of_the_registry, quadratic
+from conftest import build, call_steps, of_the_registry, quadratic
 from flax import nnx
 
 import unrollgrad as ug
@@ -30,13 +30,9 @@ def averaged(name, problem, **changes):
     return three_of(build(name, problem, **changes))
 
 
+WAYS = {"alone": build, "averaged": averaged}
 every = pytest.mark.parametrize("name", of_the_registry())
-alone_and_averaged = pytest.mark.parametrize(
-    ("make", "name"),
-    [pytest.param(build, *row.values, marks=row.marks) for row in of_the_registry()]
-    + [(averaged, name) for name in EACH_STATE],
-    ids=[f"alone-{name}" for name in NAMES] + [f"averaged-{name}" for name in EACH_STATE],
-)
+alone_and_averaged = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 
 
 def types(tree):
@@ -55,6 +51,7 @@ def assert_same(a, b, **tolerance):
             np.testing.assert_array_equal(x, y)
 
 
+@every
 @alone_and_averaged
 def test_jit_equals_eager(make, name):
     problem, theta = quadratic()
@@ -80,6 +77,7 @@ def test_vmap_over_keys(name):
         assert_same(jax.tree.map(lambda x: x[i], mapped), run(keys[i]), rtol=1e-4, atol=1e-5)  # noqa: B023
 
 
+@every
 @alone_and_averaged
 def test_state_keeps_its_types(make, name):
     problem, theta = quadratic()
@@ -99,6 +97,7 @@ def test_state_keeps_its_types(make, name):
     assert types(state) == types(final)
 
 
+@every
 @alone_and_averaged
 def test_eval_shape_of_init(make, name):
     problem, theta = quadratic()
@@ -111,6 +110,7 @@ def test_eval_shape_of_init(make, name):
     ]
 
 
+@every
 @alone_and_averaged
 def test_one_compile_per_shape(make, name):
     problem, theta = quadratic()
@@ -123,6 +123,7 @@ def test_one_compile_per_shape(make, name):
     assert estimate._cache_size() == 1
 
 
+@every
 @alone_and_averaged
 def test_argument_names(make, name):
     problem, _ = quadratic()
@@ -177,6 +178,7 @@ def test_later_keys_of_an_episode_change_nothing(name):
     assert_same(estimator.estimate(KEY, theta, state), estimator.estimate(OTHER, theta, state))
 
 
+@every
 @alone_and_averaged
 def test_saved_mid_episode_continues_bit_for_bit(make, name):
     problem, theta = quadratic()
@@ -213,6 +215,7 @@ def as_data(x):
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
+@every
 @alone_and_averaged
 def test_states_survive_flattening_and_pickle(make, name):
     problem, theta = quadratic()
@@ -295,6 +298,7 @@ def test_raw_keys_are_typed_at_the_door(name):
     )
 
 
+@every
 @alone_and_averaged
 def test_inner_state_of_ints_bools_and_keys(make, name):
     def init(key, theta):
@@ -347,6 +351,7 @@ def test_params_of_equinox_and_flax(model, name):
     assert float(estimate.grad) != 0
 
 
+@every
 @alone_and_averaged
 def test_streaming_data(make, name):
     """The same numbers as data that the step makes itself, slice by slice in order."""
