@@ -24,7 +24,7 @@ EXACT = {
     "BiCGStab": lx.BiCGStab(**TIGHT),
     "LSMR": lx.LSMR(**TIGHT),
     "neumann": implicit.neumann(500),
-    "nystrom": implicit.nystrom(8, 1e-9),
+    "nystrom": implicit.nystrom(8, 1e-8),  # with less, rounding outgrows what it is off by
     "dense": implicit.dense(),
 }
 
@@ -49,7 +49,7 @@ def test_ridge_with_a_decay_for_each_weight(name):
     assert out.info.converged
     assert out.info.residual < 1e-6
     jitted = jax.jit(f)(problem.params, problem.theta)
-    assert _error(jitted.grad, out.grad) < 1e-6
+    np.testing.assert_allclose(jitted.grad, out.grad, rtol=1e-6)
 
 
 def test_the_comparison_can_fail():
