@@ -13,7 +13,7 @@ import numpy as np
 from experiments import floors, hypergradient_cost, timing
 from experiments.benchmark_figure import claims, draw, show
 from experiments.experiment import Experiment, Progress, Write
-from experiments.workloads import leaky_sum, workloads
+from experiments.workloads import NAMES, leaky_sum, workloads
 from unrollgrad.estimators import REGISTRY
 
 USUAL = tuple(n for n in REGISTRY if n not in ("forward_mode", "pes_analytic_replacement"))
@@ -27,19 +27,15 @@ class Settings:
     counted, with perturbed thetas that are given; for bptt and tbptt the bare value_and_grad of the
     same windows. Estimator and floor run in turn, whole episodes; medians and quartiles of the
     ratios. "tiny" is influence balancing, "medium" the schedule of a 784-100-10 MLP at batch 100,
-    "learned optimizer" all weights of a small optimizer, "large" the schedule of a transformer.
+    "learned optimizer" all weights of a small optimizer, "large" the schedule of a transformer;
+    two stand a second time, in windows of one step ("K=1").
     Then sweeps: workers, devices, truncation and horizon (what compiling takes), theta's size
     (memory), and implicit hypergradients beside bare Hessian products.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Defaults of everything else, and the size of "large"."""
-    workloads: tuple[Literal["tiny", "medium", "learned optimizer", "large"], ...] = (
-        "tiny",
-        "medium",
-        "learned optimizer",
-        "large",
-    )
+    workloads: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
     """What is unrolled."""
     estimators: tuple[Literal[tuple(REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
     """By name. Left out by default: forward_mode, which pays for each number in theta, and
@@ -60,6 +56,8 @@ class Settings:
     """With the Hessian, of implicit hypergradients."""
     num_repeats: int = 11
     """Runs of each program."""
+    num_compilations: int = 3
+    """Of each program, after a first that is not counted."""
     seeds: tuple[int, ...] = (0,)
     """Each is a whole measurement."""
     out: Path = Path("results")
@@ -77,6 +75,7 @@ SCALES = {
         sizes=(10, 100),
         products=(2,),
         num_repeats=1,
+        num_compilations=1,
     ),
     "cpu": Settings(),
     "paper": Settings(scale="paper", particles=4096, workers=(8, 64, 512, 4096)),
@@ -193,10 +192,10 @@ def _beside(
 ) -> Iterator[dict[str, Any]]:
     """An episode of an estimator and of its floor, in turn."""
     case = make()
-    compiled = {
-        "estimator": timing.compiled(case.episode, *case.args),
-        "floor": timing.compiled(case.floor, *case.floor_args),
-    }
+    compiled = timing.compiled_in_turn(
+        {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
+        settings.num_compilations,
+    )
     programs: dict[str, Callable[[], Any]] = {
         "estimator": functools.partial(compiled["estimator"].call, *case.args),
         "floor": functools.partial(compiled["floor"].call, *case.floor_args),
@@ -254,6 +253,7 @@ def _fill(settings: Settings) -> Settings:
         "--particles": [] if settings.particles is None else [settings.particles],
         "--num-pairs": [settings.num_pairs],
         "--num-repeats": [settings.num_repeats],
+        "--num-compilations": [settings.num_compilations],
         "--workers": settings.workers,
         "--devices": settings.devices,
         "--truncations": settings.truncations,

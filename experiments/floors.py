@@ -2,9 +2,10 @@
 
 A floor runs the same particles through the same inner steps, in one jitted program of vmap and
 scan, with perturbed thetas that are given: no noise, no estimate. ``bptt`` and ``tbptt`` have the
-bare ``value_and_grad`` of the same windows, from given states where no episode begins. What else
-differentiates (``dodge``, ``uoro``, ``pes_analytic``, ``reparameterized_es``) is measured against
-its forward passes, and must take more.
+bare ``value_and_grad`` of the same windows, from given states where no episode begins; in windows
+of one step, every one includes a beginning. What else differentiates (``dodge``, ``uoro``,
+``pes_analytic``, ``reparameterized_es``) is measured against its forward passes, and must take
+more.
 """
 
 from collections.abc import Callable
@@ -157,7 +158,12 @@ def backwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Calla
     def windows(key: Key, theta: Theta, state: Any) -> Any:
         def window(state, i):
             def loss(theta):
-                return unroll(problem, num_steps, key, theta, state, i * num_steps)[::-1]
+                if num_steps == 1:
+                    begun = problem.init(key, theta)
+                    before = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), begun, state)
+                else:
+                    before = state
+                return unroll(problem, num_steps, key, theta, before, i * num_steps)[::-1]
 
             (value, state), grad = jax.value_and_grad(loss, has_aux=True)(theta)
             return state, (value, grad)

@@ -1,10 +1,12 @@
 """How programs are timed and sized: in turn, as a machine changes its pace; memory as planned."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Compiled(NamedTuple):
@@ -33,6 +35,28 @@ def compiled(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] =
     size = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
     size -= plan.alias_size_in_bytes
     return Compiled(program, seconds, size / 2**20, plan.temp_size_in_bytes)
+
+
+def compiled_in_turn(
+    programs: Mapping[Any, tuple[Callable[..., Any], tuple[Any, ...]]], num_repeats: int
+) -> dict[Any, Compiled]:
+    """Compiles every (function, args), turn after turn; ``seconds`` are the medians.
+
+    With a persistent compilation cache they are those of reading it.
+    """
+    found: dict[Any, list[Compiled]] = {name: [] for name in programs}
+
+    def compile_one(name: Any) -> None:
+        function, args = programs[name]
+        found[name].append(compiled(function, *args))
+
+    turns = {name: functools.partial(compile_one, name) for name in programs}
+    for _ in in_turn(turns, num_repeats):
+        pass
+    return {
+        name: several[-1]._replace(seconds=float(np.median([c.seconds for c in several[1:]])))
+        for name, several in found.items()
+    }
 
 
 def in_turn(

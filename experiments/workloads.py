@@ -136,15 +136,26 @@ def leaky_sum(horizon: int, size: int) -> Example:
 def workloads(scale: str) -> dict[str, Workload]:
     """By name. Sizes of "large" are the scale's, and all of them are small for "smoke"."""
     if scale == "smoke":
-        medium, large, cut = (8, 4, 3), (8, 1, 4, 2), 2
+        sizes, batch, large, cut = (8, 4, 3), 4, (8, 1, 4, 2), 2
     else:
-        medium, large = (784, 100, 10), (64, 2, 32, 8) if scale == "cpu" else (512, 6, 256, 32)
-        cut = 10
+        sizes, batch, cut = (784, 100, 10), 100, 10
+        large = (64, 2, 32, 8) if scale == "cpu" else (512, 6, 256, 32)
+    medium = Workload(lambda horizon: mlp_schedule(horizon, sizes, batch), cut, 5, 16, 0.1)
+    learned = Workload(learned_optimizer, 2 * cut, 5, 16, 0.01)
+    of_large = Workload(lambda horizon: transformer_schedule(horizon, *large), cut, 2, 4, 0.1)
     return {
         "tiny": Workload(ug.problems.influence_balancing, cut, 10, 1000, 0.1),
-        "medium": Workload(
-            lambda horizon: mlp_schedule(horizon, medium, 100 if cut > 2 else 4), cut, 5, 16, 0.1
-        ),
-        "learned optimizer": Workload(learned_optimizer, 2 * cut, 5, 16, 0.01),
-        "large": Workload(lambda horizon: transformer_schedule(horizon, *large), cut, 2, 4, 0.1),
+        "medium": medium,
+        "medium, K=1": in_single_steps(medium),
+        "learned optimizer": learned,
+        "learned optimizer, K=1": in_single_steps(learned),
+        "large": of_large,
     }
+
+
+def in_single_steps(workload: Workload) -> Workload:
+    """The same episodes in windows of one step."""
+    return workload._replace(truncation=1, windows=workload.truncation * workload.windows)
+
+
+NAMES = tuple(workloads("smoke"))

@@ -29,6 +29,16 @@ def test_more_pairs_keep_the_first_draws():
     np.testing.assert_array_equal(law.sample(KEY, (), theta, 2), law.sample(KEY, (), theta, 5)[:2])
 
 
+def test_a_large_leaf_is_drawn_in_blocks_that_differ():
+    size = 2**17 + 3  # three blocks, none of which is full
+    unit = np.asarray(ug.noise.gaussian().sample(KEY, (), {"w": jnp.zeros((size, 1))}, 2)["w"])
+    assert unit.shape == (2, size, 1)
+    blocks = unit.reshape(2, size)[:, : size - size % 3].reshape(6, -1)
+    se = 1 / np.sqrt(blocks.shape[1])
+    assert np.abs(blocks.mean(axis=1)).max() < 5 * se
+    assert np.abs(np.cov(blocks) - np.eye(6)).max() < 5 * np.sqrt(2) * se
+
+
 def test_float64_leaves_are_perturbed_in_float64():
     with jax.enable_x64(True):
         unit = ug.noise.gaussian().sample(KEY, (), jnp.zeros(3, jnp.float64), 1)

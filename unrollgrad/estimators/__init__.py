@@ -92,7 +92,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g‖²",
         passes=_both_signs,
         time="2NT",
-        memory="2NS + 4NP",
+        memory="2NS + 3NP",
         paper="Salimans et al. 2017",
     ),
     "truncated_es": Row(
@@ -101,7 +101,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)/n × mean over windows of ‖own g‖²",
         passes=_both_signs_and_mean,
         time="(2N+1)K",
-        memory="(2N+1)S + 4NP",
+        memory="(2N+1)S + 3NP",
         paper="Metz et al. 2019",
     ),
     "pes": Row(
@@ -110,7 +110,7 @@ REGISTRY: dict[str, Row] = {
         variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 5NP",
+        memory="2NS + 4NP",
         paper="Vicol et al. 2021",
     ),
     "es_single": Row(
@@ -119,7 +119,7 @@ REGISTRY: dict[str, Row] = {
         variance="(P+1)‖g‖²",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 4NP",
+        memory="2NS + 3NP",
         paper="Vicol et al. 2023; Li et al. 2023 (NRES)",
     ),
     "gpes": Row(
@@ -128,7 +128,7 @@ REGISTRY: dict[str, Row] = {
         variance="usually between pes and es_single",
         passes=_both_signs,
         time="2NK",
-        memory="2NS + 5NP",
+        memory="2NS + 4NP",
         paper="Li et al. 2023",
     ),
     "bptt": Row(

@@ -27,8 +27,8 @@ def full_es(
     elsewhere.
 
     Variance: (P + 1) |g|^2 / num_pairs on a quadratic J, P = dim(theta). Time: 2 num_pairs T steps
-    a call. Memory: 2 num_pairs state + 4 num_pairs theta (both signs, and random bits as they are
-    drawn).
+    a call. Memory: 2 num_pairs state + 3 num_pairs theta (both signs, and the noise as it is
+    drawn; one more where a leaf of fewer than 65,536 numbers is most of theta).
 
     Args:
         problem: The inner loop; its horizon must be static.
@@ -94,7 +94,7 @@ def truncated_es(
     only with truncation = horizon or without memory.
 
     Variance: (P + 1) |g_window|^2 / num_pairs for one window of quadratic losses. Time:
-    (2 num_pairs + 1) K steps a call. Memory: (2 num_pairs + 1) state + 4 num_pairs theta.
+    (2 num_pairs + 1) K steps a call. Memory: (2 num_pairs + 1) state + 3 num_pairs theta.
 
     Args:
         problem: The inner loop.
@@ -176,8 +176,8 @@ def gpes(
     period j on the loss of window k, whose own period is J(k): (1/n^2) sum_{k,s} [P min(J(k), J(s))
     sum_{j <= min} h[k, j].h[s, j] + (sum_{j <= min} h[s, j]).(sum_{j <= min} h[k, j])]. Usually
     that lies between those of ``pes`` and ``es_single``. For one window at a random place it is
-    least with a single period. Time: 2 num_pairs K steps a call. Memory: 2 num_pairs state + 5
-    num_pairs theta (both signs, random bits as they are drawn, and the accumulator).
+    least with a single period. Time: 2 num_pairs K steps a call. Memory: 2 num_pairs state + 4
+    num_pairs theta (both signs, the noise as it is drawn, and the accumulator).
 
     Args:
         problem: The inner loop.
@@ -273,7 +273,7 @@ def pes(
     window i on the loss of window k: (1/n^2) sum_{k,s} [P min(k, s) sum_{i <= min(k, s)}
     g[k, i].g[s, i] + (sum_{i <= min(k, s)} g[s, i]).(sum_{i <= min(k, s)} g[k, i])]: about
     (P/2) |g|^2 where the windows agree, growing like n where they conflict. Time: 2 num_pairs K
-    steps a call. Memory: 2 num_pairs state + 5 num_pairs theta.
+    steps a call. Memory: 2 num_pairs state + 4 num_pairs theta.
 
     Args:
         problem: The inner loop.
