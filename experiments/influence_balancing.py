@@ -9,7 +9,7 @@ import jax
 import optax
 
 import unrollgrad as ug
-from experiments import training
+from experiments import curves, training
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
@@ -57,52 +57,40 @@ POINTS = 60
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the loss along each estimator's run."""
-    theta, workers, optimizer = _prepare(settings)
-    updates = settings.num_updates
-    every = next(n for n in range(max(updates // POINTS, 1), updates + 1) if updates % n == 0)
-    for i, (name, estimator) in enumerate(workers.items()):
-        progress(name, i / len(workers))
-        thetas, _ = training.trajectory(
-            estimator, optimizer, jax.random.key(seed), theta, updates, every
-        )
-        for j, (value, loss) in enumerate(zip(thetas, _losses(thetas), strict=True)):
-            numbers = {"theta": float(value), "loss": float(loss)}
-            write({"estimator": name, "step": j * every, **numbers})
+    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    key = jax.random.key(seed)
+    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(
-    settings: Settings,
-) -> tuple[Any, dict[str, ug.GradientEstimator], optax.GradientTransformation]:
+def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
     problem, theta = ug.problems.influence_balancing(horizon=settings.num_updates)
     common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}
+    optimizer = optax.sgd(settings.learning_rate)
     names: tuple[str, ...] = settings.estimators
-    workers = {name: ug.REGISTRY[name].build(problem, **common) for name in names}
-    return theta, workers, optax.sgd(settings.learning_rate)
+    return theta, {
+        name: training.Method(
+            ug.REGISTRY[name].build(problem, **common), optimizer, settings.num_updates
+        )
+        for name in names
+    }
 
 
 @jax.jit
-def _losses(thetas: jax.Array) -> jax.Array:
+def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
     problem, _ = ug.problems.influence_balancing(horizon=500)
     final = ug.final_loss(problem, lambda key, theta, s: 0.5 * (s[0] - 1) ** 2)
-    return jax.vmap(lambda theta: ug.episode_loss(final, jax.random.key(0), theta))(thetas)
+    return {"theta": theta, "loss": ug.episode_loss(final, jax.random.key(0), theta)}
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """The loss against updates, a line per estimator and seed."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    losses = [r for r in records if r.metric == "loss"]
-    for i, name in enumerate(dict.fromkeys(r.labels["estimator"] for r in losses)):
-        for j, seed in enumerate(dict.fromkeys(r.seed for r in losses)):
-            line = [r for r in losses if r.labels["estimator"] == name and r.seed == seed]
-            axis.plot(
-                [r.step for r in line],
-                [r.value for r in line],
-                color=f"C{i}",
-                linestyle="--" if name == "tbptt" else "-",
-                label=name if j == 0 else None,
-            )
+    for i, (name, runs) in enumerate(curves.curves(records, "loss").items()):
+        for j, (steps, losses) in enumerate(runs.values()):
+            style = "--" if name in curves.DASHED else "-"
+            axis.plot(steps, losses, style, color=f"C{i}", label=name if j == 0 else None)
     axis.set(
         yscale="log",
         xlabel="outer updates (one inner step each)",
@@ -116,10 +104,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 def show(records: list[Record]) -> None:
     """Prints the last loss of every run."""
-    last = {(r.labels["estimator"], r.seed): r.value for r in records if r.metric == "loss"}
-    for name in dict.fromkeys(name for name, _ in last):
-        values = "  ".join(f"{v:.2g}" for (n, _), v in last.items() if n == name)
-        print(f"{name:>14}  loss at the end, by seed: {values}")
+    curves.show_last(records, "loss", "loss at the end")
 
 
 def claims(summary: Summary) -> list[Claim]:

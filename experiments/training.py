@@ -1,13 +1,72 @@
 """The outer loop of the experiments: an estimator, an optax optimizer, whole runs in one scan."""
 
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.experiment import Progress, Write
 from unrollgrad.types import GradientEstimator, Key, Theta
+
+
+class Method(NamedTuple):
+    """One way to train theta.
+
+    Attributes:
+        estimator: Of the gradient.
+        optimizer: The outer optimizer.
+        num_updates: Outer updates.
+    """
+
+    estimator: GradientEstimator
+    optimizer: optax.GradientTransformation
+    num_updates: int
+
+
+def side_by_side(
+    methods: Mapping[str, Method],
+    key: Key,
+    theta: Theta,
+    evaluate: Callable[[Theta], dict[str, Any]],
+    points: int,
+    write: Write,
+    progress: Progress,
+) -> None:
+    """Trains theta with every method from the same beginning, and writes what becomes of it.
+
+    Every line has the labels ``estimator`` (the method's name) and ``step`` (updates so far), the
+    ``inner_steps`` so far as ``info`` counts them, and what ``evaluate`` says of theta.
+
+    Args:
+        methods: By name. The same objects for all seeds compile once.
+        key: Every method's updates use ``fold_in(key, i)``.
+        theta: Where all begin.
+        evaluate: Of a theta, a dict of numbers by metric; a function that is jitted.
+        points: Lines of each method after the first; fewer where it makes fewer updates.
+        write: The experiment's.
+        progress: The experiment's.
+    """
+    total = sum(method.num_updates for method in methods.values())
+    done = 0
+    for name, method in methods.items():
+        progress(name, done / total)
+        carry = _begin(method.estimator, method.optimizer, key, theta)
+        steps = 0
+        numbers = {"inner_steps": 0, **evaluate(carry[0])}
+        write({"estimator": name, "step": 0, **numbers})
+        count = min(points, method.num_updates)
+        ends = [method.num_updates * (i + 1) // count for i in range(count)]
+        for first, end in zip([0, *ends], ends, strict=False):
+            carry, (_, spent) = _updates(
+                method.estimator, method.optimizer, end - first, key, carry, first
+            )
+            steps += int(spent)
+            write({"estimator": name, "step": end, "inner_steps": steps, **evaluate(carry[0])})
+            progress(name, (done + end) / total)
+        done += method.num_updates
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
@@ -40,19 +99,35 @@ def trajectory(
         raise ValueError(
             f"`num_updates` must be a multiple of every={every}; got num_updates={num_updates}."
         )
+
+    def stretch(carry, first):
+        carry, (losses, _) = _updates(estimator, optimizer, every, key, carry, first)
+        return carry, (carry[0], losses)
+
+    begin = _begin(estimator, optimizer, key, theta)
+    _, (thetas, losses) = jax.lax.scan(stretch, begin, jnp.arange(0, num_updates, every))
+    kept = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), begin[0], thetas)
+    return kept, losses.ravel()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(estimator: Any, optimizer: Any, key: Key, theta: Theta) -> tuple[Any, Any, Any]:
     theta = jax.tree.map(jnp.asarray, theta)
+    return theta, estimator.init(key, theta), optimizer.init(theta)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _updates(
+    estimator: Any, optimizer: Any, count: int, key: Key, carry: Any, first: Any
+) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    """``count`` updates; each one's loss, and the inner steps of all."""
 
     def update(carry, i):
         theta, state, opt_state = carry
         estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
         updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
-        return (optax.apply_updates(theta, updates), state, opt_state), estimate.loss
+        carry = optax.apply_updates(theta, updates), state, opt_state
+        return carry, (estimate.loss, estimate.info.inner_steps)
 
-    def stretch(carry, first):
-        carry, losses = jax.lax.scan(update, carry, first + jnp.arange(every))
-        return carry, (carry[0], losses)
-
-    begin: Any = (theta, estimator.init(key, theta), optimizer.init(theta))
-    _, (thetas, losses) = jax.lax.scan(stretch, begin, jnp.arange(0, num_updates, every))
-    kept = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), theta, thetas)
-    return kept, losses.ravel()
+    carry, (losses, steps) = jax.lax.scan(update, carry, first + jnp.arange(count))
+    return carry, (losses, jnp.sum(steps))
