@@ -5,7 +5,8 @@
 pair begins, and what weighs its losses.
 
 They call ``step`` forwards only, so that ``while_loop``, integers and discontinuous losses are
-fine.
+fine. Where ``init`` depends on theta, what continues episodes is differentiable in forward mode
+only: a ``while_loop`` begins them.
 """
 
 from typing import Any
