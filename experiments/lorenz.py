@@ -1,0 +1,241 @@
+"""``lorenz``: the constants of a chaotic system from its trajectory (Li et al. 2023)."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import unrollgrad as ug
+from experiments import curves, training
+from experiments.experiment import Claim, Experiment, Progress, Write
+from experiments.results import Record, Summary
+from unrollgrad.extras import need
+
+NAMES = ("bptt", "tbptt", "uoro", "dodge", "full_es", "truncated_es", "pes", "nres")
+"""The paper's methods; nres is es_single with workers at staggered places of their episodes."""
+
+TRUTH = (10.0, 28.0)
+"""The constants a and r that made the trajectory."""
+
+CLOSE = 0.02
+"""A relative error of a and r below it is a recovery."""
+
+PAPER = "Li et al. 2023: NRES converges faster than others"
+EXPLODES = "Metz et al. 2021: gradients through chaos explode"
+RECOVERS = {
+    "nres": (True, "expected here, after Li et al. 2023"),
+    "bptt": (False, EXPLODES),
+    "uoro": (False, EXPLODES),
+    "dodge": (False, EXPLODES),
+}
+"""Who finds the constants, and who says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Two constants of the Lorenz system, fitted to a trajectory by SGD: who finds them?
+
+    theta is (ln a, ln r), the loss the mean squared error of z over an episode from a fixed start.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper has the published horizon, sigma, rates and updates."""
+    estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
+    """Which methods."""
+    learning_rates: tuple[float, ...] = (1e-6, 3e-4, 1e-8, 1e-7, 3e-5, 1e-4, 1e-5, 3e-5)
+    """Of SGD, one for each method. cpu: the best of two to five, by powers of ten or of its root;
+    bptt, uoro and dodge are far off with all of them."""
+    num_updates: tuple[int, ...] = (1000, 2000, 1000, 2000, 4000, 2000, 2000, 2000)
+    """Outer updates, one number for each method; of bptt and full_es by whole episodes."""
+    decay_after: int = 1000
+    """Updates after which the rate of pes is a tenth, as published."""
+    horizon: int = 1000
+    """Inner steps in an episode; beyond some 500 the gradient is chaotic. With the published 2000
+    the smoothed loss is least elsewhere, near (10.8, 26.8)."""
+    truncation: int = 100
+    """Inner steps in a window."""
+    sigma: float = 0.01
+    """Standard deviation of the perturbation of theta."""
+    num_workers: int = 200
+    """Workers of one pair each, at staggered places of their episodes; full_es has a twentieth of
+    them in pairs and bptt only one worker, as published."""
+    num_tests: int = 64
+    """Episodes from starts N(0, 1) off the fixed one, for the test loss."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run; bptt draws nothing, its runs are equal."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("bptt", "nres"),
+        learning_rates=(1e-8, 1e-4),
+        num_updates=(40, 400),
+        horizon=300,
+        sigma=0.02,
+        num_workers=30,
+        num_tests=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        learning_rates=(1e-8, 3e-4, 1e-13, 1e-10, 3e-5, 3e-4, 1e-5, 1e-5),
+        num_updates=(1000, 10_000, 5000, 5000, 2000, 5000, 10_000, 5000),
+        horizon=2000,
+        sigma=0.04,
+        num_tests=10_000,
+        seeds=(101, 103, 107, 109, 113),
+    ),
+}
+
+POINTS = 40
+"""Points of each curve."""
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes the losses of theta and its error along each method's run."""
+    theta, methods, evaluate = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    key = jax.random.key(seed)
+    training.side_by_side(methods, key, theta, evaluate, POINTS, write, progress)
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method], Any]:
+    problem, theta = ug.problems.lorenz(settings.horizon)
+    chosen = zip(settings.estimators, settings.learning_rates, settings.num_updates, strict=True)
+    methods = {
+        name: training.Method(
+            _estimator(settings, problem, name), _sgd(settings, name, rate), num_updates
+        )
+        for name, rate, num_updates in chosen
+    }
+    return theta, methods, jax.jit(functools.partial(evaluate, problem, settings.num_tests))
+
+
+def _estimator(settings: Settings, problem: Any, name: str) -> Any:
+    estimator = ug.REGISTRY["es_single" if name == "nres" else name].build(
+        problem,
+        truncation=settings.truncation,
+        sigma=settings.sigma,
+        num_pairs=max(1, settings.num_workers // 20) if name == "full_es" else 1,
+    )
+    if estimator.truncation is None:
+        return estimator
+    return ug.average(estimator, settings.num_workers, stagger="burn_in")
+
+
+def _sgd(settings: Settings, name: str, rate: float) -> optax.GradientTransformation:
+    if name == "pes":
+        return optax.sgd(optax.piecewise_constant_schedule(rate, {settings.decay_after: 0.1}))
+    return optax.sgd(rate)
+
+
+def evaluate(problem: ug.UnrolledProblem, num_tests: int, theta: jax.Array) -> dict[str, Any]:
+    """The constants and their largest relative error, the loss, and that from other starts."""
+    found, truth = jnp.exp(theta), jnp.array(TRUTH, theta.dtype)
+    keys = jax.random.split(jax.random.key(0), num_tests)
+    elsewhere = jax.vmap(lambda key: ug.episode_loss(perturbed(problem), key, theta))(keys)
+    return {
+        "a": found[0],
+        "r": found[1],
+        "error": jnp.max(jnp.abs(found / truth - 1)),
+        "loss": ug.episode_loss(problem, jax.random.key(0), theta),
+        "test_loss": jnp.mean(elsewhere),
+    }
+
+
+def perturbed(problem: ug.UnrolledProblem) -> ug.UnrolledProblem:
+    """The same from a start N(0, 1) off, for the model and the truth alike."""
+
+    def init(key, theta):
+        shift = jax.random.normal(key, (3,), theta.dtype)
+        return jax.tree.map(lambda x: x + shift, problem.init(key, theta))
+
+    return problem._replace(init=init)
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """The error of the constants, the loss and the test loss, against inner steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    titles = {
+        "error": "largest relative error of a and r",
+        "loss": "loss of an episode",
+        "test_loss": "loss from other starts",
+    }
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        curves.plot(axis, records, metric, x="inner_steps")
+        axis.set(xscale="log", yscale="log", title=title)
+    axes[0].axhline(CLOSE, color="black", lw=0.8, ls=":")
+    axes[0].legend()
+    figure.suptitle(f"Lorenz system, {config['horizon']} steps: mean and standard error over seeds")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last error of every run."""
+    curves.show_last(records, "error", "error of a, r")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """NRES finds the constants, and no worse than others; differentiation of the loss does not."""
+    steps = f"{summary.about['config']['horizon']} steps"
+    out = []
+    for name, (finds, source) in RECOVERS.items():
+        if summary.find("error", estimator=name) is None:
+            continue
+        says = f"{name} {'recovers' if finds else 'does not recover'} (a, r) within {CLOSE:.0%}"
+        ours, holds = f"{steps}: theta not finite at the end", not finds
+        found = curves.mean_and_se(summary, "error", name)
+        if found is not None:
+            mean, se = found
+            ours = f"{steps}: error {curves.text(100 * mean, 100 * se)} %"
+            holds = mean + 2 * se < CLOSE if finds else mean - 2 * se > CLOSE
+        out.append(Claim(says, source, ours, holds))
+    return out + _comparisons(summary)
+
+
+def _comparisons(summary: Summary) -> list[Claim]:
+    """Of NRES with the other evolution strategies, which spent about as many inner steps."""
+    out = []
+    ours = curves.mean_and_se(summary, "test_loss", "nres")
+    for name in ("full_es", "pes", "truncated_es"):
+        theirs = curves.mean_and_se(summary, "test_loss", name)
+        if ours is None or theirs is None:
+            continue
+        (loss, se), (other, other_se) = ours, theirs
+        apart = abs(loss - other) > 2 * (se**2 + other_se**2) ** 0.5
+        spent = [_inner_steps(summary, n) for n in ("nres", name)]
+        text = (
+            f"{curves.text(loss, se)} after {spent[0]:.1e} inner steps, "
+            f"{name} {curves.text(other, other_se)} after {spent[1]:.1e}"
+        )
+        says = f"nres ends with a lower test loss than {name}"
+        several = len(summary.about["seeds"]) > 1
+        out.append(Claim(says, PAPER, text, loss < other and apart if several else None))
+    return out
+
+
+def _inner_steps(summary: Summary, name: str) -> float:
+    found = curves.mean_and_se(summary, "inner_steps", name)
+    return float("nan") if found is None else found[0]
+
+
+EXPERIMENT = Experiment(
+    name="lorenz",
+    about="The constants of a chaotic system from its trajectory, with eight estimators.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)
