@@ -20,7 +20,7 @@ def test_smoke(tmp_path, capsys):
     assert claims["nres recovers (a, r) within 2%"]
     assert "error of a, r" in capsys.readouterr().out
     points = lorenz.POINTS + 1
-    assert len(records) == len(settings.estimators) * points * 6
+    assert len(records) == len(settings.estimators) * (points * 6 + 2)
     expect("lorenz experiment", {"r": summary.find("r", estimator="nres")["mean"]})
 
 
