@@ -29,7 +29,8 @@ WORK = {
     "inner_steps_to_recover": "inner steps",
     "sequential_steps_to_recover": "inner steps one after another",
 }
-"""What it took until the first point of a curve that is close; inf if none is."""
+"""What it took until the first point of a curve that is close; inf if none is. The steps in which
+workers are put at staggered places, an episode of each at most, are not counted."""
 
 PAPER = "Li et al. 2023: NRES converges faster than the others"
 EXPLODES = "Metz et al. 2021: gradients through chaos explode"

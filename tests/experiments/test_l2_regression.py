@@ -21,7 +21,7 @@ def test_smoke(tmp_path, capsys):
     assert [claim.holds for claim in claims] == [True, True]
     assert "the optimum is 4.2" in capsys.readouterr().out
     points = l2_regression.POINTS + 1
-    assert len(records) == len(settings.starts) * len(settings.estimators) * points * 4
+    assert len(records) == len(settings.starts) * len(settings.estimators) * points * 5
     expect(
         "l2_regression experiment",
         {
