@@ -10,6 +10,7 @@ from stored import expect
 import unrollgrad as ug
 from experiments import experiment as framework
 from experiments import lorenz, results
+from experiments.results import Summary
 
 
 def test_smoke(tmp_path, capsys):
@@ -34,3 +35,30 @@ def test_nothing_is_lost_at_the_truth_from_any_start():
     numbers = lorenz.evaluate(problem, 2, truth + jnp.log(jnp.array([1.1, 0.97])))
     assert float(numbers["error"]) == pytest.approx(0.1, rel=1e-4)
     assert float(numbers["a"]) == pytest.approx(11, rel=1e-4)
+
+
+def recovered(seeds, **means):
+    """A summary in which methods took so many steps, to 1; None: not with every seed."""
+    found = [
+        {"metric": metric, "estimator": name, "mean": mean, "se": 1.0}
+        for name, mean in means.items()
+        for metric in lorenz.WORK
+    ]
+    return Summary(found, {"seeds": seeds, "config": {"horizon": 100}})
+
+
+@pytest.mark.parametrize(
+    ("seeds", "nres", "pes", "holds"),
+    [
+        ([0, 1], 10.0, 20.0, True),
+        ([0, 1], 10.0, 12.0, False),  # within two standard errors
+        ([0, 1], 10.0, None, True),
+        ([0, 1], None, 20.0, False),
+        ([0, 1], None, None, None),
+        ([0], 10.0, 20.0, None),
+    ],
+)
+def test_who_recovers_sooner(seeds, nres, pes, holds):
+    claims = lorenz.claims(recovered(seeds, nres=nres, pes=pes))
+    assert [claim.holds for claim in claims] == [holds, holds]
+    assert all("than pes" in claim.says for claim in claims)
