@@ -94,6 +94,11 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> tuple[dict[str, training.Method], Any]:
+    if len(settings.learning_rates) != len(settings.estimators):
+        raise ValueError(
+            "`learning_rates` must have a number for each of the estimators "
+            f"{settings.estimators}; got {settings.learning_rates}."
+        )
     data = ridge.diabetes()
     problem = ridge.ridge(data, HORIZON, settings.inner_rate)
     common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}

@@ -129,12 +129,17 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method], Any]:
     problem, theta = ug.problems.lorenz(settings.horizon)
-    chosen = zip(settings.estimators, settings.learning_rates, settings.num_updates, strict=True)
+    rates, counts = settings.learning_rates, settings.num_updates
+    if not len(settings.estimators) == len(rates) == len(counts):
+        raise ValueError(
+            "`learning_rates` and `num_updates` must have a number for each of the estimators "
+            f"{settings.estimators}; got {rates} and {counts}."
+        )
     methods = {
         name: training.Method(
             _estimator(settings, problem, name), _sgd(settings, name, rate), num_updates
         )
-        for name, rate, num_updates in chosen
+        for name, rate, num_updates in zip(settings.estimators, rates, counts, strict=True)
     }
     return theta, methods, jax.jit(functools.partial(evaluate, problem, settings.num_tests))
 

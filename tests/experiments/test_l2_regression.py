@@ -59,3 +59,11 @@ def test_the_split_is_standardised_by_the_training_data_alone():
     np.testing.assert_allclose(np.mean(data.x, axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(np.std(data.y), 1, rtol=1e-5)
     assert np.abs(np.mean(data.x_validation, axis=0)).max() > 0.01
+
+
+def test_every_estimator_needs_a_rate(tmp_path):
+    settings = dataclasses.replace(
+        l2_regression.SCALES["smoke"], out=tmp_path, learning_rates=(1.0,)
+    )
+    with pytest.raises(ValueError, match=r"learning_rates.*for each"):
+        framework.execute(l2_regression.EXPERIMENT, settings)

@@ -62,3 +62,9 @@ def test_who_recovers_sooner(seeds, nres, pes, holds):
     claims = lorenz.claims(recovered(seeds, nres=nres, pes=pes))
     assert [claim.holds for claim in claims] == [holds, holds]
     assert all("than pes" in claim.says for claim in claims)
+
+
+def test_every_estimator_needs_a_rate(tmp_path):
+    settings = dataclasses.replace(lorenz.SCALES["smoke"], out=tmp_path, learning_rates=(1.0,))
+    with pytest.raises(ValueError, match=r"learning_rates.*for each"):
+        framework.execute(lorenz.EXPERIMENT, settings)
