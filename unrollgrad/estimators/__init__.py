@@ -182,7 +182,7 @@ REGISTRY: dict[str, Row] = {
     "pes_analytic": Row(
         pes_analytic,
         unbiased_for="smoothed J",
-        variance="as pes, less what the newest window's noise causes",
+        variance="of one window: as pes, less what its own noise causes",
         passes=_both_signs_and_mean,
         time="(2N+1+B)K",
         memory="(2N+1+K)S + 5NP",
