@@ -29,6 +29,7 @@ from experiments import (
     results,
     train,
     variance,
+    variance_lstm,
     warm_vs_cold,
 )
 from experiments import experiment as framework
@@ -43,6 +44,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         variance,
         train,
         influence_balancing,
+        variance_lstm,
         hypergradient_quality,
         overfit_validation,
         data_cleaning,
