@@ -321,6 +321,7 @@ def claims(summary: Summary) -> list[Claim]:
         *(_slope_claim(summary, text) for text in TEXTS),
         *(_exact_claim(summary, text, name) for name in ("pes", "gpes") for text in TEXTS),
         *(_order_claim(summary, text, above) for text, above in ABOVE.items()),
+        _dip_claim(summary),
         _sigma_claim(summary),
     ]
     return [claim for claim in found if claim is not None]
@@ -380,6 +381,31 @@ def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
         "Vicol et al. 2023, Fig. 1",
         " against ".join(values),
         holds,
+    )
+
+
+def _dip_claim(summary: Summary) -> Claim | None:
+    ratios = {}
+    for unrolls in sorted(summary.about["config"]["num_unrolls"]):
+        labels = {"text": "real", "unrolls": str(unrolls)}
+        pes = summary.find("variance", estimator="pes", **labels)
+        single = summary.find("variance", estimator="es_single", **labels)
+        if pes and single:
+            relative = [(x["se"] or 0.0) / x["mean"] for x in (pes, single)]
+            ratio = pes["mean"] / single["mean"]
+            ratios[unrolls] = ratio, ratio * math.hypot(*relative)
+    if not ratios:
+        return None
+    least, most = min(ratios, key=lambda n: ratios[n][0]), max(ratios)
+    (low, low_se), (high, high_se) = ratios[least], ratios[most]
+    one_seed = len(summary.about["seeds"]) < 2
+    return Claim(
+        "real text: with more unrolls pes's variance first falls below es_single's, then grows "
+        "above it",
+        "Vicol et al. 2023, Fig. 1",
+        f"{plus_minus(low, low_se)} times it with {least} unrolls, {plus_minus(high, high_se)} "
+        f"with {most}",
+        None if one_seed else low + 2 * low_se < 1 < high - 2 * high_se,
     )
 
 

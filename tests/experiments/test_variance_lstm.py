@@ -22,7 +22,7 @@ def test_smoke(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"{text:>9} {'pes':>10}  variance" in printed for text in variance_lstm.TEXTS)
     claims = variance_lstm.claims(summary)
-    assert len(claims) == 3 + 3 + 2 + 1
+    assert len(claims) == 3 + 3 + 2 + 1 + 1
     assert claims[-1].holds  # that sigma does not matter; one seed cannot tell the others
     assert {claim.holds for claim in claims[:-1]} == {None}
     numbers = {}
