@@ -59,7 +59,7 @@ class Settings:
     """How much of theta's influence on the recurrences is left one step later."""
     num_samples: int = 200
     """Chains of 20 episodes on the recurrences."""
-    num_samples_real: int = 30
+    num_samples_real: int = 20
     """Chains of 20 episodes on the other problems."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each draws other noise and other episodes, on the same problems at the same theta."""
