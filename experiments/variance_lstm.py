@@ -111,7 +111,14 @@ class _Sizes(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes a variance, and what it should be, per text, estimator and number of unrolls."""
+    """Writes a variance, and what it should be, per text, estimator and number of unrolls.
+
+    Raises:
+        ValueError: If the horizon is no multiple of a number of unrolls, or the corpus too short.
+    """
+    wrong = [n for n in (*settings.num_unrolls, settings.noise_periods) if settings.horizon % n]
+    if wrong:
+        raise ValueError(f"`horizon` is {settings.horizon}, which {wrong} do not divide.")
     corpus = inspect.getsource(argparse) if settings.corpus is None else _read(settings.corpus)
     sizes = _Sizes(settings.horizon, settings.embed, settings.hidden, settings.num_samples)
     theta = initial_theta(settings.embed, settings.hidden, seed)
