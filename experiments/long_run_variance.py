@@ -265,33 +265,45 @@ def _pooled(metrics: dict[str, np.ndarray]) -> tuple[float, float]:
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """A panel per problem, a line per estimator; crosses are closed forms."""
     problems = config["problems"]
+    columns = min(3, len(problems))
+    rows = -(-len(problems) // columns)
     figure = need("matplotlib.figure", "matplotlib").Figure(
-        figsize=(1 + 3 * len(problems), 4.2), layout="constrained"
+        figsize=(1 + 3.3 * columns, 1 + 3.3 * rows), layout="constrained"
     )
-    axes = figure.subplots(1, len(problems), squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(problems) :]:
+        axis.remove()
     table = _table(records)
-    places = dict(zip(UPDATES, (1, config["num_windows"], 20 * config["num_windows"]), strict=True))
-    for axis, problem in zip(axes, problems, strict=True):
-        for i, name in enumerate(config["estimators"]):
-            shift = 1.07 ** (i - 2.5)  # lines on each other could not be told apart
-            here = {u: table[problem, name, u] for u in UPDATES if (problem, name, u) in table}
-            at = [places[u] * shift for u in here]
-            means, errors = zip(*map(_pooled, here.values()), strict=True)
-            style = "--" if "staggered" in name or name == "nres" else "-"
-            axis.errorbar(
-                at, means, errors, fmt="o" + style, color=f"C{i}", ms=4, capsize=3, label=name
-            )
-            known = [x["exact"].mean() for x in here.values() if "exact" in x]
-            if known:
-                axis.plot(at, known, "kx", ms=7, label=None if i else "closed form")
-        axis.set(xscale="log", yscale="log", xlabel="U, consecutive updates", title=problem)
-        axis.set_xticks(list(places.values()), ["1", "n", "20 n"], minor=False)
-        axis.set_xticks([], minor=True)
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="variance of the mean of U updates\nper episode-pair spent, / |g|²")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7)
+    for axis, problem in zip(axes.flat, problems, strict=False):
+        _panel(axis, table, problem, config)
+    figure.supylabel("variance of the mean of U updates, per episode-pair spent, / |g|²")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
+
+
+def _panel(axis: Any, table: Any, problem: str, config: dict[str, Any]) -> None:
+    windows = config["num_windows"]
+    places = dict(zip(UPDATES, (1, windows, 20 * windows), strict=True))
+    for i, name in enumerate(config["estimators"]):
+        shift = 1.13 ** (i - 2.5)  # lines on each other could not be told apart
+        here = {u: table[problem, name, u] for u in UPDATES if (problem, name, u) in table}
+        at = [places[u] * shift for u in here]
+        means, errors = np.array([_pooled(x) for x in here.values()]).reshape(-1, 2).T
+        style = "--" if "staggered" in name or name == "nres" else "-"
+        axis.errorbar(
+            at, means, errors, fmt="o" + style, color=f"C{i}", ms=4, capsize=3, label=name
+        )
+        known = [x["exact"].mean() for x in here.values() if "exact" in x]
+        if known:
+            axis.plot(at, known, "kx", ms=6, label=None if i else "closed form")
+    axis.set(xscale="log", yscale="log", xlabel="U, consecutive updates", title=problem)
+    axis.set_xticks(list(places.values()), ["1", "n", "20 n"])
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(which="both", labelsize=8)
+    axis.grid(alpha=0.3)
 
 
 def show(records: list[Record]) -> None:
