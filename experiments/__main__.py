@@ -23,6 +23,7 @@ from experiments import (
     hypergradient_quality,
     influence_balancing,
     l2_regression,
+    long_run_variance,
     lorenz,
     mixed_mode,
     overfit_validation,
@@ -32,6 +33,7 @@ from experiments import (
     toy_regression,
     train,
     variance,
+    variance_lstm,
     warm_vs_cold,
 )
 from experiments import experiment as framework
@@ -49,6 +51,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         toy_regression,
         lorenz,
         l2_regression,
+        variance_lstm,
+        long_run_variance,
         hypergradient_quality,
         overfit_validation,
         data_cleaning,

@@ -34,8 +34,8 @@ class Settings:
     starts: tuple[float, ...] = (5.0, 3.0, 1.0, -1.0, -3.0, -5.0)
     """Thetas to begin with; each is a whole run."""
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-3, 3e-3)
-    """Of Adam, one for each estimator: 3e-3 as published, with which pes is far from done; cpu: 1e-2
-    for pes. pes_analytic did no better with 1e-3 and 1e-2."""
+    """Of Adam, one for each estimator: 3e-3 as published, with which pes is far from done; cpu:
+    1e-2 for pes. pes_analytic did no better with 1e-3 and 1e-2."""
     num_updates: int = 50_000
     """Outer updates, one inner step each."""
     num_pairs: int = 2
