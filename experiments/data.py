@@ -58,7 +58,7 @@ def load(name: Name, data_dir: Path | None = None) -> Images:
     """
     if name == "digits":
         pixels, labels = datasets.load_digits(return_X_y=True)
-        return _split(pixels / 16, labels, VALIDATION[name])
+        return _split(np.asarray(pixels) / 16, np.asarray(labels), VALIDATION[name])
     found = {file: path for file in MAGIC if (path := _find(data_dir, file))}
     if len(found) == 1:
         missing = next(file for file in MAGIC if file not in found)
@@ -128,7 +128,7 @@ def _from_openml(name: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarr
             return_X_y=True,
             as_frame=False,
             parser="liac-arff",
-            data_home=data_dir,
+            data_home=str(data_dir) if data_dir else None,
         )
     except OSError as error:
         where = f"in {data_dir}" if data_dir else "(no --data-dir was given)"
@@ -137,7 +137,7 @@ def _from_openml(name: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarr
             f"from OpenML failed: {error}. Put the two files into a folder and give it as "
             "--data-dir, or run once with a network, or use --data digits, which needs neither."
         ) from error
-    return pixels[:60_000], labels[:60_000]
+    return np.asarray(pixels)[:60_000], np.asarray(labels)[:60_000]
 
 
 def _split(pixels: np.ndarray, labels: np.ndarray, validation: int) -> Images:

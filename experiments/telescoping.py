@@ -170,7 +170,8 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
 def final_problem(settings: Settings) -> UnrolledProblem:
     """The MLP's training, whose only loss is that of the last weights on the fixed batch."""
     images = data.load(settings.data, settings.data_dir)
-    fixed = tuple(jnp.asarray(part[: settings.fixed_size]) for part in images.train)
+    count = settings.fixed_size
+    fixed = jnp.asarray(images.train.images[:count]), jnp.asarray(images.train.labels[:count])
     problem = ug.training_problem(
         **image_mlp.task(images, settings.hidden, settings.batch_size),
         meta_loss=lambda theta, params, key: jnp.float32(0),

@@ -97,7 +97,7 @@ def test_openml(tmp_path, monkeypatch, arrays):
     monkeypatch.setattr(datasets, "fetch_openml", fetch)
     images = data.load("mnist", tmp_path)
     assert asked["name"] == "mnist_784"
-    assert asked["data_home"] == tmp_path
+    assert asked["data_home"] == str(tmp_path)
     assert images.train.labels.dtype == np.int32
 
     def refuse(name, **settings):
