@@ -251,11 +251,11 @@ def claims(summary: Summary) -> list[Claim]:
 
 def _unmoved(summary: Summary) -> list[Claim]:
     """That backpropagation finds no slope in the accuracy."""
-    found = [summary.find(name, objective="accuracy", estimator="tbptt") for name in heat_map.NAMES]
-    if None in found:
+    labels = {"objective": "accuracy", "estimator": "tbptt"}
+    ends = [f["mean"] for name in heat_map.NAMES if (f := summary.find(name, **labels))]
+    if not ends:
         return []
-    start = np.log(np.array(summary.about["config"]["start"]))
-    moved = float(np.max(np.abs([f["mean"] for f in found] - start)))
+    moved = float(np.max(np.abs(ends - np.log(summary.about["config"]["start"]))))
     return [
         Claim(
             "tbptt does not move theta at all",
