@@ -55,13 +55,13 @@ class Settings:
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
     """theta0 and theta1 to begin with."""
-    num_updates: int = 2500
+    num_updates: int = 2000
     """Outer updates, one window each."""
     num_pairs: int = 30
     """Antithetic pairs of evolution strategies: half of the papers' particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     """Of Adam, at the beginning."""
     last_rate: float = 0.0
     """What it falls to along a cosine, as a fraction; 1 is the papers' constant rate."""
@@ -98,7 +98,6 @@ SCALES = {
         horizon=5000,
         num_updates=5000,
         num_pairs=500,
-        learning_rate=0.01,
         last_rate=1.0,
         cells=(31, 25),
         seeds=(0, 1, 2, 3),
