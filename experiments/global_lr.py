@@ -57,7 +57,7 @@ class Settings:
     """Standard deviation of the perturbation."""
     frozen_rate: float = 0.05
     """The rate at which the noise is measured: about the best constant one of cpu."""
-    num_workers: int = 100
+    num_workers: int = 200
     """Workers whose estimates are compared."""
     start: float = 0.003
     """The rate where training begins."""

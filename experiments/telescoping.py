@@ -52,15 +52,15 @@ class Settings:
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
     """theta0 and theta1 to begin with."""
-    num_updates: int = 800
+    num_updates: int = 2000
     """Outer updates of one window; full_es makes as many fewer as its episodes are longer."""
     num_pairs: int = 20
     """Antithetic pairs: half of the papers' particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
-    learning_rate: float = 0.03
+    learning_rate: float = 0.02
     """Of Adam, for windows, at the beginning."""
-    full_es_rate: float = 0.1
+    full_es_rate: float = 0.3
     """The same for whole episodes."""
     last_rate: float = 0.0
     """What it falls to along a cosine, as a fraction."""
@@ -77,7 +77,7 @@ class Settings:
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        estimators=("pes", "es_single", "truncated_es"),
+        estimators=("pes", "es_single"),
         hidden=(4,),
         fixed_size=20,
         horizon=20,
