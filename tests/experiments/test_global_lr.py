@@ -1,0 +1,70 @@
+"""``global_lr`` at smoke scale: the noise of PES grows along an episode; and how it is measured."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stored import expect
+
+import unrollgrad as ug
+from experiments import experiment as framework
+from experiments import global_lr, results
+
+
+def test_smoke(tmp_path, capsys):
+    settings = dataclasses.replace(global_lr.SCALES["smoke"], out=tmp_path)
+    folder = framework.execute(global_lr.EXPERIMENT, settings)
+    summary = results.read_summary(folder)
+    claims = global_lr.claims(summary)
+    assert len(claims) == 5
+    assert all(claim.holds is None for claim in claims)
+    assert summary.find("ratio", estimator=global_lr.RATIO)["mean"] > 1.5
+    records = results.read(folder)
+    sds = {name: global_lr.mean_sds(records)[name] for name in settings.estimators}
+    assert [len(sd) for sd in sds.values()] == [20, 20]
+    np.testing.assert_allclose(sds["pes"][0], sds["es_single"][0], rtol=1e-4)
+    assert "noise ~ k^b" in capsys.readouterr().out
+    grid = summary.find("minimum", estimator="grid")["mean"]
+    expect("global_lr experiment", {"minimum": grid, "sd of window 1": float(sds["pes"][0])})
+
+
+@pytest.mark.parametrize("name", ["pes", "es_single"])
+def test_noise_of_losses_without_memory(name):
+    """Of losses theta e_t: sd |e_t| sqrt(Var[xi eps]), which is sqrt(k + 1) |e| or sqrt(2) |e|.
+
+    PES weighs window k's own u with the sum of k draws: Var[u (u + k - 1 others)] = 2 + (k - 1).
+    """
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.float32(0),
+        lambda key, theta, state, t: (state, theta * (1.0 - 2 * (t % 2))),
+        16,
+    )
+    estimator = ug.REGISTRY[name].build(problem, truncation=1, sigma=0.1, num_pairs=1)
+    sds = global_lr.window_sds(estimator, 16, 20_000, jax.random.key(0), jnp.float32(0.3))
+    k = np.arange(1, 17)
+    wanted = np.sqrt(k + 1) if name == "pes" else np.full(16, np.sqrt(2))
+    np.testing.assert_allclose(sds, wanted, rtol=0.06)
+
+
+@pytest.mark.parametrize("power", [-0.3, 0.0, 0.5])
+def test_slope(power):
+    """Of a power of k, whatever the first fifth is."""
+    sds = 3.0 * np.arange(1.0, 51) ** power
+    sds[:10] = 7
+    assert global_lr.slope(sds) == pytest.approx(power, abs=1e-6)
+
+
+def test_claims_can_fail():
+    def result(estimator, metric, mean, se=0.02):
+        return {"estimator": estimator, "metric": metric, "mean": mean, "se": se, "n": 3}
+
+    def holds(pes, single, ratio, last):
+        slopes = {"pes": pes, "es_single": single, global_lr.RATIO: ratio}
+        found = [result(name, "slope", b) for name, b in slopes.items()]
+        found += [result("grid", "minimum", 1.0, None), result("pes", "J", last)]
+        return [claim.holds for claim in global_lr.claims(results.Summary(found, {}))]
+
+    assert holds(0.5, 0.0, 0.5, 1.01) == [True] * 4
+    assert holds(0.03, 0.09, 0.59, 1.04) == [False] * 4

@@ -1,0 +1,69 @@
+"""``lr_schedule`` at smoke scale: the grid, the runs, and a loss without a gradient."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stored import expect
+
+from experiments import experiment as framework
+from experiments import heat_map, lr_schedule, results
+from experiments.problems import image_mlp
+
+
+def test_smoke(tmp_path, capsys):
+    settings = dataclasses.replace(lr_schedule.SCALES["smoke"], out=tmp_path)
+    folder = framework.execute(lr_schedule.EXPERIMENT, settings)
+    summary = results.read_summary(folder)
+    near, unmoved = lr_schedule.claims(summary)
+    assert near.says == "accuracy: es_single ends within 5% of the grid's minimum"
+    assert near.holds is None
+    assert unmoved.holds
+    records = results.read(folder)
+    cells = [r.value for r in records if r.metric == "J" and r.labels["estimator"] == "grid"]
+    assert len(cells) == 6
+    assert min(cells) == heat_map.minimum(summary, objective="accuracy")
+    steps = {r.step for r in records if r.labels["estimator"] == "es_single"}
+    assert steps == set(range(13))
+    assert "J at the end" in capsys.readouterr().out
+    es = summary.find("log_theta0", objective="accuracy", estimator="es_single")["mean"]
+    expect("lr_schedule experiment", {"minimum": min(cells), "es_single log_theta0": es})
+
+
+def result(estimator, metric, mean, se):
+    return {"objective": "loss", "estimator": estimator, "metric": metric, "mean": mean, "se": se}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "comes_out"), [(0.51, 0.9, True), (0.53, 0.6, False), (None, None, False)]
+)
+def test_claims_can_fail(good, bad, comes_out):
+    found = [result("grid", "minimum", 0.5, None)]
+    found += [result(name, "J", good, 0.001) for name in ("pes", "es_single")]
+    found += [result(name, "J", bad, 0.001) for name in ("truncated_es", "tbptt")]
+    claims = lr_schedule.claims(results.Summary(found, {}))
+    assert [claim.holds for claim in claims] == [comes_out] * 2 + [comes_out or bad is None] * 2
+
+
+def test_the_schedule():
+    """theta0 / (1 + t / c)^theta1."""
+    gradient = jnp.float32(1)
+    for theta0, theta1, t in [(0.1, 2.0, 0), (0.1, 2.0, 50), (0.5, 30.0, 10)]:
+        optimizer = image_mlp.decaying_sgd(jnp.log(jnp.array([theta0, theta1])), t, 100.0)
+        update, _ = optimizer.update(gradient, optimizer.init(gradient))
+        np.testing.assert_allclose(-update, theta0 / (1 + t / 100) ** theta1, rtol=1e-5)
+
+
+def test_the_network():
+    """Of zero weights: a guess, with the entropy ln 10; and two ReLUs by hand."""
+    batch = jnp.ones((4, 3)), jnp.array([0, 0, 0, 1])
+    zero = [(jnp.zeros((3, 10)), jnp.zeros(10))]
+    assert float(image_mlp.cross_entropy(zero, batch)) == pytest.approx(math.log(10))
+    assert float(image_mlp.accuracy(zero, batch)) == 0.75
+    params = [
+        (jnp.array([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0]]), jnp.array([1.0, 2.0])),
+        (jnp.array([[2.0], [5.0]]), jnp.array([0.5])),
+    ]
+    np.testing.assert_allclose(image_mlp.logits(params, batch[0]), np.full((4, 1), 8.5))
