@@ -148,20 +148,20 @@ def _prepare(settings: Settings) -> Prepared:
 
     methods, rates, costs = {}, {}, {}
     for name, (estimator, cost) in estimators(settings, problem).items():
-        points = min(POINTS, settings.budget // cost)
-        every = settings.budget // cost // points
+        num_updates = settings.budget // cost
+        every = max(1, num_updates // POINTS)
         rates[name] = tuning.best_rate(
             estimator,
             functools.partial(optimizer, clip=settings.clip),
             settings.rates,
             jax.random.split(jax.random.key(TUNING), settings.tuning_runs),
             theta,
-            points * every,
+            num_updates // every * every,
             every,
             loss,
         )
         methods[name] = training.Method(
-            estimator, optimizer(rates[name], settings.clip), points * every
+            estimator, optimizer(rates[name], settings.clip), num_updates
         )
         costs[name] = cost
     return Prepared(theta, methods, rates, costs, jax.jit(lambda theta: {"loss": loss(theta)}))
