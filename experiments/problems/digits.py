@@ -90,12 +90,7 @@ def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:
     Returns:
         ``loss``, ``init_params``, ``sample_batch`` and ``meta_loss``.
     """
-    images, labels = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    images = jnp.asarray(images[order] / 16 - 0.5, jnp.float32)
-    labels = jnp.asarray(labels[order], jnp.int32)
-    train = (images[:1200], labels[:1200])
-    validation = (images[1200:], labels[1200:])
+    train, validation = split()
     graph = nnx.graphdef(MLP(64, hidden, 10, rngs=nnx.Rngs(0)))
 
     def draw(data, key):
@@ -112,3 +107,12 @@ def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:
         "sample_batch": lambda key: draw(train, key),
         "meta_loss": lambda theta, params, key: cross_entropy(params, draw(validation, key)),
     }
+
+
+def split() -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Images within +-0.5 and labels: 1200 fixed ones to train on, and the other 597."""
+    images, labels = datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images = jnp.asarray(images[order] / 16 - 0.5, jnp.float32)
+    labels = jnp.asarray(labels[order], jnp.int32)
+    return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])

@@ -1,0 +1,277 @@
+"""``control``: a linear policy learned with evolution strategies, whole episodes or windows.
+
+The cart-pole of ``ug.problems.control`` is in place of the papers' Swimmer, a loss in place of a
+return.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import unrollgrad as ug
+from experiments import curves, training, tuning
+from experiments.experiment import Claim, Experiment, Progress, Write
+from experiments.results import Record, Summary
+from unrollgrad.extras import need
+from unrollgrad.types import GradientEstimator
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A linear policy balances a pole: how many environment steps does each estimator need?
+
+    As on the papers' Swimmer a window is a tenth of an episode, the policy begins at zero and all
+    methods have the same pairs, so that one update of full ES costs ten of the others.
+    ``full_es_few`` is full ES at its best: so few pairs that an update costs what the others' does.
+    ``nres`` is ES-Single with a worker for every pair, staggered.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper: the environment steps and pairs of NRES's figure."""
+    compared: tuple[Literal["full_es_few", "truncated_es", "pes", "es_single", "nres"], ...] = (
+        "full_es_few",
+        "truncated_es",
+        "pes",
+        "es_single",
+        "nres",
+    )
+    """Which methods are compared with full ES."""
+    horizon: int = 100
+    """Environment steps in an episode."""
+    truncation: int = 10
+    """Environment steps in a window."""
+    num_pairs: int = 10
+    """Antithetic pairs, a multiple of the windows in an episode."""
+    sigma: float = 3.0
+    """Standard deviation of the perturbation; gains that balance the pole are about 20."""
+    budget: int = 50_000
+    """Environment steps of each run: 25 updates of full ES, as in PES's figure."""
+    rates: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)
+    """Learning rates of SGD on the clipped gradient; each method gets its best."""
+    clip: float = 0.1
+    """The norm to which all methods' gradients are clipped."""
+    tuning_runs: int = 3
+    """Runs of every rate of every method, on keys of their own, to choose it."""
+    episodes: int = 64
+    """Held-out episodes on which J is measured, at no cost in environment steps."""
+    seeds: tuple[int, ...] = (3, 5, 7, 11, 13, 23)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        compared=("truncated_es", "es_single"),
+        budget=20_000,
+        rates=(100.0,),
+        episodes=16,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_pairs=30, budget=1_200_000),
+}
+
+POINTS = 50
+"""Points of each curve."""
+
+TOLERANCE = 0.01
+"""A method is there when it has all but this part of what full ES gains in the whole run."""
+
+TUNING, HELD_OUT = 1_000_000, 1_000_001
+"""Seeds of keys that no run has."""
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes J along each method's run, then the steps it took to full ES's J."""
+    prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    lines = []
+
+    def keep(numbers):
+        lines.append(numbers)
+        write(numbers)
+
+    training.side_by_side(
+        prepared.methods,
+        jax.random.key(seed),
+        prepared.theta,
+        prepared.evaluate,
+        POINTS,
+        keep,
+        progress,
+    )
+    full = lines_of(lines, "full_es")
+    target = full[-1][1] + TOLERANCE * (full[0][1] - full[-1][1])
+    for name, rate in prepared.rates.items():
+        steps = steps_to(target, lines_of(lines, name))
+        window = settings.horizon if name.startswith("full_es") else settings.truncation
+        in_a_row = steps / prepared.costs[name] * window
+        write({"estimator": name, "steps": steps, "steps_in_a_row": in_a_row, "rate": rate})
+
+
+def lines_of(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(inner steps, J) along the run of one method."""
+    return [(x["inner_steps"], float(x["loss"])) for x in lines if x["estimator"] == name]
+
+
+def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
+    """The inner steps after which J is first at most ``target``; infinite if it never is."""
+    return next((float(steps) for steps, loss in curve if loss <= target), math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What all seeds share: methods by name, their rates, and the steps of one update."""
+
+    theta: jax.Array
+    methods: dict[str, training.Method]
+    rates: dict[str, float]
+    costs: dict[str, int]
+    evaluate: Any
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> Prepared:
+    problem, theta = ug.problems.control(settings.horizon)
+    episodes = jax.random.split(jax.random.key(HELD_OUT), settings.episodes)
+
+    @jax.jit
+    def loss(theta):
+        return jnp.mean(jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(episodes))
+
+    methods, rates, costs = {}, {}, {}
+    for name, (estimator, cost) in estimators(settings, problem).items():
+        num_updates = settings.budget // cost
+        every = max(1, num_updates // POINTS)
+        rates[name] = tuning.best_rate(
+            estimator,
+            functools.partial(optimizer, clip=settings.clip),
+            settings.rates,
+            jax.random.split(jax.random.key(TUNING), settings.tuning_runs),
+            theta,
+            num_updates // every * every,
+            every,
+            loss,
+        )
+        methods[name] = training.Method(
+            estimator, optimizer(rates[name], settings.clip), num_updates
+        )
+        costs[name] = cost
+    return Prepared(theta, methods, rates, costs, jax.jit(lambda theta: {"loss": loss(theta)}))
+
+
+def estimators(
+    settings: Settings, problem: ug.UnrolledProblem
+) -> dict[str, tuple[GradientEstimator, int]]:
+    """The methods, and the environment steps of one of their calls."""
+    pairs, sigma = settings.num_pairs, settings.sigma
+    few = pairs * settings.truncation // settings.horizon
+    rest = {"truncation": settings.truncation, "sigma": sigma, "num_pairs": pairs}
+    windows = {
+        name: (
+            ug.REGISTRY[name].build(problem, **rest),
+            ug.REGISTRY[name].passes(pairs) * settings.truncation,
+        )
+        for name in ("truncated_es", "pes", "es_single")
+    }
+    one = ug.es_single(problem, truncation=settings.truncation, sigma=sigma)
+    whole = 2 * settings.horizon
+    all_of_them = {
+        "full_es": (ug.full_es(problem, sigma=sigma, num_pairs=pairs), pairs * whole),
+        "full_es_few": (ug.full_es(problem, sigma=sigma, num_pairs=few), few * whole),
+        **windows,
+        "nres": (ug.average(one, pairs, stagger="breakstep"), windows["es_single"][1]),
+    }
+    return {name: all_of_them[name] for name in ("full_es", *settings.compared)}
+
+
+def optimizer(rate: Any, clip: float) -> optax.GradientTransformation:
+    """SGD on the clipped gradient: a cart that runs away would make it as long as it likes."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """J of the policy on held-out episodes against environment steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    curves.plot(axis, records, "loss", x="inner_steps")
+    axis.set(
+        yscale="log",
+        xlabel="environment steps",
+        ylabel="J, the mean loss of a step",
+        title=f"a linear policy balances a pole, windows of {config['truncation']} in "
+        f"{config['horizon']} steps",
+    )
+    axis.legend(title="mean ± SE over seeds")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last J of every run and the steps to full ES's."""
+    curves.show_last(records, "loss", "J at the end")
+    curves.show_last(records, "steps", "steps to full ES's J")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Windows of PES and ES-Single take fewer steps than whole episodes; truncated ES is stuck."""
+    compared = (
+        ("pes", "full_es", "Vicol et al. 2021, Swimmer"),
+        ("es_single", "full_es", "Vicol et al. 2023, Swimmer"),
+        ("nres", "full_es", "Li et al. 2023, Swimmer"),
+        ("pes", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+        ("es_single", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+        ("nres", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+    )
+    out = [_fewer(summary, "steps", *names) for names in compared]
+    out.append(_fewer(summary, "steps_in_a_row", "nres", "full_es_few", "Li et al. 2023, Swimmer"))
+    stuck = summary.find("loss", estimator="truncated_es")
+    full = summary.find("loss", estimator="full_es")
+    if stuck and full:
+        ours = f"J {_text(stuck)} against {_text(full)}"
+        holds = None if stuck["n"] == 1 else _above(stuck, full)
+        out.append(Claim("truncated_es stays worse than full_es", "Vicol et al. 2021", ours, holds))
+    return out
+
+
+def _fewer(summary: Summary, metric: str, name: str, other: str, source: str) -> Claim:
+    """Whether a method takes fewer steps than another, by more than both standard errors."""
+    what = {"steps": "environment steps", "steps_in_a_row": "environment steps in a row"}[metric]
+    says = f"{name} reaches full ES's J in fewer {what} than {other}"
+    mine, theirs = (summary.find(metric, estimator=n) for n in (name, other))
+    if mine is None or theirs is None:
+        return Claim(says, source, "not run", None)
+    ours = f"{_text(mine)} against {_text(theirs)}"
+    return Claim(says, source, ours, None if mine["n"] == 1 else _above(theirs, mine))
+
+
+def _above(high: dict[str, Any], low: dict[str, Any]) -> bool:
+    """Whether one mean is above the other by more than both standard errors; null is infinite."""
+    if low["mean"] is None:
+        return False
+    return high["mean"] is None or high["mean"] - high["se"] > low["mean"] + low["se"]
+
+
+def _text(found: dict[str, Any]) -> str:
+    if found["mean"] is None:
+        return "never in some seed"
+    return curves.text(found["mean"], found["se"] or 0.0)
+
+
+EXPERIMENT = Experiment(
+    name="control",
+    about="A linear policy learned from whole episodes or from windows: environment steps.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)
