@@ -91,6 +91,7 @@ TUNING, HELD_OUT = 1_000_000, 1_000_001
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J along each method's run, then the steps it took to full ES's J."""
+    progress("choosing learning rates", 0.0)
     prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
     lines = []
 

@@ -98,6 +98,7 @@ TUNING, HELD_OUT = 1_000_000, 1_000_001
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J along each method's run, and the lowest so far."""
+    progress("choosing learning rates", 0.0)
     prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
     key, key_theta, key_search = jax.random.split(jax.random.key(seed), 3)
     lowest: dict[str, float] = {}
