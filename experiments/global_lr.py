@@ -249,7 +249,9 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         k = np.arange(1, len(sds) + 1)
         noise.plot(k, sds, color=f"C{i}", label=name)
         if name == "pes":
-            noise.plot(k, sds[0] * np.sqrt(k), "k:", label=r"$\sqrt{k}$")
+            first = len(k) // 5
+            root = sds[first] * np.sqrt(k[first:] / k[first])
+            noise.plot(k[first:], root, "k:", label=r"$\propto \sqrt{k}$")
     rate = config["frozen_rate"]
     noise.set(
         xscale="log",
