@@ -107,6 +107,7 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
 
 def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: Path) -> Path:
     begun, compiled = time.perf_counter(), results.compile_seconds()
+    revision = results.git_revision()
     resume: Path | None = getattr(settings, "resume", None)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
     written = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
@@ -138,7 +139,13 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
         records = results.read(folder)
         if records:
             results.write_summary(
-                folder, config, records, status, seconds, results.compile_seconds() - compiled
+                folder,
+                config,
+                records,
+                status,
+                seconds,
+                results.compile_seconds() - compiled,
+                revision,
             )
             redraw(experiment, folder)
             if status != "complete":

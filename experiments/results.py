@@ -161,8 +161,9 @@ def write_summary(
     status: str,
     seconds: float,
     compiling: float,
+    revision: str | None,
 ) -> None:
-    """Writes ``summary.json``."""
+    """Writes ``summary.json``; ``revision`` is that of the code as the run began."""
     about = {
         "experiment": config["experiment"],
         "scale": config["scale"],
@@ -172,7 +173,7 @@ def write_summary(
         "seconds": round(seconds, 1),
         "compile_seconds": round(compiling, 1),
         "run_seconds": round(seconds - compiling, 1),
-        "environment": {**environment(), "git_revision": git_revision()},
+        "environment": {**environment(), "git_revision": revision},
     }
     write_json(folder / "summary.json", {**about, "results": summarise(records)})
 
