@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +127,7 @@ def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
     return next((float(steps) for steps, loss in curve if loss <= target), math.inf)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """What all seeds share: methods by name, their rates, and the steps of one update."""
 
     theta: jax.Array
@@ -232,37 +231,15 @@ def claims(summary: Summary) -> list[Claim]:
     )
     out = [_fewer(summary, "steps", *names) for names in compared]
     out.append(_fewer(summary, "steps_in_a_row", "nres", "full_es_few", "Li et al. 2023, Swimmer"))
-    stuck = summary.find("loss", estimator="truncated_es")
-    full = summary.find("loss", estimator="full_es")
-    if stuck and full:
-        ours = f"J {_text(stuck)} against {_text(full)}"
-        holds = None if stuck["n"] == 1 else _above(stuck, full)
-        out.append(Claim("truncated_es stays worse than full_es", "Vicol et al. 2021", ours, holds))
-    return out
+    says, source = "truncated_es stays worse than full_es", "Vicol et al. 2021"
+    stuck = curves.compare(summary, "loss", "truncated_es", ">", "full_es", says, source, "J ")
+    return [*out, stuck]
 
 
 def _fewer(summary: Summary, metric: str, name: str, other: str, source: str) -> Claim:
-    """Whether a method takes fewer steps than another, by more than both standard errors."""
     what = {"steps": "environment steps", "steps_in_a_row": "environment steps in a row"}[metric]
     says = f"{name} reaches full ES's J in fewer {what} than {other}"
-    mine, theirs = (summary.find(metric, estimator=n) for n in (name, other))
-    if mine is None or theirs is None:
-        return Claim(says, source, "not run", None)
-    ours = f"{_text(mine)} against {_text(theirs)}"
-    return Claim(says, source, ours, None if mine["n"] == 1 else _above(theirs, mine))
-
-
-def _above(high: dict[str, Any], low: dict[str, Any]) -> bool:
-    """Whether one mean is above the other by more than both standard errors; null is infinite."""
-    if low["mean"] is None:
-        return False
-    return high["mean"] is None or high["mean"] - high["se"] > low["mean"] + low["se"]
-
-
-def _text(found: dict[str, Any]) -> str:
-    if found["mean"] is None:
-        return "never in some seed"
-    return curves.text(found["mean"], found["se"] or 0.0)
+    return curves.compare(summary, metric, name, "<", other, says, source)
 
 
 EXPERIMENT = Experiment(

@@ -302,17 +302,9 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _longer(summary: Summary, name: str, other: str) -> Claim:
-    """Whether one reaches longer strings than another, by more than both standard errors."""
     says = f"{name} reaches longer strings than {other} at equal inner steps"
     source = "Vicol et al. 2023, copy task"
-    mine, theirs = (curves.mean_and_se(summary, "length", n) for n in (name, other))
-    if mine is None or theirs is None:
-        return Claim(says, source, "not run", None)
-    ours = f"length {curves.text(*mine)} against {curves.text(*theirs)}"
-    found = summary.find("length", estimator=name)
-    if found is None or found["n"] == 1:
-        return Claim(says, source, ours, None)
-    return Claim(says, source, ours, mine[0] - mine[1] > theirs[0] + theirs[1])
+    return curves.compare(summary, "length", name, ">", other, says, source, "length ")
 
 
 EXPERIMENT = Experiment(

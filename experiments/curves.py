@@ -1,9 +1,10 @@
 """The curves of experiments that train theta with several estimators, and their last points."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from experiments.experiment import Claim
 from experiments.results import Record, Summary
 
 DASHED = ("tbptt", "bptt", "truncated_es", "uoro", "dodge", "forward_mode")
@@ -67,3 +68,43 @@ def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, f
 def text(mean: float, se: float) -> str:
     """As a claim says it."""
     return f"{mean:.3g}" + (f" ± {se:.1g}" if se else "")
+
+
+def compare(
+    summary: Summary,
+    metric: str,
+    name: str,
+    relation: Literal["<", ">"],
+    other: str,
+    says: str,
+    source: str,
+    what: str = "",
+) -> Claim:
+    """That two estimators' metrics at the end differ so, by more than both standard errors.
+
+    Args:
+        summary: Where they are found; a mean that is null there counts as infinite.
+        metric: At the end of the runs.
+        name: The estimator whose number is named first.
+        relation: What it is to the other's.
+        other: The other estimator.
+        says: The claim.
+        source: Where it stands.
+        what: Before the first number.
+    """
+    mine, theirs = (summary.find(metric, estimator=one) for one in (name, other))
+    if mine is None or theirs is None:
+        return Claim(says, source, "not run", None)
+    ours = f"{what}{_text_of(mine)} against {_text_of(theirs)}"
+    if mine["n"] == 1:
+        return Claim(says, source, ours, None)
+    low, high = (mine, theirs) if relation == "<" else (theirs, mine)
+    if low["mean"] is None or high["mean"] is None:
+        return Claim(says, source, ours, low["mean"] is not None)
+    return Claim(says, source, ours, low["mean"] + low["se"] < high["mean"] - high["se"])
+
+
+def _text_of(found: dict[str, Any]) -> str:
+    if found["mean"] is None:
+        return "not finite in some seed"
+    return text(found["mean"], found["se"] or 0.0)

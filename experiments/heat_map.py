@@ -105,7 +105,7 @@ def _claim(
     return [Claim(says, source, ours, None if se is None else holds(far, se / abs(least)))]
 
 
-def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> Any:
+def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> None:
     """The grid as colours, and the first seed's way of every estimator from the common start.
 
     Args:
@@ -113,9 +113,6 @@ def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> 
         records: Of one grid.
         names: Of theta's two numbers, which are drawn as they are and not as their logarithms.
         label: Of the colours.
-
-    Returns:
-        What matplotlib needs for a colour bar.
     """
     x, y, value = (_lines(records, name) for name in (*NAMES, "J"))
     shape = len(np.unique(x[GRID])), len(np.unique(y[GRID]))
@@ -132,7 +129,6 @@ def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> 
     axis.plot(np.exp(x[first][0]), np.exp(y[first][0]), "k*", ms=11, label="start")
     axis.set(xscale="log", yscale="log", xlabel=names[0], ylabel=names[1])
     axis.figure.colorbar(mesh, ax=axis, label=label)
-    return mesh
 
 
 def runs(records: list[Record]) -> list[Record]:

@@ -15,12 +15,10 @@ from experiments import curves, training
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
+from unrollgrad.problems.lorenz import TRUTH
 
 NAMES = ("bptt", "tbptt", "uoro", "dodge", "full_es", "truncated_es", "pes", "nres")
 """The paper's methods; nres is es_single with workers at staggered places of their episodes."""
-
-TRUTH = (10.0, 28.0)
-"""The constants a and r that made the trajectory."""
 
 CLOSE = 0.02
 """A relative error of a and r below it is a recovery."""

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import unrollgrad as ug
-from experiments import curves, training, tuning
+from experiments import curves, data, training, tuning
 from experiments.experiment import Claim, Experiment, Progress, Write
-from experiments.problems import digits
 from experiments.results import Record, Summary
 from unrollgrad.extras import need
 from unrollgrad.types import Key, Theta
@@ -225,7 +224,7 @@ def logits(params: list[dict[str, jax.Array]], share_logit: jax.Array, x: jax.Ar
 
 def make_problem(settings: Settings) -> ug.UnrolledProblem:
     """Training on digits; a validation loss counts 1.5 ln 10 at most, also where it is NaN."""
-    train, validation = digits.split()
+    images = data.load("digits")
     sizes = [64, *LAYERS * [settings.width], 10]
 
     def init_params(key):
@@ -237,16 +236,16 @@ def make_problem(settings: Settings) -> ug.UnrolledProblem:
             for (n, m), part in zip(itertools.pairwise(sizes), parts, strict=True)
         ]
 
-    def draw(data, key):
-        rows = jax.random.randint(key, (settings.batch_size,), 0, len(data[0]))
-        return data[0][rows], data[1][rows]
+    def draw(split, key):
+        rows = jax.random.randint(key, (settings.batch_size,), 0, len(split.labels))
+        return jnp.asarray(split.images)[rows], jnp.asarray(split.labels)[rows]
 
     def cross_entropy(theta, params, batch, key):
         found = logits(params, theta["share_logit"], batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(found, batch[1]).mean()
 
     def meta_loss(theta, params, key):
-        loss = cross_entropy(theta, params, draw(validation, key), key)
+        loss = cross_entropy(theta, params, draw(images.validation, key), key)
         most = 1.5 * jnp.log(10.0)
         return jnp.where(loss < most, loss, most)
 
@@ -254,7 +253,7 @@ def make_problem(settings: Settings) -> ug.UnrolledProblem:
         loss=cross_entropy,
         init_params=init_params,
         optimizer=lambda theta, t: sgd_by_tensor(theta["log_rate"], theta["momentum_logit"]),
-        sample_batch=functools.partial(draw, train),
+        sample_batch=functools.partial(draw, images.train),
         meta_loss=meta_loss,
         horizon=settings.horizon,
     )
@@ -281,25 +280,25 @@ def show(records: list[Record]) -> None:
 
 def claims(summary: Summary) -> list[Claim]:
     """Persistent estimators beat random search and truncation at equal training steps."""
+    pairs = (
+        ("es_single", "random_search", "Vicol et al. 2023"),
+        ("pes", "random_search", "Vicol et al. 2021"),
+        ("pes", "truncated_es", "Vicol et al. 2021"),
+        ("es_single", "pes", "Vicol et al. 2023"),
+    )
     return [
-        _lower(summary, "es_single", "random_search", "Vicol et al. 2023"),
-        _lower(summary, "pes", "random_search", "Vicol et al. 2021"),
-        _lower(summary, "pes", "truncated_es", "Vicol et al. 2021"),
-        _lower(summary, "es_single", "pes", "Vicol et al. 2023"),
+        curves.compare(
+            summary,
+            "best",
+            name,
+            "<",
+            other,
+            f"{name} finds a lower J than {other} at equal training steps",
+            source,
+            "J ",
+        )
+        for name, other, source in pairs
     ]
-
-
-def _lower(summary: Summary, name: str, other: str, source: str) -> Claim:
-    """Whether one's best J is below another's, by more than both standard errors."""
-    says = f"{name} finds a lower J than {other} at equal training steps"
-    mine, theirs = (curves.mean_and_se(summary, "best", n) for n in (name, other))
-    if mine is None or theirs is None:
-        return Claim(says, source, "not run", None)
-    ours = f"J {curves.text(*mine)} against {curves.text(*theirs)}"
-    found = summary.find("best", estimator=name)
-    if found is None or found["n"] == 1:
-        return Claim(says, source, ours, None)
-    return Claim(says, source, ours, mine[0] + mine[1] < theirs[0] - theirs[1])
 
 
 EXPERIMENT = Experiment(

@@ -208,23 +208,22 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """Persistent estimators find the best loss at the end; truncated ES looks one window ahead."""
     theory = "the sum over windows is the loss at the end"
-    out = [
+    return [
         *heat_map.ends_near(summary, "pes", NEAR, theory),
         *heat_map.ends_near(summary, "es_single", NEAR, theory),
         *heat_map.ends_near(summary, "full_es", NEAR, theory),
         *heat_map.ends_far(summary, "truncated_es", FAR, "Vicol et al. 2023"),
+        curves.compare(
+            summary,
+            "roughness",
+            "es_single",
+            "<",
+            "pes",
+            "es_single's way is smoother than pes's",
+            "Vicol et al. 2023",
+            "roughness ",
+        ),
     ]
-    pes, single = (summary.find("roughness", estimator=name) for name in ("pes", "es_single"))
-    if pes and single:
-        numbers = [(f["mean"], f["se"] or 0.0) for f in (pes, single)]
-        (rough, rough_se), (smooth, smooth_se) = numbers
-        ours = f"roughness {curves.text(smooth, smooth_se)} against {curves.text(rough, rough_se)}"
-        smoother = smooth + smooth_se < rough - rough_se
-        holds = None if pes["se"] is None else smoother
-        out.append(
-            Claim("es_single's way is smoother than pes's", "Vicol et al. 2023", ours, holds)
-        )
-    return out
 
 
 EXPERIMENT = Experiment(

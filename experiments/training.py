@@ -60,9 +60,7 @@ def side_by_side(
         count = min(points, method.num_updates)
         ends = [method.num_updates * (i + 1) // count for i in range(count)]
         for first, end in zip([0, *ends], ends, strict=False):
-            carry, (_, spent) = _updates(
-                method.estimator, method.optimizer, end - first, key, carry, first
-            )
+            carry, spent = _updates(method.estimator, method.optimizer, key, carry, first, end)
             steps += int(spent)
             write({"estimator": name, "step": end, "inner_steps": steps, **evaluate(carry[0])})
             progress(name, (done + end) / total)
@@ -100,8 +98,10 @@ def trajectory(
             f"`num_updates` must be a multiple of every={every}; got num_updates={num_updates}."
         )
 
+    update = functools.partial(_update, estimator, optimizer, key)
+
     def stretch(carry, first):
-        carry, (losses, _) = _updates(estimator, optimizer, every, key, carry, first)
+        carry, (losses, _) = jax.lax.scan(update, carry, first + jnp.arange(every))
         return carry, (carry[0], losses)
 
     begin = _begin(estimator, optimizer, key, theta)
@@ -116,18 +116,26 @@ def _begin(estimator: Any, optimizer: Any, key: Key, theta: Theta) -> tuple[Any,
     return theta, estimator.init(key, theta), optimizer.init(theta)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _updates(
-    estimator: Any, optimizer: Any, count: int, key: Key, carry: Any, first: Any
+    estimator: Any, optimizer: Any, key: Key, carry: Any, first: Any, end: Any
+) -> tuple[Any, jax.Array]:
+    """Updates ``first`` to ``end``, and the inner steps of all: one program for any number."""
+
+    def turn(i, carry):
+        carry, steps = carry
+        carry, (_, spent) = _update(estimator, optimizer, key, carry, i)
+        return carry, steps + spent
+
+    return jax.lax.fori_loop(first, end, turn, (carry, jnp.int32(0)))
+
+
+def _update(
+    estimator: Any, optimizer: Any, key: Key, carry: Any, i: Any
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """``count`` updates; each one's loss, and the inner steps of all."""
-
-    def update(carry, i):
-        theta, state, opt_state = carry
-        estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
-        updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
-        carry = optax.apply_updates(theta, updates), state, opt_state
-        return carry, (estimate.loss, estimate.info.inner_steps)
-
-    carry, (losses, steps) = jax.lax.scan(update, carry, first + jnp.arange(count))
-    return carry, (losses, jnp.sum(steps))
+    """Update ``i``, its loss and its inner steps."""
+    theta, state, opt_state = carry
+    estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
+    updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
+    carry = optax.apply_updates(theta, updates), state, opt_state
+    return carry, (estimate.loss, estimate.info.inner_steps)

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from sklearn import datasets
 
 import unrollgrad as ug
+from experiments import data
 from unrollgrad.problems import Example
 
 
@@ -90,12 +89,12 @@ def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:
     Returns:
         ``loss``, ``init_params``, ``sample_batch`` and ``meta_loss``.
     """
-    train, validation = split()
+    images = data.load("digits")
     graph = nnx.graphdef(MLP(64, hidden, 10, rngs=nnx.Rngs(0)))
 
-    def draw(data, key):
-        rows = jax.random.randint(key, (batch_size,), 0, len(data[0]))
-        return data[0][rows], data[1][rows]
+    def draw(split, key):
+        rows = jax.random.randint(key, (batch_size,), 0, len(split.labels))
+        return jnp.asarray(split.images)[rows], jnp.asarray(split.labels)[rows]
 
     def cross_entropy(params, batch):
         logits = nnx.merge(graph, params)(batch[0])
@@ -104,15 +103,6 @@ def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:
     return {
         "loss": lambda theta, params, batch, key: cross_entropy(params, batch),
         "init_params": lambda key: nnx.state(MLP(64, hidden, 10, rngs=nnx.Rngs(key)), nnx.Param),
-        "sample_batch": lambda key: draw(train, key),
-        "meta_loss": lambda theta, params, key: cross_entropy(params, draw(validation, key)),
+        "sample_batch": lambda key: draw(images.train, key),
+        "meta_loss": lambda theta, params, key: cross_entropy(params, draw(images.validation, key)),
     }
-
-
-def split() -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Images within +-0.5 and labels: 1200 fixed ones to train on, and the other 597."""
-    images, labels = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    images = jnp.asarray(images[order] / 16 - 0.5, jnp.float32)
-    labels = jnp.asarray(labels[order], jnp.int32)
-    return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])

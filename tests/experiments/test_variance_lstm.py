@@ -7,7 +7,7 @@ import pytest
 from stored import expect
 
 from experiments import experiment as framework
-from experiments import results, variance_lstm
+from experiments import results, variance_lstm, variance_lstm_figure
 from experiments.problems.text_lstm import VOCABULARY, encode
 
 
@@ -20,13 +20,13 @@ def test_smoke(tmp_path, capsys):
     folder = framework.execute(variance_lstm.EXPERIMENT, settings)
     summary = results.read_summary(folder)
     printed = capsys.readouterr().out
-    assert all(f"{text:>9} {'pes':>10}  variance" in printed for text in variance_lstm.TEXTS)
+    assert all(f"{text:>9} {'pes':>10}  variance" in printed for text in variance_lstm_figure.TEXTS)
     claims = variance_lstm.claims(summary)
     assert len(claims) == 3 + 3 + 2 + 1 + 1
     assert claims[-1].holds  # that sigma does not matter; one seed cannot tell the others
     assert {claim.holds for claim in claims[:-1]} == {None}
     numbers = {}
-    for text in variance_lstm.TEXTS:
+    for text in variance_lstm_figure.TEXTS:
         for name, unrolls in {"pes": "20", "es_single": "1"}.items():
             labels = {"text": text, "estimator": name, "unrolls": unrolls}
             numbers[f"{text} {name}"] = summary.find("exact", **labels)["mean"]
@@ -41,7 +41,7 @@ def test_smoke(tmp_path, capsys):
 def test_the_texts():
     corpus = "abcdefghij\n"
     found = variance_lstm.texts(corpus, 30, 0)
-    assert set(found) == set(variance_lstm.TEXTS)
+    assert set(found) == set(variance_lstm_figure.TEXTS)
     steps = np.diff(found["real"] - encode("a")[0])
     letters = encode(corpus)
     assert set(found["real"]) == set(letters)

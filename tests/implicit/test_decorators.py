@@ -34,20 +34,20 @@ def _system(x, a):
 
 
 def _differences(f, a, epsilon=1e-5):
-    f = jax.jit(f)
     columns = [(f(a + epsilon * e) - f(a - epsilon * e)) / (2 * epsilon) for e in jnp.eye(a.size)]
     return jnp.stack(columns, -1)
 
 
-@pytest.mark.parametrize("under", ["jit", "vmap"])
+@pytest.mark.parametrize("under", ["plain", "jit", "vmap"])
 def test_root_forwards_backwards_and_twice(under):
     solve = implicit.root(_system)(_newton(_system))
     a = jnp.array([0.7, 1.3])
 
-    @jax.jit
     def solution(a):
         return solve(jnp.ones(2), a)
 
+    if under == "jit":
+        solution = jax.jit(solution)
     np.testing.assert_allclose(_system(solution(a), a), 0, atol=1e-12)
     jacobian = _differences(solution, a)
     hessian = _differences(jax.jacrev(solution), a)
@@ -61,7 +61,7 @@ def test_root_forwards_backwards_and_twice(under):
     }
     for name, (derivative, truth) in kinds.items():
         if under == "vmap":
-            got = jax.jit(jax.vmap(derivative))(jnp.stack([a, a + 0.1]))[0]
+            got = jax.vmap(derivative)(jnp.stack([a, a + 0.1]))[0]
         else:
             got = derivative(a)
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7, err_msg=name)
@@ -176,12 +176,12 @@ def test_a_part_that_theta_does_not_reach():
         x = solve({"u": 0.0, "v": 0.0, "w": 0.0}, a)
         return x["u"] * x["v"] + x["w"]
 
-    for order, truth in enumerate([1.5**4 / 2 + 1, 2 * 1.5**3, 6 * 1.5**2]):
+    for order, truth in enumerate([1.5**4 / 2 + 1, 2 * 1.5**3, 6 * 1.5**2, 12 * 1.5]):
         for mode in (jax.jacfwd, jax.jacrev):
             f = value
             for _ in range(order):
                 f = mode(f)
-            np.testing.assert_allclose(jax.jit(f)(1.5), truth, rtol=1e-9)
+            np.testing.assert_allclose(f(1.5), truth, rtol=1e-9)
 
 
 def test_argmin_is_the_hypergradient():
