@@ -20,12 +20,14 @@ from experiments import (
     copy_task,
     data_cleaning,
     distillation,
+    evaluate_optimizer,
     fit_overhead,
     global_lr,
     hypergradient_cost,
     hypergradient_quality,
     influence_balancing,
     l2_regression,
+    learned_optimizer,
     long_run_variance,
     lorenz,
     lr_schedule,
@@ -65,6 +67,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         control,
         copy_task,
         many_hyperparameters,
+        learned_optimizer,
+        evaluate_optimizer,
         hypergradient_quality,
         overfit_validation,
         data_cleaning,
@@ -178,7 +182,10 @@ def resumed(arguments: list[str]) -> Any:
     if set(config) != fields - {"resume"}:
         odd = ", ".join(sorted(set(config) ^ (fields - {"resume"})))
         raise ValueError(f"{folder} was made by another version of {name}, which differs in {odd}.")
-    config |= {"out": Path(config["out"]), "seeds": tuple(config["seeds"]), "devices": None}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    config["out"] = Path(str(config["out"]))
+    if "devices" in config:
+        config["devices"] = None
     return EXPERIMENTS[name].settings(**config)
 
 

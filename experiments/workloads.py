@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 import unrollgrad as ug
+from experiments.learned_optimizers import tasks
 from experiments.problems.digits import MLP, schedule
 from experiments.problems.learned_optimizer import learned_optimizer
 from unrollgrad.problems import Example
@@ -117,6 +118,12 @@ def transformer_schedule(
     return Example(problem, theta)
 
 
+def meta_training(horizon: int) -> Example:
+    """A learned optimizer on tasks that every episode draws anew."""
+    rule = ug.learned_optimizers.mlp(hidden=(16, 16))
+    return Example(tasks.problem(tasks.mlps(), rule, horizon), rule.init(jax.random.key(0)))
+
+
 def leaky_sum(horizon: int, size: int) -> Example:
     """A leaky sum, x / 2 + theta, with a mean square as loss: a step that computes next to nothing.
 
@@ -149,6 +156,7 @@ def workloads(scale: str) -> dict[str, Workload]:
         "medium, K=1": in_single_steps(medium),
         "learned optimizer": learned,
         "learned optimizer, K=1": in_single_steps(learned),
+        "meta-training": Workload(meta_training, cut, 5, 16, 0.01),
         "large": of_large,
     }
 

@@ -39,6 +39,19 @@ def test_a_large_leaf_is_drawn_in_blocks_that_differ():
     assert np.abs(np.cov(blocks) - np.eye(6)).max() < 5 * np.sqrt(2) * se
 
 
+def test_small_leaves_are_drawn_together():
+    """Neighbours that fit a block: one draw. Every coordinate is still one of its own."""
+    sizes = {"a": 3, "b": 2**16 - 3, "c": 2, "d": 2**16 - 1, "e": 4}
+    theta = {name: jnp.zeros(size) for name, size in sizes.items()}
+    draw = lambda theta: ug.noise.gaussian().sample(KEY, (), theta, 2)  # noqa: E731
+    draws = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(draw(theta))])
+    assert len(np.unique(draws)) > 0.98 * len(draws)  # float32 has few numbers near 1
+    assert abs(draws.mean()) < 5 / np.sqrt(len(draws))
+    in_one = {k: theta[k] for k in "ab"}
+    assert str(jax.make_jaxpr(draw)(theta)).count("erf_inv") == 4
+    assert str(jax.make_jaxpr(draw)(in_one)).count("erf_inv") == 1
+
+
 def test_float64_leaves_are_perturbed_in_float64():
     with jax.enable_x64(True):
         unit = ug.noise.gaussian().sample(KEY, (), jnp.zeros(3, jnp.float64), 1)

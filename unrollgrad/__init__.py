@@ -10,7 +10,7 @@ mean of many. See the README for a table of the estimators.
 import importlib
 from typing import Any
 
-from unrollgrad import apo, constraints, diagnostics, noise, problems
+from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
 from unrollgrad.curriculum import curriculum
 from unrollgrad.estimators import (
     REGISTRY,
@@ -70,6 +70,7 @@ __all__ = [
     "full_es",
     "gpes",
     "implicit",
+    "learned_optimizers",
     "make_worker_mesh",
     "noise",
     "pes",

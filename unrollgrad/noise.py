@@ -55,7 +55,7 @@ def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
 def gaussian() -> Noise:
     """Independent standard normal perturbations: the law that smooths J by a Gaussian.
 
-    Each leaf and each pair has a key of its own, so more pairs keep the draws of the first ones.
+    Each pair has a key of its own, so more pairs keep the draws of the first ones.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -140,18 +140,39 @@ def _independent(draw: Callable[..., jax.Array]) -> Noise:
     def sample(key, law_state, theta, num_pairs):
         del law_state
         leaves, structure = jax.tree.flatten(theta)
-        # All leaves' keys at once: every other fold_in would be one more program to compile.
+        groups = _drawn_together(leaves)
+        # All groups' keys at once: every other fold_in would be one more program to compile.
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        of_leaves = fold(key, jnp.arange(len(leaves)))
-        keys = jax.vmap(fold, in_axes=(0, None))(of_leaves, jnp.arange(num_pairs))
+        of_groups = fold(key, jnp.arange(len(groups)))
+        keys = jax.vmap(fold, in_axes=(0, None))(of_groups, jnp.arange(num_pairs))
 
-        def leaf(keys, x):
-            flat = jax.vmap(lambda k: _in_blocks(draw, k, x.size, wide(x.dtype)))(keys)
-            return flat.reshape(num_pairs, *x.shape)
+        def group(keys, group):
+            sizes = [x.size for x in group]
+            dtype = wide(group[0].dtype)
+            flat = jax.vmap(lambda k: _in_blocks(draw, k, sum(sizes), dtype))(keys)
+            parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1], axis=1)
+            return [p.reshape(num_pairs, *x.shape) for p, x in zip(parts, group, strict=True)]
 
-        return structure.unflatten(leaf(k, x) for k, x in zip(keys, leaves, strict=True))
+        drawn = [group(k, g) for k, g in zip(keys, groups, strict=True)]
+        return structure.unflatten(itertools.chain.from_iterable(drawn))
 
     return Noise(init=lambda theta: (), sample=sample)
+
+
+def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
+    """Neighbours of one dtype that fit a block: every draw is a program to compile and to start."""
+    groups: list[list[jax.Array]] = []
+    for x in leaves:
+        together = [*groups[-1], x] if groups else []
+        if (
+            together
+            and wide(together[0].dtype) == wide(x.dtype)
+            and sum(y.size for y in together) <= _BLOCK
+        ):
+            groups[-1] = together
+        else:
+            groups.append([x])
+    return groups
 
 
 def _in_blocks(draw: Callable[..., jax.Array], key: Key, size: int, dtype: Any) -> jax.Array:

@@ -1,0 +1,364 @@
+"""``learned_optimizer``: an optimizer is meta-trained with each estimator, at equal inner steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments import curves
+from experiments.experiment import Claim, Experiment, Progress, Write
+from experiments.learned_optimizers import tasks
+from experiments.learned_optimizers.mixture import mean_of
+from experiments.results import Record, Summary, read_json
+from unrollgrad.checks import positive_int
+from unrollgrad.extras import need
+from unrollgrad.learned_optimizers import ARCHITECTURES, Architecture
+from unrollgrad.types import GradientEstimator, Theta
+
+Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Meta-train an optimizer: which estimator gets it furthest in the same inner steps?
+
+    Every episode draws a task of a family (MLPs on images, conv nets, LSTMs on text) and a length,
+    log-uniform between `--shortest` and `--horizon`. The meta-loss is the mean training loss on the
+    way, a guess's being 1. Meta-validation, in which a fixed set of held-out tasks is trained for
+    `--horizon` steps, lies between dispatches. Every run's optimizer is written into the results'
+    folder, to be loaded by ug.learned_optimizers.load or tested by `evaluate_optimizer`. Ctrl-C and
+    SIGTERM save first; `--resume FOLDER` goes on, also after a kill and with more `--inner-steps`
+    or `--seeds`.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper: the published MLP and horizons, for an accelerator."""
+    estimator: tuple[Estimator, ...] = ("es_single", "pes", "truncated_es", "tbptt")
+    """Which estimators, one after another."""
+    architecture: Literal[tuple(ARCHITECTURES)] = "mlp"  # type: ignore[valid-type]
+    """What is learned: a schedule of SGD or Adam, or a network that updates every weight."""
+    families: tuple[Literal[tuple(tasks.FAMILIES)], ...] = ("mlp",)  # type: ignore[valid-type]
+    """Of tasks; several have workers each, and count the same."""
+    horizon: int = 200
+    """Inner steps of the longest episodes, and of meta-validation."""
+    shortest: int = 50
+    """Inner steps of the shortest episodes."""
+    truncation: int = 10
+    """Inner steps per window (K)."""
+    num_workers: int = 16
+    """Of each family, of one antithetic pair each; tbptt has twice as many."""
+    stagger: Literal["lockstep", "breakstep", "burn_in"] = "burn_in"
+    """Where in their episodes the workers begin: all at the start, or spread over it."""
+    sigma: float = 0.01
+    """Standard deviation of the perturbation."""
+    outer_rate: float = 0.003
+    """Adam's learning rate."""
+    clip: float = 1.0
+    """The gradient's norm is cut to this."""
+    inner_steps: int = 600_000
+    """Of each estimator, those before a --resume included."""
+    points: int = 20
+    """Of each curve; there theta is validated and saved."""
+    num_validation: int = 16
+    """Held-out tasks of each family."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its settings."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimator=("es_single", "truncated_es"),
+        horizon=8,
+        shortest=4,
+        truncation=2,
+        num_workers=2,
+        inner_steps=96,
+        points=2,
+        num_validation=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        families=("mlp", "conv", "lstm"),
+        horizon=2000,
+        shortest=100,
+        truncation=50,
+        num_workers=64,
+        outer_rate=3e-4,
+        inner_steps=2_000_000_000,
+        points=100,
+        num_validation=128,
+    ),
+}
+
+SMALL = {
+    "decays": (0.5, 0.9, 0.99),
+    "times": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+    "hidden": (16, 16),
+    "step": 0.01,
+    "magnitude": 0.1,
+}
+"""Of the networks, at all scales but "paper": quicker to run, and quicker to learn."""
+
+MAY_CHANGE = ("scale", "inner_steps", "seeds", "out", "resume")
+"""Settings that may differ in a run that goes on."""
+
+_HELD_OUT = 2**20  # a seed that no run has
+
+
+def filled(settings: Settings) -> Settings:
+    """The settings.
+
+    Raises:
+        ValueError: If a number is not positive, the horizons do not fit, or those of a run that is
+            to go on are not the same, with the differences.
+    """
+    for name in ("num_workers", "inner_steps", "points", "num_validation", "truncation"):
+        positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
+    if not 1 <= settings.shortest <= settings.horizon:
+        raise ValueError(
+            f"`--shortest` must lie between 1 and --horizon={settings.horizon}; got "
+            f"{settings.shortest}."
+        )
+    if settings.resume is not None:
+        before = read_json(settings.resume / "config.json")
+        changed = [
+            f"{k}: {before[k]} -> {v}"
+            for k, v in _fixed(settings).items()
+            if before[k] != (list(v) if isinstance(v, tuple) else v)
+        ]
+        if settings.inner_steps < before["inner_steps"]:
+            changed.append(f"inner_steps: {before['inner_steps']} -> {settings.inner_steps}")
+        if changed:
+            raise ValueError(
+                f"`--resume` goes on with what was begun; changed are {', '.join(changed)}. Leave "
+                "these flags out, or begin anew. (--inner-steps and --seeds may grow.)"
+            )
+    return settings
+
+
+def _fixed(settings: Settings) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_CHANGE}
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes meta-validation along each estimator's run, and its optimizer into the folder.
+
+    Raises:
+        KeyboardInterrupt: If a signal ended it early; everything is saved by then.
+    """
+    arguments = arguments_of(settings)
+    architecture = ARCHITECTURES[settings.architecture](**arguments)
+    evaluate = validation(
+        settings.families, architecture, settings.horizon, settings.num_validation
+    )
+    key = jax.random.key(seed)
+    begin = architecture.init(key)
+    for i, name in enumerate(settings.estimator):
+        estimator, cost = workers(settings, name)
+        num_updates = max(1, settings.inner_steps // cost)
+        progress(name, i / len(settings.estimator))
+
+        def written(step, theta, found, name=name, cost=cost):
+            kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
+            write({"estimator": name, "step": step, "inner_steps": step * cost, **kept})
+
+        def callback(step, theta, found, i=i, name=name, num_updates=num_updates, tell=written):
+            tell(step, theta, found)
+            fraction = (i + step / num_updates) / len(settings.estimator)
+            progress(f"{name}, meta-loss {float(found['meta_loss']):.4g}", fraction)
+
+        written(0, begin, evaluate(key, begin))
+        result = ug.fit(
+            estimator,
+            begin,
+            outer_optimizer(settings.outer_rate, settings.clip),
+            num_steps=num_updates,
+            key=key,
+            steps_per_dispatch=max(1, num_updates // settings.points),
+            evaluate=evaluate,
+            callback=callback,
+            checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
+            checkpoint_every=1,
+            config=_fixed(settings),
+        )
+        if len(result.history["loss"]) < num_updates:
+            raise KeyboardInterrupt
+        ug.learned_optimizers.save(
+            folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
+            result.theta,
+            architecture=settings.architecture,
+            settings=arguments,
+            notes={"seed": seed, "estimator": name, "inner_steps": num_updates * cost}
+            | _fixed(settings),
+        )
+
+
+def arguments_of(settings: Settings) -> dict[str, Any]:
+    """Of the architecture."""
+    if settings.architecture.startswith("scheduled") or settings.scale == "paper":
+        return {}
+    return SMALL
+
+
+@functools.lru_cache(maxsize=1)
+def outer_optimizer(rate: float, clip: float) -> optax.GradientTransformation:
+    """Adam on gradients whose norm is cut."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
+
+
+@functools.lru_cache(maxsize=8)
+def _workers(
+    name: str,
+    families: tuple[str, ...],
+    architecture: str,
+    arguments: tuple[tuple[str, Any], ...],
+    lengths: tuple[int, int],
+    truncation: int,
+    num_workers: int,
+    stagger: str,
+    sigma: float,
+) -> GradientEstimator:
+    rule = ARCHITECTURES[architecture](**dict(arguments))
+
+    def length(key):
+        log = jnp.log(jnp.asarray(lengths, jnp.float32))
+        drawn = jnp.exp(jax.random.uniform(key, minval=log[0], maxval=log[1]))
+        return jnp.round(drawn).astype(jnp.int32)
+
+    horizon = lengths[1] if lengths[0] == lengths[1] else length
+    count = 2 * num_workers if name == "tbptt" else num_workers
+    row = ug.REGISTRY[name]
+    return mean_of(
+        [
+            ug.average(
+                row.build(
+                    tasks.problem(tasks.FAMILIES[family](), rule, horizon),
+                    truncation=truncation,
+                    sigma=sigma,
+                ),
+                count,
+                stagger=stagger,
+            )
+            for family in families
+        ]
+    )
+
+
+def workers(settings: Settings, name: str) -> tuple[GradientEstimator, int]:
+    """The estimator, the same for all seeds, and the inner steps of one call."""
+    estimator = _workers(
+        name,
+        settings.families,
+        settings.architecture,
+        tuple(arguments_of(settings).items()),
+        (settings.shortest, settings.horizon),
+        settings.truncation,
+        settings.num_workers,
+        settings.stagger,
+        settings.sigma,
+    )
+    passes = 2 if name == "tbptt" else ug.REGISTRY[name].passes(1)
+    each = passes * settings.num_workers * settings.truncation
+    return estimator, each * len(settings.families)
+
+
+@functools.lru_cache(maxsize=4)
+def validation(
+    families: tuple[str, ...], architecture: Architecture, horizon: int, count: int
+) -> Callable[[Any, Theta], dict[str, Any]]:
+    """``evaluate(key, theta)``: held-out tasks, the same at all times, trained for the horizon.
+
+    ``meta_loss`` is the mean step loss, over the way and the families; ``final_loss`` the loss on
+    all of a task's data at the end.
+    """
+    keys = jax.random.split(jax.random.key(_HELD_OUT), count)
+
+    def trained(family: str, theta: Theta, key: Any) -> tuple[Any, Any]:
+        held_out = tasks.FAMILIES[family](held_out=True)
+        problem = tasks.problem(held_out, architecture, horizon)
+        key_init, key_steps = jax.random.split(key)
+
+        def step(state, t):
+            return problem.step(jax.random.fold_in(key_steps, t), theta, state, t)
+
+        end, losses = jax.lax.scan(step, problem.init(key_init, theta), jnp.arange(horizon))
+        return losses.mean(), held_out.whole(end.params, end.task)
+
+    @jax.jit
+    def evaluate(key, theta):
+        found = [jax.vmap(functools.partial(trained, f, theta))(keys) for f in families]
+        meta, final = (jnp.mean(jnp.stack(x)) for x in zip(*found, strict=True))
+        return {"meta_loss": meta, "final_loss": final}
+
+    return evaluate
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """Meta-loss and final loss against inner steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.5), layout="constrained")
+    titles = {
+        "meta_loss": f"mean training loss over {config['horizon']} steps",
+        "final_loss": f"training loss after {config['horizon']} steps",
+    }
+    for axis, (metric, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        curves.plot(axis, records, metric, x="inner_steps")
+        axis.set(yscale="log", title=title, ylabel="a guess has 1")
+    axis.legend(title=f"mean ± SE of {len({r.seed for r in records})} seeds")
+    families = ", ".join(config["families"])
+    figure.suptitle(f"{config['architecture']}, meta-trained on {families}: held-out tasks")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last meta-loss of every run."""
+    curves.show_last(records, "meta_loss", "meta-loss at the end")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """The persistent estimators end below the truncated ones."""
+    source = "Vicol et al. 2021 and 2023, learned optimizers"
+    return [
+        compared(summary, name, other, source)
+        for other in ("truncated_es", "tbptt")
+        for name in ("es_single", "pes")
+    ]
+
+
+def compared(summary: Summary, name: str, other: str, source: str) -> Claim:
+    """That the meta-loss ends lower, by two standard errors of the difference."""
+    says = f"{name} ends at a lower meta-loss than {other} at equal inner steps"
+    mine, theirs = (curves.mean_and_se(summary, "meta_loss", one) for one in (name, other))
+    if mine is None or theirs is None:
+        return Claim(says, source, "not run", None)
+    ours = f"{curves.text(*mine)} against {curves.text(*theirs)}"
+    se = float(np.hypot(mine[1], theirs[1]))
+    return Claim(says, source, ours, theirs[0] - mine[0] > 2 * se if se else None)
+
+
+EXPERIMENT = Experiment(
+    name="learned_optimizer",
+    about="An optimizer is meta-trained with each estimator; --resume goes on.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    fill=filled,
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+    title=lambda settings: f"learned_optimizer-{settings.architecture}",
+)

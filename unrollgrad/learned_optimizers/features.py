@@ -1,0 +1,92 @@
+"""What a learned optimizer sees of a weight, of its tensor, and of the time."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+TINY = 1e-10
+"""Added to mean squares: tensors whose root mean square is below 1e-5 look smaller than they are,
+and derivatives are finite where a tensor is zero."""
+
+
+def averages(old: jax.Array, new: jax.Array, decays: Sequence[float]) -> jax.Array:
+    """Exponential averages of an array, one for each decay, in the last axis."""
+    kept = jnp.asarray(decays, old.dtype)
+    return kept * old + (1 - kept) * new[..., None]
+
+
+def mean_square(x: jax.Array) -> jax.Array:
+    """Over a tensor, of each feature: from (*shape, features) to (features,)."""
+    return jnp.mean(jnp.square(x), axis=tuple(range(x.ndim - 1)))
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """Each feature divided by its root mean square over the tensor; (weights, features)."""
+    x = x * jax.lax.rsqrt(mean_square(x) + TINY)
+    return x.reshape(-1, x.shape[-1])
+
+
+def time(count: jax.Array, times: Sequence[float], dtype: Any) -> jax.Array:
+    """tanh(t / T - 1) for each T: early or late, as seen from T steps."""
+    return jnp.tanh(jnp.asarray(count, dtype) / jnp.asarray(times, dtype) - 1)
+
+
+def of_tensor(x: jax.Array, time: jax.Array) -> jax.Array:
+    """Of a whole tensor: how large its features are, its shape, and the time."""
+    sizes = 0.05 * jnp.log(mean_square(x) + TINY)
+    size, axes = 0.1 * jnp.log(x[..., 0].size), x.ndim - 1
+    return jnp.concatenate([sizes, jnp.stack([size, axes]).astype(sizes.dtype), time])
+
+
+class Factored(NamedTuple):
+    """Averages of squared gradients, as Adafactor keeps them.
+
+    Attributes:
+        rows: The mean over columns, the last axis, of each row: (*batch, rows, decays).
+        columns: The mean over rows of each column: (*batch, columns, decays). Both are the squares
+            themselves where there are fewer than two axes.
+    """
+
+    rows: jax.Array
+    columns: jax.Array
+
+
+def factored_zeros(shape: tuple[int, ...], count: int, dtype: Any) -> Factored:
+    """Before the first gradient, for ``count`` decays."""
+    if len(shape) < 2:
+        return Factored(jnp.zeros((*shape, count), dtype), jnp.zeros((*shape, count), dtype))
+    return Factored(
+        jnp.zeros((*shape[:-1], count), dtype),
+        jnp.zeros((*shape[:-2], shape[-1], count), dtype),
+    )
+
+
+def factored_averages(old: Factored, grad: jax.Array, decays: Sequence[float]) -> Factored:
+    """With one more gradient."""
+    square = jnp.square(grad)
+    if grad.ndim < 2:
+        new = averages(old.rows, square, decays)
+        return Factored(new, new)
+    return Factored(
+        averages(old.rows, jnp.mean(square, axis=-1), decays),
+        averages(old.columns, jnp.mean(square, axis=-2), decays),
+    )
+
+
+def factored_roots(found: Factored, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """1 / root of the product of both, of the rows, and of the columns: (*shape, decays) each."""
+    rows, columns = found
+    if len(shape) < 2:
+        root = jax.lax.rsqrt(rows + TINY)
+        return root, root, root
+    mean = jnp.mean(rows, axis=-2, keepdims=True)
+    of_rows = jax.lax.rsqrt(rows / (mean + TINY) + TINY)[..., None, :]
+    of_columns = jax.lax.rsqrt(columns + TINY)[..., None, :, :]
+    whole = (*shape, rows.shape[-1])
+    return (
+        of_rows * of_columns,
+        jnp.broadcast_to(jax.lax.rsqrt(rows + TINY)[..., None, :], whole),
+        jnp.broadcast_to(of_columns, whole),
+    )
