@@ -13,7 +13,7 @@ import numpy as np
 from experiments import floors, hypergradient_cost, timing
 from experiments.benchmark_figure import claims, draw, show
 from experiments.experiment import Experiment, Progress, Write
-from experiments.workloads import NAMES, leaky_sum, workloads
+from experiments.workloads import NAMES, Workload, leaky_sum, workloads
 from unrollgrad.estimators import REGISTRY
 
 USUAL = tuple(n for n in REGISTRY if n not in ("forward_mode", "pes_analytic_replacement"))
@@ -124,7 +124,7 @@ def _estimators(settings: Settings, key: jax.Array) -> Iterator[Cell]:
                 num_pairs=settings.num_pairs,
             )
             labels = {"workload": name, "estimator": estimator, "number": particles}
-            yield labels, functools.partial(_beside, settings, make)
+            yield labels, functools.partial(_beside, settings, labels, make)
 
 
 def _workers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
@@ -134,7 +134,7 @@ def _workers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
         for number in settings.workers:
             make = functools.partial(floors.case, workload, estimator, key, particles=2 * number)
             labels = {"workload": name, "estimator": estimator, "number": number}
-            yield labels, functools.partial(_beside, settings, make)
+            yield labels, functools.partial(_beside, settings, labels, make)
 
 
 def _devices(settings: Settings, key: jax.Array) -> Iterator[Cell]:
@@ -144,7 +144,7 @@ def _devices(settings: Settings, key: jax.Array) -> Iterator[Cell]:
             floors.case, workload, "es_single", key, particles=1024, devices=number
         )
         labels = {"workload": "tiny", "estimator": "es_single", "number": number}
-        yield labels, functools.partial(_beside, settings, make)
+        yield labels, functools.partial(_beside, settings, labels, make)
 
 
 def _truncations(settings: Settings, key: jax.Array) -> Iterator[Cell]:
@@ -154,7 +154,7 @@ def _truncations(settings: Settings, key: jax.Array) -> Iterator[Cell]:
             workload = tiny._replace(truncation=number, windows=2)
             make = functools.partial(floors.case, workload, estimator, key, particles=16)
             labels = {"workload": "tiny", "estimator": estimator, "number": number}
-            yield labels, functools.partial(_beside, settings, make)
+            yield labels, functools.partial(_beside, settings, labels, make)
 
 
 def _horizons(settings: Settings, key: jax.Array) -> Iterator[Cell]:
@@ -163,7 +163,7 @@ def _horizons(settings: Settings, key: jax.Array) -> Iterator[Cell]:
         workload = tiny._replace(windows=10 * number // tiny.truncation)
         make = functools.partial(floors.case, workload, "pes", key, particles=16)
         labels = {"workload": "tiny", "estimator": "pes", "number": 10 * number}
-        yield labels, functools.partial(_beside, settings, make)
+        yield labels, functools.partial(_beside, settings, labels, make)
 
 
 def _sizes(settings: Settings, key: jax.Array) -> Iterator[Cell]:
@@ -187,21 +187,34 @@ def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
             yield labels, functools.partial(_ratios, programs, settings.num_repeats)
 
 
+_COMPILED: dict[tuple[Any, ...], dict[str, timing.Compiled]] = {}
+
+
 def _beside(
-    settings: Settings, make: Callable[[], floors.Case], progress: Callable[[float], None]
+    settings: Settings,
+    labels: dict[str, Any],
+    make: functools.partial[floors.Case],
+    progress: Callable[[float], None],
 ) -> Iterator[dict[str, Any]]:
     """An episode of an estimator and of its floor, in turn."""
     case = make()
-    compiled = timing.compiled_in_turn(
-        {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
-        settings.num_compilations,
-    )
+    workload: Workload = make.args[0]
+    of_settings = settings.scale, settings.num_compilations, settings.num_pairs
+    name = *of_settings, *labels.values(), workload.truncation, workload.windows
+    if name not in _COMPILED:  # else by a seed before: seeds are in the arguments alone
+        _COMPILED[name] = timing.compiled_in_turn(
+            {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
+            settings.num_compilations,
+        )
+        for kind, program in _COMPILED[name].items():
+            yield {
+                f"{kind}_compile_seconds": program.seconds,
+                f"{kind}_mebibytes": program.mebibytes,
+            }
     programs: dict[str, Callable[[], Any]] = {
-        "estimator": functools.partial(compiled["estimator"].call, *case.args),
-        "floor": functools.partial(compiled["floor"].call, *case.floor_args),
+        "estimator": functools.partial(_COMPILED[name]["estimator"].call, *case.args),
+        "floor": functools.partial(_COMPILED[name]["floor"].call, *case.floor_args),
     }
-    for kind, program in compiled.items():
-        yield {f"{kind}_compile_seconds": program.seconds, f"{kind}_mebibytes": program.mebibytes}
     for numbers in _ratios(programs, settings.num_repeats, progress):
         if "median_seconds" in numbers:
             seconds = numbers["median_seconds"] / case.num_calls

@@ -159,7 +159,8 @@ def backwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Calla
         def window(state, i):
             def loss(theta):
                 if num_steps == 1:
-                    begun = problem.init(key, theta)
+                    # A key of its own, or XLA would take it out of the loop over windows.
+                    begun = problem.init(jax.random.fold_in(key, i), theta)
                     before = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), begun, state)
                 else:
                     before = state

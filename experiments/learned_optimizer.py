@@ -80,6 +80,7 @@ SCALES = {
     "smoke": Settings(
         scale="smoke",
         estimator=("es_single", "truncated_es"),
+        architecture="scheduled_adam",
         horizon=8,
         shortest=4,
         truncation=2,

@@ -122,7 +122,7 @@ def window_gradients(estimator, key, theta, num_windows, num_episodes):
 
         return jax.lax.scan(call, estimator.init(key, theta), jnp.arange(num_windows))[1]
 
-    draw = jax.jit(lambda keys: jax.lax.map(episode, keys, batch_size=4096))
+    draw = jax.jit(lambda keys: jax.lax.map(episode, keys, batch_size=4000))
     return np.asarray(draw(jax.random.split(key, num_episodes)))
 
 

@@ -61,7 +61,7 @@ def test_root_forwards_backwards_and_twice(under):
     }
     for name, (derivative, truth) in kinds.items():
         if under == "vmap":
-            got = jax.vmap(derivative)(jnp.stack([a, a + 0.1]))[0]
+            got = jax.jit(jax.vmap(derivative))(jnp.stack([a, a + 0.1]))[0]
         else:
             got = derivative(a)
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7, err_msg=name)
@@ -181,6 +181,7 @@ def test_a_part_that_theta_does_not_reach():
             f = value
             for _ in range(order):
                 f = mode(f)
+            f = jax.jit(f) if order > 1 else f  # op by op they take half a minute
             np.testing.assert_allclose(f(1.5), truth, rtol=1e-9)
 
 
@@ -198,7 +199,7 @@ def test_argmin_is_the_hypergradient():
         return problem.outer(solve(jnp.zeros(8), theta), theta)
 
     np.testing.assert_allclose(jax.grad(outer)(problem.theta), problem.exact, rtol=1e-9)
-    hessian = jax.hessian(outer)(problem.theta)
+    hessian = jax.jit(jax.hessian(outer))(problem.theta)
     np.testing.assert_allclose(
         hessian, _differences(jax.grad(outer), problem.theta), rtol=1e-5, atol=1e-9
     )
@@ -227,7 +228,7 @@ def test_a_truncated_solve_differentiates():
             np.testing.assert_allclose(forward, truth, rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(backward, truth, rtol=1e-9, atol=1e-12)
         second = jax.hessian(lambda theta: jnp.sum(solve(jnp.zeros(8), theta) ** 2))  # noqa: B023
-        for x in (forward, backward, second(problem.theta)):
+        for x in (forward, backward, jax.jit(second)(problem.theta)):
             assert jnp.isfinite(x).all()
 
 

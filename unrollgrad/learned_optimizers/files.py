@@ -118,9 +118,9 @@ def read(path: str | Path) -> Saved:
         ValueError: As in ``load``.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-        about = json.loads(str(arrays.pop(_ABOUT)))
+        with Path(path).open("rb") as file, zipfile.ZipFile(file) as content:
+            arrays = {name: np.load(content.open(name)) for name in content.namelist()}
+        about = json.loads(str(arrays.pop(f"{_ABOUT}.npy")))
         architecture, settings = about["architecture"], about["settings"]
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         raise ValueError(
@@ -130,9 +130,12 @@ def read(path: str | Path) -> Saved:
         raise ValueError(
             f"{path} has format {about['format']}, of a newer unrollgrad; this one reads {_FORMAT}."
         )
-    like = _shapes(architecture, settings)
-    found = {name.removeprefix("theta"): x for name, x in arrays.items()}
-    _check_like(found, like, str(path))
+    found = {name.removeprefix("theta").removesuffix(".npy"): x for name, x in arrays.items()}
+    try:
+        like = _shapes(architecture, settings)
+        _check_like(found, like, "theta")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     theta = jax.tree_util.tree_map_with_path(
         lambda place, x: jax.numpy.asarray(found[jax.tree_util.keystr(place)]), like
     )

@@ -1,6 +1,7 @@
 """Learned schedules: SGD and Adam whose hyperparameters are theta."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def scheduled_sgd(
 
     def transform(theta):
         momentum = jax.nn.sigmoid(theta["momentum_logit"])
-        return optax.sgd(_schedule(theta["log_rate"], knots), momentum=momentum)
+        rate = _schedule(theta["log_rate"], knots)
+        return _keeping_dtypes(optax.sgd(rate, momentum=momentum))
 
     return Architecture(init, transform)
 
@@ -95,12 +97,13 @@ def scheduled_adam(
         }
 
     def transform(theta):
-        return optax.adam(
+        adam = optax.adam(
             _schedule(theta["log_rate"], knots),
             b1=jax.nn.sigmoid(theta["b1_logit"]),
             b2=jax.nn.sigmoid(theta["b2_logit"]),
             eps_root=1e-12,  # finite derivatives where a gradient is zero
         )
+        return _keeping_dtypes(adam)
 
     return Architecture(init, transform)
 
@@ -111,6 +114,19 @@ def _schedule(log_rate: jax.Array, knots: Sequence[int]) -> optax.Schedule:
         return jnp.exp(jnp.interp(at, jnp.log1p(jnp.asarray(knots, log_rate.dtype)), log_rate))
 
     return rate
+
+
+def _keeping_dtypes(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """With the dtypes that it is given: theta is float32, and would widen bfloat16 weights."""
+
+    def like(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), old, new)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moves, new = transform.update(updates, state, params)
+        return like(updates, moves), like(state, new)
+
+    return optax.GradientTransformation(transform.init, update)
 
 
 def _everywhere(rate: float, knots: Sequence[int]) -> Theta:

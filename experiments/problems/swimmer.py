@@ -1,0 +1,84 @@
+"""A swimmer of three links with a linear policy, in pure JAX."""
+
+import jax
+import jax.numpy as jnp
+
+import unrollgrad as ug
+from unrollgrad.problems import Example
+
+LINKS = 3
+SEEN = 2 + 2 * LINKS
+"""Numbers that the policy sees."""
+
+
+def swimmer(horizon: int = 1000, *, substeps: int = 5) -> Example:
+    """Swim along x with two motors between three links, in a fluid that holds them sideways.
+
+    Links have length 1 and mass 1; along itself a link meets a resistance of 0.1 times its speed,
+    sideways of 5 times, and turning of 0.4 times. The policy sees the first link's heading, the
+    angles of both joints, the velocity of the middle, and three rates of turning; both torques are
+    3 tanh(W seen / 3). Beyond a right angle a joint pushes back. A step is 0.1 s in five parts, and
+    its loss minus the velocity of the middle along x, plus 0.001 times the squared torques. Angles
+    and rates begin uniformly within +-0.1.
+
+    It is in place of the papers' Swimmer-v2 (MuJoCo), which has as many gains, 16, and episodes of
+    as many steps, and whose policy begins at zero too. There J is about 0.
+
+    Args:
+        horizon: Inner steps in an episode.
+        substeps: Parts of a step, of 0.02 s.
+
+    Returns:
+        ``Example(problem, theta)``; theta has the shape (2, 8).
+
+    References:
+        Coulom, Reinforcement learning using neural networks, with applications to motor control,
+        2002 (the swimmer).
+    """
+    arm = jnp.tril(jnp.ones((LINKS, LINKS)), -1) + 0.5 * jnp.eye(LINKS)
+    between = jnp.diff(jnp.eye(LINKS), axis=0)  # a torque turns one link back and the next forwards
+    strongest, dt = 3.0, 0.02
+
+    def middle_velocity(angles, moving, rates):
+        normals = jnp.stack([-jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        return jnp.mean(moving + arm @ (rates[:, None] * normals), axis=0)
+
+    def init(key, theta):
+        both = jax.random.uniform(key, (2, LINKS), theta.dtype, -0.1, 0.1)
+        return {"angles": both[0], "moving": jnp.zeros(2, theta.dtype), "rates": both[1]}
+
+    def accelerations(state, torques):
+        angles, moving, rates = state["angles"], state["moving"], state["rates"]
+        along = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        normals = jnp.stack([-along[:, 1], along[:, 0]], axis=-1)
+        velocity = moving + arm @ (rates[:, None] * normals)
+        forces = -0.1 * jnp.sum(velocity * along, axis=1, keepdims=True) * along
+        forces -= 5.0 * jnp.sum(velocity * normals, axis=1, keepdims=True) * normals
+        forces += arm @ (rates[:, None] ** 2 * along)  # centrifugal
+        joints = between @ angles
+        excess = jnp.sign(joints) * jnp.maximum(jnp.abs(joints) - jnp.pi / 2, 0)
+        turning = between.T @ (torques - 20 * excess) - 0.4 * rates
+        turning += jnp.sum((arm.T @ forces) * normals, axis=1)
+        # Mass matrix of (the nose's position, the angles).
+        shared = jnp.sum(arm, axis=0)[:, None] * normals
+        corner = (arm.T @ arm) * (normals @ normals.T) + jnp.eye(LINKS) / 12
+        mass = jnp.block([[LINKS * jnp.eye(2), shared.T], [shared, corner]])
+        found = jnp.linalg.solve(mass, jnp.concatenate([jnp.sum(forces, axis=0), turning]))
+        return found[:2], found[2:]
+
+    def step(key, theta, state, t):
+        angles, moving, rates = state["angles"], state["moving"], state["rates"]
+        swims = middle_velocity(angles, moving, rates)
+        seen = jnp.concatenate([angles[:1], between @ angles, swims, rates])
+        torques = strongest * jnp.tanh(theta @ seen / strongest)
+
+        def part(state, _):
+            push, turn = accelerations(state, torques)
+            moving, rates = state["moving"] + dt * push, state["rates"] + dt * turn
+            state = {"angles": state["angles"] + dt * rates, "moving": moving, "rates": rates}
+            return state, middle_velocity(*state.values())[0]
+
+        state, speeds = jax.lax.scan(part, state, None, length=substeps)
+        return state, 0.001 * jnp.sum(torques**2) - jnp.mean(speeds)
+
+    return Example(ug.UnrolledProblem(init, step, horizon), jnp.zeros((LINKS - 1, SEEN)))

@@ -1,0 +1,101 @@
+"""Learned optimizers in files: what goes in comes out, and what is wrong is said."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import raises
+
+from unrollgrad import learned_optimizers
+from unrollgrad.learned_optimizers import ARCHITECTURES, load, read, save
+
+SMALL = {"hidden": (4,), "decays": (0.5,)}
+
+
+def saved(path, name="mlp", **changes):
+    settings = SMALL if "mlp" in name else {"knots": (0, 10)}
+    theta = ARCHITECTURES[name](**settings).init(jax.random.key(0))
+    arguments = {"architecture": name, "settings": settings, "notes": {"seed": 3}} | changes
+    save(path, theta, **arguments)
+    return theta
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_goes_in_comes_out(name, tmp_path):
+    theta = saved(tmp_path / "rule.npz", name)
+    back = read(tmp_path / "rule.npz")
+    assert jax.tree.structure(back.theta) == jax.tree.structure(theta)
+    for a, b in zip(jax.tree.leaves(theta), jax.tree.leaves(back.theta), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert back.architecture == name
+    assert back.notes == {"seed": 3}
+    params = {"w": jnp.ones((2, 3))}
+    optimizer, own = load(tmp_path / "rule.npz"), back.build().transform(theta)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    expected, _ = own.update(params, own.init(params), params)
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+
+
+def test_the_name_is_kept(tmp_path):
+    """numpy would add .npz to a name without."""
+    saved(tmp_path / "rule")
+    assert [p.name for p in tmp_path.iterdir()] == ["rule"]
+    load(str(tmp_path / "rule"))
+
+
+def test_files_that_are_none(tmp_path):
+    with raises(FileNotFoundError, "none.npz"):
+        load(tmp_path / "none.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    np.save(tmp_path / "array.npy", np.ones(3))
+    saved(tmp_path / "cut.npz")
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("text.npz", "other.npz", "array.npy", "cut.npz"):
+        with raises(ValueError, name, "is no file that unrollgrad.learned_optimizers.save wrote"):
+            load(tmp_path / name)
+
+
+def test_what_does_not_fit(tmp_path, monkeypatch):
+    path = tmp_path / "rule.npz"
+    with raises(ValueError, "the architecture 'mpl' is unknown", "adafactor_mlp"):
+        saved(path, architecture="mpl")
+    with raises(ValueError, "mlp does not take the settings", "width"):
+        saved(path, settings={"width": 4})
+    with raises(
+        ValueError, "theta does not fit", "['layers'][0]['bias']", "it has (4,), expected (8,)"
+    ):
+        saved(path, settings={"hidden": (8,), "decays": (0.5,)})
+    assert not path.exists()
+    saved(path)
+    monkeypatch.delitem(ARCHITECTURES, "mlp")
+    with raises(ValueError, "rule.npz", "the architecture 'mlp' is unknown"):
+        load(path)
+
+
+def test_a_file_of_a_later_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(learned_optimizers.files, "_FORMAT", 2)
+    saved(tmp_path / "rule.npz")
+    monkeypatch.setattr(learned_optimizers.files, "_FORMAT", 1)
+    with raises(ValueError, "rule.npz has format 2, of a newer unrollgrad; this one reads 1"):
+        load(tmp_path / "rule.npz")
+
+
+def test_the_core_is_enough(tmp_path):
+    """Loaded where no extra can be imported."""
+    saved(tmp_path / "rule.npz")
+    code = (
+        "import sys\n"
+        "for m in ['flax', 'matplotlib', 'sklearn', 'rich', 'orbax', 'tyro', 'lineax']:\n"
+        "    sys.modules[m] = None\n"
+        "import jax.numpy as jnp, unrollgrad as ug\n"
+        f"optimizer = ug.learned_optimizers.load({str(tmp_path / 'rule.npz')!r})\n"
+        "w = jnp.ones(3)\n"
+        "print(optimizer.update(w, optimizer.init(w), w)[0].shape)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "(3,)"
