@@ -199,8 +199,8 @@ def _beside(
     """An episode of an estimator and of its floor, in turn."""
     case = make()
     workload: Workload = make.args[0]
-    of_settings = settings.scale, settings.num_compilations, settings.num_pairs
-    name = *of_settings, *labels.values(), workload.truncation, workload.windows
+    what = labels["workload"], workload.truncation, workload.windows, make.args[1]
+    name = settings.scale, settings.num_compilations, *what, *sorted(make.keywords.items())
     if name not in _COMPILED:  # else by a seed before: seeds are in the arguments alone
         _COMPILED[name] = timing.compiled_in_turn(
             {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
