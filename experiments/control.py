@@ -100,6 +100,20 @@ TUNING, HELD_OUT = 1_000_000, 1_000_001
 """Seeds of keys that no run has."""
 
 
+def filled(settings: Settings) -> Settings:
+    """The settings.
+
+    Raises:
+        ValueError: If ``full_es_few`` cannot have as many steps per update as the others.
+    """
+    if settings.num_pairs * settings.truncation % settings.horizon:
+        raise ValueError(
+            f"`--num-pairs` must be a multiple of the {settings.horizon // settings.truncation} "
+            f"windows in an episode; got {settings.num_pairs}."
+        )
+    return settings
+
+
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J along each method's run, then the steps it took to full ES's J."""
     progress("choosing learning rates", 0.0)
@@ -151,11 +165,15 @@ class Prepared(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> Prepared:
     problem, theta = PROBLEMS[settings.problem](settings.horizon)
-    episodes = jax.random.split(jax.random.key(HELD_OUT), settings.episodes)
 
-    @jax.jit
-    def loss(theta):
+    def mean_loss(seed, theta):
+        episodes = jax.random.split(jax.random.key(seed), settings.episodes)
         return jnp.mean(jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(episodes))
+
+    def score(theta):
+        # Rates are chosen by the mean along a run; where J is a loss, by that of its logarithm.
+        loss = mean_loss(TUNING, theta)
+        return loss if settings.problem == "cart_pole" else jnp.exp(loss)
 
     methods, rates, costs = {}, {}, {}
     for name, (estimator, cost) in estimators(settings, problem).items():
@@ -169,14 +187,15 @@ def _prepare(settings: Settings) -> Prepared:
             theta,
             num_updates // every * every,
             every,
-            # Chosen by the mean along a run; where J is a loss, by the mean of its logarithm.
-            loss if settings.problem == "cart_pole" else lambda theta: jnp.exp(loss(theta)),
+            score,
         )
         methods[name] = training.Method(
             estimator, optimizer(rates[name], settings.clip), num_updates
         )
         costs[name] = cost
-    return Prepared(theta, methods, rates, costs, jax.jit(lambda theta: {"loss": loss(theta)}))
+    return Prepared(
+        theta, methods, rates, costs, jax.jit(lambda theta: {"loss": mean_loss(HELD_OUT, theta)})
+    )
 
 
 def estimators(
@@ -261,6 +280,7 @@ EXPERIMENT = Experiment(
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),
+    fill=filled,
     run=run,
     draw=draw,
     show=show,

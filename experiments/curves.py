@@ -32,8 +32,9 @@ def curves(
 def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None:
     """A line for each estimator, the mean over its seeds, in a band of their standard error."""
     for i, (name, runs) in enumerate(curves(records, metric, x).items()):
-        values = np.array([y for _, y in runs.values()])
-        at = next(iter(runs.values()))[0]
+        length = min(len(y) for _, y in runs.values())  # of a run that was interrupted, fewer
+        values = np.array([y[:length] for _, y in runs.values()])
+        at = next(iter(runs.values()))[0][:length]
         mean = values.mean(axis=0)
         style = "--" if name in DASHED else "-"
         axis.plot(at, mean, style, color=f"C{i % 10}", label=name)
@@ -79,6 +80,7 @@ def compare(
     says: str,
     source: str,
     what: str = "",
+    errors: float | None = None,
 ) -> Claim:
     """That two estimators' metrics at the end differ so, by more than both standard errors.
 
@@ -91,6 +93,7 @@ def compare(
         says: The claim.
         source: Where it stands.
         what: Before the first number.
+        errors: By more than so many standard errors of the difference instead.
     """
     mine, theirs = (summary.find(metric, estimator=one) for one in (name, other))
     if mine is None or theirs is None:
@@ -101,7 +104,10 @@ def compare(
     low, high = (mine, theirs) if relation == "<" else (theirs, mine)
     if low["mean"] is None or high["mean"] is None:
         return Claim(says, source, ours, low["mean"] is not None)
-    return Claim(says, source, ours, low["mean"] + low["se"] < high["mean"] - high["se"])
+    apart = high["mean"] - low["mean"]
+    if errors is None:
+        return Claim(says, source, ours, apart > low["se"] + high["se"])
+    return Claim(says, source, ours, apart > errors * float(np.hypot(low["se"], high["se"])))
 
 
 def _text_of(found: dict[str, Any]) -> str:

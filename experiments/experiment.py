@@ -110,7 +110,7 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
     revision = results.git_revision()
     resume: Path | None = getattr(settings, "resume", None)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
-    written = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    written = {k: _as_json(v) for k, v in config.items()}
     results.write_json(folder / "config.json", {k: v for k, v in written.items() if k != "resume"})
     status, goes_on = "complete", hasattr(settings, "resume")
     try:
@@ -160,6 +160,13 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
     experiment.show(records)
     print(f"{seconds:.0f} s; table and picture are in {folder}")
     return folder
+
+
+def _as_json(value: Any) -> Any:
+    """Paths as text, in tuples too."""
+    if isinstance(value, tuple):
+        return [_as_json(x) for x in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def redraw(experiment: Experiment, folder: Path) -> Path:

@@ -8,18 +8,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments import curves
+from experiments import curves, resuming
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.learned_optimizers import tasks
 from experiments.learned_optimizers.mixture import mean_of
 from experiments.results import Record, Summary, read_json
 from unrollgrad.checks import positive_int
 from unrollgrad.extras import need
-from unrollgrad.learned_optimizers import ARCHITECTURES, Architecture
+from unrollgrad.learned_optimizers import ARCHITECTURES
 from unrollgrad.types import GradientEstimator, Theta
 
 Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]
@@ -56,16 +55,18 @@ class Settings:
     """Of each family, of one antithetic pair each; tbptt has twice as many."""
     stagger: Literal["lockstep", "breakstep", "burn_in"] = "burn_in"
     """Where in their episodes the workers begin: all at the start, or spread over it."""
-    sigma: float = 0.01
-    """Standard deviation of the perturbation."""
-    outer_rate: float = 0.003
-    """Adam's learning rate."""
+    sigma: float | None = None
+    """Standard deviation of the perturbation. Default: 0.1 for schedules, 0.01 for networks (at
+    --scale paper for both)."""
+    outer_rate: float | None = None
+    """Adam's learning rate. Default: 0.03 for schedules, 0.003 for networks (at --scale paper
+    0.0003 for both)."""
     clip: float = 1.0
     """The gradient's norm is cut to this."""
     inner_steps: int = 600_000
     """Of each estimator, those before a --resume included."""
-    points: int = 20
-    """Of each curve; there theta is validated and saved."""
+    steps_per_point: int = 30_000
+    """Inner steps between the points of a curve, where theta is validated and saved."""
     num_validation: int = 16
     """Held-out tasks of each family."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -86,7 +87,7 @@ SCALES = {
         truncation=2,
         num_workers=2,
         inner_steps=96,
-        points=2,
+        steps_per_point=48,
         num_validation=2,
         seeds=(0,),
     ),
@@ -99,8 +100,9 @@ SCALES = {
         truncation=50,
         num_workers=64,
         outer_rate=3e-4,
+        sigma=0.01,
         inner_steps=2_000_000_000,
-        points=100,
+        steps_per_point=20_000_000,
         num_validation=128,
     ),
 }
@@ -114,60 +116,59 @@ SMALL = {
 }
 """Of the networks, at all scales but "paper": quicker to run, and quicker to learn."""
 
-MAY_CHANGE = ("scale", "inner_steps", "seeds", "out", "resume")
+MAY_CHANGE = ("inner_steps", "seeds", "out", "resume")
 """Settings that may differ in a run that goes on."""
 
-_HELD_OUT = 2**20  # a seed that no run has
+_VALIDATION = 2**20  # a seed that no run has
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings.
+    """The settings with the architecture's defaults in place of None.
 
     Raises:
         ValueError: If a number is not positive, the horizons do not fit, or those of a run that is
             to go on are not the same, with the differences.
     """
-    for name in ("num_workers", "inner_steps", "points", "num_validation", "truncation"):
+    for name in ("num_workers", "inner_steps", "steps_per_point", "num_validation", "truncation"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
     if not 1 <= settings.shortest <= settings.horizon:
         raise ValueError(
             f"`--shortest` must lie between 1 and --horizon={settings.horizon}; got "
             f"{settings.shortest}."
         )
+    sigma, rate = (0.1, 0.03) if _is_schedule(settings) else (0.01, 0.003)
+    settings = dataclasses.replace(
+        settings,
+        sigma=sigma if settings.sigma is None else settings.sigma,
+        outer_rate=rate if settings.outer_rate is None else settings.outer_rate,
+    )
     if settings.resume is not None:
         before = read_json(settings.resume / "config.json")
-        changed = [
-            f"{k}: {before[k]} -> {v}"
-            for k, v in _fixed(settings).items()
-            if before[k] != (list(v) if isinstance(v, tuple) else v)
-        ]
-        if settings.inner_steps < before["inner_steps"]:
-            changed.append(f"inner_steps: {before['inner_steps']} -> {settings.inner_steps}")
-        if changed:
-            raise ValueError(
-                f"`--resume` goes on with what was begun; changed are {', '.join(changed)}. Leave "
-                "these flags out, or begin anew. (--inner-steps and --seeds may grow.)"
-            )
+        resuming.check_same(settings, before, MAY_CHANGE, "inner_steps")
     return settings
 
 
-def _fixed(settings: Settings) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_CHANGE}
+def _is_schedule(settings: Settings) -> bool:
+    return settings.architecture.startswith("scheduled")
 
 
-def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes meta-validation along each estimator's run, and its optimizer into the folder.
 
     Raises:
         KeyboardInterrupt: If a signal ended it early; everything is saved by then.
     """
     arguments = arguments_of(settings)
-    architecture = ARCHITECTURES[settings.architecture](**arguments)
+    about = {**resuming.fixed(settings, MAY_CHANGE), "arguments": arguments}
     evaluate = validation(
-        settings.families, architecture, settings.horizon, settings.num_validation
+        settings.families,
+        settings.architecture,
+        tuple(arguments.items()),
+        settings.horizon,
+        settings.num_validation,
     )
     key = jax.random.key(seed)
-    begin = architecture.init(key)
+    begin = ARCHITECTURES[settings.architecture](**arguments).init(key)
     for i, name in enumerate(settings.estimator):
         estimator, cost = workers(settings, name)
         num_updates = max(1, settings.inner_steps // cost)
@@ -189,12 +190,12 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             outer_optimizer(settings.outer_rate, settings.clip),
             num_steps=num_updates,
             key=key,
-            steps_per_dispatch=max(1, num_updates // settings.points),
+            steps_per_dispatch=max(1, settings.steps_per_point // cost),
             evaluate=evaluate,
             callback=callback,
             checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
             checkpoint_every=1,
-            config=_fixed(settings),
+            config=about,
         )
         if len(result.history["loss"]) < num_updates:
             raise KeyboardInterrupt
@@ -203,14 +204,13 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             result.theta,
             architecture=settings.architecture,
             settings=arguments,
-            notes={"seed": seed, "estimator": name, "inner_steps": num_updates * cost}
-            | _fixed(settings),
+            notes=about | {"seed": seed, "estimator": name, "inner_steps": num_updates * cost},
         )
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
     """Of the architecture."""
-    if settings.architecture.startswith("scheduled") or settings.scale == "paper":
+    if _is_schedule(settings) or settings.scale == "paper":
         return {}
     return SMALL
 
@@ -259,7 +259,7 @@ def _workers(
     )
 
 
-def workers(settings: Settings, name: str) -> tuple[GradientEstimator, int]:
+def workers(settings: Any, name: str) -> tuple[GradientEstimator, int]:
     """The estimator, the same for all seeds, and the inner steps of one call."""
     estimator = _workers(
         name,
@@ -279,29 +279,31 @@ def workers(settings: Settings, name: str) -> tuple[GradientEstimator, int]:
 
 @functools.lru_cache(maxsize=4)
 def validation(
-    families: tuple[str, ...], architecture: Architecture, horizon: int, count: int
+    families: tuple[str, ...],
+    architecture: str,
+    arguments: tuple[tuple[str, Any], ...],
+    horizon: int,
+    count: int,
 ) -> Callable[[Any, Theta], dict[str, Any]]:
     """``evaluate(key, theta)``: held-out tasks, the same at all times, trained for the horizon.
 
     ``meta_loss`` is the mean step loss, over the way and the families; ``final_loss`` the loss on
     all of a task's data at the end.
     """
-    keys = jax.random.split(jax.random.key(_HELD_OUT), count)
+    rule = ARCHITECTURES[architecture](**dict(arguments))
+    keys = jax.random.split(jax.random.key(_VALIDATION), count)
+    held_out = [tasks.FAMILIES[family](part="validation") for family in families]
 
-    def trained(family: str, theta: Theta, key: Any) -> tuple[Any, Any]:
-        held_out = tasks.FAMILIES[family](held_out=True)
-        problem = tasks.problem(held_out, architecture, horizon)
+    def trained(family: tasks.Family, theta: Theta, key: Any) -> tuple[Any, Any]:
+        problem = tasks.problem(family, rule, horizon)
         key_init, key_steps = jax.random.split(key)
-
-        def step(state, t):
-            return problem.step(jax.random.fold_in(key_steps, t), theta, state, t)
-
-        end, losses = jax.lax.scan(step, problem.init(key_init, theta), jnp.arange(horizon))
-        return losses.mean(), held_out.whole(end.params, end.task)
+        state = problem.init(key_init, theta)
+        end, loss = tasks.train(problem, key_steps, theta, state, 0, horizon)
+        return loss, family.whole(end.params, end.task)
 
     @jax.jit
     def evaluate(key, theta):
-        found = [jax.vmap(functools.partial(trained, f, theta))(keys) for f in families]
+        found = [jax.vmap(functools.partial(trained, f, theta))(keys) for f in held_out]
         meta, final = (jnp.mean(jnp.stack(x)) for x in zip(*found, strict=True))
         return {"meta_loss": meta, "final_loss": final}
 
@@ -333,21 +335,19 @@ def claims(summary: Summary) -> list[Claim]:
     """The persistent estimators end below the truncated ones."""
     source = "Vicol et al. 2021 and 2023, learned optimizers"
     return [
-        compared(summary, name, other, source)
+        curves.compare(
+            summary,
+            "meta_loss",
+            name,
+            "<",
+            other,
+            f"{name} ends at a lower meta-loss than {other} at equal inner steps",
+            source,
+            errors=2,
+        )
         for other in ("truncated_es", "tbptt")
         for name in ("es_single", "pes")
     ]
-
-
-def compared(summary: Summary, name: str, other: str, source: str) -> Claim:
-    """That the meta-loss ends lower, by two standard errors of the difference."""
-    says = f"{name} ends at a lower meta-loss than {other} at equal inner steps"
-    mine, theirs = (curves.mean_and_se(summary, "meta_loss", one) for one in (name, other))
-    if mine is None or theirs is None:
-        return Claim(says, source, "not run", None)
-    ours = f"{curves.text(*mine)} against {curves.text(*theirs)}"
-    se = float(np.hypot(mine[1], theirs[1]))
-    return Claim(says, source, ours, theirs[0] - mine[0] > 2 * se if se else None)
 
 
 EXPERIMENT = Experiment(

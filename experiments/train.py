@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments import resuming
 from experiments.experiment import Claim, Experiment
 from experiments.problems import PROBLEMS, with_defaults
 from experiments.results import Record, Summary, read_json
@@ -111,7 +112,8 @@ def filled(settings: Settings) -> Settings:
     if settings.resume is None:
         workers = -(-filled.num_workers // filled.devices) * filled.devices
         return dataclasses.replace(filled, num_workers=workers)
-    _check_same(filled, read_json(settings.resume / "config.json"))
+    before = read_json(settings.resume / "config.json")
+    resuming.check_same(filled, before, MAY_CHANGE, "num_updates")
     if settings.devices is None:
         most = next(d for d in range(filled.devices, 0, -1) if filled.num_workers % d == 0)
         filled = dataclasses.replace(filled, devices=most)
@@ -120,20 +122,6 @@ def filled(settings: Settings) -> Settings:
             f"`--devices` must divide the run's {filled.num_workers} workers; got {filled.devices}."
         )
     return filled
-
-
-def _check_same(settings: Settings, before: dict[str, Any]) -> None:
-    wanted = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_CHANGE}
-    differences = [f"{k}: {before[k]} -> {v}" for k, v in wanted.items() if before[k] != v]
-    if settings.num_updates < before["num_updates"]:
-        differences.append(f"num_updates: {before['num_updates']} -> {settings.num_updates}")
-    if set(before["seeds"]) - set(settings.seeds):
-        differences.append(f"seeds: {before['seeds']} -> {list(settings.seeds)}")
-    if differences:
-        raise ValueError(
-            f"`--resume` goes on with what was begun; changed are {', '.join(differences)}. Leave "
-            "these flags out, or begin anew without --resume. (--num-updates and --seeds may grow.)"
-        )
 
 
 def run(
@@ -167,7 +155,7 @@ def run(
         callback=callback,
         checkpoint_dir=folder / "checkpoints" / f"seed-{seed}",
         checkpoint_every=settings.checkpoint_every,
-        config={k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_CHANGE},
+        config=resuming.fixed(settings, MAY_CHANGE),
     )
     if len(result.history["loss"]) < settings.num_updates:
         raise KeyboardInterrupt

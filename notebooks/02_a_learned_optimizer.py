@@ -44,7 +44,7 @@ here = Path(ug.__file__).parents[1] / "experiments" / "learned_optimizers" / "tr
 model = nnx.Sequential(
     nnx.Linear(8, 32, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(32, 4, rngs=nnx.Rngs(1))
 )
-learned = ug.learned_optimizers.load(here / "adafactor_mlp.npz")
+learned = ug.learned_optimizers.load(here / "scheduled_adam.npz")
 optimizer = nnx.Optimizer(model, learned, wrt=nnx.Param)
 
 
@@ -100,17 +100,19 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# It was meta-trained on MLPs on images, for 200 steps. On what is like that it needs no tuning; far
-# from it, look at the curve before you trust it: `python -m experiments evaluate_optimizer` tests
-# optimizers on held-out tasks of three kinds, for up to five times as many steps.
+# It was meta-trained on small MLPs and conv nets on images and LSTMs on text, for 200 steps. On
+# what is like that it needs no tuning; far from it, look at the curve before you trust it:
+# `python -m experiments evaluate_optimizer` tests optimizers on held-out tasks of these kinds, for
+# up to five times as many steps.
 
 # %% [markdown]
 # ## Meta-train your own
 #
 # An architecture is a pair of functions, `init(key) -> theta` and `transform(theta)`, an optax
 # optimizer. So an inner loop is `training_problem` as ever, and any estimator gives the gradient.
-# Here a schedule of Adam is learned, ten numbers; `ug.learned_optimizers.mlp()` is as good, but
-# takes an hour. Every episode draws fresh weights and batches of this one task.
+# Here a schedule of Adam is learned, six numbers; a network that updates every weight, such as
+# `ug.learned_optimizers.mlp()`, is trained in the same way, for longer. Every episode draws fresh
+# weights and batches of this one task.
 
 # %%
 architecture = ug.learned_optimizers.scheduled_adam(rate=0.001, knots=(0, 10, 30, 100))

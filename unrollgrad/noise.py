@@ -146,14 +146,14 @@ def _independent(draw: Callable[..., jax.Array]) -> Noise:
         of_groups = fold(key, jnp.arange(len(groups)))
         keys = jax.vmap(fold, in_axes=(0, None))(of_groups, jnp.arange(num_pairs))
 
-        def group(keys, group):
+        def together(keys, group):
             sizes = [x.size for x in group]
             dtype = wide(group[0].dtype)
             flat = jax.vmap(lambda k: _in_blocks(draw, k, sum(sizes), dtype))(keys)
             parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1], axis=1)
             return [p.reshape(num_pairs, *x.shape) for p, x in zip(parts, group, strict=True)]
 
-        drawn = [group(k, g) for k, g in zip(keys, groups, strict=True)]
+        drawn = [together(k, g) for k, g in zip(keys, groups, strict=True)]
         return structure.unflatten(itertools.chain.from_iterable(drawn))
 
     return Noise(init=lambda theta: (), sample=sample)
@@ -162,16 +162,14 @@ def _independent(draw: Callable[..., jax.Array]) -> Noise:
 def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
     """Neighbours of one dtype that fit a block: every draw is a program to compile and to start."""
     groups: list[list[jax.Array]] = []
+    size = 0
     for x in leaves:
-        together = [*groups[-1], x] if groups else []
-        if (
-            together
-            and wide(together[0].dtype) == wide(x.dtype)
-            and sum(y.size for y in together) <= _BLOCK
-        ):
-            groups[-1] = together
+        size += x.size
+        if groups and size <= _BLOCK and wide(groups[-1][0].dtype) == wide(x.dtype):
+            groups[-1].append(x)
         else:
             groups.append([x])
+            size = x.size
     return groups
 
 

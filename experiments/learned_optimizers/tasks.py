@@ -1,14 +1,15 @@
 """Families of small training tasks, each drawn anew in every episode.
 
 A loss is divided by the logarithm of the number of classes, so that a guess has 1 in every family.
-Everything that makes a task is data: tasks of a family run side by side in one program.
+Everything that makes a task is data: tasks of a family run side by side in one program. Meta-
+training, meta-validation and tests draw from different images and texts.
 """
 
 import argparse
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,14 @@ from unrollgrad.learned_optimizers import Architecture
 from unrollgrad.learned_optimizers.networks import init_layers
 from unrollgrad.types import Key
 
-CLASSES = 10
+CLASSES, PIXELS = 10, 64
 
 CEILING = 1.5
-"""Step losses of meta-training are cut here: a guess has 1, and what diverges is all the same."""
+"""Step losses of meta-training are cut here: a guess has 1, and what diverges, to NaN too, is all
+the same."""
+
+Part = Literal["training", "validation", "test"]
+"""Of the data: for meta-training, for meta-validation, for ``evaluate_optimizer``."""
 
 
 class Family(NamedTuple):
@@ -62,7 +67,8 @@ def problem(family: Family, architecture: Architecture, horizon: Any) -> ug.Unro
     """Training on tasks of a family; theta is the optimizer.
 
     A step's loss is that of its batch, which is fresh, at the weights before the update: the
-    training loss, at no cost of its own. It is cut at ``CEILING``.
+    training loss, at no cost of its own. It is cut at ``CEILING``, and is ``CEILING`` where it is
+    NaN: evolution strategies see what a perturbation has destroyed. (Derivatives are NaN there.)
     """
 
     def init(key, theta):
@@ -76,43 +82,56 @@ def problem(family: Family, architecture: Architecture, horizon: Any) -> ug.Unro
         loss, grad = jax.value_and_grad(family.loss)(params, task, key)
         updates, opt_state = architecture.transform(theta).update(grad, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return Training(task, params, opt_state), jnp.minimum(loss, CEILING)
+        return Training(task, params, opt_state), jnp.where(loss < CEILING, loss, CEILING)
 
     return ug.UnrolledProblem(init, step, horizon)
 
 
+def train(
+    problem: ug.UnrolledProblem, key: Key, theta: Any, state: Training, first: Any, count: int
+) -> tuple[Training, jax.Array]:
+    """``count`` inner steps from ``first`` on: the state after them, and the mean step loss."""
+
+    def step(state, t):
+        return problem.step(jax.random.fold_in(key, t), theta, state, t)
+
+    state, losses = jax.lax.scan(step, state, first + jnp.arange(count))
+    return state, losses.mean()
+
+
 def mlps(
-    *, most_hidden: int = 32, num_rows: int = 512, batch_size: int = 16, held_out: bool = False
+    *, most_hidden: int = 32, num_rows: int = 256, batch_size: int = 16, part: Part = "training"
 ) -> Family:
     """MLPs with one hidden layer, on real and on made-up images.
 
-    Drawn are: digits of scikit-learn or made-up classes; which ``num_rows`` of the images; the
-    number of hidden units, from a quarter of ``most_hidden`` to all of them (the others are masked,
-    and their weights get no gradient); ReLU, tanh or GELU.
+    Drawn are: digits of scikit-learn, or ten smooth random patterns under noise; which images; the
+    number of hidden units, from half of ``most_hidden`` to all of them; ReLU, tanh or GELU. Units
+    that are left out are masked: their weights have no gradient, and enter a tensor's root mean
+    square as zeros.
 
     Args:
         most_hidden: Units.
-        num_rows: Images of a task.
+        num_rows: Images of a task, all different.
         batch_size: Of a step.
-        held_out: Draw from images that no other task has.
+        part: Of the data.
     """
-    images, labels = _images(held_out)
+    corpus = _images(part)
 
     def draw(key):
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 3)
         return {
-            "corpus": jax.random.randint(keys[0], (), 0, len(images)),
-            "rows": jax.random.randint(keys[1], (num_rows,), 0, images.shape[1]),
-            "hidden": jax.random.randint(keys[2], (), most_hidden // 4, most_hidden + 1),
-            "activation": jax.random.randint(keys[3], (), 0, 3),
+            **_draw_images(corpus, keys[0], num_rows),
+            "hidden": jax.random.randint(keys[1], (), most_hidden // 2, most_hidden + 1),
+            "activation": jax.random.randint(keys[2], (), 0, 3),
         }
 
     def init(key, task):
-        return init_layers(key, (images.shape[-1], most_hidden, CLASSES))
+        params = init_layers(key, (PIXELS, most_hidden, CLASSES))
+        params[1]["kernel"] *= jnp.sqrt(most_hidden / task["hidden"])
+        return params
 
     def loss(params, task, rows):
-        rows = task["rows"][rows]
-        x, y = images[task["corpus"], rows], labels[task["corpus"], rows]
+        x, y = _look(corpus, task, rows)
         x = x @ params[0]["kernel"] + params[0]["bias"]
         kinds = jnp.stack([jax.nn.relu(x), jnp.tanh(x), jax.nn.gelu(x)])
         x = jnp.where(jnp.arange(most_hidden) < task["hidden"], kinds[task["activation"]], 0)
@@ -122,34 +141,32 @@ def mlps(
 
 
 def conv_nets(
-    *, channels: int = 8, num_rows: int = 512, batch_size: int = 16, held_out: bool = False
+    *, channels: int = 8, num_rows: int = 256, batch_size: int = 16, part: Part = "training"
 ) -> Family:
     """Two convolutions (3x3, stride 2, ReLU) and a linear layer, on the images of ``mlps``.
 
-    Drawn are the corpus and the rows. The arguments are those of ``mlps``; ``channels`` are those
-    of the first convolution, the second has twice as many.
+    Args:
+        channels: Of the first convolution; the second has twice as many.
+        num_rows: As in ``mlps``.
+        batch_size: As in ``mlps``.
+        part: As in ``mlps``.
     """
-    images, labels = _images(held_out)
+    corpus = _images(part)
     sizes = [(9, channels), (9 * channels, 2 * channels), (4 * 2 * channels, CLASSES)]
 
     def draw(key):
-        keys = jax.random.split(key)
-        return {
-            "corpus": jax.random.randint(keys[0], (), 0, len(images)),
-            "rows": jax.random.randint(keys[1], (num_rows,), 0, images.shape[1]),
-        }
+        return _draw_images(corpus, key, num_rows)
 
     def init(key, task):
         keys = jax.random.split(key, len(sizes))
         return [init_layers(k, size)[0] for k, size in zip(keys, sizes, strict=True)]
 
     def loss(params, task, rows):
-        rows = task["rows"][rows]
-        x = images[task["corpus"], rows].reshape(-1, 8, 8, 1)
+        x, y = _look(corpus, task, rows)
+        x = x.reshape(-1, 8, 8, 1)
         for layer in params[:2]:
             x = jax.nn.relu(_patches(x) @ layer["kernel"] + layer["bias"])
-        x = x.reshape(len(x), -1) @ params[2]["kernel"] + params[2]["bias"]
-        return _cross_entropy(x, labels[task["corpus"], rows])
+        return _cross_entropy(x.reshape(len(x), -1) @ params[2]["kernel"] + params[2]["bias"], y)
 
     return _on_rows(draw, init, loss, num_rows, batch_size)
 
@@ -160,23 +177,23 @@ def lstms(
     length: int = 16,
     batch_size: int = 8,
     stretch: int = 4096,
-    held_out: bool = False,
+    part: Part = "training",
 ) -> Family:
     """LSTMs that predict the next character of a text.
 
-    Drawn is the stretch of the text, the source of the standard library's ``argparse``, of which
-    the last quarter is held out.
+    Drawn is the stretch of the text, the source of the standard library's ``argparse``: its first
+    three quarters are for meta-training, an eighth each for meta-validation and tests.
 
     Args:
         hidden: Units, of the embedding too.
         length: Characters that are read from each place.
         batch_size: Places of a step.
         stretch: Characters of a task.
-        held_out: Draw from text that no other task has.
+        part: Of the text.
     """
     text = encode(inspect.getsource(argparse))
-    cut = 3 * len(text) // 4
-    symbols = jnp.asarray(text[cut:] if held_out else text[:cut])
+    begin, end = {"training": (0, 6), "validation": (6, 7), "test": (7, 8)}[part]
+    symbols = jnp.asarray(text[begin * len(text) // 8 : end * len(text) // 8])
     num_places = stretch - length - 1
 
     def draw(key):
@@ -216,7 +233,7 @@ def lstms(
 
 
 FAMILIES = {"mlp": mlps, "conv": conv_nets, "lstm": lstms}
-"""By name; all take ``held_out``."""
+"""By name; all take ``part``."""
 
 
 def _on_rows(
@@ -252,20 +269,46 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return losses.mean() / np.log(logits.shape[-1])
 
 
-@functools.lru_cache(maxsize=2)
-def _images(held_out: bool) -> tuple[jax.Array, jax.Array]:
-    """Digits, and as many made-up images: (2, images, 64) and (2, images).
+class _Images(NamedTuple):
+    """Images of digits, and what made-up ones are made of."""
 
-    The made-up ones are smooth random patterns, one for each class, under noise.
-    """
-    real = data.load("digits").validation if held_out else data.load("digits").train
-    rng = np.random.default_rng(0)
-    kernel = np.exp(-0.5 * (np.subtract.outer(np.arange(8), np.arange(8)) / 1.5) ** 2)
-    patterns = kernel @ rng.normal(size=(CLASSES, 8, 8)) @ kernel
-    patterns *= 0.35 / patterns.std(axis=(1, 2), keepdims=True)
-    rng = np.random.default_rng(1 + held_out)
-    labels = rng.integers(CLASSES, size=len(real.labels))
-    noise = rng.normal(scale=0.8, size=(len(labels), 64))
-    made_up = patterns.reshape(CLASSES, 64)[labels] + noise
-    images = np.stack([real.images, made_up.astype(np.float32)])
-    return jnp.asarray(images), jnp.asarray(np.stack([real.labels, labels.astype(np.int32)]))
+    digits: np.ndarray
+    labels: np.ndarray
+    noise: np.ndarray
+    noise_labels: np.ndarray
+
+
+@functools.cache
+def _images(part: Part) -> _Images:
+    """Of the 597 digits for validation half are for meta-validation."""
+    images = data.load("digits")
+    half = len(images.validation.labels) // 2
+    digits, labels = {
+        "training": images.train,
+        "validation": data.Split(*(x[:half] for x in images.validation)),
+        "test": data.Split(*(x[half:] for x in images.validation)),
+    }[part]
+    rng = np.random.default_rng(len(digits))
+    noise = rng.normal(scale=0.8, size=digits.shape).astype(np.float32)
+    return _Images(digits, labels, noise, rng.integers(CLASSES, size=len(labels), dtype=np.int32))
+
+
+def _draw_images(corpus: _Images, key: Key, num_rows: int) -> dict[str, jax.Array]:
+    """Which corpus, which of its images, and the patterns of the made-up classes."""
+    keys = jax.random.split(key, 3)
+    near = np.exp(-0.5 * (np.subtract.outer(np.arange(8), np.arange(8)) / 1.5) ** 2)
+    near = np.float32(near / np.linalg.norm(near, axis=0))
+    patterns = near.T @ jax.random.normal(keys[2], (CLASSES, 8, 8)) @ near
+    return {
+        "made_up": jax.random.bernoulli(keys[0]),
+        "rows": jax.random.permutation(keys[1], len(corpus.labels))[:num_rows],
+        "patterns": 0.35 * patterns.reshape(CLASSES, PIXELS),
+    }
+
+
+def _look(corpus: _Images, task: dict[str, jax.Array], rows: jax.Array) -> tuple[Any, Any]:
+    """Some of a task's images and their labels."""
+    rows = task["rows"][rows]
+    digits, labels, noise, noise_labels = (jnp.asarray(x)[rows] for x in corpus)
+    images = jnp.where(task["made_up"], task["patterns"][noise_labels] + noise, digits)
+    return images, jnp.where(task["made_up"], noise_labels, labels)

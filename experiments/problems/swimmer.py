@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import unrollgrad as ug
 from unrollgrad.problems import Example
@@ -35,8 +36,9 @@ def swimmer(horizon: int = 1000, *, substeps: int = 5) -> Example:
         Coulom, Reinforcement learning using neural networks, with applications to motor control,
         2002 (the swimmer).
     """
-    arm = jnp.tril(jnp.ones((LINKS, LINKS)), -1) + 0.5 * jnp.eye(LINKS)
-    between = jnp.diff(jnp.eye(LINKS), axis=0)  # a torque turns one link back and the next forwards
+    arm = np.tril(np.ones((LINKS, LINKS), np.float32), -1) + 0.5 * np.eye(LINKS, dtype=np.float32)
+    # A torque turns one link back and the next forwards.
+    between = np.diff(np.eye(LINKS, dtype=np.float32), axis=0)
     strongest, dt = 3.0, 0.02
 
     def middle_velocity(angles, moving, rates):
@@ -61,8 +63,8 @@ def swimmer(horizon: int = 1000, *, substeps: int = 5) -> Example:
         turning += jnp.sum((arm.T @ forces) * normals, axis=1)
         # Mass matrix of (the nose's position, the angles).
         shared = jnp.sum(arm, axis=0)[:, None] * normals
-        corner = (arm.T @ arm) * (normals @ normals.T) + jnp.eye(LINKS) / 12
-        mass = jnp.block([[LINKS * jnp.eye(2), shared.T], [shared, corner]])
+        corner = (arm.T @ arm) * (normals @ normals.T) + np.eye(LINKS, dtype=np.float32) / 12
+        mass = jnp.block([[LINKS * jnp.eye(2, dtype=corner.dtype), shared.T], [shared, corner]])
         found = jnp.linalg.solve(mass, jnp.concatenate([jnp.sum(forces, axis=0), turning]))
         return found[:2], found[2:]
 
@@ -81,4 +83,6 @@ def swimmer(horizon: int = 1000, *, substeps: int = 5) -> Example:
         state, speeds = jax.lax.scan(part, state, None, length=substeps)
         return state, 0.001 * jnp.sum(torques**2) - jnp.mean(speeds)
 
-    return Example(ug.UnrolledProblem(init, step, horizon), jnp.zeros((LINKS - 1, SEEN)))
+    return Example(
+        ug.UnrolledProblem(init, step, horizon), jnp.zeros((LINKS - 1, SEEN), jnp.float32)
+    )

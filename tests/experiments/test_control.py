@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import raises
 from stored import expect
 
 import unrollgrad as ug
@@ -50,6 +51,12 @@ def test_one_update_of_few_pairs_costs_what_a_window_does():
         "es_single": 2000,
         "nres": 2000,
     }
+
+
+def test_pairs_that_do_not_divide(tmp_path):
+    settings = dataclasses.replace(control.SCALES["smoke"], out=tmp_path, num_pairs=5)
+    with raises(ValueError, "`--num-pairs` must be a multiple of the 10 windows", "got 5"):
+        framework.execute(control.EXPERIMENT, settings)
 
 
 def test_steps_to():

@@ -210,7 +210,7 @@ def test_a_schedule_that_is_constant_is_optax():
 
 
 def test_a_schedule_between_its_knots():
-    rule = ug.learned_optimizers.scheduled_sgd(knots=(0, 3, 15), momentum=0.0)
+    rule = ug.learned_optimizers.scheduled_sgd(knots=(0, 3, 15), momentum=1e-9)
     theta = rule.init(KEY) | {"log_rate": jnp.log(jnp.array([1.0, 0.25, 0.0625]))}
     w = jnp.ones(1)
     found, _ = updates_of(rule.transform(theta), w, [w] * 30)
@@ -225,6 +225,70 @@ def test_knots_that_do_not_increase(knots):
             make(knots=knots)
 
 
+def test_hyperparameters_without_a_logarithm():
+    sgd, adam = ug.learned_optimizers.scheduled_sgd, ug.learned_optimizers.scheduled_adam
+    for make, name, value in [
+        (sgd, "momentum", 0.0),
+        (sgd, "momentum", 1.0),
+        (adam, "b1", 0.0),
+        (adam, "b2", 1.0),
+        (adam, "rate", 0.0),
+    ]:
+        with raises(ValueError, f"`{name}` must", f"got {value}"):
+            make(**{name: value}).init(KEY)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_to_update(name):
+    """No leaf, a leaf without numbers, a leaf without a gradient (equinox)."""
+    architecture, theta = build(name)
+    optimizer = architecture.transform(theta)
+    updates_of(optimizer, {}, [{}])
+    w = jnp.ones((3, 2))
+    empty = {"w": w, "none": jnp.zeros((0, 3))}
+    found, state = updates_of(optimizer, empty, [empty] * 2)
+    alone, _ = updates_of(optimizer, {"w": w}, [{"w": w}] * 2)
+    np.testing.assert_allclose(found[1]["w"], alone[1]["w"], rtol=1e-4)
+    assert found[1]["none"].shape == (0, 3)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_leaf_without_a_gradient(name):
+    """equinox.filter_grad gives None where a leaf is an int."""
+    architecture, theta = build(name)
+    optimizer = architecture.transform(theta)
+    params = {"w": jnp.ones((3, 2)), "count": jnp.int32(3)}
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update({"w": params["w"], "count": None}, state, params)
+    assert updates["count"] is None
+    alone = {"w": params["w"]}
+    own = optimizer.init(alone)
+    for _ in range(2):
+        expected, own = optimizer.update(alone, own, alone)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_complex_weights(name):
+    architecture, theta = build(name)
+    with raises(TypeError, "params['w'] is complex64", "optax.masked"):
+        architecture.transform(theta).init({"w": jnp.ones(2, jnp.complex64)})
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_wide_weights(name):
+    """float64 weights move in float64, with a float32 theta, in x64 mode and in none."""
+    with jax.enable_x64(True):
+        architecture = ARCHITECTURES[name](**SETTINGS[name])
+        theta = architecture.init(KEY)
+        assert {x.dtype for x in jax.tree.leaves(theta)} == {np.dtype(np.float32)}
+        w = jnp.ones((2, 3), jnp.float64)
+        found, _ = updates_of(architecture.transform(theta), w, [w, w])
+        assert found[1].dtype == np.float64
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_without_hidden_units(name):
     with raises(ValueError, "`hidden` must be units of at least one layer"):
@@ -235,12 +299,12 @@ def test_factored_squares_of_rank_one_are_exact():
     rows, columns = jnp.array([1.0, 2.0, 0.5]), jnp.array([3.0, 0.1])
     grad = jnp.outer(rows, columns)
     found = features.factored_averages(features.factored_zeros((3, 2), 1, grad.dtype), grad, (0.0,))
-    both, of_rows, of_columns = features.factored_roots(found, (3, 2))
+    both, of_rows, of_columns = features.factored_rsqrt(found, (3, 2))
     np.testing.assert_allclose(both[..., 0], 1 / grad, rtol=1e-4)
     assert of_rows.shape == of_columns.shape == (3, 2, 1)
     np.testing.assert_allclose(of_rows[:, 0, 0] * np.sqrt(np.mean(columns**2)), 1 / rows, rtol=1e-4)
     flat = features.factored_averages(features.factored_zeros((3,), 1, grad.dtype), rows, (0.0,))
-    np.testing.assert_allclose(features.factored_roots(flat, (3,))[0][:, 0], 1 / rows, rtol=1e-4)
+    np.testing.assert_allclose(features.factored_rsqrt(flat, (3,))[0][:, 0], 1 / rows, rtol=1e-4)
 
 
 def test_the_recurrent_unit_is_that_of_flax():

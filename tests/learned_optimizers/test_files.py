@@ -77,6 +77,17 @@ def test_what_does_not_fit(tmp_path, monkeypatch):
         load(path)
 
 
+def test_weights_of_16_bits(tmp_path):
+    rule = ARCHITECTURES["mlp"](**SMALL)
+    theta = jax.tree.map(lambda x: x.astype(jnp.bfloat16), rule.init(jax.random.key(0)))
+    save(tmp_path / "rule.npz", theta, architecture="mlp", settings=SMALL)
+    for a, b in zip(
+        jax.tree.leaves(theta), jax.tree.leaves(read(tmp_path / "rule.npz").theta), strict=True
+    ):
+        assert b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_file_of_a_later_version(tmp_path, monkeypatch):
     monkeypatch.setattr(learned_optimizers.files, "_FORMAT", 2)
     saved(tmp_path / "rule.npz")

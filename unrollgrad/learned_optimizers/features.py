@@ -45,18 +45,18 @@ class Factored(NamedTuple):
 
     Attributes:
         rows: The mean over columns, the last axis, of each row: (*batch, rows, decays).
-        columns: The mean over rows of each column: (*batch, columns, decays). Both are the squares
-            themselves where there are fewer than two axes.
+        columns: The mean over rows of each column: (*batch, columns, decays). Of fewer than two
+            axes None, and ``rows`` are the squares themselves.
     """
 
     rows: jax.Array
-    columns: jax.Array
+    columns: jax.Array | None
 
 
 def factored_zeros(shape: tuple[int, ...], count: int, dtype: Any) -> Factored:
     """Before the first gradient, for ``count`` decays."""
     if len(shape) < 2:
-        return Factored(jnp.zeros((*shape, count), dtype), jnp.zeros((*shape, count), dtype))
+        return Factored(jnp.zeros((*shape, count), dtype), None)
     return Factored(
         jnp.zeros((*shape[:-1], count), dtype),
         jnp.zeros((*shape[:-2], shape[-1], count), dtype),
@@ -66,19 +66,18 @@ def factored_zeros(shape: tuple[int, ...], count: int, dtype: Any) -> Factored:
 def factored_averages(old: Factored, grad: jax.Array, decays: Sequence[float]) -> Factored:
     """With one more gradient."""
     square = jnp.square(grad)
-    if grad.ndim < 2:
-        new = averages(old.rows, square, decays)
-        return Factored(new, new)
+    if old.columns is None:
+        return Factored(averages(old.rows, square, decays), None)
     return Factored(
         averages(old.rows, jnp.mean(square, axis=-1), decays),
         averages(old.columns, jnp.mean(square, axis=-2), decays),
     )
 
 
-def factored_roots(found: Factored, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+def factored_rsqrt(found: Factored, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """1 / root of the product of both, of the rows, and of the columns: (*shape, decays) each."""
     rows, columns = found
-    if len(shape) < 2:
+    if columns is None:
         root = jax.lax.rsqrt(rows + TINY)
         return root, root, root
     mean = jnp.mean(rows, axis=-2, keepdims=True)

@@ -2,16 +2,19 @@
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from unrollgrad.learned_optimizers.architecture import Architecture
 from unrollgrad.learned_optimizers.mlps import adafactor_mlp, mlp, rnn_mlp
 from unrollgrad.learned_optimizers.schedules import scheduled_adam, scheduled_sgd
+from unrollgrad.noise import wide
 from unrollgrad.types import Theta
 
 ARCHITECTURES = {
@@ -57,6 +60,8 @@ def save(
 ) -> None:
     """Writes a learned optimizer to one file, an ``.npz`` of theta's leaves and a JSON text.
 
+    Leaves of 16 bits are written as float32.
+
     Args:
         path: Of the file; it is replaced.
         theta: Of the architecture.
@@ -88,10 +93,12 @@ def save(
         "settings": settings,
         "notes": notes or {},
     }
-    arrays: dict[str, Any] = {f"theta{name}": np.asarray(x) for name, x in leaves.items()}
+    arrays: dict[str, Any] = {f"theta{name}": _widened(x) for name, x in leaves.items()}
     arrays[_ABOUT] = np.array(json.dumps(about))
-    with Path(path).open("wb") as file:
+    part = Path(f"{path}.part")
+    with part.open("wb") as file:
         np.savez_compressed(file, **arrays)
+    part.replace(path)
 
 
 def load(path: str | Path) -> optax.GradientTransformation:
@@ -121,14 +128,15 @@ def read(path: str | Path) -> Saved:
         with Path(path).open("rb") as file, zipfile.ZipFile(file) as content:
             arrays = {name: np.load(content.open(name)) for name in content.namelist()}
         about = json.loads(str(arrays.pop(f"{_ABOUT}.npy")))
-        architecture, settings = about["architecture"], about["settings"]
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        architecture, settings, notes = (about[k] for k in ("architecture", "settings", "notes"))
+        form = int(about["format"])
+    except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError) as error:
         raise ValueError(
             f"{path} is no file that unrollgrad.learned_optimizers.save wrote: {error}."
         ) from error
-    if about["format"] > _FORMAT:
+    if form > _FORMAT:
         raise ValueError(
-            f"{path} has format {about['format']}, of a newer unrollgrad; this one reads {_FORMAT}."
+            f"{path} has format {form}, of a newer unrollgrad; this one reads {_FORMAT}."
         )
     found = {name.removeprefix("theta").removesuffix(".npy"): x for name, x in arrays.items()}
     try:
@@ -137,9 +145,14 @@ def read(path: str | Path) -> Saved:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     theta = jax.tree_util.tree_map_with_path(
-        lambda place, x: jax.numpy.asarray(found[jax.tree_util.keystr(place)]), like
+        lambda place, x: jnp.asarray(found[jax.tree_util.keystr(place)]), like
     )
-    return Saved(architecture, settings, theta, about["notes"])
+    return Saved(architecture, settings, theta, notes)
+
+
+def _widened(x: Any) -> np.ndarray:
+    x = jnp.asarray(x)
+    return np.asarray(x, wide(x.dtype))
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

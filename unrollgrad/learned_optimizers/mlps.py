@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from unrollgrad.learned_optimizers import features, networks
 from unrollgrad.learned_optimizers.architecture import Architecture
 from unrollgrad.learned_optimizers.per_weight import (
-    NO_CONTROL,
     Controller,
     Memory,
     averaging,
     check_hidden,
     transform_of,
 )
-from unrollgrad.noise import wide
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """Of the averages of the gradient."""
@@ -37,12 +35,13 @@ def mlp(
 
     A weight's features: its gradient, its value, averages of the gradient, each divided by its root
     mean square over the tensor; and tanh(t / T - 1) for several T. So neither the loss's scale nor
-    the tensor's matters, down to a root mean square of 1e-5.
+    the tensor's matters, between root mean squares of 1e-5 and 1e19.
 
     Theta has (2 + len(decays) + len(times) + 1) * hidden[0] + ... + 2 numbers; it begins random
     with small outputs, as an optimizer that hardly moves anything. Time per step: that of the
     MLP on all weights, about 2 * (features * hidden[0] + ...) operations for each; memory:
-    len(decays) copies of the weights.
+    len(decays) copies of the weights in the state, (features + hidden) during a step, in one array
+    of all weights' rows: weights that are sharded are gathered for it.
 
     Args:
         decays: Of the averages.
@@ -76,7 +75,7 @@ def mlp(
     def init(key: Any) -> Any:
         return {"layers": networks.init_layers(key, (seen + len(times), *hidden, 2), last=0.1)}
 
-    return Architecture(init, transform_of(averaging(decays), NO_CONTROL, times, step, magnitude))
+    return Architecture(init, transform_of(averaging(decays), None, times, step, magnitude))
 
 
 def adafactor_mlp(
@@ -128,12 +127,11 @@ def adafactor_mlp(
     def init(key: Any) -> Any:
         return {"layers": networks.init_layers(key, (seen + len(times), *hidden, 2), last=0.1)}
 
-    def begin(w: jax.Array) -> Any:
-        dtype = wide(w.dtype)
+    def begin(zeros: jax.Array) -> Any:
         return {
-            "mean": jnp.zeros((*w.shape, len(decays)), dtype),
-            "square": jnp.zeros((*w.shape, 1), dtype),
-            "factored": features.factored_zeros(w.shape, len(decays), dtype),
+            "mean": jnp.stack([zeros] * len(decays), axis=-1),
+            "square": zeros[..., None],
+            "factored": features.factored_zeros(zeros.shape, len(decays), zeros.dtype),
         }
 
     def see(old: Any, g: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
@@ -143,13 +141,13 @@ def adafactor_mlp(
             "factored": features.factored_averages(old["factored"], g, decays),
         }
         mean, root = new["mean"], jax.lax.rsqrt(new["square"] + features.TINY)
-        both, rows, columns = features.factored_roots(new["factored"], g.shape)
+        both, rows, columns = features.factored_rsqrt(new["factored"], g.shape)
         plain = jnp.stack([g, w], axis=-1)
         found = [plain, root, mean, mean * root, plain[..., :1] * both, mean * both, rows, columns]
         return jnp.concatenate(found, axis=-1), new
 
     memory = Memory(begin, see)
-    return Architecture(init, transform_of(memory, NO_CONTROL, times, step, magnitude))
+    return Architecture(init, transform_of(memory, None, times, step, magnitude))
 
 
 def rnn_mlp(

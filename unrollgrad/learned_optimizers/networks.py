@@ -14,7 +14,7 @@ def init_layers(key: Key, sizes: Sequence[int], last: float = 1.0) -> list[Theta
     """Dense layers: kernels of variance 1 / inputs (``last`` times that size in the last)."""
     normal = jax.nn.initializers.lecun_normal()
     layers = [
-        {"kernel": normal(k, shape, jnp.float32), "bias": jnp.zeros(shape[1])}
+        {"kernel": normal(k, shape, jnp.float32), "bias": jnp.zeros(shape[1], jnp.float32)}
         for k, shape in zip(
             jax.random.split(key, len(sizes) - 1), itertools.pairwise(sizes), strict=True
         )
@@ -34,7 +34,7 @@ def apply_layers(layers: Sequence[Theta], x: jax.Array, context: Any = 0.0) -> j
 def init_gru(key: Key, inputs: int, units: int) -> Theta:
     """A gated recurrent unit: what is read and what is remembered go through one product."""
     kernel = jax.nn.initializers.lecun_normal()(key, (inputs + units, 3 * units), jnp.float32)
-    return {"kernel": kernel, "bias": jnp.zeros(3 * units)}
+    return {"kernel": kernel, "bias": jnp.zeros(3 * units, jnp.float32)}
 
 
 def apply_gru(gru: Theta, x: jax.Array, memory: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from unrollgrad.learned_optimizers import features, networks
@@ -22,12 +21,12 @@ class PerWeightState(NamedTuple):
 
     Attributes:
         count: int32, steps so far.
-        memory: What is remembered of each tensor, as a list in the order of the weights' leaves.
+        memory: What is remembered of each tensor, a tree like the weights.
         controller: The recurrent network's memory, (tensors, units); () where there is none.
     """
 
     count: jax.Array
-    memory: list[Any]
+    memory: Any
     controller: Any
 
 
@@ -35,7 +34,7 @@ class Memory(NamedTuple):
     """What is remembered of a tensor.
 
     Attributes:
-        begin: ``begin(weights)``.
+        begin: ``begin(zeros)``, from zeros like the weights.
         see: ``see(memory, gradient, weights)`` returns features (*shape, features), the gradient
             and the weights first, and the next memory.
     """
@@ -51,21 +50,18 @@ class Controller(NamedTuple):
         begin: ``begin(number of tensors)``, its memory.
         control: ``control(theta, memory, tensors)`` of the tensors' features (tensors, features)
             returns the next memory; what to add to the first layer, (tensors, units); and log
-            magnitudes, (tensors,). Both None: nothing.
+            magnitudes, (tensors,).
     """
 
     begin: Callable[[int], Any]
-    control: Callable[[Any, Any, jax.Array], tuple[Any, Any, Any]]
-
-
-NO_CONTROL = Controller(lambda count: (), lambda theta, memory, tensors: (memory, None, None))
+    control: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
 
 def averaging(decays: Sequence[float]) -> Memory:
     """Gradient, weight, and averages of the gradient."""
 
-    def begin(w: jax.Array) -> jax.Array:
-        return jnp.zeros((*w.shape, len(decays)), wide(w.dtype))
+    def begin(zeros: jax.Array) -> jax.Array:
+        return jnp.stack([zeros] * len(decays), axis=-1)
 
     def see(old: jax.Array, g: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         new = features.averages(old, g, decays)
@@ -76,42 +72,63 @@ def averaging(decays: Sequence[float]) -> Memory:
 
 def transform_of(
     memory: Memory,
-    controller: Controller,
+    controller: Controller | None,
     times: Sequence[float],
     step: float,
     magnitude: float,
 ) -> Callable[[Any], optax.GradientTransformation]:
-    """From theta = {"layers": ..., perhaps the controller's} to the optax transformation."""
+    """From theta = {"layers": ..., perhaps the controller's} to the optax transformation.
+
+    Leaves without numbers, and those whose gradient is None, stay as they are.
+    """
+
+    def init(params: Any) -> PerWeightState:
+        leaves, structure = jax.tree.flatten(params)
+        for path, w in jax.tree_util.tree_leaves_with_path(params):
+            if jnp.iscomplexobj(w):
+                raise TypeError(
+                    f"a learned optimizer updates real weights; params{jax.tree_util.keystr(path)} "
+                    f"is {jnp.result_type(w)}. Train the others (optax.masked), or hold its real "
+                    "and imaginary parts as two leaves."
+                )
+        zeros = [jnp.zeros_like(w, wide(jnp.result_type(w))) for w in leaves]
+        of_tensors = () if controller is None else controller.begin(len(leaves))
+        remembered = structure.unflatten(memory.begin(x) for x in zeros)
+        return PerWeightState(jnp.zeros((), jnp.int32), remembered, of_tensors)
 
     def transform(theta: Any) -> optax.GradientTransformation:
-        def init(params: Any) -> PerWeightState:
-            leaves = jax.tree.leaves(params)
-            of_tensors = controller.begin(len(leaves))
-            return PerWeightState(jnp.int32(0), [memory.begin(w) for w in leaves], of_tensors)
-
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             if params is None:
                 raise ValueError(
                     "a learned optimizer looks at the weights: call update(grads, state, params)."
                 )
-            grads, structure = jax.tree.flatten(updates)
-            pairs = list(zip(grads, structure.flatten_up_to(params), strict=True))
-            seen = [
-                memory.see(old, g.astype(wide(w.dtype)), w.astype(wide(w.dtype)))
-                for old, (g, w) in zip(state.memory, pairs, strict=True)
-            ]
-            time = features.time(state.count, times, jnp.float32)
-            tensors = jnp.stack([features.of_tensor(x, time) for x, _ in seen])
-            of_tensors, context, scale = controller.control(theta, state.controller, tensors)
-
-            rows = jnp.concatenate([features.normalised(x) for x, _ in seen])
-            which = np.repeat(np.arange(len(grads)), [g.size for g in grads])
-            out = _network(theta["layers"], rows, time, None if context is None else context[which])
-            log = out[:, 1] if scale is None else out[:, 1] + scale[which]
-            moves = -step * out[:, 0] * jnp.exp(magnitude * log)
-            parts = jnp.split(moves, list(itertools.accumulate(g.size for g in grads))[:-1])
-            moves = [p.reshape(g.shape).astype(g.dtype) for p, g in zip(parts, grads, strict=True)]
-            new = PerWeightState(state.count + 1, [kept for _, kept in seen], of_tensors)
+            weights, structure = jax.tree.flatten(params)
+            moves = structure.flatten_up_to(updates)
+            remembered = structure.flatten_up_to(state.memory)
+            active = [i for i, g in enumerate(moves) if g is not None and jnp.size(g)]
+            of_tensors = state.controller
+            if active:
+                seen = []
+                for i in active:
+                    g, w = (
+                        jnp.asarray(x, wide(jnp.result_type(x))) for x in (moves[i], weights[i])
+                    )
+                    found, remembered[i] = memory.see(remembered[i], g, w)
+                    seen.append(found)
+                time = features.time(state.count, times, jnp.float32)
+                context = log_magnitudes = None
+                if controller is not None:
+                    tensors = jnp.stack([features.of_tensor(x, time) for x in seen])
+                    own = of_tensors[jnp.array(active)]
+                    own, context, log_magnitudes = controller.control(theta, own, tensors)
+                    of_tensors = of_tensors.at[jnp.array(active)].set(own)
+                both = _through(theta["layers"], seen, time, context)
+                for j, (i, (d, m)) in enumerate(zip(active, both, strict=True)):
+                    m = m if log_magnitudes is None else m + log_magnitudes[j]
+                    move = -step * d * jnp.exp(magnitude * m)
+                    g = jnp.asarray(moves[i])
+                    moves[i] = move.reshape(g.shape).astype(g.dtype)
+            new = PerWeightState(state.count + 1, structure.unflatten(remembered), of_tensors)
             return structure.unflatten(moves), new
 
         return optax.GradientTransformation(init, update)
@@ -119,13 +136,25 @@ def transform_of(
     return transform
 
 
-def _network(layers: list[Any], rows: jax.Array, time: jax.Array, context: Any) -> jax.Array:
-    """The MLP on all rows; the time, which all share, goes through its part of the product once."""
+def _through(
+    layers: list[Any], seen: list[jax.Array], time: jax.Array, context: Any
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Both outputs of the MLP for every weight of every tensor, in one product.
+
+    The time, which all share, goes through its part of the first layer once.
+    """
     first, *others = layers
-    own = rows.shape[-1]
+    own = seen[0].shape[-1]
     shared = time @ first["kernel"][own:]
     layers = [{**first, "kernel": first["kernel"][:own]}, *others]
-    return networks.apply_layers(layers, rows, shared if context is None else shared + context)
+    rows = [features.normalised(x) for x in seen]
+    sizes = [len(x) for x in rows]
+    if context is not None:
+        parts = [jnp.broadcast_to(c, (n, len(c))) for c, n in zip(context, sizes, strict=True)]
+        shared = shared + jnp.concatenate(parts)
+    out = networks.apply_layers(layers, jnp.concatenate(rows), shared)
+    ends = list(itertools.accumulate(sizes))[:-1]
+    return list(zip(jnp.split(out[:, 0], ends), jnp.split(out[:, 1], ends), strict=True))
 
 
 def check_hidden(hidden: Sequence[int]) -> None:

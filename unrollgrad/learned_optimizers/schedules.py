@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from unrollgrad.learned_optimizers.architecture import Architecture
+from unrollgrad.noise import wide
 from unrollgrad.types import Theta
 
 KNOTS = (0, 3, 10, 30, 100, 300, 1000, 3000)
@@ -32,11 +33,12 @@ def scheduled_sgd(
         An ``Architecture``.
 
     Raises:
-        ValueError: If the knots do not increase.
+        ValueError: If the knots do not increase, the rate is not positive, or a decay is not
+            between 0 and 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
-        >>> sgd = ug.learned_optimizers.scheduled_sgd(rate=0.5, momentum=0.0)
+        >>> sgd = ug.learned_optimizers.scheduled_sgd(rate=0.5)
         >>> optimizer = sgd.transform(sgd.init(jax.random.key(0)))
         >>> params = jnp.ones(2)
         >>> updates, state = optimizer.update(params, optimizer.init(params), params)
@@ -47,12 +49,15 @@ def scheduled_sgd(
 
     def init(key):
         del key  # the same for all
-        return {"log_rate": _everywhere(rate, knots), "momentum_logit": _logit(momentum)}
+        return {
+            "log_rate": _everywhere(rate, knots),
+            "momentum_logit": _logit("momentum", momentum),
+        }
 
     def transform(theta):
         momentum = jax.nn.sigmoid(theta["momentum_logit"])
         rate = _schedule(theta["log_rate"], knots)
-        return _keeping_dtypes(optax.sgd(rate, momentum=momentum))
+        return _widened(optax.sgd(rate, momentum=momentum))
 
     return Architecture(init, transform)
 
@@ -61,6 +66,9 @@ def scheduled_adam(
     *, knots: Sequence[int] = KNOTS, rate: float = 0.01, b1: float = 0.9, b2: float = 0.999
 ) -> Architecture:
     """Adam; theta is the schedule of its rate, and both decays.
+
+    Its moments are float32 at least, and 1e-12 is added to the second one below the root: gradients
+    under 1e-6 take shorter steps than optax.adam's, and derivatives are finite where one is zero.
 
     theta = {"log_rate": (len(knots),), "b1_logit": (), "b2_logit": ()}. The log rate is piecewise
     linear in log(1 + t) between the knots, and constant after the last one.
@@ -75,7 +83,8 @@ def scheduled_adam(
         An ``Architecture``.
 
     Raises:
-        ValueError: If the knots do not increase.
+        ValueError: If the knots do not increase, the rate is not positive, or a decay is not
+            between 0 and 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -92,8 +101,8 @@ def scheduled_adam(
         del key  # the same for all
         return {
             "log_rate": _everywhere(rate, knots),
-            "b1_logit": _logit(b1),
-            "b2_logit": _logit(b2),
+            "b1_logit": _logit("b1", b1),
+            "b2_logit": _logit("b2", b2),
         }
 
     def transform(theta):
@@ -103,7 +112,7 @@ def scheduled_adam(
             b2=jax.nn.sigmoid(theta["b2_logit"]),
             eps_root=1e-12,  # finite derivatives where a gradient is zero
         )
-        return _keeping_dtypes(adam)
+        return _widened(adam)
 
     return Architecture(init, transform)
 
@@ -116,25 +125,34 @@ def _schedule(log_rate: jax.Array, knots: Sequence[int]) -> optax.Schedule:
     return rate
 
 
-def _keeping_dtypes(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """With the dtypes that it is given: theta is float32, and would widen bfloat16 weights."""
+def _widened(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Moments of float32 at least, updates in the gradients' dtypes."""
+
+    def widened(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.result_type(x))), tree)
 
     def like(old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), old, new)
+        return jax.tree.map(lambda a, b: jnp.asarray(b, jnp.result_type(a)), old, new)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        moves, new = transform.update(updates, state, params)
+        moves, new = transform.update(widened(updates), state, params)
         return like(updates, moves), like(state, new)
 
-    return optax.GradientTransformation(transform.init, update)
+    return optax.GradientTransformation(lambda params: transform.init(widened(params)), update)
 
 
 def _everywhere(rate: float, knots: Sequence[int]) -> Theta:
+    if not rate > 0:
+        raise ValueError(f"`rate` must be positive; got {rate}.")
     return jnp.full(len(knots), np.log(rate), jnp.float32)
 
 
-def _logit(x: float) -> jax.Array:
-    return jnp.asarray(np.log(x / (1 - x)) if x > 0 else -np.inf, jnp.float32)
+def _logit(name: str, decay: float) -> jax.Array:
+    if not 0 < decay < 1:
+        raise ValueError(
+            f"`{name}` must lie between 0 and 1, since its logit is theta; got {decay}."
+        )
+    return jnp.asarray(np.log(decay / (1 - decay)), jnp.float32)
 
 
 def _increasing(knots: Sequence[int]) -> None:
