@@ -19,6 +19,7 @@ from experiments.results import Record, Summary, read_json
 from unrollgrad.checks import positive_int
 from unrollgrad.extras import need
 from unrollgrad.learned_optimizers import ARCHITECTURES
+from unrollgrad.learned_optimizers.schedules import KNOTS
 from unrollgrad.types import GradientEstimator, Theta
 
 Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]
@@ -209,10 +210,11 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
-    """Of the architecture."""
-    if _is_schedule(settings) or settings.scale == "paper":
-        return {}
-    return SMALL
+    """Of the architecture. A schedule has no knot beyond the horizon, where nothing trains it."""
+    if _is_schedule(settings):
+        before = tuple(knot for knot in KNOTS if knot < settings.horizon)
+        return {"knots": (*before, settings.horizon)}
+    return {} if settings.scale == "paper" else SMALL
 
 
 @functools.lru_cache(maxsize=1)

@@ -166,7 +166,9 @@ def test_smoke(tmp_path, capsys):
     saved = ug.learned_optimizers.read(folder / "scheduled_adam-es_single-seed-0.npz")
     assert saved.notes["estimator"] == "es_single"
     assert saved.notes["horizon"] == 8
-    evaluate = learned_optimizer.validation(("mlp",), "scheduled_adam", (), 8, 2)
+    knots = tuple(saved.settings["knots"])
+    assert knots == (0, 3, 8)
+    evaluate = learned_optimizer.validation(("mlp",), "scheduled_adam", (("knots", knots),), 8, 2)
     np.testing.assert_allclose(
         evaluate(KEY, saved.theta)["meta_loss"], found[0, 12, "es_single", "meta_loss"], rtol=1e-5
     )
