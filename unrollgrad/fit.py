@@ -316,9 +316,9 @@ def _not_finite(finite: dict[str, Any], step: int) -> str:
     )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)
 def _program(estimator, optimizer, size):
-    """``_dispatch``, compiled; a few are kept for other calls, and no more of them in memory."""
+    """``_dispatch``, compiled; the last is kept for another call, and no more of them in memory."""
     return jax.jit(functools.partial(_dispatch, estimator, optimizer, size), donate_argnums=(0,))
 
 
