@@ -19,8 +19,6 @@ def learned_optimizer(
     cross-entropy. The default theta is random with small outputs, so that the optimizer hardly
     moves anything.
 
-    MEASURED
-
     Args:
         horizon: Inner steps in an episode.
         width: Units in the hidden layer of the learned optimizer.
