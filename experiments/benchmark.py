@@ -27,7 +27,8 @@ class Settings:
     counted, with perturbed thetas that are given; for bptt and tbptt the bare value_and_grad of the
     same windows. Estimator and floor run in turn, whole episodes; medians and quartiles of the
     ratios. "tiny" is influence balancing, "medium" the schedule of a 784-100-10 MLP at batch 100,
-    "learned optimizer" all weights of a small optimizer, "large" the schedule of a transformer;
+    "learned optimizer" all weights of a small optimizer, "meta-training" those of a larger one on
+    tasks that every episode draws anew, "large" the schedule of a transformer;
     two stand a second time, in windows of one step ("K=1").
     Then sweeps: workers, devices, truncation and horizon (what compiling takes), theta's size
     (memory), and implicit hypergradients beside bare Hessian products.

@@ -136,7 +136,7 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
     """Writes the loss along every optimizer's training, and after 1, 2 and 5 horizons.
 
     Of a learned one also what it is over the best of Adam's rates on the same tasks, after one
-    horizon, and over their median, after two.
+    horizon, and over the median of those that are finite, after two.
     """
     key = jax.random.key(_HELD_OUT + seed)
     learned = {file.stem: ug.learned_optimizers.read(file) for file in settings.files}
@@ -166,8 +166,10 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
                     loss = curve[length * POINTS]
                     write({**series, "step": step, f"loss at {length}x": loss})
                 if name in learned:
-                    best, median = adam[:, POINTS].min(), np.median(adam[:, 2 * POINTS])
-                    write({**series, OVER_BEST: curve[POINTS] / best})
+                    # Rates that diverged do not make a median easier to be below.
+                    first, second = adam[:, POINTS], adam[:, 2 * POINTS]
+                    write({**series, OVER_BEST: curve[POINTS] / first.min()})
+                    median = np.median(second[np.isfinite(second)])
                     write({**series, OVER_MEDIAN: curve[2 * POINTS] / median})
 
 

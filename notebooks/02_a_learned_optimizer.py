@@ -16,8 +16,8 @@
 # # A learned optimizer for my flax model
 #
 # A learned optimizer is an optax optimizer whose rule was meta-trained on many small tasks. One
-# comes with the repository, in a file of a few kilobytes. This notebook trains a flax model with
-# it and then meta-trains one, in two minutes on two CPU cores. Install, in a checkout, with
+# comes with the repository, in a file of about a kilobyte. This notebook trains a flax model with
+# it and then meta-trains one, in about a minute on two CPU cores. Install, in a checkout, with
 # `pip install -e ".[experiments]"`; to load an optimizer, `pip install unrollgrad` is enough.
 
 # %%
@@ -100,8 +100,8 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# It was meta-trained on small MLPs and conv nets on images and LSTMs on text, for 200 steps. On
-# what is like that it needs no tuning; far from it, look at the curve before you trust it:
+# It was meta-trained on small MLPs and conv nets on images and LSTMs on text, for 50 to 200 steps,
+# and is no better than that: look at the curve before you trust it elsewhere.
 # `python -m experiments evaluate_optimizer` tests optimizers on held-out tasks of these kinds, for
 # up to five times as many steps.
 

@@ -1,5 +1,6 @@
 """What a learned optimizer sees of a weight, of its tensor, and of the time."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,8 +37,8 @@ def time(count: jax.Array, times: Sequence[float], dtype: Any) -> jax.Array:
 def of_tensor(x: jax.Array, time: jax.Array) -> jax.Array:
     """Of a whole tensor: how large its features are, its shape, and the time."""
     sizes = 0.05 * jnp.log(mean_square(x) + TINY)
-    size, axes = 0.1 * jnp.log(x[..., 0].size), x.ndim - 1
-    return jnp.concatenate([sizes, jnp.stack([size, axes]).astype(sizes.dtype), time])
+    shape = [0.1 * math.log(math.prod(x.shape[:-1])), x.ndim - 1]
+    return jnp.concatenate([sizes, jnp.asarray(shape, sizes.dtype), time])
 
 
 class Factored(NamedTuple):

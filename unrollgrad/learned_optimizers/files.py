@@ -104,7 +104,7 @@ def save(
 def load(path: str | Path) -> optax.GradientTransformation:
     """A learned optimizer from a file, as an ordinary optax optimizer.
 
-    Needs jax and optax only. Its ``update`` takes ``params``, as optax's optimizers with weight
+    Needs no extra. Its ``update`` takes ``params``, as optax's optimizers with weight
     decay do; combine it with others by ``optax.chain``. Its steps have the size they were trained
     for: no learning rate is to be chosen.
 

@@ -206,7 +206,7 @@ def rnn_mlp(
         return {**plain.init(keys[0]), "gru": gru, "control": control}
 
     def begin(count: int) -> jax.Array:
-        return jnp.zeros((count, units))
+        return jnp.zeros((count, units), jnp.float32)
 
     def control(theta: Any, memory: Any, tensors: jax.Array) -> tuple[Any, Any, Any]:
         memory = networks.apply_gru(theta["gru"], tensors, memory)

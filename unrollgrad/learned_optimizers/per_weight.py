@@ -121,7 +121,7 @@ def transform_of(
                     tensors = jnp.stack([features.of_tensor(x, time) for x in seen])
                     own = of_tensors[jnp.array(active)]
                     own, context, log_magnitudes = controller.control(theta, own, tensors)
-                    of_tensors = of_tensors.at[jnp.array(active)].set(own)
+                    of_tensors = of_tensors.at[jnp.array(active)].set(own.astype(of_tensors.dtype))
                 both = _through(theta["layers"], seen, time, context)
                 for j, (i, (d, m)) in enumerate(zip(active, both, strict=True)):
                     m = m if log_magnitudes is None else m + log_magnitudes[j]
