@@ -150,6 +150,9 @@ def show(records: list[Record]) -> None:
                 f"{x['estimator_mebibytes']:.1f}",
             )
     console.print(main)
+    for r in records:
+        if r.metric == "out_of_memory":
+            print("out of memory:", *r.labels.values())
     for part, metric, unit in (
         ("workers", "median_seconds", "s"),
         ("workers", "median_ratio", "of the floor"),

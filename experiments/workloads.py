@@ -141,7 +141,10 @@ def leaky_sum(horizon: int, size: int) -> Example:
 
 
 def workloads(scale: str) -> dict[str, Workload]:
-    """By name. Sizes of "large" are the scale's, and all of them are small for "smoke"."""
+    """By name. Sizes of "large" are the scale's, and all of them are small for "smoke".
+
+    For "paper" all but "large" have 4096 particles.
+    """
     if scale == "smoke":
         sizes, batch, large, cut = (8, 4, 3), 4, (8, 1, 4, 2), 2
     else:
@@ -150,15 +153,17 @@ def workloads(scale: str) -> dict[str, Workload]:
     medium = Workload(lambda horizon: mlp_schedule(horizon, sizes, batch), cut, 5, 16, 0.1)
     learned = Workload(learned_optimizer, 2 * cut, 5, 16, 0.01)
     of_large = Workload(lambda horizon: transformer_schedule(horizon, *large), cut, 2, 4, 0.1)
-    return {
+    small = {
         "tiny": Workload(ug.problems.influence_balancing, cut, 10, 1000, 0.1),
         "medium": medium,
         "medium, K=1": in_single_steps(medium),
         "learned optimizer": learned,
         "learned optimizer, K=1": in_single_steps(learned),
         "meta-training": Workload(meta_training, cut, 5, 16, 0.01),
-        "large": of_large,
     }
+    if scale == "paper":
+        small = {name: w._replace(particles=4096) for name, w in small.items()}
+    return {**small, "large": of_large}
 
 
 def in_single_steps(workload: Workload) -> Workload:
