@@ -138,16 +138,14 @@ def truncated_es(
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         noise_key = unroll.noise_key(episode, episode.t // truncation)
         thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
-        states = pairs.spread(state.state, num_pairs)
-        result = pairs.run(problem, episode, thetas, states, truncation, data)
-        mean = unroll.window(
-            problem, episode, theta, state.state, truncation, data, reset=unroll.reset_forwards
+        result, mean = pairs.run_from_mean(
+            problem, episode, thetas, theta, state.state, truncation, data
         )
         unit = pairs.realised(thetas, sigma, result.losses)
         steps = (2 * num_pairs + 1) * truncation
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
         episode = unroll.advance(episode, truncation)
-        return out, worker.MeanState(episode, mean.state, made_by)
+        return out, worker.MeanState(episode, mean, made_by)
 
     return worker.compiled(init, estimate, truncation)
 

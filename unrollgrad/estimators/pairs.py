@@ -92,6 +92,34 @@ def run(
     return jax.vmap(jax.vmap(one))(thetas, states, starts)
 
 
+def run_from_mean(
+    problem: UnrolledProblem,
+    episode: Episode,
+    thetas: Theta,
+    theta: Theta,
+    state: State,
+    num_steps: int,
+    data: Any = None,
+) -> tuple[unroll.Window, State]:
+    """Runs one window of every pair, and of theta itself, all from one state and side by side.
+
+    Returns:
+        The pairs' windows, leading axes ``(num_pairs, 2)``, and the state that theta ends in.
+    """
+    everyone = jax.tree.map(
+        lambda both, x: jnp.concatenate([both.reshape(-1, *x.shape), x[None]]), thetas, theta
+    )
+
+    def one(theta):
+        return unroll.window(
+            problem, episode, theta, state, num_steps, data, reset=unroll.reset_forwards
+        )
+
+    windows = jax.vmap(one)(everyone)
+    of_pairs = jax.tree.map(lambda x: x[:-1].reshape(-1, 2, *x.shape[1:]), windows)
+    return of_pairs, jax.tree.map(lambda x: x[-1], windows.state)
+
+
 def estimate(
     window: unroll.Window,
     sigma: Any,
