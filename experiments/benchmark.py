@@ -26,7 +26,8 @@ class Settings:
     The floor is one jitted vmap and scan of the same particles and inner steps, a mean pass
     counted, with perturbed thetas that are given; for bptt and tbptt the bare value_and_grad of the
     same windows. Estimator and floor run in turn, whole episodes; medians and quartiles of the
-    ratios; what the device's memory is too small for is left out, and named. "tiny" is influence
+    ratios; episodes for which the device's memory is too small are named. Memory counts a worker's
+    state twice, as it goes in and as it comes out, where fit overwrites it. "tiny" is influence
     balancing, "medium" the schedule of a 784-100-10 MLP at batch 100, "learned optimizer" all
     weights of a small optimizer, "meta-training" those of a larger one on tasks that every episode
     draws anew, "large" the schedule of a transformer; two stand a second time, in windows of one
@@ -198,13 +199,30 @@ def _beside(
     make: functools.partial[floors.Case],
     progress: Callable[[float], None],
 ) -> Iterator[dict[str, Any]]:
-    """An episode of an estimator and of its floor, in turn; or that they take too much memory."""
+    """An episode of an estimator and of its floor, in turn; or that memory is too small for it."""
     try:
         yield from _episodes(settings, labels, make, progress)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not _out_of_memory(error):
             raise
-        yield {"out_of_memory": 1.0}
+        yield {"out_of_memory": 1.0, "floor_fits": float(_fits(make))}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return "resource_exhausted" in text and ("memory" in text or "allocat" in text)
+
+
+def _fits(make: functools.partial[floors.Case]) -> bool:
+    """Whether the floor alone does."""
+    case = make()
+    try:
+        jax.block_until_ready(timing.compiled(case.floor, *case.floor_args).call(*case.floor_args))
+    except jax.errors.JaxRuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _episodes(
@@ -215,7 +233,7 @@ def _episodes(
 ) -> Iterator[dict[str, Any]]:
     case = make()
     workload: Workload = make.args[0]
-    what = labels["workload"], workload.truncation, workload.windows, make.args[1]
+    what = *labels.values(), workload.truncation, workload.windows
     name = settings.scale, settings.num_compilations, *what, *sorted(make.keywords.items())
     if name not in _COMPILED:  # else by a seed before: seeds are in the arguments alone
         _COMPILED[name] = timing.compiled_in_turn(
@@ -250,8 +268,12 @@ def _ratios(
         yield {"step": repeat, "seconds": times[-1][0], "ratio": times[-1][1]}
     seconds, ratios = np.array(times).T
     low, median, high = (float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75)))
-    yield {"median_ratio": median, "lower_ratio": low, "upper_ratio": high}
-    yield {"median_seconds": float(np.median(seconds))}
+    yield {
+        "median_ratio": median,
+        "lower_ratio": low,
+        "upper_ratio": high,
+        "median_seconds": float(np.median(seconds)),
+    }
 
 
 def _memory(

@@ -168,8 +168,11 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
                 if name in learned:
                     # Rates that diverged do not make a median easier to be below.
                     first, second = adam[:, POINTS], adam[:, 2 * POINTS]
-                    write({**series, OVER_BEST: curve[POINTS] / first.min()})
-                    median = np.median(second[np.isfinite(second)])
+                    best, median = (
+                        how(x[np.isfinite(x)]) if np.isfinite(x).any() else np.nan
+                        for how, x in ((np.min, first), (np.median, second))
+                    )
+                    write({**series, OVER_BEST: curve[POINTS] / best})
                     write({**series, OVER_MEDIAN: curve[2 * POINTS] / median})
 
 

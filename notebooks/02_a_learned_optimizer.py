@@ -15,9 +15,9 @@
 # %% [markdown]
 # # A learned optimizer for my flax model
 #
-# A learned optimizer is an optax optimizer whose rule was meta-trained on many small tasks. One
-# comes with the repository, in a file of about a kilobyte. This notebook trains a flax model with
-# it and then meta-trains one, in about a minute on two CPU cores. Install, in a checkout, with
+# A learned optimizer is an optax optimizer whose rule was meta-trained on many small tasks. Two
+# come with the repository, in files of about a kilobyte. This notebook trains a flax model with
+# one and then meta-trains one, in about a minute on two CPU cores. Install, in a checkout, with
 # `pip install -e ".[experiments]"`; to load an optimizer, `pip install unrollgrad` is enough.
 
 # %%

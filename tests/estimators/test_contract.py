@@ -488,3 +488,37 @@ def test_while_loop_under_evolution_strategies():
         theta = jnp.float32(0.3)
         estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
         assert np.isfinite(float(estimate.grad))
+
+
+@every
+def test_empty_leaves_in_the_state(name):
+    """Such as those of an optimizer that has nothing to remember."""
+    problem, theta = quadratic()
+
+    def init(key, theta):
+        return problem.init(key, theta), jnp.zeros((0, 3)), jax.random.split(key, 0)
+
+    def step(key, theta, state, t, *data):
+        new, loss = problem.step(key, theta, state[0], t, *data)
+        return (new, *state[1:]), loss
+
+    estimator = build(name, problem._replace(init=init, step=step))
+    out, state = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(out.grad))
+    estimator.estimate(OTHER, theta, state)
+
+
+@pytest.mark.parametrize("name", ["full_es", "truncated_es", "es_single"])
+def test_three_thetas_for_a_pair(name):
+    """Both signs, and the noise as it is drawn: where a state is nothing beside theta."""
+    num_pairs, theta = 16, jnp.zeros(100_000)
+
+    def step(key, theta, state, t):
+        state = 0.5 * state + jnp.mean(theta)
+        return state, (state - 1) ** 2
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.zeros(()), step, 4)
+    estimator = REGISTRY[name].build(problem, truncation=2, sigma=0.1, num_pairs=num_pairs)
+    args = KEY, theta, estimator.init(KEY, theta)
+    plan = jax.jit(estimator.estimate).lower(*args).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 3.3 * num_pairs * theta.nbytes

@@ -118,6 +118,59 @@ def test_numbers_with_commas(monkeypatch, tmp_path):
     assert given[0].devices == (1, 2)
 
 
+@pytest.mark.parametrize("floor_fits", [True, False])
+def test_what_memory_is_too_small_for(floor_fits, monkeypatch, tmp_path, capsys):
+    """Everything else is measured; a floor that fits makes it the estimator's fault."""
+    quick = timing.Compiled(lambda *args: 0, 1.0, 1.0, 1)
+    calls = []
+
+    def compiled_in_turn(programs, count):
+        calls.append(programs)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        return dict.fromkeys(programs, quick)
+
+    def floor_alone(*args):
+        if not floor_fits:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+        return quick
+
+    monkeypatch.setattr(benchmark, "_COMPILED", {})
+    monkeypatch.setattr(timing, "compiled_in_turn", compiled_in_turn)
+    monkeypatch.setattr(timing, "compiled", floor_alone)
+    settings = dataclasses.replace(
+        benchmark.SCALES["smoke"],
+        out=tmp_path,
+        workers=(),
+        devices=(),
+        truncations=(),
+        sizes=(),
+        products=(),
+    )
+    folder = framework.execute(benchmark.EXPERIMENT, settings)
+    records = results.read(folder)
+    assert {r.labels["estimator"] for r in records if r.metric == "median_ratio"} == {"tbptt"}
+    found = {r.metric: r.value for r in records if r.labels["estimator"] == "es_single"}
+    assert found == {"out_of_memory": 1.0, "floor_fits": float(floor_fits)}
+    assert "out of memory: es_single on medium, 4" in capsys.readouterr().out
+    claim = benchmark_figure.claims(results.read_summary(folder))[0]
+    says = f"es_single out of memory, its floor {'not' if floor_fits else 'too'}"
+    assert says in claim.ours
+    if floor_fits:
+        assert not claim.holds
+
+
+def test_other_errors_are_raised(monkeypatch, tmp_path):
+    def fails(programs, count):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too many registers")
+
+    monkeypatch.setattr(timing, "compiled_in_turn", fails)
+    monkeypatch.setattr(benchmark, "_COMPILED", {})
+    settings = dataclasses.replace(benchmark.SCALES["smoke"], out=tmp_path)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="registers"):
+        framework.execute(benchmark.EXPERIMENT, settings)
+
+
 def test_claims_can_fail():
     def result(part, estimator, number, metric, mean):
         labels = {"part": part, "workload": "medium", "estimator": estimator, "number": str(number)}

@@ -138,7 +138,7 @@ def truncated_es(
         episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
         noise_key = unroll.noise_key(episode, episode.t // truncation)
         thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
-        result, mean = pairs.run_from_mean(
+        result, thetas, mean = pairs.run_from_mean(
             problem, episode, thetas, theta, state.state, truncation, data
         )
         unit = pairs.realised(thetas, sigma, result.losses)

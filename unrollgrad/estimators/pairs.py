@@ -100,24 +100,36 @@ def run_from_mean(
     state: State,
     num_steps: int,
     data: Any = None,
-) -> tuple[unroll.Window, State]:
+) -> tuple[unroll.Window, Theta, State]:
     """Runs one window of every pair, and of theta itself, all from one state and side by side.
 
     Returns:
-        The pairs' windows, leading axes ``(num_pairs, 2)``, and the state that theta ends in.
+        The pairs' windows without their states and the pairs' thetas, leading axes
+        ``(num_pairs, 2)``; and the state that theta ends in.
     """
-    everyone = jax.tree.map(
-        lambda both, x: jnp.concatenate([both.reshape(-1, *x.shape), x[None]]), thetas, theta
-    )
+    num_pairs = jax.tree.leaves(thetas)[0].shape[0]
+
+    def join(both, x):
+        return jnp.concatenate([both.reshape(2 * num_pairs, *x.shape), x[None]])
+
+    def of_pairs(x):
+        return x[:-1].reshape(num_pairs, 2, *x.shape[1:])
 
     def one(theta):
         return unroll.window(
             problem, episode, theta, state, num_steps, data, reset=unroll.reset_forwards
         )
 
+    everyone = jax.tree.map(join, thetas, theta)
     windows = jax.vmap(one)(everyone)
-    of_pairs = jax.tree.map(lambda x: x[:-1].reshape(-1, 2, *x.shape[1:]), windows)
-    return of_pairs, jax.tree.map(lambda x: x[-1], windows.state)
+    # The pairs' thetas are cut out after the run: no second copy of them is held while it lasts.
+    everyone, _ = jax.lax.optimization_barrier((everyone, windows.losses))
+    mean = jax.tree.map(lambda x: x[-1], windows.state)
+    return (
+        jax.tree.map(of_pairs, windows._replace(state=None)),
+        jax.tree.map(of_pairs, everyone),
+        mean,
+    )
 
 
 def estimate(
