@@ -81,6 +81,7 @@ def compare(
     source: str,
     what: str = "",
     errors: float | None = None,
+    other_metric: str | None = None,
 ) -> Claim:
     """That two estimators' metrics at the end differ so, by more than both standard errors.
 
@@ -94,8 +95,10 @@ def compare(
         source: Where it stands.
         what: Before the first number.
         errors: By more than so many standard errors of the difference instead.
+        other_metric: The other's, where that is not the same.
     """
-    mine, theirs = (summary.find(metric, estimator=one) for one in (name, other))
+    mine = summary.find(metric, estimator=name)
+    theirs = summary.find(other_metric or metric, estimator=other)
     if mine is None or theirs is None:
         return Claim(says, source, "not run", None)
     ours = f"{what}{_text_of(mine)} against {_text_of(theirs)}"

@@ -22,7 +22,7 @@ def test_smoke(tmp_path, capsys):
     folder = framework.execute(control.EXPERIMENT, settings)
     summary = results.read_summary(folder)
     claims = control.claims(summary)
-    assert len(claims) == 8
+    assert len(claims) == 9
     assert all(claim.holds is None for claim in claims)  # one seed
     assert [claim.ours == "not run" for claim in claims].count(True) == 6
     assert "steps to full ES's J" in capsys.readouterr().out
@@ -51,6 +51,14 @@ def test_one_update_of_few_pairs_costs_what_a_window_does():
         "es_single": 2000,
         "nres": 2000,
     }
+
+
+def test_along_a_curve():
+    curve = [(0, 0.0), (10, -1.0), (20, -0.5), (30, -2.0)]
+    assert control.loss_at(25, curve) == -0.5
+    assert control.loss_at(30, curve) == -2.0
+    assert control.steps_to(-0.7, curve) == 10
+    assert control.steps_to(-3.0, curve) == float("inf")
 
 
 def test_pairs_that_do_not_divide(tmp_path):
