@@ -141,7 +141,7 @@ def truncated_es(
         result, thetas, mean = pairs.run_from_mean(
             problem, episode, thetas, theta, state.state, truncation, data
         )
-        unit = pairs.realised(thetas, sigma, result.losses)
+        unit = pairs.difference(thetas, sigma)
         steps = (2 * num_pairs + 1) * truncation
         out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
         episode = unroll.advance(episode, truncation)

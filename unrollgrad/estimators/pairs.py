@@ -54,6 +54,11 @@ def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
             that no copy of them is held while it runs.
     """
     thetas, _ = jax.lax.optimization_barrier((thetas, window))
+    return difference(thetas, sigma)
+
+
+def difference(thetas: Theta, sigma: Any) -> Theta:
+    """Of both signs, over 2 sigma: what ``realised`` returns."""
 
     def leaf(s, both):
         both = both.astype(wide(both.dtype))
