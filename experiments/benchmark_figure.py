@@ -186,6 +186,9 @@ def claims(summary: Summary) -> list[Claim]:
     ]
 
 
+_FLOORS = {(1.0,): ", its floor not", (0.0,): ", its floor too"}
+
+
 def _claims_of_time(records: list[Record]) -> Iterator[Claim]:
     ratios = _table(records, "estimators", "median_ratio")
     too_large = _table(records, "estimators", "out_of_memory")
@@ -195,11 +198,12 @@ def _claims_of_time(records: list[Record]) -> Iterator[Claim]:
         line = {e: next(iter(ratios[workload, e].values())) for e in measured}
         if line:
             texts = [f"{name} {value:.2f}" for name, value in line.items()]
-            ours = [e for e in CORE if (workload, e) in too_large]
-            alone = [e for e in ours if next(iter(fits.get((workload, e), {0: 0}).values()))]
-            texts += [
-                f"{e} out of memory, its floor {'not' if e in alone else 'too'}" for e in ours
-            ]
+            alone = False
+            for e in CORE:
+                if (workload, e) in too_large:
+                    floors = set(fits.get((workload, e), {}).values())
+                    alone |= floors == {1.0}
+                    texts.append(f"{e} out of memory" + _FLOORS.get(tuple(floors), ""))
             yield _claim(
                 f"{workload}: at most {percent} % over the floor",
                 ", ".join(texts),
