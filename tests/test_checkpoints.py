@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, quadratic, raises
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, raises
 from unrollgrad import checkpoints
 
 KEY = jax.random.key(0)

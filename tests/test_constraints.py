@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import raises
 
 import unrollgrad as ug
+from tests.helpers import raises
 from unrollgrad import constraints
 from unrollgrad.constraints import box, constrain, free, positive, unconstrain, unit_interval
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Samples, build, raises
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
+from tests.helpers import build, raises
+from tests.statistics import Samples
 
 KEY = jax.random.key(0)
 SETTINGS = {"sigma": 0.1, "num_pairs": 2}

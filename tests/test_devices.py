@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, of_the_registry, quadratic, raises
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, raises, rows
 
 KEY = jax.random.key(0)
 MESHES = [pytest.param(n, marks=[] if n == 8 else pytest.mark.slow) for n in (1, 2, 4, 8)]
@@ -75,7 +75,7 @@ def draws(state):
 
 
 @pytest.mark.parametrize("num_devices", MESHES)
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_every_mesh_gives_the_same(name, num_devices):
     problem, theta = recorded()
     mesh = ug.make_worker_mesh(num_devices)
@@ -99,7 +99,7 @@ def collectives(many, theta):
     return len(re.findall(r" all-reduce(?:-start)?\(", text)), len(re.findall(other, text))
 
 
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_one_all_reduce(name):
     mesh = ug.make_worker_mesh(8)
     problem, theta = recorded()
@@ -157,7 +157,7 @@ def update_by_hand(estimator):
     return update
 
 
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_the_users_own_pmap_and_shard_map(name):
     """Three equal ways; ``test_the_n_fold_trap`` is what would go wrong."""
     problem, theta = recorded()

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, of_the_registry, quadratic, raises, settings
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, raises, rows, settings
 from unrollgrad.estimators import REGISTRY, worker
 
 KEY = jax.random.key(0)
 NAMES = list(REGISTRY)
-every = pytest.mark.parametrize("name", of_the_registry())
+every = pytest.mark.parametrize("name", rows())
 
 
 def run(name, problem, theta, **changes):
@@ -24,7 +24,7 @@ def run(name, problem, theta, **changes):
 
 def taking(setting):
     names = [n for n in NAMES if REGISTRY[n].takes(setting)]
-    return pytest.mark.parametrize("name", of_the_registry(names))
+    return pytest.mark.parametrize("name", rows(names))
 
 
 @taking("truncation")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, quadratic, raises
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, raises
 
 KEY = jax.random.key(0)
 OUTER = optax.adam(0.05)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Samples, quadratic, raises, settings, window_gradients
 
 import unrollgrad as ug
+from tests.helpers import quadratic, raises, settings
+from tests.statistics import Samples, window_gradients
 from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)

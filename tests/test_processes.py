@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import raises
 
 from experiments import results
 from experiments.processes import Processes, join
+from tests.helpers import raises
 
 ROOT = Path(__file__).parents[1]
 

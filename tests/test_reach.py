@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, of_the_registry
 
 import unrollgrad as ug
+from tests.helpers import build, rows
 from unrollgrad import problem_checks, reach
 from unrollgrad.estimators import REGISTRY
 
@@ -38,7 +38,7 @@ def accused(problem, theta=THETA):
     return str(caught[0].message).split(" cannot")[0] if caught else ""
 
 
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_a_dead_leaf_is_named(name):
     problem = one_step(lambda theta, s: (0.5 * s + theta["used"], s**2))
     with pytest.warns(UserWarning, match=r"^theta\['other'\] cannot influence the loss") as caught:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import build, raises
 
 import unrollgrad as ug
+from tests.helpers import build, raises
 from unrollgrad.estimators import REGISTRY, pairs
 from unrollgrad.resolution import fraction_lost
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Samples, build, of_the_registry, quadratic, raises
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, raises, rows
+from tests.statistics import Samples
 from unrollgrad.estimators import REGISTRY
 from unrollgrad.problems import theory
 
@@ -170,7 +171,7 @@ def test_expectation_over_an_episode_of_calls(stagger):
     assert samples.error_in_se(theory.truncated_gradient(influence, 2)) > 10
 
 
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_every_batch_size_equals_none(name):
     problem, theta = quadratic()
     stagger = "burn_in" if name in TRUNCATED else "lockstep"

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import build, of_the_registry, quadratic
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, rows
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 
@@ -20,7 +20,7 @@ def with_constants(problem):
     )
 
 
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_each_device_is_its_own_worker(name):
     """Replicated theta, sharded keys and states: not the sum of the gradients, as jax.grad has."""
     problem, theta = quadratic()
@@ -52,7 +52,7 @@ def test_each_device_is_its_own_worker(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_a_scan_over_calls(name):
     """The state of ``init`` is already what comes back, as a scan's carry has to be."""
     problem, theta = quadratic()

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, of_the_registry, quadratic
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic, rows
 
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("name", of_the_registry())
+@pytest.mark.parametrize("name", rows())
 def test_mean_of_workers_with_folded_keys(name):
     problem, theta = quadratic()
     alone = build(name, problem)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import raises
 from flax import nnx
 
 import unrollgrad as ug
+from tests.helpers import raises
 from unrollgrad import apo
 
 BOTH = ["learning_rate", "preconditioner"]

@@ -6,9 +6,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from conftest import raises
-from quadratics import quadratic, ridge
 
+from tests.helpers import raises
+from tests.quadratics import quadratic, ridge
 from unrollgrad import bilevel, implicit
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

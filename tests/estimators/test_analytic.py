@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Samples, raises, window_gradients
 
 import unrollgrad as ug
+from tests.helpers import raises
+from tests.statistics import Samples, window_gradients
 
 FACTORIES = {
     "pes": ug.pes,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import build, call_steps, of_the_registry, quadratic
 from flax import nnx
 
 import unrollgrad as ug
+from tests.helpers import build, call_steps, quadratic, rows
 from unrollgrad.estimators import REGISTRY
 
 NAMES = list(REGISTRY)
@@ -31,7 +31,7 @@ def averaged(name, problem, **changes):
 
 
 WAYS = {"alone": build, "averaged": averaged}
-every = pytest.mark.parametrize("name", of_the_registry())
+every = pytest.mark.parametrize("name", rows())
 alone_and_averaged = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 
 
@@ -418,7 +418,7 @@ def test_steps_are_the_untruncated_ones(name):
     np.testing.assert_allclose(np.mean(losses), whole, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", of_the_registry(n for n in NAMES if REGISTRY[n].takes("sigma")))
+@pytest.mark.parametrize("name", rows(n for n in NAMES if REGISTRY[n].takes("sigma")))
 def test_sigma_may_be_traced_and_a_prefix(name):
     problem, theta = quadratic()
 
@@ -448,7 +448,7 @@ def test_sigma_may_change_inside_an_episode():
     np.testing.assert_allclose(state.accumulated, unit, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", of_the_registry(n for n in NAMES if REGISTRY[n].takes("noise")))
+@pytest.mark.parametrize("name", rows(n for n in NAMES if REGISTRY[n].takes("noise")))
 def test_bf16_uses_the_realised_difference(name, optimized):
     """On a linear loss the estimate is exact given the perturbation that bf16 really made.
 

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Samples, build, quadratic, raises, window_gradients
 
 import unrollgrad as ug
 from experiments.problems import PROBLEMS
+from tests.helpers import build, quadratic, raises
+from tests.statistics import Samples, window_gradients
 from unrollgrad.problems import theory
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)

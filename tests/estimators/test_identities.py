@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import build, quadratic
 
 import unrollgrad as ug
+from tests.helpers import build, quadratic
 
 
 def one_call(estimator, theta, key=None):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import quadratic, raises
 
 import unrollgrad as ug
+from tests.helpers import quadratic, raises
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Samples, build, window_gradients
 
 import unrollgrad as ug
+from tests.helpers import build
+from tests.statistics import Samples, window_gradients
 from unrollgrad.problems import theory
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from stored import expect
 
 from experiments import (
     apo_autoencoder,
@@ -19,6 +18,7 @@ from experiments import (
     results,
 )
 from experiments import experiment as framework
+from tests.stored import expect
 from unrollgrad import apo
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import raises
-from stored import expect
 
 import unrollgrad as ug
 from experiments import control, results, tuning
 from experiments import experiment as framework
 from experiments.problems.swimmer import swimmer
+from tests.helpers import raises
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

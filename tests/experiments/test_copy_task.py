@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from stored import expect
 
 import unrollgrad as ug
 from experiments import copy_task, results
 from experiments import experiment as framework
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

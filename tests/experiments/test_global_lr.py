@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stored import expect
 
 import unrollgrad as ug
 from experiments import experiment as framework
 from experiments import global_lr, results
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

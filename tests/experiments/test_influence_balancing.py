@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from stored import expect
-
 from experiments import experiment as framework
 from experiments import influence_balancing, results
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stored import expect
 
 from experiments import experiment as framework
 from experiments import l2_regression, results
 from experiments.problems import ridge
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

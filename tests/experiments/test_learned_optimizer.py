@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import raises
-from stored import expect
 
 import unrollgrad as ug
 from experiments import __main__ as cli
@@ -17,6 +15,8 @@ from experiments import evaluate_optimizer, learned_optimizer, results
 from experiments import experiment as framework
 from experiments.learned_optimizers import tasks
 from experiments.learned_optimizers.mixture import mean_of
+from tests.helpers import raises
+from tests.stored import expect
 from unrollgrad.learned_optimizers import Architecture
 
 KEY = jax.random.key(0)

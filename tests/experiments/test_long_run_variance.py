@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from stored import expect
 
 import unrollgrad as ug
 from experiments import experiment as framework
 from experiments import long_run_variance, results
 from experiments.staggered_variance import staggered_variance
+from tests.stored import expect
 from unrollgrad.problems import theory
 
 

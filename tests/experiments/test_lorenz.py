@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from stored import expect
 
 import unrollgrad as ug
 from experiments import experiment as framework
 from experiments import lorenz, results
 from experiments.results import Summary
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

@@ -6,11 +6,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stored import expect
 
 from experiments import experiment as framework
 from experiments import heat_map, lr_schedule, results
 from experiments.problems import image_mlp
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

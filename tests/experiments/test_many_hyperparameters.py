@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from stored import expect
 
 import unrollgrad as ug
 from experiments import experiment as framework
 from experiments import many_hyperparameters as many
 from experiments import results
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

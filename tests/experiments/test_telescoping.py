@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stored import expect
 
 from experiments import data, results, telescoping
 from experiments import experiment as framework
 from experiments.problems import image_mlp
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

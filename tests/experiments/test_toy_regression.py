@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from stored import expect
 
 from experiments import experiment as framework
 from experiments import results, toy_regression
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import of_the_registry, raises
 
 from experiments import __main__ as cli
 from experiments import experiment as framework
 from experiments import results, train
+from tests.helpers import raises, rows
 from unrollgrad import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def values(folder):
     return found
 
 
-@pytest.mark.parametrize("estimator", of_the_registry())
+@pytest.mark.parametrize("estimator", rows())
 def test_every_estimator(estimator, tmp_path, capsys):
     folder = execute(tmp_path, problem="influence_balancing", estimator=estimator, devices=2)
     files = ["checkpoints", "config.json", "figure.png", "metrics.csv", "summary.json"]

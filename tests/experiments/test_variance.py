@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from stored import expect
 
 import unrollgrad as ug
 from experiments import __main__ as cli
 from experiments import experiment as framework
 from experiments import results, variance
 from experiments.problems import PROBLEMS
+from tests.stored import expect
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     expect(problem, numbers)
 
 
-def test_every_row_of_the_registry(tmp_path, capsys):
+def test_every_row_rows(tmp_path, capsys):
     """An estimator is in the command by its row alone."""
     settings = dataclasses.replace(
         variance.SCALES["smoke"],

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from stored import expect
 
 from experiments import experiment as framework
 from experiments import results, variance_lstm, variance_lstm_figure
 from experiments.problems.text_lstm import VOCABULARY, encode
+from tests.stored import expect
 
 
 def test_smoke(tmp_path, capsys):

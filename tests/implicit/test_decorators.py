@@ -6,9 +6,9 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from conftest import raises
-from quadratics import ridge
 
+from tests.helpers import raises
+from tests.quadratics import ridge
 from unrollgrad import implicit
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}

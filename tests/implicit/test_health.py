@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
-from conftest import raises
-from quadratics import quadratic, ridge
 
+from tests.helpers import raises
+from tests.quadratics import quadratic, ridge
 from unrollgrad import implicit
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}

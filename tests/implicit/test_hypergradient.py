@@ -9,10 +9,10 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from conftest import raises
-from quadratics import quadratic, ridge
 
 import unrollgrad as ug
+from tests.helpers import raises
+from tests.quadratics import quadratic, ridge
 from unrollgrad import implicit
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}

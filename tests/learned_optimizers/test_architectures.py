@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import raises
 
 import unrollgrad as ug
+from tests.helpers import raises
 from unrollgrad.learned_optimizers import ARCHITECTURES, features, networks
 
 KEY = jax.random.key(0)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import raises
 
+from tests.helpers import raises
 from unrollgrad import learned_optimizers
 from unrollgrad.learned_optimizers import ARCHITECTURES, load, read, save
 

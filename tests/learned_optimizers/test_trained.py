@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import stored
+
+from tests import stored
 
 TRAINED = Path(__file__).parents[2] / "experiments" / "learned_optimizers" / "trained"
 
