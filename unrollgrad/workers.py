@@ -246,11 +246,14 @@ def _compiled(
 
 
 def _split(tree: Any, num_chunks: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(num_chunks, -1, *x.shape[1:]), tree)
+    # Sizes are named: -1 would not be known for a leaf without numbers.
+    return jax.tree.map(
+        lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), tree
+    )
 
 
 def _join(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def _finite(each: Estimate) -> jax.Array:
