@@ -24,6 +24,7 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # for the processes that tests start
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    _optimize(False)
     budget.register(config)
 
 
@@ -37,7 +38,7 @@ def programs(request):
     """
     _optimize(request.node.get_closest_marker("optimized") is not None)
     yield
-    _optimize(True)
+    _optimize(False)
     if len(Path("/proc/self/maps").read_bytes().splitlines()) > MAPS:
         jax.clear_caches()
 
