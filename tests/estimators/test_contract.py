@@ -375,6 +375,8 @@ def test_steps_are_those_of_the_whole_loop(name):
     """Truncated or not, with streamed data: the same keys, slices and losses as the plain loop."""
     alone = ran(name).alone
     losses, _, drawn, _ = truth(HORIZON)
+    rows = np.asarray(drawn).reshape(-1, 3)
+    assert len(np.unique(rows, axis=0)) == len(rows)  # every step of every worker draws its own
     for w, calls in enumerate(alone.others[:4]):
         for place, call in enumerate(calls):
             steps = (place + 1) * TRUNCATION

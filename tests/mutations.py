@@ -1,0 +1,268 @@
+"""Plants mistakes in the library, one at a time, and asks whether the default run catches them.
+
+    python tests/mutations.py              # all of them, about a minute each
+    python tests/mutations.py sign psum    # those whose names contain one of the words
+
+Every mutation is planted in a copy of the checkout, and the file of tests that should notice runs
+there until the first failure. A mutation that survives is a hole in the tests, and the exit status
+is 1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+CONTRACT, STATISTICS = "tests/estimators/test_contract.py", "tests/estimators/test_statistics.py"
+LIBRARY = Path("unrollgrad")
+
+
+class Mutation(NamedTuple):
+    """One mistake: ``before`` becomes ``after`` in ``file``; ``tests`` should notice."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "wrong sign of a pair",
+        "estimators/pairs.py",
+        "return (both[:, 0] - both[:, 1]) /",
+        "return (both[:, 1] - both[:, 0]) /",
+        CONTRACT,
+    ),
+    Mutation(
+        "dropped accumulator",
+        "estimators/persistence.py",
+        "now = jax.tree.map(jnp.add, finished, unit)",
+        "now = unit",
+        STATISTICS,
+    ),
+    Mutation(
+        "1/K missing: losses of a window summed",
+        "estimators/pairs.py",
+        "ends = jnp.mean(half_difference(window.losses), axis=1)",
+        "ends = jnp.sum(half_difference(window.losses), axis=1)",
+        CONTRACT,
+    ),
+    Mutation(
+        "1/K missing in uoro",
+        "estimators/rank_one.py",
+        "grad = jax.tree.map(lambda a: a / truncation, total)",
+        "grad = total",
+        CONTRACT,
+    ),
+    Mutation(
+        "key reused by every step",
+        "unroll.py",
+        "problem.step(jax.random.fold_in(key, t), theta",
+        "problem.step(key, theta",
+        CONTRACT,
+    ),
+    Mutation(
+        "noise reused in every period",
+        "estimators/persistence.py",
+        "0 if noise_period is None else episode.t // noise_period",
+        "0",
+        STATISTICS,
+    ),
+    Mutation(
+        "workers share their keys",
+        "workers.py",
+        "jax.vmap(lambda i: jax.random.fold_in(key, i))(index)",
+        "jax.vmap(lambda i: jax.random.fold_in(key, 0 * i))(index)",
+        CONTRACT,
+    ),
+    Mutation(
+        "psum where the mean belongs",
+        "moments.py",
+        "lambda x, g: (x * per_worker).astype(g.dtype), added",
+        "lambda x, g: x.astype(g.dtype), added",
+        CONTRACT,
+    ),
+    Mutation(
+        "theta replicated before jax.grad (N times the gradient)",
+        "estimators/worker.py",
+        "return varying.over(names, (key, theta))",
+        "return key, theta",
+        "tests/test_devices.py",
+    ),
+    Mutation(
+        "missing init gradient of backpropagation",
+        "unroll.py",
+        "checks.strong_state(problem.init(key, theta), made_by=",
+        "checks.strong_state(problem.init(key, jax.lax.stop_gradient(theta)), made_by=",
+        STATISTICS,
+    ),
+    Mutation(
+        "missing init gradient of pairs",
+        "estimators/pairs.py",
+        "        return unroll.window(\n"
+        "            problem, episode, theta, state, num_steps, data, start,"
+        " reset=unroll.reset_forwards\n        )",
+        "        mean = jax.tree.map(lambda x: x.mean((0, 1)).astype(x.dtype), thetas)\n"
+        "        fixed = problem._replace(init=lambda key, _: problem.init(key, mean))\n"
+        "        return unroll.window(\n"
+        "            fixed, episode, theta, state, num_steps, data, start,"
+        " reset=unroll.reset_forwards\n        )",
+        STATISTICS,
+    ),
+    Mutation(
+        "stale state: an episode begins with the last one's end",
+        "unroll.py",
+        "return jax.lax.while_loop(lambda carry: carry[0], turn, (first, carried))[1]",
+        "return carried",
+        CONTRACT,
+    ),
+    Mutation(
+        "mean state of truncated_es advanced with a perturbed theta",
+        "estimators/pairs.py",
+        "mean = jax.tree.map(lambda x: x[-1], windows.state)",
+        "mean = jax.tree.map(lambda x: x[0], windows.state)",
+        STATISTICS,
+    ),
+    Mutation(
+        "swapped coordinates of theta's leaves",
+        "estimators/pairs.py",
+        "    def leaf(x, s, w, b):\n        g = weighted_mean(ends, w)",
+        "    def leaf(x, s, w, b):\n"
+        "        g = weighted_mean(ends, w[..., ::-1] if w.ndim > 1 else w)",
+        CONTRACT,
+    ),
+    Mutation(
+        "swapped tangents of forward mode",
+        "estimators/forward.py",
+        "rows = jnp.eye(dim, x.size, k=-first, dtype=x.dtype)",
+        "rows = jnp.eye(dim, x.size, k=first + x.size - dim, dtype=x.dtype)",
+        CONTRACT,
+    ),
+    Mutation(
+        "rounding removed: XLA drops the cast to bfloat16",
+        "estimators/pairs.py",
+        "return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)",
+        "return x",
+        CONTRACT,
+    ),
+    Mutation(
+        "cast removed: bfloat16 differences in bfloat16",
+        "estimators/pairs.py",
+        "both = both.astype(wide(both.dtype))",
+        "both = both.astype(both.dtype)",
+        CONTRACT,
+    ),
+    Mutation(
+        "evaluation at the window's start forgotten",
+        "estimators/pairs.py",
+        "        if window.start is not None:\n            g = g - weighted",
+        "        if False:\n            g = g - weighted",
+        STATISTICS,
+    ),
+    Mutation(
+        "bad workers stay in the mean",
+        "workers.py",
+        'good = finite if nonfinite == "drop" else jnp.ones_like(finite)',
+        "good = jnp.ones_like(finite)",
+        "tests/test_workers.py",
+    ),
+    Mutation(
+        "variance of one worker in place of the mean's",
+        "moments.py",
+        "pairs = jnp.float32(count) * (jnp.float32(count) - 1)",
+        "pairs = jnp.float32(count) - 1",
+        "tests/test_workers.py",
+    ),
+    Mutation(
+        "burn-in one window too long",
+        "staggering.py",
+        "return state.episode.t < truncation * _share(index, num_workers, windows)",
+        "return state.episode.t <= truncation * _share(index, num_workers, windows)",
+        "tests/test_staggering.py",
+    ),
+    Mutation(
+        "one key for all outer steps of fit",
+        "fit.py",
+        "at = jax.random.fold_in(key, first + i)",
+        "at = jax.random.fold_in(key, first)",
+        "tests/test_fit.py",
+    ),
+    Mutation(
+        "directions of dodge forgotten after a period",
+        "estimators/forward.py",
+        "noise.accumulated,\n            evaluated,",
+        "jax.tree.map(jnp.zeros_like, noise.accumulated),\n            evaluated,",
+        "tests/estimators/test_forward.py",
+    ),
+    Mutation(
+        "sign of the implicit part of a hypergradient",
+        "implicit/hypergradient.py",
+        "lambda b, m: (b - m).astype(b.dtype), direct, along",
+        "lambda b, m: (b + m).astype(b.dtype), direct, along",
+        "tests/implicit/test_hypergradient.py",
+    ),
+    Mutation(
+        "control variate of pes_analytic dropped",
+        "estimators/analytic.py",
+        "+ wide_p - pairs.weighted_mean(expected, w)).astype",
+        "+ wide_p).astype",
+        "tests/estimators/test_analytic.py",
+    ),
+]
+
+
+def plant(mutation: Mutation, copy: Path) -> None:
+    """Writes the mistake into the copy; its place must be there once."""
+    file = copy / LIBRARY / mutation.file
+    text = file.read_text()
+    if text.count(mutation.before) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.file} does not have its text exactly once")
+    file.write_text(text.replace(mutation.before, mutation.after))
+
+
+def first_failure(mutation: Mutation, copy: Path) -> str | None:
+    """The test that noticed, or None."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", mutation.tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{mutation.name}: pytest did not run:\n{done.stdout[-3000:]}")
+    return failed[0].split(" - ")[0] if failed else None
+
+
+def main(words: list[str]) -> int:
+    """Plants the chosen mutations and prints what caught them; 1 if one survived."""
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = [f for f in tracked.stdout.splitlines() if not f.startswith("experiments/results/")]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for file in files:
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / file, copy / file)
+        for mutation in chosen:
+            began = time.monotonic()
+            original = (copy / LIBRARY / mutation.file).read_text()
+            plant(mutation, copy)
+            caught = first_failure(mutation, copy)
+            (copy / LIBRARY / mutation.file).write_text(original)
+            survived += caught is None
+            print(
+                f"{mutation.name}: {caught or 'SURVIVED'} ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations caught")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
