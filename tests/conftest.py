@@ -8,7 +8,7 @@ import pytest
 
 from tests import budget
 
-MAPS = 40_000
+MAPS = 55_000
 """Memory maps after which compiled programs are forgotten; Linux ends a process at 65,530."""
 
 

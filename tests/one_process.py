@@ -1,35 +1,33 @@
-"""What each process of ``test_processes.py`` runs: the same script, its number as an argument.
+"""What ``test_processes.py`` measures in one process of eight devices, and in two of four.
 
-Every process prints what it sees, as JSON.
+Run as a program, with the coordinator, the number of processes, this process's number and a folder,
+it joins the others and prints what it measured, as JSON.
 """
 
 import json
+import os
+import signal
 import sys
 
 import jax
 import numpy as np
+import optax
 
 import unrollgrad as ug
 
+WORKERS, STEPS = 16, 5
 
-def main(devices, coordinator, num_processes, process_id):
-    jax.config.update("jax_num_cpu_devices", int(devices))
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if int(num_processes) > 1:
-        jax.distributed.initialize(
-            coordinator, int(num_processes), int(process_id), initialization_timeout=60
-        )
 
-    key = jax.random.key(0)
+def measured():
+    """What must come out the same, however many processes there are."""
+    key, mesh = jax.random.key(0), ug.make_worker_mesh()
     problem, theta = ug.problems.influence_balancing(horizon=20)
-    mesh = ug.make_worker_mesh()
     out = {"devices": mesh.size}
     for name, estimator, stagger in [
-        ("pes", ug.pes(problem, truncation=5, sigma=0.1, num_pairs=2), "lockstep"),
-        ("nres", ug.es_single(problem, truncation=5, sigma=0.1), "burn_in"),
-        ("tbptt", ug.tbptt(problem, truncation=5), "breakstep"),
+        ("pes", ug.pes(problem, truncation=STEPS, sigma=0.1, num_pairs=2), "lockstep"),
+        ("nres", ug.es_single(problem, truncation=STEPS, sigma=0.1), "burn_in"),
     ]:
-        many = ug.average(estimator, 16, mesh=mesh, stagger=stagger)
+        many = ug.average(estimator, WORKERS, mesh=mesh, stagger=stagger)
         state, at, numbers = many.init(key, theta), theta, []
         for i in range(4):
             estimate, state = many.estimate(jax.random.fold_in(key, i), at, state)
@@ -37,27 +35,91 @@ def main(devices, coordinator, num_processes, process_id):
             numbers += [float(x) for x in jax.tree.leaves(estimate)]
         out[name] = [*numbers, float(at)]
 
-    # Every worker's data, made by the process whose devices run it.
-    own = np.arange(16.0, dtype=np.float32).reshape(16, 1)
-    sharding = jax.sharding.NamedSharding(mesh, jax.P("workers"))
-    first = int(process_id) * 16 // int(num_processes)
-    local = own[first : first + 16 // int(num_processes)]
-    data = jax.make_array_from_process_local_data(sharding, np.repeat(local, 5, axis=1))
-    streaming = problem._replace(
+    # Worker i's loss is i times theta, so its gradient is i if its own data reach it.
+    own = np.repeat(np.arange(WORKERS, dtype=np.float32)[:, None], STEPS, axis=1)
+    weighed = problem._replace(
         step=lambda key, theta, s, t, batch: (problem.step(key, theta, s, t)[0], batch * theta)
     )
-    many = ug.average(ug.tbptt(streaming, truncation=5), 16, mesh=mesh)
-    estimate, _ = many.estimate(key, theta, many.init(key, theta), data=data)
+    many = ug.average(ug.tbptt(weighed, truncation=STEPS), WORKERS, mesh=mesh)
+    estimate, _ = many.estimate(key, theta, many.init(key, theta), data=shared(own))
     out["data"] = [float(estimate.grad), float(estimate.info.grad_variance)]
 
+    bad = problem._replace(step=lambda key, theta, s, t: (s, theta * np.nan))
+    many = ug.average(ug.pes(bad, truncation=STEPS, sigma=0.1), WORKERS, mesh=mesh)
     try:
-        bad = problem._replace(step=lambda key, theta, s, t: (s, theta * np.nan))
-        many = ug.average(ug.pes(bad, truncation=5, sigma=0.1), 16, mesh=mesh)
         many.estimate(key, theta, many.init(key, theta))
     except FloatingPointError as error:
         out["error"] = str(error)[:40]
-    print(json.dumps(out))
+
+    result = fitted()
+    out["fit"] = [*result.history["loss"].tolist(), float(result.theta)]
+    return out
+
+
+def shared(rows):
+    """An array over all workers; every process makes the rows of its own workers."""
+    number = WORKERS // jax.process_count()
+    first = number * jax.process_index()
+    sharding = jax.sharding.NamedSharding(ug.make_worker_mesh(), jax.P("workers"))
+    return jax.make_array_from_process_local_data(sharding, rows[first : first + number])
+
+
+def fitted(stop_at=None, **checkpoints):
+    """``fit`` with streamed data; the last process gets a signal after the step ``stop_at``."""
+    problem, theta = ug.problems.influence_balancing(horizon=20)
+
+    def step(key, theta, state, t, batch):
+        state, loss = problem.step(key, theta, state, t)
+        return state, loss + batch * theta
+
+    def data(i):
+        return shared(np.random.default_rng(i).normal(size=(WORKERS, STEPS)).astype(np.float32))
+
+    def callback(i, theta, metrics):
+        if i == stop_at and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pes = ug.pes(problem._replace(step=step), truncation=STEPS, sigma=0.1)
+    return ug.fit(
+        ug.average(pes, WORKERS, mesh=ug.make_worker_mesh(), stagger="breakstep"),
+        theta,
+        optax.adam(1e-3),
+        num_steps=10,
+        key=jax.random.key(0),
+        data=data,
+        steps_per_dispatch=2,
+        callback=callback,
+        evaluate=lambda key, theta: {"theta": theta},
+        **checkpoints,
+    )
+
+
+def of_several(folder):
+    """What only several processes can show: one's signal stops all, and the same call goes on."""
+    out = measured()
+    stopped = fitted(stop_at=4, checkpoint_dir=folder, checkpoint_every=2)
+    result = fitted(checkpoint_dir=folder, checkpoint_every=2)
+    out["stopped"] = len(stopped.history["loss"])
+    out["continued"] = [*result.history["loss"].tolist(), float(result.theta)]
+    problem, theta = ug.problems.influence_balancing(horizon=20)
+    alone = ug.average(ug.pes(problem, truncation=STEPS, sigma=0.1), WORKERS)
+    try:
+        ug.fit(
+            alone,
+            theta,
+            optax.adam(1e-3),
+            num_steps=2,
+            key=jax.random.key(0),
+            checkpoint_dir=folder + "-",
+        )
+    except ValueError as error:
+        out["no mesh"] = str(error)
+    return out
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    address, count, number, path = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 8 // int(count))
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(address, int(count), int(number), initialization_timeout=60)
+    print(json.dumps(of_several(path)))

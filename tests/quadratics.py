@@ -1,9 +1,15 @@
-"""Inner problems whose minimum, and outer gradient through it, are known."""
+"""Inner problems whose minimum, and outer gradient through it, are known.
 
+Everything known is computed with numpy in double precision, so that a problem compiles one program;
+the same arguments give the same problem. The functions are to be used with ``jax.enable_x64``.
+"""
+
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Ridge(NamedTuple):
@@ -11,17 +17,29 @@ class Ridge(NamedTuple):
 
     inner: Any
     outer: Any
-    params: jax.Array
-    theta: jax.Array
-    exact: jax.Array
-    hessian: jax.Array
+    params: np.ndarray
+    theta: np.ndarray
+    exact: np.ndarray
+    hessian: np.ndarray
 
 
+def _normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Normal numbers of each shape, in double precision."""
+
+    @jax.jit
+    def draw():
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        return [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+    with jax.enable_x64(True):
+        return [np.asarray(x) for x in draw()]
+
+
+@functools.cache
 def ridge(num_weights: int = 8, num_rows: int = 30, decay: float = 1.0) -> Ridge:
-    keys = jax.random.split(jax.random.key(0), 5)
-    x, x_val = (jax.random.normal(k, (num_rows, num_weights)) for k in keys[:2])
-    y, y_val = (jax.random.normal(k, (num_rows,)) for k in keys[2:4])
-    theta = 0.3 * jax.random.normal(keys[4], (num_weights,)) + jnp.log(decay)
+    rows, weights = (num_rows,), (num_weights,)
+    x, x_val, y, y_val, log_decay = _normal(0, rows + weights, rows + weights, rows, rows, weights)
+    theta = 0.3 * log_decay + np.log(decay)
 
     def inner(w, theta):
         return jnp.mean((x @ w - y) ** 2) / 2 + jnp.sum(jnp.exp(theta) * w**2) / 2
@@ -29,13 +47,11 @@ def ridge(num_weights: int = 8, num_rows: int = 30, decay: float = 1.0) -> Ridge
     def outer(w, theta):
         return jnp.mean((x_val @ w - y_val) ** 2) / 2 + 0.01 * jnp.sum(theta**2)
 
-    def minimum(theta):
-        hessian = x.T @ x / num_rows + jnp.diag(jnp.exp(theta))
-        return jnp.linalg.solve(hessian, x.T @ y / num_rows)
-
-    exact = jax.grad(lambda theta: outer(minimum(theta), theta))(theta)
-    hessian = jax.hessian(inner)(minimum(theta), theta)
-    return Ridge(inner, outer, minimum(theta), theta, exact, hessian)
+    hessian = x.T @ x / num_rows + np.diag(np.exp(theta))
+    minimum = np.linalg.solve(hessian, x.T @ y / num_rows)
+    slope = x_val.T @ (x_val @ minimum - y_val) / num_rows
+    exact = 0.02 * theta - np.exp(theta) * minimum * np.linalg.solve(hessian, slope)
+    return Ridge(inner, outer, minimum, theta, exact, hessian)
 
 
 class Quadratic(NamedTuple):
@@ -43,22 +59,27 @@ class Quadratic(NamedTuple):
 
     inner: Any
     outer: Any
-    hessian: jax.Array
-    mixed: jax.Array
-    target: jax.Array
+    hessian: np.ndarray
+    mixed: np.ndarray
+    target: np.ndarray
+
+    def minimum(self, theta: np.ndarray) -> np.ndarray:
+        """The params of the inner minimum, of least norm."""
+        return np.linalg.pinv(self.hessian, hermitian=True) @ self.mixed @ theta
 
 
-def quadratic(eigenvalues: Any, num_theta: int = 3, in_range: bool = True) -> Quadratic:
-    """With the given spectrum; ``in_range`` puts C into the range of H."""
-    keys = jax.random.split(jax.random.key(1), 3)
-    eigenvalues = jnp.asarray(eigenvalues)
-    dim = eigenvalues.size
-    basis = jnp.linalg.qr(jax.random.normal(keys[0], (dim, dim)))[0]
-    hessian = basis @ jnp.diag(eigenvalues) @ basis.T
-    mixed = jax.random.normal(keys[1], (dim, num_theta))
-    if in_range:
-        mixed = basis @ ((eigenvalues != 0)[:, None] * (basis.T @ mixed))
-    target = jax.random.normal(keys[2], (dim,))
+def quadratic(eigenvalues: Any, num_theta: int = 3) -> Quadratic:
+    """With the given spectrum; C lies in the range of H."""
+    return _quadratic(tuple(float(h) for h in eigenvalues), num_theta)
+
+
+@functools.cache
+def _quadratic(spectrum, num_theta):
+    eigenvalues, dim = np.array(spectrum), len(spectrum)
+    draw, mixed, target = _normal(1, (dim, dim), (dim, num_theta), (dim,))
+    basis = np.linalg.qr(draw)[0]
+    hessian = basis @ np.diag(eigenvalues) @ basis.T
+    mixed = basis @ ((eigenvalues != 0)[:, None] * (basis.T @ mixed))
     return Quadratic(
         lambda w, theta: w @ hessian @ w / 2 - w @ (mixed @ theta),
         lambda w, theta: jnp.sum((w - target) ** 2) / 2,

@@ -1,12 +1,15 @@
 """``fit`` with checkpoints: what is continued is what was never interrupted."""
 
+import functools
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +18,16 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import build, quadratic, raises
+from tests.helpers import build, numbers, quadratic, raises
 from unrollgrad import checkpoints
 
 KEY = jax.random.key(0)
+OUTER = optax.adam(0.05)
 
 
+@functools.cache
 def workers(num_devices=None):
+    """The same object every time: ``fit`` keeps the program of the last estimator and optimizer."""
     problem, theta = quadratic()
     mesh = num_devices and ug.make_worker_mesh(num_devices)
     return ug.average(build("pes", problem), 4, mesh=mesh), theta
@@ -29,7 +35,7 @@ def workers(num_devices=None):
 
 def run(num_steps, folder=None, num_devices=None, **given):
     estimator, theta = workers(num_devices)
-    given = {"optimizer": optax.adam(0.05), "key": KEY, "config": {"a": 1}, **given}
+    given = {"optimizer": OUTER, "key": KEY, "config": {"a": 1}, **given}
     return ug.fit(
         estimator,
         theta,
@@ -37,61 +43,40 @@ def run(num_steps, folder=None, num_devices=None, **given):
         steps_per_dispatch=2,
         checkpoint_dir=folder,
         checkpoint_every=2,
-        evaluate=lambda key, theta: {"rate": jnp.exp(theta["log_rate"])},
+        evaluate=lambda key, theta: {"rate": np.exp(theta["log_rate"])},
         **given,
     )
 
 
+@functools.cache
+def whole(num_steps):
+    """A run that nobody interrupts."""
+    return run(num_steps)
+
+
 def assert_same(a, b, **tolerance):
     """Bit for bit, unless told."""
-    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
+    for x, y in zip(*(jax.tree.leaves(numbers(tree)) for tree in (a, b)), strict=True):
         np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0, **tolerance})
 
 
 def test_goes_on_where_it_was(tmp_path):
-    whole = run(9)
+    expected = whole(9)
     run(5, tmp_path)
     again = run(5, tmp_path)  # there is nothing left to do
     assert len(again.history["loss"]) == 5
     steps = run(9, tmp_path)
     # The dispatches of the interrupted run end elsewhere; the steps are the same.
     assert steps.history["evaluated_at"].tolist() == [2, 4, 5, 7, 9]
-    assert_same(steps.theta, whole.theta)
-    assert_same(steps.opt_state, whole.opt_state)
-    assert_same(steps.worker_state, whole.worker_state)
-    assert_same(steps.history["loss"], whole.history["loss"])
-    for num_steps in [11, 13, 15, 17]:
-        last = run(num_steps, tmp_path)
+    assert_same(steps.theta, expected.theta)
+    assert_same(steps.opt_state, expected.opt_state)
+    assert_same(steps.worker_state, expected.worker_state)
+    assert_same(steps.history["loss"], expected.history["loss"])
+    last = run(17, tmp_path)
     kept = sorted(int(f.name) for f in (tmp_path / "steps").iterdir())
-    ends = [2, 4, 5, *range(7, 18, 2)]
+    ends = [2, 4, 5, *range(7, 18, 2)]  # of all dispatches
     losses = [np.mean(last.history["loss"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     assert kept == sorted({ends[np.argmin(losses)], 15, 17})
-
-
-@pytest.mark.slow
-def test_goes_on_with_another_number_of_devices(tmp_path):
-    whole = run(6)
-    run(2, tmp_path, num_devices=2)
-    run(4, tmp_path, num_devices=4)
-    assert_same(run(6, tmp_path).theta, whole.theta, rtol=1e-5)
-
-
-def test_refuses_another_run(tmp_path):
-    run(2, tmp_path)
-    with raises(ValueError, "holds another run", "config.a: 1 -> 2", "another checkpoint_dir"):
-        run(4, tmp_path, config={"a": 2})
-    with raises(ValueError, "key: ", "-> "):
-        run(4, tmp_path, key=jax.random.key(1))
-    with raises(ValueError, "opt_state", "absent"):
-        run(4, tmp_path, optimizer=optax.sgd(0.05))
-    problem, theta = quadratic()
-    other = ug.average(build("pes", problem, truncation=10), 4)
-    with raises(ValueError, "structure: ...", "truncation=5,", "truncation=10,") as caught:
-        given = {"num_steps": 4, "key": KEY, "config": {"a": 1}}
-        ug.fit(other, theta, optax.adam(0.05), checkpoint_dir=tmp_path, **given)
-    assert len(str(caught.value)) < 800
 
 
 def test_config_is_what_a_file_gives_back(tmp_path):
@@ -111,7 +96,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     with raises(OSError, "step 6", "is damaged", "Delete", "steps/6 to go on from step 4"):
         run(8, tmp_path)
     shutil.rmtree(tmp_path / "steps" / "6")
-    assert_same(run(8, tmp_path).theta, run(8).theta)
+    assert_same(run(8, tmp_path).theta, whole(8).theta)
 
 
 def test_functions_in_the_structure_have_no_address():
@@ -157,11 +142,48 @@ def test_fewer_steps_than_were_done(tmp_path):
         run(2, tmp_path)
 
 
+def test_a_full_disk(tmp_path):
+    """No file can grow: the run so far is in memory, the checkpoints before are whole."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def callback(step, theta, metrics):
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+
+    try:
+        with pytest.raises(OSError, match="could not be written") as caught:
+            run(12, tmp_path, callback=callback)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search("last checkpoint is that of step [24],", " ".join(caught.value.__notes__))
+    done = len(caught.value.result.history["loss"])
+    assert done in (6, 8)
+    assert_same(caught.value.result.theta, whole(done).theta)
+    assert_same(run(12, tmp_path).theta, whole(12).theta)
+
+
+def test_sigterm_saves_and_returns(tmp_path, capsys):
+    def callback(step, theta, metrics):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ours = signal.getsignal(signal.SIGTERM)
+    stopped = run(12, tmp_path, callback=callback)
+    assert "stopped by SIGTERM after step 4 of 12" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is ours
+    assert len(stopped.history["loss"]) == 4
+    assert_same(stopped.theta, whole(4).theta)
+    assert (tmp_path / "steps" / "4").is_dir()
+    assert_same(run(12, tmp_path).theta, whole(12).theta)
+
+
 SCRIPT = """
 import sys, time
-sys.path.insert(0, {tests!r})
-import jax, numpy as np
-from test_checkpoints import run
+import jax
+jax.config.update("jax_num_cpu_devices", 8)  # as in the tests, whose compiled programs it finds
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+import numpy as np
+from tests.test_checkpoints import run
 def callback(step, theta, metrics):
     print(step, flush=True)
     time.sleep(0.05)
@@ -169,84 +191,65 @@ num_steps, folder = int(sys.argv[1]), sys.argv[2]
 result = run(num_steps, folder, callback=callback)
 np.save(folder + "/theta.npy", np.asarray(result.theta["start"]))
 np.savez(folder + "/history.npz", **result.history)
-print("end", len(result.history["loss"]), flush=True)
-"""
-
-FULL_DISK = """
-import os, resource, sys
-sys.path.insert(0, {tests!r})
-from test_checkpoints import assert_same, run
-num_steps, folder = int(sys.argv[1]), sys.argv[2]
-def callback(step, theta, metrics):
-    if step == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-try:
-    run(num_steps, folder, callback=callback)
-except OSError as error:
-    print(error, *error.__notes__, sep="\\n")
-    done, result = len(error.result.history["loss"]), error.result
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-assert_same(result.theta, run(done).theta)
-assert_same(run(num_steps, folder).theta, run(num_steps).theta)
-print("end", done)
 """
 
 
-def started(script, *arguments):
-    code = script.format(tests=os.path.dirname(__file__))
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def half_written(folder):
+    return any("tmp" in file.name for file in (folder / "steps").glob("*"))
 
 
-@pytest.mark.slow
-def test_a_full_disk(tmp_path):
-    """No file can grow: the run so far is in memory, the checkpoints before are whole."""
-    process = started(FULL_DISK, 12, tmp_path)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "could not be written" in printed
-    assert re.search("last checkpoint is that of step [24]", printed)
-    assert int(printed.splitlines()[-1].split()[1]) in (6, 8)
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL, again and again: the end is that of a run that was left alone.
 
-
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, monkeypatch):
-    """SIGKILL, again and again: the end is that of a run that was left alone."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    draws, kills, half_written, num_steps = np.random.default_rng(0), 0, 0, 200
-    while True:
-        process = started(SCRIPT, num_steps, tmp_path)
-        if kills < 20:
-            for _ in range(draws.integers(1, 6)):
+    Every second kill waits until a checkpoint is being written.
+    """
+    draws, kills, hits, num_steps = np.random.default_rng(0), 6, 0, 60
+    command = [sys.executable, "-c", SCRIPT, str(num_steps), str(tmp_path)]
+    for kill in range(kills + 1):
+        process = subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if kill < kills:
+            for _ in range(draws.integers(1, 4)):
                 process.stdout.readline()
             time.sleep(draws.uniform(0, 0.1))
+            while kill % 2 and process.poll() is None and not half_written(tmp_path):
+                time.sleep(0.0005)
             process.kill()
         _, errors = process.communicate(timeout=120)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-        kills += 1
-        half_written += any("tmp" in f.name for f in (tmp_path / "steps").iterdir())
-    assert kills == 20
-    assert half_written > 0  # some kills came while a checkpoint was being written
-    whole = run(num_steps)
-    np.testing.assert_array_equal(np.load(tmp_path / "theta.npy"), whole.theta["start"])
+        assert process.returncode == (-signal.SIGKILL if kill < kills else 0), errors
+        hits += kill < kills and half_written(tmp_path)
+    assert hits > 0
+    assert not half_written(tmp_path)  # what the kills left behind is cleaned up
+    expected = run(num_steps)
+    np.testing.assert_array_equal(np.load(tmp_path / "theta.npy"), expected.theta["start"])
     history = np.load(tmp_path / "history.npz")
-    assert set(history) == set(whole.history)
-    for name, expected in whole.history.items():
-        np.testing.assert_array_equal(history[name], expected, err_msg=name)
+    assert set(history) == set(expected.history)
+    for name, value in expected.history.items():
+        np.testing.assert_array_equal(history[name], value, err_msg=name)
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_returns(tmp_path):
-    process = started(SCRIPT, 24, tmp_path)
-    process.stdout.readline()
-    process.terminate()
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "stopped by SIGTERM after step" in errors
-    steps = int(printed.split("end ")[1])
-    assert 0 < steps < 24
-    assert (tmp_path / "steps" / str(steps)).is_dir()
-    assert_same(run(24, tmp_path).theta, run(24).theta)
+def test_goes_on_with_another_number_of_devices(tmp_path):
+    run(2, tmp_path, num_devices=2)
+    run(4, tmp_path, num_devices=4)
+    assert_same(run(6, tmp_path).theta, whole(6).theta, rtol=1e-5)
+
+
+def test_refuses_another_run(tmp_path):
+    run(2, tmp_path)
+    with raises(ValueError, "holds another run", "config.a: 1 -> 2", "another checkpoint_dir"):
+        run(4, tmp_path, config={"a": 2})
+    with raises(ValueError, "key: ", "-> "):
+        run(4, tmp_path, key=jax.random.key(1))
+    with raises(ValueError, "opt_state", "absent"):
+        run(4, tmp_path, optimizer=optax.sgd(0.05))
+    problem, theta = quadratic()
+    other = ug.average(build("pes", problem, truncation=10), 4)
+    with raises(ValueError, "structure: ...", "truncation=5,", "truncation=10,") as caught:
+        given = {"num_steps": 4, "key": KEY, "config": {"a": 1}}
+        ug.fit(other, theta, optax.adam(0.05), checkpoint_dir=tmp_path, **given)
+    assert len(str(caught.value)) < 800

@@ -1,5 +1,6 @@
 """Windows and episodes that grow during training, without compiling again."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import build, raises
+from tests.helpers import build, numbers, raises
 from tests.statistics import Samples
 
 KEY = jax.random.key(0)
@@ -16,10 +17,8 @@ SETTINGS = {"sigma": 0.1, "num_pairs": 2}
 
 def assert_same(a, b):
     """The same numbers; the trees may differ in what a state says of itself."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    a, b = (jax.tree.leaves(numbers(tree)) for tree in (a, b))
+    chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def simple(horizon=20):
@@ -100,7 +99,7 @@ def test_one_program_for_all_stages():
     assert steps.tolist() == [1, 1, 2, 2, 5, 5]
 
 
-@pytest.mark.parametrize("name", ["full_es", "truncated_es", "gpes", "bptt"])
+@pytest.mark.parametrize("name", ["truncated_es", "gpes", "bptt"])
 def test_other_estimators(name):
     """Two settings of each; the first call of the second stage begins an episode."""
     problem, theta = simple()
@@ -109,9 +108,8 @@ def test_other_estimators(name):
     if name == "gpes":  # noise_period=10 would be pes
         second = build(name, problem, truncation=10, noise_period=20)
     growing = ug.curriculum([first, second], boundaries=[1])
-    state = jax.eval_shape(growing.init, KEY, theta)
-    assert jax.tree.structure(state) == jax.tree.structure(growing.init(KEY, theta))
-    state = growing.init(KEY, theta)
+    shapes, state = jax.eval_shape(growing.init, KEY, theta), growing.init(KEY, theta)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
     for _ in range(2):
         estimate, state = growing.estimate(jax.random.key(1), theta, state)
     expected, _ = second.estimate(jax.random.key(1), theta, second.init(KEY, theta))
@@ -133,7 +131,7 @@ def test_the_mean_gradient_of_a_stage_is_that_of_the_objective():
         return (grads[2] + grads[3]) / 2
 
     samples = Samples(jax.jit(jax.vmap(episode))(jax.random.split(KEY, 4000)))
-    exact = jax.grad(lambda theta: ug.episode_loss(problem, KEY, theta))(theta)
+    exact = jax.jit(jax.grad(lambda theta: ug.episode_loss(problem, KEY, theta)))(theta)
     assert samples.error_in_se(exact) < 4
     assert samples.relative_se(exact) < 0.05
 
@@ -163,8 +161,8 @@ def test_each_device_its_own_curriculum():
         return jax.tree.map(lambda x: x[None], (estimate.grad, state.calls))
 
     sharded = jax.shard_map(run, mesh=mesh, in_specs=(P("devices"), P()), out_specs=P("devices"))
-    many = jax.jit(sharded)(keys, theta)
-    alone = run(keys[1:], theta)
+    many = numbers(jax.jit(sharded)(keys, theta))
+    alone = jax.jit(run)(keys[1:], theta)
     assert_same(jax.tree.map(lambda x: x[1:], many), alone)
 
 
@@ -234,7 +232,7 @@ def test_truncation_is_that_of_the_stages_where_they_agree():
     assert ug.curriculum([first], []).truncation == 2
 
 
-@pytest.mark.parametrize("name", ["pes", "truncated_es", "tbptt"])
+@pytest.mark.parametrize("name", ["pes", "tbptt"])
 def test_a_horizon_that_grows_with_the_outer_step(name):
     """Problem and estimator made inside the jitted update, around a traced length; one compile."""
     problem, theta = simple()

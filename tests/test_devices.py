@@ -1,8 +1,12 @@
-"""``average`` over meshes of 1, 2, 4 and 8 devices, and the two ways to do it by hand."""
+"""``average`` over meshes of 1, 2, 4 and 8 devices, and the two ways to do it by hand.
+
+Every estimator once on a mesh of 8, and its collectives: ``estimators/test_contract.py``.
+"""
 
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +16,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import build, quadratic, raises, rows
+from tests.helpers import build, counted, numbers, quadratic, raises
 
 KEY = jax.random.key(0)
-MESHES = [pytest.param(n, marks=[] if n == 8 else pytest.mark.slow) for n in (1, 2, 4, 8)]
+KEYS = [jax.random.fold_in(KEY, i) for i in range(4)]
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
 
 @functools.cache
@@ -52,185 +57,176 @@ def looped():
     return problem._replace(step=step), theta
 
 
-def called(estimator, theta, calls=3):
-    """The estimates of a few calls at one theta, and the state after them."""
-    state, estimates = estimator.init(KEY, theta), []
-    for i in range(calls):
-        estimate, state = estimator.estimate(jax.random.key(i), theta, state)
-        estimates.append(estimate)
-    return estimates, state
+@functools.cache
+def alone(name):
+    """Signs as noise: their sums are exact, and so are the same in every program."""
+    problem, _ = recorded()
+    if name == "pes":
+        noise = ug.noise.rademacher()
+        return ug.pes(problem, truncation=5, sigma=0.1, num_pairs=2, noise=noise)
+    return ug.tbptt(problem, truncation=5)
 
 
 @functools.cache
-def on_one_device(name):
-    problem, theta = recorded()
-    return called(ug.average(build(name, problem), 8), theta)
+def averaged(name, num_devices=None, stagger="lockstep"):
+    """Eight workers; the same object for the same arguments, so that it compiles once."""
+    mesh = num_devices and ug.make_worker_mesh(num_devices)
+    return ug.average(alone(name), 8, mesh=mesh, stagger=stagger)
+
+
+@jax.jit
+def descend(theta, grad):
+    return jax.tree.map(lambda x, g: x - 0.01 * g, theta, grad)
+
+
+@functools.cache
+def trained(*which):
+    """Estimates and state of a few updates, and how many programs each call compiled."""
+    many, theta = averaged(*which), recorded()[1]
+    state, estimates, compiled = many.init(KEY, theta), [], []
+    for key in KEYS:
+        with counted() as count:
+            estimate, state = many.estimate(key, theta, state)
+        estimates.append(estimate)
+        compiled.append(count[0])
+        theta = descend(theta, estimate.grad)
+    return estimates, state, compiled
 
 
 def draws(state):
     """Whatever of a worker state was drawn: keys, data, accumulated noise."""
     inner = getattr(state, "states", getattr(state, "state", {"drawn": ()}))
-    keys = [jax.random.key_data(state.episode.key), state.episode.t]
-    return [*keys, inner["drawn"], *jax.tree.leaves(getattr(state, "accumulated", None))]
+    return numbers([state.episode, inner["drawn"], getattr(state, "accumulated", None)])
 
 
-@pytest.mark.parametrize("num_devices", MESHES)
-@pytest.mark.parametrize("name", rows())
-def test_every_mesh_gives_the_same(name, num_devices):
-    problem, theta = recorded()
-    mesh = ug.make_worker_mesh(num_devices)
-    many = ug.average(build(name, problem), 8, mesh=mesh)
-    estimates, state = called(many, theta)
-    expected, expected_state = on_one_device(name)
-    for got, wanted in zip(draws(state), draws(expected_state), strict=True):
-        np.testing.assert_array_equal(got, wanted)
-    for got, wanted in zip(estimates, expected, strict=True):
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-        assert all(g.is_fully_replicated for g in jax.tree.leaves(got))
-    for leaf in jax.tree.leaves(state):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P("workers")), leaf.ndim)
+@pytest.mark.parametrize(
+    ("name", "num_devices", "stagger"),
+    [
+        ("pes", 1, "lockstep"),
+        ("pes", 2, "lockstep"),
+        ("pes", 4, "burn_in"),
+        ("pes", 8, "lockstep"),
+        ("pes", 8, "burn_in"),
+        ("tbptt", 2, "breakstep"),
+        ("tbptt", 8, "breakstep"),
+    ],
+)
+def test_every_mesh_gives_the_same_and_compiles_once(name, num_devices, stagger):
+    """A few updates equal those without a mesh; their draws to the bit, those of `init` too."""
+    estimates, state, compiled = trained(name, num_devices, stagger)
+    expected, expected_state, _ = trained(name, None, stagger)
+    chex.assert_trees_all_equal(draws(state), draws(expected_state))
+    chex.assert_trees_all_close(numbers(estimates), numbers(expected), **CLOSE)
+    sharding = NamedSharding(ug.make_worker_mesh(num_devices), P("workers"))
+    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in jax.tree.leaves(state))
+    assert all(g.is_fully_replicated for g in jax.tree.leaves(estimates))
+    assert compiled[0] > 0
+    assert compiled[1:] == [0] * (len(KEYS) - 1)
 
 
-def collectives(many, theta):
-    state = many.init(KEY, theta)
-    text = jax.jit(many.estimate).lower(KEY, theta, state).compile().as_text()
-    other = "all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
-    return len(re.findall(r" all-reduce(?:-start)?\(", text)), len(re.findall(other, text))
-
-
-@pytest.mark.parametrize("name", rows())
-def test_one_all_reduce(name):
-    mesh = ug.make_worker_mesh(8)
-    problem, theta = recorded()
-    assert collectives(ug.average(build(name, problem), 8, mesh=mesh), theta) == (1, 0)
+@pytest.mark.parametrize(
+    "which", [("pes",), ("pes", None, "burn_in"), ("tbptt", None, "breakstep")]
+)
+def test_nothing_recompiles_on_one_device(which):
+    *_, compiled = trained(*which)
+    assert compiled[0] > 0
+    assert compiled[1:] == [0] * (len(KEYS) - 1)
 
 
 def test_one_all_reduce_with_a_while_loop_in_the_step():
+    """In batches, so that a loop is around the workers, too; and the numbers are the same."""
     problem, theta = looped()
+    estimator, out = build("pes", problem), []
     mesh = ug.make_worker_mesh(4)
-    estimator = build("pes", problem)
-    many = ug.average(estimator, 8, mesh=mesh, batch_size=1)
-    assert collectives(many, theta) == (1, 0)
-    (one, *_), _ = called(ug.average(estimator, 8), theta, calls=1)
-    (other, *_), _ = called(many, theta, calls=1)
-    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(one), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for given in [{}, {"mesh": mesh, "batch_size": 1}]:
+        many = ug.average(estimator, 8, **given)
+        state = many.init(KEY, theta)
+        program = jax.jit(many.estimate).lower(KEY, theta, state).compile()
+        text = program.as_text()
+        out.append(program(KEY, theta, state)[0])
+    other = "all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+    assert not re.findall(other, text)
+    chex.assert_trees_all_close(numbers(out[1]), numbers(out[0]), **CLOSE)
 
 
-class Compilations:
-    """Counts what XLA compiles."""
-
-    count = 0
-
-    def __call__(self, event, duration, **kwargs):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.mark.parametrize("stagger", ["lockstep", "breakstep", "burn_in"])
-@pytest.mark.parametrize("num_devices", [None, 1, 8])
-def test_nothing_recompiles_after_the_first_call(num_devices, stagger):
-    problem, theta = recorded()
-    mesh = None if num_devices is None else ug.make_worker_mesh(num_devices)
-    many = ug.average(build("pes", problem), 8, mesh=mesh, stagger=stagger)
-    state, keys = many.init(KEY, theta), jax.random.split(KEY, 6)
-    counts, compilations = [], Compilations()
-    jax.monitoring.register_event_duration_secs_listener(compilations)
-    for key in keys:
-        before = compilations.count
-        estimate, state = many.estimate(key, theta, state)
-        counts.append(compilations.count - before)
-        theta = jax.tree.map(lambda x, g: x - 0.1 * g, theta, estimate.grad)
-    jax.monitoring.unregister_event_duration_listener(compilations)
-    assert counts[0] > 0
-    assert counts[1:] == [0] * 5
-
-
-def update_by_hand(estimator):
-    """One worker per device, as in the docstring of ``average``."""
+@pytest.mark.parametrize("name", ["pes", "tbptt"])
+def test_the_users_own_pmap_and_shard_map(name):
+    """As in the docstring of ``average``; ``test_the_n_fold_trap`` is what would go wrong."""
+    theta, estimator = recorded()[1], alone(name)
+    (expected, *_), *_ = trained(name, None, "lockstep" if name == "pes" else "breakstep")
+    wanted = numbers((expected.grad, expected.loss))
+    indices = np.arange(8)
+    states = jax.jit(
+        jax.vmap(lambda i: estimator.init(jax.random.fold_in(KEY, i), theta)),
+    )(indices)
 
     def update(key, theta, state):
         key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
         estimate, state = estimator.estimate(key, theta, state)
         return jax.lax.pmean((estimate.grad, estimate.loss), "workers"), state
 
-    return update
-
-
-@pytest.mark.parametrize("name", rows())
-def test_the_users_own_pmap_and_shard_map(name):
-    """Three equal ways; ``test_the_n_fold_trap`` is what would go wrong."""
-    problem, theta = recorded()
-    estimator = build(name, problem)
-    expected, _ = on_one_device(name)
-    states = [estimator.init(jax.random.fold_in(KEY, i), theta) for i in range(8)]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    update = update_by_hand(estimator)
-
-    mapped = jax.pmap(update, axis_name="workers", in_axes=(None, None, 0))
-    (grad, loss), _ = mapped(jax.random.key(0), theta, states)
-    wanted = (expected[0].grad, expected[0].loss)
-    for got, x in zip(jax.tree.leaves((grad, loss)), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(got, np.broadcast_to(x, got.shape), rtol=1e-5, atol=1e-7)
-
-    if name not in ("gpes", "tbptt"):  # the others are in test_varying.py, without the mean
-        return
-
     def body(key, theta, states):
         out, state = update(key, theta, jax.tree.map(lambda x: x[0], states))
         return out, jax.tree.map(lambda x: x[None], state)
 
+    mapped = jax.pmap(update, axis_name="workers", in_axes=(None, None, 0))
     each, mesh = P("workers"), ug.make_worker_mesh(8)
     sharded = jax.shard_map(body, mesh=mesh, in_specs=(P(), P(), each), out_specs=(P(), each))
-    out, _ = jax.jit(sharded)(jax.random.key(0), theta, states)
-    for got, x in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-7)
+    for function, copies in [(mapped, 8), (jax.jit(sharded), None)]:
+        out, _ = function(KEYS[0], theta, states)
+        same = wanted if copies is None else jax.tree.map(lambda x: np.stack([x] * 8), wanted)
+        chex.assert_trees_all_close(numbers(out), same, **CLOSE)
 
 
 def test_the_n_fold_trap():
     """In shard_map ``jax.grad`` of a replicated theta is the sum over devices; ours is not."""
     problem = ug.UnrolledProblem(lambda key, theta: theta, lambda key, theta, s, t: (s, s * s), 4)
-    theta = jnp.float32(3.0)
-    for estimator in [ug.bptt(problem), ug.tbptt(problem, truncation=2)]:
 
-        def naive(key, theta, estimator=estimator):
-            key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
-            return jax.lax.pmean(
-                jax.grad(lambda x: ug.episode_loss(problem, key, x))(theta), "workers"
-            )
+    def grads(key, theta):
+        key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
+        naive = jax.grad(lambda x: ug.episode_loss(problem, key, x))(theta)
+        ours = [
+            estimator.estimate(key, theta, estimator.init(key, theta))[0].grad
+            for estimator in [ug.bptt(problem), ug.tbptt(problem, truncation=2)]
+        ]
+        return jax.lax.pmean((naive, ours), "workers")
 
-        def ours(key, theta, estimator=estimator):
-            key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
-            state = estimator.init(key, theta)
-            return jax.lax.pmean(estimator.estimate(key, theta, state)[0].grad, "workers")
+    mesh = ug.make_worker_mesh(8)
+    sharded = jax.shard_map(grads, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    naive, ours = numbers(jax.jit(sharded)(KEY, jnp.float32(3.0)))
+    np.testing.assert_allclose(ours, 6.0, rtol=1e-6)
+    np.testing.assert_allclose(naive, 8 * 6.0, rtol=1e-6)
 
-        def run(function):
-            sharded = jax.shard_map(
-                function, mesh=ug.make_worker_mesh(8), in_specs=(P(), P()), out_specs=P()
-            )
-            return float(jax.jit(sharded)(KEY, theta))
 
-        assert run(ours) == pytest.approx(6.0)
-        assert run(naive) == pytest.approx(8 * 6.0)
+def scalar(streaming=False):
+    """Little to compile: one number, and with ``streaming`` what is streamed moves it."""
+
+    def step(key, theta, x, t, *batch):
+        x = 0.9 * x + theta * jax.random.uniform(key) + sum(batch)
+        return x, x**2
+
+    def plain(key, theta, x, t):
+        return step(key, theta, x, t)
+
+    def streamed(key, theta, x, t, batch):
+        return step(key, theta, x, t, batch)
+
+    start = lambda key, theta: jax.random.uniform(key)  # noqa: E731
+    return ug.UnrolledProblem(start, streamed if streaming else plain, 20)
 
 
 def test_streamed_data_and_a_mesh_of_two_axes():
-    base, theta = quadratic()
-
-    def step(key, theta, state, t, batch):
-        state, loss = base.step(key, theta, state, t)
-        return state, loss + jnp.mean(batch * state["x"])
-
-    problem = base._replace(step=step)
-    data = jax.random.normal(KEY, (4, 5, 3))
+    pes, theta = ug.pes(scalar(streaming=True), truncation=5, sigma=0.1), jnp.float32(0.3)
+    data = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     devices = np.array(jax.devices()[:8]).reshape(2, 4)
     mesh = jax.sharding.Mesh(devices, ("model", "data"), axis_types=(AxisType.Auto,) * 2)
     out = []
-    for given in [{}, {"mesh": mesh, "axis": "data"}]:
-        many = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 4, **given)
-        out.append(many.estimate(KEY, theta, many.init(KEY, theta), data=data)[0])
-    for a, b in zip(*map(jax.tree.leaves, out), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    plain, spread = ug.average(pes, 4), ug.average(pes, 4, mesh=mesh, axis="data")
+    for many, batches in [(plain, data), (spread, data), (plain, data[::-1])]:
+        out.append(numbers(many.estimate(KEY, theta, many.init(KEY, theta), data=batches)[0]))
+    chex.assert_trees_all_close(out[1], out[0], rtol=1e-5)
+    assert abs(out[2].loss / out[0].loss - 1) > 1e-3  # whose data is whose matters
 
 
 def test_a_problem_made_inside_jit():
@@ -249,15 +245,15 @@ def test_a_problem_made_inside_jit():
 
 def test_theta_and_state_from_elsewhere_are_placed():
     """A restored state lies on one device, theta is numpy or lies on another device."""
-    problem, theta = recorded()
-    pes, mesh = build("pes", problem), ug.make_worker_mesh(4)
-    plain, many = ug.average(pes, 8), ug.average(pes, 8, mesh=mesh)
+    theta, plain, many = recorded()[1], averaged("pes"), averaged("pes", 8)
     state = plain.init(KEY, theta)
+    (expected, *_), *_ = trained("pes", None, "lockstep")
     elsewhere = jax.device_put(theta, jax.devices()[5])
-    expected, _ = plain.estimate(KEY, theta, state)
     for given in [jax.tree.map(np.asarray, theta), elsewhere]:
-        got, _ = many.estimate(KEY, given, jax.device_put(state, jax.devices()[0]))
+        with counted() as count:
+            got, _ = many.estimate(KEYS[0], given, jax.device_put(state, jax.devices()[0]))
         np.testing.assert_allclose(got.loss, expected.loss, rtol=1e-5)
+    assert count[0] == 0  # the program of a mesh is that of the first call, whatever comes
 
 
 @pytest.mark.parametrize("stagger", ["lockstep", "burn_in"])
@@ -277,15 +273,15 @@ def test_a_plain_average_over_a_problem_that_differs_between_devices(stagger):
     sharded = jax.shard_map(
         body, mesh=ug.make_worker_mesh(4), in_specs=(P("workers"), P()), out_specs=P("workers")
     )
-    losses = jax.jit(sharded)(jnp.arange(4.0), jnp.float32(0.0))
-    np.testing.assert_allclose(losses, jnp.arange(4.0) ** 2)
+    losses = jax.jit(sharded)(np.arange(4, dtype=np.float32), jnp.float32(0.0))
+    np.testing.assert_allclose(losses, np.arange(4.0) ** 2)
 
 
 def test_an_update_under_jit_compiles_once():
-    problem, theta = recorded()
-    mesh = ug.make_worker_mesh(4)
-    many, outer = ug.average(build("pes", problem), 8, mesh=mesh), optax.adam(0.1)
-    theta, opt_state = jax.device_put((theta, outer.init(theta)), NamedSharding(mesh, P()))
+    many, outer = averaged("pes", 4, "burn_in"), optax.adam(0.1)
+    whole = NamedSharding(ug.make_worker_mesh(4), P())
+    theta = recorded()[1]
+    theta, opt_state = jax.device_put((theta, outer.init(theta)), whole)
     state = many.init(KEY, theta)
 
     @jax.jit
@@ -294,13 +290,11 @@ def test_an_update_under_jit_compiles_once():
         updates, opt_state = outer.update(estimate.grad, opt_state, theta)
         return optax.apply_updates(theta, updates), opt_state, state
 
-    keys, counts, compilations = jax.random.split(KEY, 3), [], Compilations()
-    jax.monitoring.register_event_duration_secs_listener(compilations)
-    for key in keys:
-        before = compilations.count
-        theta, opt_state, state = update(key, theta, opt_state, state)
-        counts.append(compilations.count - before)
-    jax.monitoring.unregister_event_duration_listener(compilations)
+    counts = []
+    for key in KEYS[:3]:
+        with counted() as count:
+            theta, opt_state, state = update(key, theta, opt_state, state)
+        counts.append(count[0])
     assert counts == [1, 0, 0]
 
 

@@ -1,9 +1,11 @@
 """``fit``: the same as a loop by hand, in few dispatches of one program."""
 
+import functools
 import gc
 import itertools
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,38 +13,58 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import build, quadratic, raises
+from tests.helpers import build, counted, numbers, quadratic, raises
 
 KEY = jax.random.key(0)
 OUTER = optax.adam(0.05)
 
 
-def workers(**given):
+@functools.cache
+def workers(num_devices=None):
+    """The same object every time: ``fit`` keeps the program of the last estimator and optimizer."""
     problem, theta = quadratic()
-    return ug.average(build("pes", problem), 4, **given), theta
+    mesh = num_devices and ug.make_worker_mesh(num_devices)
+    return ug.average(build("pes", problem), 4, mesh=mesh), theta
 
 
 def by_hand(estimator, theta, num_steps, data=None):
     state = estimator.init(KEY, theta)  # nothing of it is used: all episodes begin anew
     opt_state, losses = OUTER.init(theta), []
-    for s in range(num_steps):
-        given = {} if data is None else {"data": data(s)}
+
+    @jax.jit
+    def step(s, theta, opt_state, state, **given):
         estimate, state = estimator.estimate(jax.random.fold_in(KEY, s), theta, state, **given)
         updates, opt_state = OUTER.update(estimate.grad, opt_state, theta)
-        theta = optax.apply_updates(theta, updates)
-        losses.append(float(estimate.loss))
+        return optax.apply_updates(theta, updates), opt_state, state, estimate.loss
+
+    for s in range(num_steps):
+        given = {} if data is None else {"data": data(s)}
+        theta, opt_state, state, loss = step(s, theta, opt_state, state, **given)
+        losses.append(float(loss))
     return theta, losses
 
 
-@pytest.mark.parametrize("mesh", [None, 4])
-def test_is_the_loop_by_hand_whatever_the_dispatches(mesh):
-    estimator, theta = workers(mesh=mesh and ug.make_worker_mesh(mesh))
+@pytest.mark.parametrize(("num_devices", "sizes"), [(4, [4]), (None, [100, 4])])
+def test_is_the_loop_by_hand_whatever_the_dispatches(num_devices, sizes):
+    """One dispatch is longer than the run; the others end in the middle of one. One program each.
+
+    Nothing is compiled after the first dispatch, nor for another run of the same.
+    """
+    estimator, theta = workers(num_devices)
     expected, losses = by_hand(estimator, theta, 10)
-    for size in [4, 10, 100]:
-        result = ug.fit(estimator, theta, OUTER, num_steps=10, key=KEY, steps_per_dispatch=size)
-        for got, wanted in zip(*map(jax.tree.leaves, (result.theta, expected)), strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    for size in sizes:
+        counts = []
+        with counted() as count:
+            given = {"key": KEY, "callback": lambda *_: counts.append(count[0])}  # noqa: B023
+            result, again = (
+                ug.fit(estimator, theta, OUTER, num_steps=n, steps_per_dispatch=size, **given)
+                for n in (10, 13)
+            )
+        assert counts[0] > 0
+        assert counts == [counts[0]] * (2 if size == 100 else 3 + 4)
+        chex.assert_trees_all_close(numbers(result.theta), numbers(expected), rtol=1e-5)
         np.testing.assert_allclose(result.history["loss"], losses, rtol=1e-5)
+        np.testing.assert_array_equal(again.history["loss"][:10], result.history["loss"])
         assert result.history["inner_steps"].tolist() == [4 * 2 * 2 * 5] * 10
         assert set(result.history) == {
             "loss",
@@ -54,40 +76,6 @@ def test_is_the_loop_by_hand_whatever_the_dispatches(mesh):
     float(theta["log_rate"])  # it was not donated
 
 
-@pytest.mark.parametrize("mesh", [None, 4])
-def test_one_program_for_the_whole_run(mesh):
-    estimator, theta = workers(mesh=mesh and ug.make_worker_mesh(mesh))
-    compiled = []
-    listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
-    counts = []
-
-    def callback(step, theta, metrics):
-        counts.append(sum("backend_compile" in event for event in compiled))
-
-    given = {"key": KEY, "steps_per_dispatch": 3, "callback": callback}
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    ug.fit(estimator, theta, OUTER, num_steps=11, **given)
-    ug.fit(estimator, theta, OUTER, num_steps=14, **given)  # nor for another run of the same
-    jax.monitoring.unregister_event_duration_listener(listener)
-    assert counts[0] > 0
-    assert len(set(counts)) == 1
-    assert len(counts) == 4 + 5
-
-
-def test_memory_does_not_grow_over_ten_thousand_steps():
-    estimator, theta = workers()
-    held = []
-
-    def callback(step, theta, metrics):
-        held.append(sum(x.nbytes for x in jax.live_arrays()))
-
-    ug.fit(
-        estimator, theta, OUTER, num_steps=10_000, key=KEY, steps_per_dispatch=50, callback=callback
-    )
-    assert len(held) == 200
-    assert held[-1] == held[0]
-
-
 def test_evaluation_and_callback_between_dispatches():
     estimator, theta = workers()
     seen = []
@@ -95,47 +83,88 @@ def test_evaluation_and_callback_between_dispatches():
         estimator,
         theta,
         OUTER,
-        num_steps=7,
+        num_steps=9,
         key=KEY,
-        steps_per_dispatch=3,
+        steps_per_dispatch=4,
         evaluate=lambda key, theta: {"rate": jnp.exp(theta["log_rate"])},
         callback=lambda step, theta, metrics: seen.append((step, theta, metrics)),
     )
-    assert [step for step, *_ in seen] == [3, 6, 7]
-    assert result.history["evaluated_at"].tolist() == [3, 6, 7]
+    assert [step for step, *_ in seen] == [4, 8, 9]
+    assert result.history["evaluated_at"].tolist() == [4, 8, 9]
     np.testing.assert_allclose(result.history["rate"][-1], np.exp(result.theta["log_rate"]))
     for step, theta, metrics in seen:
         assert metrics["loss"] == result.history["loss"][step - 1]
         np.testing.assert_allclose(metrics["rate"], np.exp(theta["log_rate"]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["function", "iterator"])
-def test_streamed_data(kind):
-    base, theta = quadratic()
+def test_what_evaluate_returns_is_checked():
+    estimator, theta = workers()
+    given = {"num_steps": 8, "key": KEY, "steps_per_dispatch": 4}
 
-    def step(key, theta, state, t, batch):
-        state, loss = base.step(key, theta, state, t)
-        return state, loss + jnp.mean(batch * state["x"])
+    def run(evaluate):
+        ug.fit(estimator, theta, OUTER, evaluate=evaluate, **given)
 
-    estimator = ug.average(ug.pes(base._replace(step=step), truncation=5, sigma=0.1), 2)
+    with raises(TypeError, "`evaluate` must return a dict of numbers", "float 0.5"):
+        run(lambda key, theta: 0.5)
+    with raises(TypeError, "`evaluate` must return numbers", "'a' is 'text'"):
+        run(lambda key, theta: {"a": "text"})
+    with raises(ValueError, "`evaluate` returns ['loss']", "rename"):
+        run(lambda key, theta: {"loss": 0.5})
+    names = iter("ab")
+    with raises(ValueError, "same names and shapes", "{'a': ()}", "{'b': ()}") as caught:
+        run(lambda key, theta: {next(names): 0.5})
+    assert len(caught.value.result.history["loss"]) == 8
+    shapes = iter([1, 2])
+    with raises(ValueError, "same names and shapes", "{'a': (1,)}", "{'a': (2,)}"):
+        run(lambda key, theta: {"a": np.ones(next(shapes))})
+
+
+def simple():
+    """Little to compile, and made anew each time."""
+
+    def step(key, theta, x, t):
+        x = 0.9 * x + theta["a"] * jax.random.uniform(key)
+        return x, x**2
+
+    problem = ug.UnrolledProblem(lambda key, theta: jax.random.uniform(key), step, 20)
+    return problem, {"a": jnp.float32(0.3)}
+
+
+def test_memory_does_not_grow_over_ten_thousand_steps():
+    problem, theta = simple()
+    estimator, held = ug.average(ug.tbptt(problem, truncation=5), 2), []
+
+    def callback(step, theta, metrics):
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+
+    given = {"num_steps": 10_000, "key": KEY, "steps_per_dispatch": 50}
+    ug.fit(estimator, theta, OUTER, callback=callback, **given)
+    assert len(held) == 200
+    assert held[-1] == held[0]
+
+
+def test_streamed_data():
+    base, theta = simple()
+
+    def step(key, theta, x, t, batch):
+        x, loss = base.step(key, theta, x, t)
+        return x, loss + jnp.mean(batch) * x
+
+    pes = ug.pes(base._replace(step=step), truncation=5, sigma=0.1)
+    estimator = ug.average(pes, 2)
 
     def make(s):
-        return np.asarray(jax.random.normal(jax.random.key(s), (2, 5, 3)))
+        return np.random.default_rng(s).normal(size=(2, 5, 3)).astype(np.float32)
+
+    def run(data):
+        given = {"num_steps": 5, "key": KEY, "steps_per_dispatch": 2}
+        return ug.fit(estimator, theta, OUTER, data=data, **given).history["loss"]
 
     _, losses = by_hand(estimator, theta, 5, make)
-    data = make if kind == "function" else (make(s) for s in itertools.count())
-    result = ug.fit(estimator, theta, OUTER, num_steps=5, key=KEY, data=data, steps_per_dispatch=2)
-    np.testing.assert_allclose(result.history["loss"], losses, rtol=1e-5)
+    np.testing.assert_allclose(run(make), losses, rtol=1e-5)
+    np.testing.assert_allclose(run(make(s) for s in itertools.count()), losses, rtol=1e-5)
     with raises(ValueError, "`data` ended before outer step 3"):
-        ug.fit(
-            estimator,
-            theta,
-            OUTER,
-            num_steps=5,
-            key=KEY,
-            data=iter([make(0)] * 3),
-            steps_per_dispatch=2,
-        )
+        run(iter([make(0)] * 3))
 
 
 def test_stops_where_something_is_not_finite():
@@ -169,34 +198,12 @@ def test_the_users_arrays_are_not_taken():
     assert float(mine.sum() + theta["s"].sum()) == 2
 
 
-def test_what_evaluate_returns_is_checked():
-    estimator, theta = workers()
-    given = {"num_steps": 6, "key": KEY, "steps_per_dispatch": 3}
-
-    def run(evaluate):
-        ug.fit(estimator, theta, OUTER, evaluate=evaluate, **given)
-
-    with raises(TypeError, "`evaluate` must return a dict of numbers", "float 0.5"):
-        run(lambda key, theta: 0.5)
-    with raises(TypeError, "`evaluate` must return numbers", "'a' is 'text'"):
-        run(lambda key, theta: {"a": "text"})
-    with raises(ValueError, "`evaluate` returns ['loss']", "rename"):
-        run(lambda key, theta: {"loss": 0.5})
-    names = iter("ab")
-    with raises(ValueError, "same names and shapes", "{'a': ()}", "{'b': ()}") as caught:
-        run(lambda key, theta: {next(names): 0.5})
-    assert len(caught.value.result.history["loss"]) == 6
-    shapes = iter([1, 2])
-    with raises(ValueError, "same names and shapes", "{'a': (1,)}", "{'a': (2,)}"):
-        run(lambda key, theta: {"a": np.ones(next(shapes))})
-
-
 def test_problems_are_not_kept_alive():
     gone = []
     for _ in range(3):
-        problem, theta = quadratic.__wrapped__()
+        problem, theta = simple()
         gone.append(weakref.ref(problem.step))
-        estimator = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 2)
+        estimator = ug.average(ug.tbptt(problem, truncation=5), 2)
         ug.fit(estimator, theta, OUTER, num_steps=2, key=KEY)
         del problem, estimator
     gc.collect()

@@ -1,7 +1,9 @@
 """Inner optimizers under differentiation: right, or a message that names what makes it right."""
 
+import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
+from tests.helpers import numbers
 from unrollgrad import inner_optimizers
 
 KEY = jax.random.key(0)
@@ -32,9 +35,17 @@ def make(optimizer, start=(0.0, 3.0, 1.0), dtype=jnp.float32, horizon=8):
     )
 
 
+def gradients(theta, *estimators):
+    """Of the first call of each, all in one program."""
+
+    def all_of_them(theta):
+        return [e.estimate(KEY, theta, e.init(KEY, theta))[0].grad for e in estimators]
+
+    return jax.jit(all_of_them)(theta)
+
+
 def gradient(problem, factory=ug.bptt, theta=RATE, **settings):
-    estimator = factory(problem, **settings)
-    return estimator.estimate(KEY, theta, estimator.init(KEY, theta))[0].grad
+    return gradients(theta, factory(problem, **settings))[0]
 
 
 def shapes_of(tree):
@@ -78,7 +89,7 @@ def averaged(problem, **settings):
 
 @pytest.mark.parametrize(
     ("factory", "settings"),
-    [(ug.bptt, {}), (ug.tbptt, {"truncation": 4}), (averaged, {"truncation": 4})],
+    [(ug.bptt, {}), (averaged, {"truncation": 4})],
 )
 def test_adam_at_a_zero_gradient_is_warned_of_once_and_eps_root_cures_it(factory, settings):
     problem = make(lambda theta, t: optax.adam(jnp.exp(theta)))
@@ -86,7 +97,7 @@ def test_adam_at_a_zero_gradient_is_warned_of_once_and_eps_root_cures_it(factory
     with pytest.warns(UserWarning, match="eps_root=1e-8") as caught:
         assert np.isnan(float(jax.jit(inside)()))  # what it is warned of is true
     assert len(caught) == 1
-    assert np.isnan(float(jax.jit(lambda: 2 * inside())()))  # and not again
+    jax.make_jaxpr(lambda: 2 * inside())()  # and not again: a warning is an error
     cured = make(lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8))
     assert np.isfinite(float(gradient(cured, factory, **settings)))
 
@@ -120,14 +131,14 @@ def test_evolution_strategies_and_forward_runs_are_not_warned():
     for optimizer in [optax.adam, optax.radam]:
         problem = make(lambda theta, t: optimizer(jnp.exp(theta)))  # noqa: B023
         assert np.isfinite(float(gradient(problem, ug.pes, truncation=4, sigma=0.1)))
-        assert np.isfinite(float(ug.episode_loss(problem, KEY, RATE)))
+        jax.make_jaxpr(lambda theta: ug.episode_loss(problem, KEY, theta))(RATE)  # noqa: B023
 
 
 def test_any_differentiation_is_seen():
     for differentiate in [jax.grad, jax.jacfwd]:
         problem = make(lambda theta, t: optax.adam(jnp.exp(theta)))
         with pytest.warns(UserWarning, match=ZERO):
-            differentiate(lambda theta: ug.episode_loss(problem, KEY, theta))(RATE)  # noqa: B023
+            jax.make_jaxpr(differentiate(functools.partial(ug.episode_loss, problem, KEY)))(RATE)
 
 
 def test_optimizers_that_a_trial_does_not_suit():
@@ -183,31 +194,22 @@ def test_bf16_weights_with_injected_float32_hyperparameters():
         return inner(jnp.exp(theta["rate"]), jax.nn.sigmoid(theta["b1"]), eps_root=1e-6)
 
     theta = {"rate": jnp.float32(-3.0), "b1": jnp.float32(2.0)}
-    start = (0.0, 3.0, -2.0)
-    for factory, settings in [
-        (ug.bptt, {}),
-        (ug.pes, {"truncation": 4, "sigma": 0.3, "num_pairs": 50}),
-    ]:
-        low, full = (
-            gradient(make(optimizer, start, dtype), factory, theta, **settings)
-            for dtype in (jnp.bfloat16, jnp.float32)
-        )
-        for name in theta:
-            np.testing.assert_allclose(low[name], full[name], rtol=0.05, atol=5e-3)
+    found = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        problem = make(optimizer, (0.0, 3.0, -2.0), dtype)
+        pes = ug.pes(problem, truncation=4, sigma=0.3, num_pairs=50)
+        found.append(gradients(theta, ug.bptt(problem), pes))
+    chex.assert_trees_all_close(*map(numbers, found), rtol=0.05, atol=5e-3)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_theta_in_16_bits(dtype):
+def test_theta_in_16_bits():
     problem = make(lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8))
-    for factory, settings in [
-        (ug.bptt, {}),
-        (ug.pes, {"truncation": 4, "sigma": 0.1, "num_pairs": 20}),
-    ]:
-        low, full = (
-            gradient(problem, factory, RATE.astype(d), **settings) for d in (dtype, jnp.float32)
-        )
-        assert low.dtype == dtype
-        np.testing.assert_allclose(np.float32(low), full, rtol=0.05)
+    made = ug.bptt(problem), ug.pes(problem, truncation=4, sigma=0.1, num_pairs=20)
+    full = gradients(RATE, *made)
+    for dtype in [jnp.bfloat16, jnp.float16]:
+        low = gradients(RATE.astype(dtype), *made)
+        assert [g.dtype for g in low] == [dtype] * 2
+        np.testing.assert_allclose(np.array(low, np.float32), np.array(full), rtol=0.05)
 
 
 def test_whole_numbers_among_the_hyperparameters():
@@ -227,17 +229,16 @@ def test_whole_numbers_among_the_hyperparameters():
 
 
 @pytest.mark.parametrize(
-    "inject",
+    ("inject", "factory", "settings"),
     [
-        optax.inject_hyperparams,
-        lambda factory: lambda *a: optax.chain(optax.inject_hyperparams(factory)(*a)),
+        (optax.inject_hyperparams, ug.tbptt, {"truncation": 4}),
+        (
+            lambda factory: lambda *a: optax.chain(optax.inject_hyperparams(factory)(*a)),
+            ug.truncated_es,
+            {"truncation": 4, "sigma": 0.1},
+        ),
     ],
-    ids=["alone", "in a chain"],
-)
-@pytest.mark.parametrize(
-    ("factory", "settings"),
-    [(ug.tbptt, {"truncation": 4}), (ug.truncated_es, {"truncation": 4, "sigma": 0.1})],
-    ids=["tbptt", "truncated_es"],
+    ids=["tbptt, alone", "truncated_es, in a chain"],
 )
 def test_theta_counts_in_every_window_through_injected_hyperparameters(inject, factory, settings):
     """optax reads them from the state of `init`; here they are those of plain optax."""

@@ -17,7 +17,7 @@ def run(name):
     return runpy.run_path(str(script))
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_which_estimator(capsys):
     names = run("01")
     assert "estimator" in capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_which_estimator(capsys):
     assert explodes["variance"] > 1e6 * tame["variance"]
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_a_learned_optimizer(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)
     curves = run("02")["curves"]

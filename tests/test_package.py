@@ -1,13 +1,16 @@
 """The package as a newcomer meets it: imports, the README, the public names."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import unrollgrad as ug
+from tests import stored
 from unrollgrad.estimators import REGISTRY
 
 ROOT = Path(__file__).parents[1]
+TRAINED = ROOT / "experiments" / "learned_optimizers" / "trained"
 HEADER = "| estimator | unbiased for | variance | inner steps per call | memory | paper |"
 
 
@@ -25,14 +28,18 @@ def test_the_readme_has_the_table_of_estimators():
     assert table() in (ROOT / "README.md").read_text(), f"put this into README.md:\n{table()}"
 
 
-def test_import_pulls_in_no_extra():
-    code = (
-        "import sys, unrollgrad; "
-        "extras = ['matplotlib', 'rich', 'tyro', 'sklearn', 'flax', 'orbax', 'lineax']; "
-        "print([m for m in extras if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+def test_without_the_extras():
+    """The import asks for none of them, and the trained optimizers train with the core."""
+    files = sorted(TRAINED.glob("*.npz"))
+    command = [sys.executable, "-m", "tests.without_extras", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["imported"] == []
+    assert len(files) == 2
+    for file, losses in zip(files, found["losses"], strict=True):
+        assert losses[-1] < 0.3 * losses[0]
+        stored.expect(f"trained {file.stem}", {str(20 * i): x for i, x in enumerate(losses)})
 
 
 def test_public_names_exist_and_are_documented():

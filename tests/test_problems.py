@@ -1,5 +1,7 @@
 """The canonical problems are what their docstrings say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,30 +13,46 @@ from unrollgrad.problems import theory
 KEY = jax.random.key(0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def losses(problem, thetas):
+    """The loss of one episode at each theta."""
+    return jax.vmap(lambda theta: ug.episode_loss(problem, KEY, theta))(thetas)
+
+
 def loss(problem, theta):
-    return float(ug.episode_loss(problem, KEY, theta))
+    return losses(problem, np.asarray(theta, np.float32)[None])[0]
 
 
 def test_influence_balancing():
     problem, theta = ug.problems.influence_balancing(horizon=500)
     final = ug.final_loss(problem, lambda key, theta, s: 0.5 * (s[0] - 1) ** 2)
-    np.testing.assert_allclose(loss(final, theta), 8.0, rtol=1e-4)
-    assert loss(final, jnp.float32(-1 / 6)) < 1e-8
+    at_theta, at_optimum = losses(final, np.float32([theta, -1 / 6]))
+    np.testing.assert_allclose(at_theta, 8.0, rtol=1e-4)
+    assert at_optimum < 1e-8
     sensitivity = {1: 1, 5: 5, 10: 10, 20: 16.5, 30: 9.9, 40: 0.57, 60: -5.9, 100: -6.0}
-    for steps, expected in sensitivity.items():
-        short = problem._replace(horizon=steps, init=lambda key, theta: jnp.zeros(23))
-        reach = ug.final_loss(short, lambda key, theta, s: s[0])
-        slope = jax.grad(lambda x: ug.episode_loss(reach, KEY, x))(theta)  # noqa: B023
-        np.testing.assert_allclose(slope, expected, rtol=0.02)
+
+    @jax.jit
+    @jax.jacfwd
+    def reached(theta):
+        """s[0] after each of a hundred steps from zero."""
+
+        def step(state, t):
+            state, _ = problem.step(KEY, theta, state, t)
+            return state, state[0]
+
+        return jax.lax.scan(step, jnp.zeros(23), jnp.arange(100))[1]
+
+    slopes = np.asarray(reached(theta))[[steps - 1 for steps in sensitivity]]
+    np.testing.assert_allclose(slopes, list(sensitivity.values()), rtol=0.02)
 
 
 def test_toy_regression():
     problem, theta = ug.problems.toy_regression()
-    np.testing.assert_allclose(100 * loss(problem, theta), 2488, atol=1)
-    axis = jnp.linspace(-5, 5, 201)
-    grid = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    losses = 100 * jax.vmap(lambda x: ug.episode_loss(problem, KEY, x))(grid)
-    assert 545 < float(jnp.nanmin(losses)) < 575
+    axis = np.linspace(-5, 5, 201, dtype=np.float32)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    found = 100 * np.asarray(losses(problem, np.concatenate([np.asarray(theta)[None], grid])))
+    np.testing.assert_allclose(found[0], 2488, atol=1)
+    assert 545 < np.nanmin(found) < 575
 
 
 @pytest.mark.parametrize("gradients", ["identical", "independent"])
@@ -45,16 +63,20 @@ def test_linear_recurrence_influence(gradients, init_influence):
         3, 5, gradients=gradients, memory=0.6, curvature=0.3, init_influence=init_influence
     )
 
-    def losses(thetas):
+    def by_step(thetas):
         state, out = problem.init(KEY, thetas[0]), []
         for t in range(5):
             state, value = problem.step(KEY, thetas[t], state, t)
             out.append(value)
         return jnp.stack(out)
 
-    by_grad = jax.jacobian(losses)(jnp.broadcast_to(theta, (5, 3)))
+    @jax.jit
+    def derivatives(theta):
+        total = jax.grad(lambda x: ug.episode_loss(problem, KEY, x))(theta)
+        return jax.jacobian(by_step)(jnp.broadcast_to(theta, (5, 3))), total
+
+    by_grad, gradient = derivatives(theta)
     np.testing.assert_allclose(influence(theta), by_grad, rtol=1e-4, atol=1e-6)
-    gradient = jax.grad(lambda x: ug.episode_loss(problem, KEY, x))(theta)
     np.testing.assert_allclose(theory.gradient(influence(theta)), gradient, rtol=1e-4)
 
 
@@ -63,42 +85,50 @@ def test_linear_recurrence_refuses_other_gradients():
         ug.problems.linear_recurrence(gradients="other")
 
 
-@pytest.mark.parametrize(("theta", "exponent"), [(3.2, -0.916), (3.9, 0.495), (4.0, 0.693)])
-def test_chaotic_map_has_its_lyapunov_exponents(theta, exponent):
+def test_chaotic_map_has_its_lyapunov_exponents():
     problem, _ = ug.problems.chaotic_map(horizon=20_000)
 
-    def step(x, t):
-        after, _ = problem.step(KEY, jnp.float32(theta), x, t)
-        return after, jnp.log(jnp.abs(theta * (1 - 2 * x)))
+    @jax.jit
+    @jax.vmap
+    def exponents(theta):
+        def step(x, t):
+            after, _ = problem.step(KEY, theta, x, t)
+            return after, jnp.log(jnp.abs(theta * (1 - 2 * x)))
 
-    _, logs = jax.lax.scan(step, jnp.float32(0.3), jnp.arange(20_000))
-    np.testing.assert_allclose(logs.mean(), exponent, atol=0.03)
+        return jax.lax.scan(step, jnp.float32(0.3), jnp.arange(20_000))[1].mean()
+
+    expected = [-0.916, 0.495, 0.693]
+    np.testing.assert_allclose(exponents(np.float32([3.2, 3.9, 4.0])), expected, atol=0.03)
 
 
 def test_chaotic_map_explodes_backwards_and_leaves_beyond_four():
     problem, theta = ug.problems.chaotic_map()
-    gradient = jax.grad(lambda x: ug.episode_loss(problem, KEY, x))(theta)
+    gradient = jax.jit(jax.grad(lambda x: ug.episode_loss(problem, KEY, x)))(theta)
     assert abs(gradient) > 1e10
-    assert not np.isfinite(loss(problem, jnp.float32(4.1)))
+    assert not np.isfinite(loss(problem, 4.1))
 
 
 def test_lorenz():
+    solution = np.log([10.0, 28.0])
     for horizon, expected in [(100, 750.07), (500, 322.06)]:
         problem, theta = ug.problems.lorenz(horizon)
-        np.testing.assert_allclose(loss(problem, theta), expected, rtol=1e-3)
-        assert loss(problem, jnp.log(jnp.array([10.0, 28.0]))) < 1e-6
+        found, at_solution = losses(problem, np.float32([theta, solution]))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+        assert at_solution < 1e-6
     with jax.enable_x64(True):
         problem, theta = ug.problems.lorenz()
-        np.testing.assert_allclose(loss(problem, jnp.array([3.116, 3.7], float)), 353.3, rtol=1e-3)
+        found = losses(problem, np.array([[3.116, 3.7]]))
+        np.testing.assert_allclose(found, 353.3, rtol=1e-3)
 
 
 def test_control():
     problem, theta = ug.problems.control()
-    keys = jax.random.split(KEY, 1000)
 
+    @jax.jit
     def mean(theta):
-        return float(jax.vmap(lambda k: ug.episode_loss(problem, k, theta))(keys).mean())
+        keys = jax.random.split(KEY, 1000)
+        return jax.vmap(lambda k: ug.episode_loss(problem, k, theta))(keys).mean()
 
     np.testing.assert_allclose(mean(theta), 12.8, rtol=0.05)
-    np.testing.assert_allclose(mean(jnp.array([0.0, 0.0, 20.0, 0.0])), 0.094, rtol=0.2)
-    np.testing.assert_allclose(mean(jnp.array(ug.problems.LQR_POLICY)), 0.0039, rtol=0.3)
+    np.testing.assert_allclose(mean(np.float32([0.0, 0.0, 20.0, 0.0])), 0.094, rtol=0.2)
+    np.testing.assert_allclose(mean(np.float32(ug.problems.LQR_POLICY)), 0.0039, rtol=0.3)

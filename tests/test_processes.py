@@ -1,5 +1,6 @@
 """Several processes on ``jax.distributed``: the same numbers, written once."""
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import results
+from experiments import experiment as framework
+from experiments import results, variance
 from experiments.processes import Processes, join
+from tests import one_process
 from tests.helpers import raises
 
 ROOT = Path(__file__).parents[1]
@@ -44,44 +47,30 @@ def free_address():
         return f"localhost:{probe.getsockname()[1]}"
 
 
-@pytest.mark.slow
-def test_two_processes_of_four_devices_equal_one_of_eight():
-    script, address = str(ROOT / "tests" / "one_process.py"), free_address()
-    (alone,) = together([script, "8", "none", "1", "0"])
-    pair = together(*[[script, "4", address, "2", str(i)] for i in range(2)])
-    alone, *pair = (json.loads(printed.splitlines()[-1]) for printed in (alone, *pair))
+def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
+    """Estimators and ``fit``; a signal to one process stops both, and the same call goes on."""
+    address, folder = free_address(), str(tmp_path / "two")
+    pair = together(*[["-m", "tests.one_process", address, "2", str(i), folder] for i in range(2)])
+    first, second = (json.loads(printed.splitlines()[-1]) for printed in pair)
+    assert first == second
+    assert "average(..., mesh=ug.make_worker_mesh())" in first.pop("no mesh")
+    assert first.pop("stopped") == 4
+    assert first.pop("continued") == first["fit"]  # bit for bit
+    alone = one_process.measured()
     assert alone["devices"] == 8
     assert alone["error"].startswith("all 16 workers")
-    assert pair[0] == pair[1]
-    assert pair[0].keys() == alone.keys()
+    assert first.keys() == alone.keys()
     for name, expected in alone.items():
         if isinstance(expected, list):
-            np.testing.assert_allclose(pair[0][name], expected, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(first[name], expected, rtol=1e-5, err_msg=name)
         else:
-            assert pair[0][name] == expected
+            assert first[name] == expected
     # The streamed data reached the right workers: worker i's gradient is i.
     variance = np.var(np.arange(16.0), ddof=1) / 16
     np.testing.assert_allclose(alone["data"], [7.5, variance], rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_fit_on_two_processes_is_fit_on_one(tmp_path):
-    """A signal to one process stops and saves both; the same call goes on, bit for bit."""
-    script, address = str(ROOT / "tests" / "one_process_of_fit.py"), free_address()
-    (alone,) = together([script, "8", "none", "1", "0", str(tmp_path / "one")])
-    two = str(tmp_path / "two")
-    pair = together(*[[script, "4", address, "2", str(i), two] for i in range(2)])
-    alone, *pair = (json.loads(printed.splitlines()[-1]) for printed in (alone, *pair))
-    assert pair[0] == pair[1]
-    assert "average(..., mesh=ug.make_worker_mesh())" in pair[0]["error"]
-    for out in [alone, *pair]:
-        assert out["stopped"] == 4
-        assert out["same"] == [True, True]
-        np.testing.assert_allclose(out["loss"], alone["loss"], rtol=1e-5)
-        np.testing.assert_allclose(out["theta"], alone["theta"], rtol=1e-5)
-
-
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_only_process_0_writes_and_prints(tmp_path):
     command = ["-m", "experiments", "variance", "--scale", "smoke"]
     command += ["--problem", "influence_balancing", "--thetas", "start", "end"]
@@ -92,7 +81,14 @@ def test_only_process_0_writes_and_prints(tmp_path):
     assert "bias" in first
     assert "bias" not in second
     assert "picture" not in second
-    together([*command[: command.index("--processes")], "--out", str(tmp_path / "one")])
+    settings = dataclasses.replace(
+        variance.SCALES["smoke"],
+        problem="influence_balancing",
+        thetas=("start", "end"),
+        devices=2,
+        out=tmp_path / "one",
+    )
+    framework.execute(variance.EXPERIMENT, settings)
     numbers = []
     for name in ["one", "two"]:
         (folder,) = (tmp_path / name).iterdir()

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
+from tests.helpers import numbers
 
 KEY = jax.random.key(0)
 
@@ -20,6 +21,20 @@ def make(optimizer, horizon=8, **changes):
         "horizon": horizon,
     }
     return ug.training_problem(**{**arguments, **changes})
+
+
+def estimates(problem, theta, *factories):
+    """Of the first call of each estimator, all in one program."""
+
+    def both(theta):
+        made = [factory(problem) for factory in factories]
+        return [e.estimate(KEY, theta, e.init(KEY, theta))[0] for e in made]
+
+    return numbers(jax.jit(both)(theta))
+
+
+def pes(problem):
+    return ug.pes(problem, truncation=4, sigma=0.1)
 
 
 def test_it_is_the_loop_written_by_hand():
@@ -38,9 +53,8 @@ def test_it_is_the_loop_written_by_hand():
             losses.append(jnp.mean((w - batch) ** 2))
         return jnp.mean(jnp.stack(losses))
 
-    estimator = ug.bptt(problem)
-    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
-    value, grad = jax.value_and_grad(by_hand)(theta)
+    (estimate,) = estimates(problem, theta, ug.bptt)
+    value, grad = jax.jit(jax.value_and_grad(by_hand))(theta)
     np.testing.assert_allclose(estimate.loss, value, rtol=1e-5)
     for name in theta:
         np.testing.assert_allclose(estimate.grad[name], grad[name], rtol=1e-4)
@@ -66,12 +80,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_any_optimizer_through_both_families(optimizer):
     problem, theta = make(optimizer), jnp.log(jnp.float32(0.1))
-    exact, _ = ug.bptt(problem).estimate(KEY, theta, ug.bptt(problem).init(KEY, theta))
-    assert np.isfinite(float(exact.grad))
-    assert float(exact.grad) != 0
+    exact, estimate = estimates(problem, theta, ug.bptt, lambda p: ug.full_es(p, sigma=1e-2))
+    assert np.isfinite(exact.grad)
+    assert exact.grad != 0
     # One scalar, tiny sigma: full ES is u^2 g, with u^2 known from its own draw.
-    estimator = ug.full_es(problem, sigma=1e-2)
-    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
     noise = jax.random.fold_in(jax.random.fold_in(KEY, 2), 0)
     unit = ug.noise.gaussian().sample(noise, (), theta, 1)[0]
     np.testing.assert_allclose(estimate.grad, unit**2 * exact.grad, rtol=0.02)
@@ -79,11 +91,8 @@ def test_any_optimizer_through_both_families(optimizer):
 
 def test_line_search_with_its_while_loop():
     problem = make(lambda theta, t: optax.lbfgs(jnp.exp(theta), memory_size=2))
-    theta = jnp.log(jnp.float32(0.5))
-    for factory in [ug.pes, ug.truncated_es]:
-        estimator = factory(problem, truncation=4, sigma=0.1)
-        estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
-        assert np.isfinite(float(estimate.grad))
+    (estimate,) = estimates(problem, jnp.log(jnp.float32(0.5)), pes)
+    assert np.isfinite(estimate.grad)
 
 
 def test_meta_loss_sees_the_new_weights_and_theta_may_regularise():
@@ -97,39 +106,41 @@ def test_meta_loss_sees_the_new_weights_and_theta_may_regularise():
     )
     theta = jnp.float32(-1.0)
     state = problem.init(KEY, theta)
-    after, loss = problem.step(KEY, theta, state, 0)
-    np.testing.assert_allclose(loss, after.params["w"].sum(), rtol=1e-6)
-    exact = jax.grad(lambda x: ug.episode_loss(problem, KEY, x))(theta)
-    start = jax.random.normal(jax.random.fold_in(KEY, 0), (3,))
+    after, loss = jax.jit(problem.step)(KEY, theta, state, 0)
+    np.testing.assert_allclose(loss, np.sum(after.params["w"]), rtol=1e-6)
+    exact = jax.jit(jax.grad(lambda x: ug.episode_loss(problem, KEY, x)))(theta)
+    start = np.asarray(jax.random.normal(jax.random.fold_in(KEY, 0), (3,)))
     np.testing.assert_allclose(exact, -0.1 * np.exp(-1) * 2 * start.sum(), rtol=1e-4)
 
 
 def test_streamed_batches_replace_sampled_ones():
-    batches = jax.random.normal(KEY, (8, 3))
+    batches = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     problem = make(lambda theta, t: optax.sgd(theta), sample_batch=None)
-    estimator = ug.bptt(problem)
-    theta = jnp.float32(0.1)
-    estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta), data=batches)
+    estimator, theta = ug.bptt(problem), jnp.float32(0.1)
+    state = estimator.init(KEY, theta)
+    estimate, other = (
+        estimator.estimate(KEY, theta, state, data=data)[0] for data in (batches, batches + 1)
+    )
     assert np.isfinite(float(estimate.grad))
-    other, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta), data=batches + 1)
     assert float(other.loss) != float(estimate.loss)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
+def test_bf16_weights():
+    """Float32 hyperparameters do not widen the state of bfloat16 weights."""
+    theta = jnp.array([-2.0, 0.9])
+    for optimizer in [
         lambda theta, t: optax.sgd(jnp.exp(theta[0]), theta[1]),
         lambda theta, t: optax.adam(jnp.exp(theta[0]), b1=theta[1], eps_root=1e-6),
-    ],
-)
-def test_bf16_weights(optimizer):
-    """Float32 hyperparameters do not widen the state of bfloat16 weights."""
-    problem = make(optimizer, init_params=lambda key: {"w": jnp.zeros(3, jnp.bfloat16)})
-    theta = jnp.array([-2.0, 0.9])
-    for factory in [ug.bptt, lambda p: ug.pes(p, truncation=4, sigma=0.1)]:
-        estimator = factory(problem)
-        estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
-        assert estimate.loss.dtype == jnp.float32
+    ]:
+        problem = make(optimizer, init_params=lambda key: {"w": jnp.zeros(3, jnp.bfloat16)})
+        shapes = jax.eval_shape(problem.init, KEY, theta)
+        after, _ = jax.eval_shape(problem.step, KEY, theta, shapes, 0)
+        assert {str(x.dtype) for x in jax.tree.leaves(after.params)} == {"bfloat16"}
+        assert [x.dtype for x in jax.tree.leaves(after)] == [
+            x.dtype for x in jax.tree.leaves(shapes)
+        ]
+    for estimate in estimates(problem, theta, ug.bptt, pes):
+        assert estimate.loss.dtype == np.float32
         assert np.all(np.isfinite(estimate.grad))
 
 
@@ -141,14 +152,12 @@ def test_params_that_are_not_floating_stay_as_they_are():
         loss=lambda theta, p, batch, key: jnp.mean((p["w"] - p["count"]) ** 2),
     )
     theta = jnp.float32(0.1)
-    state, _ = problem.step(KEY, theta, problem.init(KEY, theta), 0)
+    state, _ = jax.jit(lambda: problem.step(KEY, theta, problem.init(KEY, theta), 0))()
     assert int(state.params["count"]) == 3
     assert state.params["key"].dtype == KEY.dtype
     np.testing.assert_allclose(state.params["w"], 0.1, rtol=1e-3)
-    for factory in [ug.bptt, lambda p: ug.pes(p, truncation=4, sigma=0.01)]:
-        estimator = factory(problem)
-        estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
-        assert float(estimate.grad) != 0
+    for estimate in estimates(problem, theta, ug.bptt, pes):
+        assert estimate.grad != 0
 
 
 def test_params_with_functions_are_refused_by_name():

@@ -1,5 +1,8 @@
-"""Every estimator inside a user's own ``shard_map``: the numbers are those of a single device."""
+"""Estimators inside a user's own ``shard_map``: the numbers are those of a single device."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,84 +10,74 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import build, quadratic, rows
+from tests.helpers import build, numbers, quadratic
+from unrollgrad.estimators import REGISTRY
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 
-def with_constants(problem):
+@functools.cache
+def with_constants():
     """Leaves of the initial state that depend on neither key nor theta."""
-    return problem._replace(
-        init=lambda key, theta: {**problem.init(key, theta), "n": jnp.int32(0)},
+    plain, theta = quadratic()
+    problem = plain._replace(
+        init=lambda key, theta: {**plain.init(key, theta), "n": jnp.int32(0)},
         evaluate=lambda key, theta, s: jnp.sum(s["x"] ** 2),
     )
+    return problem, theta
 
 
-@pytest.mark.parametrize("name", rows())
+def calls(estimator, key, theta):
+    """Four calls in a scan, whose carry has to be what comes back, from ``init`` on."""
+
+    def call(state, i):
+        estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
+        return state, estimate
+
+    return jax.lax.scan(call, estimator.init(key, theta), jnp.arange(4))
+
+
+def on_each_device(function):
+    """Of a replicated theta, and a key of its own."""
+
+    def body(keys, theta):
+        return jax.tree.map(lambda x: x[None], function(keys[0], theta))
+
+    mesh, each = ug.make_worker_mesh(2), P("workers")
+    return jax.shard_map(body, mesh=mesh, in_specs=(each, P()), out_specs=each)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_types_fit_and_nothing_is_added_up_over_devices(name):
+    """Traced only: ``jax.grad`` of a replicated theta would be a sum over devices, a ``psum``."""
+    problem, theta = with_constants()
+    sharded = on_each_device(functools.partial(calls, build(name, problem)))
+    text = str(jax.make_jaxpr(sharded)(KEYS, theta))
+    assert "psum" not in text
+    assert "pmax" not in text
+
+
+@pytest.mark.parametrize("name", ["pes", "tbptt", "reparameterized_es", "uoro"])
 def test_each_device_is_its_own_worker(name):
-    """Replicated theta, sharded keys and states: not the sum of the gradients, as jax.grad has."""
-    problem, theta = quadratic()
-    estimator = build(name, with_constants(problem))
-    mesh = ug.make_worker_mesh(2)
-
-    def init(keys, theta):
-        return jax.tree.map(lambda x: x[None], estimator.init(keys[0], theta))
-
-    def estimate(keys, theta, states):
-        state = jax.tree.map(lambda x: x[0], states)
-        out = estimator.estimate(keys[0], theta, state)
-        return jax.tree.map(lambda x: x[None], out)
-
-    one_each = P("workers")
-    sharded_init = jax.shard_map(init, mesh=mesh, in_specs=(one_each, P()), out_specs=one_each)
-    sharded = jax.shard_map(
-        estimate, mesh=mesh, in_specs=(one_each, P(), one_each), out_specs=one_each
-    )
-    states = jax.jit(sharded_init)(KEYS, theta)
-    for _ in range(2):
-        many, states = jax.jit(sharded)(KEYS, theta, states)
+    """Replicated theta, own keys and states: not the sum of the gradients, as jax.grad has."""
+    problem, theta = with_constants()
+    run = functools.partial(calls, build(name, problem))
+    many = numbers(jax.jit(on_each_device(run))(KEYS, theta))
+    alone = jax.jit(run)
     for i, key in enumerate(KEYS):
-        state = estimator.init(key, theta)
-        for _ in range(2):
-            one, state = estimator.estimate(key, theta, state)
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
-            np.testing.assert_allclose(a, b[i], rtol=1e-5, atol=1e-6)
+        mine = jax.tree.map(lambda x: x[i], many)  # noqa: B023
+        chex.assert_trees_all_close(mine, numbers(alone(key, theta)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", rows())
-def test_a_scan_over_calls(name):
-    """The state of ``init`` is already what comes back, as a scan's carry has to be."""
-    problem, theta = quadratic()
-    estimator = build(name, with_constants(problem))
-
-    def calls(keys, theta):
-        def call(state, i):
-            estimate, state = estimator.estimate(jax.random.fold_in(keys[0], i), theta, state)
-            return state, estimate.loss
-
-        return jax.lax.scan(call, estimator.init(keys[0], theta), jnp.arange(4))[1]
-
-    mesh = ug.make_worker_mesh(2)
-    sharded = jax.shard_map(calls, mesh=mesh, in_specs=(P("workers"), P()), out_specs=P("workers"))
-    alone = jnp.concatenate([calls(KEYS[i : i + 1], theta) for i in range(2)])
-    np.testing.assert_allclose(jax.jit(sharded)(KEYS, theta), alone, rtol=1e-5)
-
-
-@pytest.mark.parametrize("make", [ug.problems.influence_balancing, ug.problems.lorenz])
-def test_average_inside_shard_map(make):
+def test_average_inside_shard_map():
     """Lorenz begins at an array that depends on nothing; its reset is a select under vmap."""
-    problem, theta = make(horizon=20)
+    problem, theta = ug.problems.lorenz(horizon=20)
     workers = ug.average(ug.tbptt(problem, truncation=5), 3)
-    mesh = ug.make_worker_mesh(2)
 
-    def estimate(keys, theta):
-        out, _ = workers.estimate(keys[0], theta, workers.init(keys[0], theta))
-        return jax.tree.map(lambda x: x[None], out)
+    def estimate(key, theta):
+        return workers.estimate(key, theta, workers.init(key, theta))[0].grad
 
-    sharded = jax.shard_map(
-        estimate, mesh=mesh, in_specs=(P("workers"), P()), out_specs=P("workers")
-    )
-    many = jax.jit(sharded)(KEYS, theta)
-    one, _ = workers.estimate(KEYS[1], theta, workers.init(KEYS[1], theta))
-    np.testing.assert_allclose(many.grad[1], one.grad, rtol=1e-5)
+    many = jax.jit(on_each_device(estimate))(KEYS, theta)
+    one = jax.jit(estimate)
+    for i, key in enumerate(KEYS):
+        np.testing.assert_allclose(many[i], one(key, theta), rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import raises
-from tests.statistics import Samples, window_gradients
+from tests.statistics import Samples, sampler, window_gradients
 
 FACTORIES = {
     "pes": ug.pes,
@@ -23,31 +23,40 @@ def samples(estimator, theta, num_windows, num_episodes):
     return Samples(draws.mean(axis=1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("memory", "expected"),
-    [(0.9, (12.6, 8.9, 7.3)), (0.5, (10.8, 2.6, 2.2)), (0.1, (11.1, 0.11, 0.09))],
-)
-def test_variance_against_memory(memory, expected):
-    """Influence decaying by ``memory`` a window, n = 10, P = 20: the reference's table (2.3)."""
+def fading(memory):
+    """The influence of theta on the loss decays by ``memory`` in every step."""
     slope = jnp.ones(20) / jnp.sqrt(20.0)
 
     def step(key, theta, s, t):
         s = memory * s + slope @ theta
         return s, s
 
-    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 10)
-    theta = jnp.zeros(20)
-    exact = np.asarray(jax.grad(lambda x: ug.episode_loss(problem, jax.random.key(0), x))(theta))
-    for (name, factory), value in zip(FACTORIES.items(), expected, strict=True):
-        s = samples(factory(problem, truncation=1, sigma=0.1), theta, 10, 40_000)
+    return ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 10)
+
+
+@functools.cache
+def fading_program(name):
+    return sampler(lambda memory: FACTORIES[name](fading(memory), truncation=1, sigma=0.1), 10)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(0.9, (12.6, 8.9, 7.3)), (0.5, (10.8, 2.6, 2.2)), (0.1, (11.1, 0.11, 0.09))],
+)
+def test_variance_against_memory(memory, expected):
+    """Influence decaying by ``memory`` a window, n = 10, P = 20: the reference's table (2.3)."""
+    # The step t feels theta 1 + memory + ... + memory^t times.
+    slope = np.mean(np.cumsum(memory ** np.arange(10)))
+    exact = np.full(20, slope / np.sqrt(20))
+    for name, value in zip(FACTORIES, expected, strict=True):
+        draw = fading_program(name)
+        s = Samples(draw(jax.random.key(3), 4000, np.zeros(20, np.float32), memory).mean(axis=1))
         variance, se = (x / np.sum(exact**2) for x in s.variance())
         assert se < 0.03 * value, name
         assert abs(variance - value) < 0.15 * value, (name, variance)
         assert s.error_in_se(exact) < 5, name
 
 
-@pytest.mark.slow
 def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
     """Windows that begin far from where the episode did; quadratic, so the replacement is exact."""
 
@@ -56,10 +65,13 @@ def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
         return s, jnp.sum((s - 1) ** 2)
 
     problem = ug.UnrolledProblem(lambda key, theta: jnp.full(3, 20.0), step, 8)
-    theta = jnp.array([0.3, -0.2, 0.1])
-    exact = jax.grad(lambda x: ug.episode_loss(problem, jax.random.key(0), x))(theta)
+    theta = np.float32([0.3, -0.2, 0.1])
+    s, ds, exact = np.full(3, 20.0), 0.0, np.zeros(3)
+    for _ in range(8):
+        s, ds = 0.5 * s + theta, 0.5 * ds + 1
+        exact += 2 * (s - 1) * ds / 8
     found = {
-        name: samples(factory(problem, truncation=2, sigma=0.1, num_pairs=4), theta, 4, 20_000)
+        name: samples(factory(problem, truncation=2, sigma=0.1, num_pairs=4), theta, 4, 5000)
         for name, factory in FACTORIES.items()
     }
     for name, s in found.items():
@@ -70,21 +82,20 @@ def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
         assert found[name].variance()[0] < 0.5 * found["pes"].variance()[0], name
 
 
-@pytest.mark.slow
 def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not():
     """Loss exp(theta), nothing remembered: smoothing multiplies the gradient by e^(sigma^2/2)."""
-    sigma, theta = 0.5, jnp.array([0.1, -0.3])
+    sigma, theta = 0.5, np.float32([0.1, -0.3])
 
     def step(key, theta, s, t):
         return s, jnp.sum(jnp.exp(theta))
 
     problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 4)
-    plain = np.exp(np.asarray(theta))
+    plain = np.exp(theta)
     smoothed = plain * np.exp(sigma**2 / 2)
 
     def draw(name):
         estimator = FACTORIES[name](problem, truncation=2, sigma=sigma, num_pairs=4)
-        return samples(estimator, theta, 2, 40_000)
+        return samples(estimator, theta, 2, 10_000)
 
     for name in ["pes", "pes_analytic"]:
         s = draw(name)
@@ -96,57 +107,59 @@ def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not(
     assert replaced.error_in_se(plain) < 5
 
 
-@pytest.mark.slow
-def test_evaluate():
+@pytest.mark.parametrize("name", FACTORIES)
+def test_evaluate(name):
     """The evaluation at a window's start belongs to the noise before it."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=12, memory=0.9)
     final = ug.final_loss(problem, lambda key, theta, s: theta @ theta + s.sum())
-    exact = jax.grad(lambda x: ug.episode_loss(final, jax.random.key(0), x))(theta)
-    for name, factory in FACTORIES.items():
-        s = samples(factory(final, truncation=2, sigma=0.1, num_pairs=4), theta, 6, 40_000)
-        assert s.relative_se(exact) < 0.05, name
-        assert s.error_in_se(exact) < 5, name
+    # The state after twelve steps feels theta 1 + 0.9 + ... + 0.9^11 times.
+    exact = 2 * np.asarray(theta) + np.sum(0.9 ** np.arange(12))
+    s = samples(FACTORIES[name](final, truncation=2, sigma=0.1, num_pairs=4), theta, 6, 10_000)
+    assert s.relative_se(exact) < 0.05
+    assert s.error_in_se(exact) < 5
+
+
+def oscillating(frequency):
+    """A loss that is smooth at large and wiggles."""
+
+    def step(key, theta, s, t):
+        return s, jnp.sum(theta**2 + jnp.sin(frequency * theta) / 10)
+
+    return ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 2)
 
 
 SIGMA = 0.3
 
 
-def oscillation(frequency):
-    """A loss that is smooth at large and wiggles: J and the gradient of the smoothed J."""
-
-    def step(key, theta, s, t):
-        return s, jnp.sum(theta**2 + jnp.sin(frequency * theta) / 10)
-
-    problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 2)
-    theta = jnp.array([0.4, -0.2])
-    x = np.asarray(theta)
-    damped = np.exp(-((frequency * SIGMA) ** 2) / 2)
-    smoothed = 2 * x + frequency / 10 * np.cos(frequency * x) * damped
-    return problem, theta, smoothed, 2 * x + frequency / 10 * np.cos(frequency * x)
+@functools.cache
+def oscillation_program(factory):
+    return sampler(lambda frequency: factory(oscillating(frequency), sigma=SIGMA, num_pairs=8), 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("frequency", [3.0, 200.0])
 def test_reparameterized_es(frequency):
     """Unbiased for the smoothed J; about as good as the better of the two it is made of."""
-    problem, theta, smoothed, plain = oscillation(frequency)
-    merged = samples(
-        ug.reparameterized_es(problem, sigma=SIGMA, num_pairs=8), theta, 1, num_episodes=40_000
+    theta = np.float32([0.4, -0.2])
+    damped = np.exp(-((frequency * SIGMA) ** 2) / 2)
+    plain, smoothed = (
+        2 * theta + frequency / 10 * np.cos(frequency * theta) * factor for factor in (1, damped)
+    )
+    merged, es = (
+        Samples(oscillation_program(factory)(jax.random.key(3), 10_000, theta, frequency))
+        for factory in (ug.reparameterized_es, ug.full_es)
     )
     assert merged.relative_se(smoothed) < 0.05
     assert merged.error_in_se(smoothed) < 5
     assert merged.error_in_se(plain) > 10
-    es = samples(ug.full_es(problem, sigma=SIGMA, num_pairs=8), theta, 1, num_episodes=40_000)
     variance, alone = merged.variance()[0], es.variance()[0]
     assert variance < 1.3 * alone
     if frequency < 10:  # smooth: backpropagation takes over
         assert variance < 0.3 * alone
 
 
-@pytest.mark.slow
 def test_a_sample_that_weighs_itself_is_biased():
     """Negative control: the papers' merge, with weights from all samples, is rejected."""
-    sigma, pairs, episodes = 1.0, 3, 400_000
+    sigma, pairs, episodes = 1.0, 3, 150_000
 
     def losses(x):
         return jnp.exp(x)

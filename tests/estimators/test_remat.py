@@ -1,5 +1,8 @@
 """``remat`` and ``last``: the same gradient in less memory; a part of it."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,62 +10,70 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import quadratic, raises
+from tests.helpers import numbers, quadratic, raises
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradient(estimator, theta, data=None):
     given = {} if data is None else {"data": data}
-    estimate, _ = estimator.estimate(OTHER, theta, estimator.init(KEY, theta), **given)
-    return estimate
+    return estimator.estimate(OTHER, theta, estimator.init(KEY, theta), **given)[0]
 
 
 def temporary(estimator, theta):
     """Bytes of temporaries that XLA plans."""
-    state = estimator.init(KEY, theta)
+    state = jax.eval_shape(estimator.init, KEY, theta)
     compiled = estimator.estimate.lower(KEY, theta, state).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def assert_close(a, b, rtol=1e-5):
-    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7)
+    chex.assert_trees_all_close(numbers(a), numbers(b), rtol=rtol, atol=1e-7)
 
 
-@pytest.mark.parametrize("remat", ["step", "sqrt", 1, 3, 7, 20, 50])
+PROBLEM, THETA = quadratic()
+WHOLE = ug.bptt(PROBLEM)
+WINDOW = ug.tbptt(PROBLEM, truncation=10)
+
+
+@pytest.mark.parametrize("remat", ["step", "sqrt", 1, 3, 20, 50])
 def test_the_same_gradient(remat):
-    problem, theta = quadratic()
-    assert_close(gradient(ug.bptt(problem, remat=remat), theta), gradient(ug.bptt(problem), theta))
-    window = {"truncation": 10}
-    assert_close(
-        gradient(ug.tbptt(problem, **window, remat=remat), theta),
-        gradient(ug.tbptt(problem, **window), theta),
+    assert_close(gradient(ug.bptt(PROBLEM, remat=remat), THETA), gradient(WHOLE, THETA))
+
+
+@pytest.mark.parametrize("remat", ["step", "sqrt", 3])
+def test_the_same_gradient_of_a_window(remat):
+    remade = ug.tbptt(PROBLEM, truncation=10, remat=remat)
+    assert_close(gradient(remade, THETA), gradient(WINDOW, THETA))
+
+
+STREAMED = PROBLEM._replace(
+    step=lambda key, theta, s, t, batch: (
+        PROBLEM.step(key, theta, s, t)[0],
+        jnp.sum(s["x"] * batch),
     )
+)
+DATA = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+WHOLE_OF_DATA = ug.bptt(STREAMED)
 
 
 @pytest.mark.parametrize("remat", ["step", "sqrt", 3])
 def test_streamed_data(remat):
-    base, theta = quadratic()
-    problem = base._replace(
-        step=lambda key, theta, s, t, batch: (
-            base.step(key, theta, s, t)[0],
-            jnp.sum(s["x"] * batch),
-        )
-    )
-    data = jax.random.normal(KEY, (20, 3))
-    expected = gradient(ug.bptt(problem), theta, data)
-    assert_close(gradient(ug.bptt(problem, remat=remat), theta, data), expected)
-    whole = gradient(ug.bptt(problem, last=20), theta, data)
-    assert_close(whole, expected)
-    assert float(gradient(ug.bptt(problem, last=7), theta, data).loss) == pytest.approx(
-        float(expected.loss), rel=1e-5
-    )
+    remade = ug.bptt(STREAMED, remat=remat)
+    assert_close(gradient(remade, THETA, DATA), gradient(WHOLE_OF_DATA, THETA, DATA))
+
+
+def test_streamed_data_of_the_last_steps():
+    expected = gradient(WHOLE_OF_DATA, THETA, DATA)
+    assert_close(gradient(ug.bptt(STREAMED, last=20), THETA, DATA), expected)
+    part = gradient(ug.bptt(STREAMED, last=7), THETA, DATA)
+    assert float(part.loss) == pytest.approx(float(expected.loss), rel=1e-5)
 
 
 def mlp_problem(horizon, width, layers, batch):
     """SGD on an MLP; theta is the log learning rate."""
-    xs = jax.random.normal(KEY, (batch, width))
+    xs = np.random.default_rng(0).normal(size=(batch, width)).astype(np.float32)
 
     def loss(theta, params, data, key):
         h = data
@@ -77,18 +88,16 @@ def mlp_problem(horizon, width, layers, batch):
             for i in range(layers)
         ],
         optimizer=lambda theta, t: optax.sgd(jnp.exp(theta)),
-        sample_batch=lambda key: xs,
+        sample_batch=lambda key: jnp.asarray(xs),
         horizon=horizon,
-    ), jnp.float32(-2.0)
+    ), np.float32(-2.0)
 
 
-@pytest.mark.slow
 def test_remat_of_steps_takes_a_quarter_of_the_memory():
     """6 layers of 256, batch 512, 20 inner steps."""
     problem, theta = mlp_problem(20, 256, 6, 512)
     plain, remade = ug.bptt(problem), ug.bptt(problem, remat="step")
     assert temporary(remade, theta) < temporary(plain, theta) / 4
-    assert_close(gradient(remade, theta), gradient(plain, theta))
 
 
 def test_windows_and_last_steps_recompute_too():
@@ -100,56 +109,51 @@ def test_windows_and_last_steps_recompute_too():
         assert temporary(make("step"), theta) < temporary(make(None), theta) / 2
 
 
-@pytest.mark.slow
 def test_sqrt_grows_like_the_root():
-    def slope(remat):
-        lengths = [64, 256, 1024]
+    def slope(remat, lengths):
         sizes = []
         for horizon in lengths:
             problem, theta = mlp_problem(horizon, 32, 2, 32)
             sizes.append(temporary(ug.bptt(problem, remat=remat), theta))
         return np.polyfit(np.log(lengths), np.log(sizes), 1)[0]
 
-    assert abs(slope("sqrt") - 0.5) < 0.15
-    assert slope(None) > 0.9  # negative control
+    assert abs(slope("sqrt", [64, 256, 1024]) - 0.5) < 0.15
+    assert slope(None, [64, 1024]) > 0.9  # negative control
 
 
 def test_last_is_the_derivative_of_the_last_steps():
-    problem, theta = quadratic()
-    final = ug.final_loss(problem, lambda key, theta, s: jnp.sum(s["x"] ** 2))
+    """Of the step losses and of the evaluation."""
+    problem = PROBLEM._replace(evaluate=lambda key, theta, s: jnp.sum(s["x"] ** 2))
+
+    @jax.jit
+    @jax.value_and_grad
+    def cut(theta, last):
+        """The same episode, theta held constant up to the cut."""
+        fixed = jax.lax.stop_gradient(theta)
+        held = problem._replace(
+            init=lambda key, _: problem.init(key, fixed),
+            step=lambda key, theta, s, t: jax.tree.map(
+                lambda a, b: jnp.where(t < 20 - last, a, b),
+                jax.lax.stop_gradient(problem.step(key, fixed, s, t)),
+                problem.step(key, theta, s, t),
+            ),
+        )
+        return ug.episode_loss(held, OTHER, theta)
+
     for last in (1, 5, 19):
-        for one in (problem, final):
-
-            def cut(theta, one=one, last=last):
-                """The same episode, theta held constant up to the cut."""
-                fixed = jax.lax.stop_gradient(theta)
-                held = one._replace(
-                    init=lambda key, _: one.init(key, fixed),
-                    step=lambda key, theta, s, t: jax.tree.map(
-                        lambda a, b: jnp.where(t < 20 - last, a, b),
-                        jax.lax.stop_gradient(one.step(key, fixed, s, t)),
-                        one.step(key, theta, s, t),
-                    ),
-                )
-                return ug.episode_loss(held, OTHER, theta)
-
-            got = gradient(ug.bptt(one, last=last), theta)
-            value, exact = jax.value_and_grad(cut)(theta)
-            assert_close(got.grad, exact, rtol=1e-4)
-            assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
-            assert int(got.info.inner_steps) == 20
+        got = gradient(ug.bptt(problem, last=last), THETA)
+        value, exact = cut(THETA, last)
+        assert_close(got.grad, exact, rtol=1e-4)
+        assert float(got.loss) == pytest.approx(float(value), rel=1e-5)
+        assert int(got.info.inner_steps) == 20
 
 
-@pytest.mark.slow
 def test_numbers_that_do_not_divide_the_horizon_save_as_much():
     """The rest is shorter than a segment."""
     problem, theta = mlp_problem(199, 16, 2, 16)
     plain = temporary(ug.bptt(problem), theta)
-    for remat in (14, 67, 99, 100):
+    for remat in (14, 67, 100):
         assert temporary(ug.bptt(problem, remat=remat), theta) < 0.2 * plain, remat
-    assert_close(
-        gradient(ug.bptt(problem, remat=67), theta), gradient(ug.bptt(problem), theta), rtol=1e-4
-    )
 
 
 def test_last_takes_less_memory():

@@ -29,6 +29,7 @@ def smoke(module, tmp_path):
     return results.read(folder), results.read_summary(folder)
 
 
+@pytest.mark.experiments
 def test_learning_rate(tmp_path, capsys):
     records, summary = smoke(apo_learning_rate, tmp_path)
     ours = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.APO)
@@ -43,6 +44,7 @@ def test_learning_rate(tmp_path, capsys):
     assert "best fixed" in capsys.readouterr().out
 
 
+@pytest.mark.experiments
 def test_labels_that_are_wrong():
     """The floor is the entropy of the labels, and batches have as many wrong ones as they say."""
     task = apo_learning_rate.task("MLP", 20_000, 0.3)
@@ -74,6 +76,7 @@ def test_claims_about_learning_rates_can_fail():
         assert [claim.holds for claim in claims] == holds
 
 
+@pytest.mark.experiments
 def test_regression(tmp_path, capsys):
     _, summary = smoke(apo_regression, tmp_path)
     logs = {
@@ -88,6 +91,7 @@ def test_regression(tmp_path, capsys):
     assert "APO preconditioner" in capsys.readouterr().out
 
 
+@pytest.mark.experiments
 def test_natural_gradient_takes_its_share_of_the_residual():
     """A Gauss-Newton step of 0.01 leaves 0.99 of the residual, 0.9801 of the loss."""
     with jax.enable_x64(True):
@@ -104,6 +108,7 @@ def test_best_is_finite():
     assert proximal_training.best({"a": float("nan"), "b": 2.0, "c": 1.0}) == "c"
 
 
+@pytest.mark.experiments
 def test_rosenbrock(tmp_path, capsys):
     _, summary = smoke(apo_rosenbrock, tmp_path)
     ends = {r["method"]: r["mean"] for r in summary.results if r["metric"] == "loss"}
@@ -114,12 +119,14 @@ def test_rosenbrock(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.experiments
 def test_rosenbrock_is_half_of_its_residuals_squared():
     x, y = 0.3, -0.4
     value = apo_rosenbrock.rosenbrock(jnp.array([x, y]))
     np.testing.assert_allclose(value, (1 - x) ** 2 + 100 * (y - x**2) ** 2, rtol=1e-6)
 
 
+@pytest.mark.experiments
 def test_autoencoder(tmp_path, capsys):
     records, summary = smoke(apo_autoencoder, tmp_path)
     found = {
@@ -135,6 +142,7 @@ def test_autoencoder(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.experiments
 def test_bernoulli_divergence():
     logits, reference = jnp.array([[0.3, -1.0]]), jnp.array([[0.5, 2.0]])
     p, q = jax.nn.sigmoid(reference), jax.nn.sigmoid(logits)
@@ -144,6 +152,7 @@ def test_bernoulli_divergence():
     np.testing.assert_allclose(apo_autoencoder.bernoulli_divergence(logits, logits), [0], atol=1e-7)
 
 
+@pytest.mark.experiments
 def test_cost(tmp_path, capsys):
     records, _ = smoke(apo_cost, tmp_path)
     assert {r.labels["kind"] for r in records} == set(apo_cost.optimizers(apo_cost.Settings()))
@@ -154,6 +163,7 @@ def test_cost(tmp_path, capsys):
         framework.execute(apo_cost.EXPERIMENT, settings)
 
 
+@pytest.mark.experiments
 def test_training_loop():
     """What the loop hands to the optimizer is what a loop by hand would."""
     task = apo_learning_rate.task("MLP", 8, 0.1)

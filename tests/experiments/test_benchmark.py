@@ -16,6 +16,7 @@ from unrollgrad.estimators import REGISTRY
 WORKLOAD = workloads.Workload(ug.problems.lorenz, 4, 3, 6, 0.1)
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(benchmark.SCALES["smoke"], out=tmp_path, devices=(1, 8))
     folder = framework.execute(benchmark.EXPERIMENT, settings)
@@ -32,6 +33,7 @@ def test_smoke(tmp_path, capsys):
     assert "copies of theta per pair" in printed
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("name", ["es_single", "truncated_es", "full_es", "tbptt", "bptt"])
 def test_the_floor_runs_the_same_steps(name):
     """As many inner steps as ``info`` counts, in as many calls."""
@@ -51,6 +53,7 @@ def test_the_floor_runs_the_same_steps(name):
     np.testing.assert_array_equal(state.episode.t, 0)
 
 
+@pytest.mark.experiments
 def test_the_forward_floor_runs_the_problem():
     """Every particle with its own theta, through the steps of its worker's episode."""
     problem, theta = ug.problems.lorenz(horizon=12)
@@ -70,6 +73,7 @@ def test_the_forward_floor_runs_the_problem():
             np.testing.assert_allclose(losses[worker, :, particle], expected, rtol=1e-3)
 
 
+@pytest.mark.experiments
 def test_a_floor_in_single_steps_begins_where_an_episode_does():
     problem, theta = ug.problems.lorenz(horizon=12)
     key = jax.random.key(0)
@@ -81,6 +85,7 @@ def test_a_floor_in_single_steps_begins_where_an_episode_does():
     np.testing.assert_allclose(losses[0], expected[0, :, 0], rtol=1e-4)
 
 
+@pytest.mark.experiments
 def test_the_floor_of_backpropagation_is_its_gradient():
     """Worker for worker it computes what the estimators do from the same episodes."""
     problem, theta = ug.problems.lorenz(horizon=12)
@@ -118,6 +123,7 @@ def test_numbers_with_commas(monkeypatch, tmp_path):
     assert given[0].devices == (1, 2)
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("floor_fits", [True, False])
 def test_what_memory_is_too_small_for(floor_fits, monkeypatch, tmp_path, capsys):
     """Everything else is measured; a floor that fits makes it the estimator's fault."""
@@ -160,6 +166,7 @@ def test_what_memory_is_too_small_for(floor_fits, monkeypatch, tmp_path, capsys)
         assert not claim.holds
 
 
+@pytest.mark.experiments
 def test_other_errors_are_raised(monkeypatch, tmp_path):
     def fails(programs, count):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too many registers")

@@ -17,6 +17,7 @@ from tests.helpers import raises
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(control.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(control.EXPERIMENT, settings)
@@ -89,6 +90,7 @@ def test_claims_can_fail():
     assert holds["nres reaches full ES's J in fewer environment steps than full_es"] is False
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize(("rates", "best"), [((0.1, 1.0, 3.0), 1.0), ((0.1, 1e30), 0.1)])
 def test_best_rate_of_a_parabola(rates, best):
     """Gradient descent on x^2 / 2 is there after one step of 1 and diverges with 3."""
@@ -108,6 +110,7 @@ def test_best_rate_of_a_parabola(rates, best):
     assert found == best
 
 
+@pytest.mark.experiments
 def test_the_swimmer():
     """It rests without motors; forces and momentum balance; some policy swims."""
     problem, theta = swimmer(300)
@@ -120,6 +123,7 @@ def test_the_swimmer():
     assert found.min() < -0.1
 
 
+@pytest.mark.experiments
 def test_the_swimmer_moves_as_lagrange_says():
     """One short step against the Euler-Lagrange equations of the same links, by autodiff."""
     links, dt = 3, 0.02

@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import unrollgrad as ug
 from experiments import copy_task, results
 from experiments import experiment as framework
 from tests.stored import expect
+
+pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from experiments import data_cleaning, results
 from experiments import experiment as framework
+
+pytestmark = pytest.mark.experiments
 
 SMOKE = data_cleaning.SCALES["smoke"]
 
@@ -85,8 +88,7 @@ def test_smoke(tmp_path, capsys):
 
 
 def test_weights_that_are_not_finite_are_reported(tmp_path):
-    small = {"num_train": 60, "num_validation": 40, "num_steps": 4, "seeds": (0,)}
-    settings = dataclasses.replace(SMOKE, out=tmp_path, outer_rate=jnp.nan, **small)
+    settings = dataclasses.replace(SMOKE, out=tmp_path, outer_rate=jnp.nan, seeds=(0,))
     summary = results.read_summary(framework.execute(data_cleaning.EXPERIMENT, settings))
     _, separation, *_ = data_cleaning.claims(summary)
     assert separation.holds is False

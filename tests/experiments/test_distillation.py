@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import data_cleaning, distillation, results
 from experiments import experiment as framework
+
+pytestmark = pytest.mark.experiments
 
 SMOKE = distillation.SCALES["smoke"]
 

@@ -2,8 +2,12 @@
 
 import dataclasses
 
+import pytest
+
 from experiments import experiment as framework
 from experiments import fit_overhead, results
+
+pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):

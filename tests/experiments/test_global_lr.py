@@ -13,6 +13,7 @@ from experiments import global_lr, results
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(global_lr.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(global_lr.EXPERIMENT, settings)
@@ -30,6 +31,7 @@ def test_smoke(tmp_path, capsys):
     expect("global_lr experiment", {"minimum": grid, "sd of window 1": float(sds["pes"][0])})
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("name", ["pes", "es_single"])
 def test_noise_of_losses_without_memory(name):
     """Of losses theta e_t: sd |e_t| sqrt(Var[xi eps]), which is sqrt(k + 1) |e| or sqrt(2) |e|.

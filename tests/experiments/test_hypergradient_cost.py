@@ -4,9 +4,12 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from experiments import experiment as framework
 from experiments import hypergradient_cost, results
+
+pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):

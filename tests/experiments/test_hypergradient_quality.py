@@ -19,6 +19,7 @@ def x64():
         yield
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(quality.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(quality.EXPERIMENT, settings)
@@ -49,6 +50,7 @@ def test_smoke(tmp_path, capsys):
         assert of("distance", "Nystrom, rho = 0.1", 11) < 1
 
 
+@pytest.mark.experiments
 def test_the_exact_one_is_the_derivative_of_the_minimum(x64):
     data = quality.diabetes(jax.random.key(3), 0.1)
     inner, outer = quality.losses(data)
@@ -60,6 +62,7 @@ def test_the_exact_one_is_the_derivative_of_the_minimum(x64):
     chex.assert_trees_all_close(exact, through, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.experiments
 def test_one_prediction_for_each_target(x64):
     """Targets that broadcast against predictions would fit their mean, with an error of 1."""
     data = quality.diabetes(jax.random.key(0), 0.1)
@@ -75,6 +78,7 @@ def test_one_prediction_for_each_target(x64):
     assert outer(params, theta) < 0.8
 
 
+@pytest.mark.experiments
 def test_compare(x64):
     exact = jnp.array([3.0, 4.0])
     assert quality.compare(exact, exact) == {"cosine": 1, "cosine_gap": 0, "distance": 0}

@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import pytest
+
 from experiments import experiment as framework
 from experiments import influence_balancing, results
 from tests.stored import expect
+
+pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):

@@ -13,6 +13,7 @@ from experiments.problems import ridge
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(l2_regression.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(l2_regression.EXPERIMENT, settings)
@@ -31,6 +32,7 @@ def test_smoke(tmp_path, capsys):
     )
 
 
+@pytest.mark.experiments
 def test_gradient_descent_ends_at_the_ridge_solution():
     data, theta = ridge.diabetes(), jnp.float32(4.0)
     problem = ridge.ridge(data, 1000)
@@ -44,6 +46,7 @@ def test_gradient_descent_ends_at_the_ridge_solution():
     assert losses[-1] == pytest.approx(float(ridge.converged_loss(data, theta)), rel=1e-4)
 
 
+@pytest.mark.experiments
 def test_the_best_l2_is_the_only_place_where_the_loss_is_flat():
     data = ridge.diabetes()
     slopes = jax.vmap(jax.grad(lambda theta: ridge.converged_loss(data, theta)))

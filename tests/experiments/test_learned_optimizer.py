@@ -29,18 +29,25 @@ def family(name, part="training"):
     return tasks.FAMILIES[name](**sizes, part=part)
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_a_guess_has_a_loss_of_one(name):
     """Fresh weights guess, near enough; zero weights exactly."""
     made = family(name)
-    task = made.draw(KEY)
-    params = made.init(KEY, task)
-    assert 0.8 < made.whole(params, task) < 1.3
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    np.testing.assert_allclose(made.whole(zeros, task), 1, rtol=1e-5)
-    np.testing.assert_allclose(made.loss(zeros, task, KEY), 1, rtol=1e-5)
+
+    @jax.jit
+    def losses(key):
+        task = made.draw(key)
+        params = made.init(key, task)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return made.whole(params, task), made.whole(zeros, task), made.loss(zeros, task, key)
+
+    fresh, *guesses = losses(KEY)
+    assert 0.8 < fresh < 1.3
+    np.testing.assert_allclose(guesses, 1, rtol=1e-5)
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_tasks_are_learned(name):
     """By Adam, for training and for tests; tasks differ from each other."""
@@ -65,6 +72,7 @@ def test_tasks_are_learned(name):
         assert np.isfinite(losses(KEY, jnp.log(1e30))).all()
 
 
+@pytest.mark.experiments
 def test_the_parts_share_no_image():
     parts = [tasks._images(part) for part in ("training", "validation", "test")]
     for images in ([part.digits for part in parts], [part.noise for part in parts]):
@@ -77,6 +85,7 @@ def test_the_parts_share_no_image():
     assert 0.25 < np.std(task["patterns"]) < 0.5
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_families_are_made_in_one_trace_after_another(name):
     """What they keep is no tracer of the first."""
@@ -92,6 +101,7 @@ def test_families_are_made_in_one_trace_after_another(name):
         assert loss(KEY) > 0
 
 
+@pytest.mark.experiments
 def test_masked_units_are_not_trained():
     made = family("mlp")
     task = made.draw(KEY) | {"hidden": jnp.int32(8)}
@@ -101,6 +111,7 @@ def test_masked_units_are_not_trained():
     assert not np.any(grad[1]["kernel"][8:])
 
 
+@pytest.mark.experiments
 def test_patches_make_a_convolution():
     x = jax.random.normal(KEY, (2, 8, 8, 3))
     kernel = jax.random.normal(KEY, (27, 5))
@@ -114,6 +125,7 @@ def test_patches_make_a_convolution():
     np.testing.assert_allclose(tasks._patches(x) @ kernel, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.experiments
 def test_the_mean_of_estimators():
     """Of two quadratics: gradients, losses, steps and variances as of their mean."""
 
@@ -148,6 +160,7 @@ def numbers(folder):
     return {(r.seed, r.step, *r.labels.values(), r.metric): r.value for r in results.read(folder)}
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     folder = meta_train(tmp_path)
     found = numbers(folder)
@@ -174,7 +187,7 @@ def test_smoke(tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_goes_on_as_if_it_had_never_stopped(tmp_path):
     flags = ["learned_optimizer", "--scale", "smoke", "--estimator", "pes", "--families", "mlp"]
     cli.main([*flags, "conv", "--out", str(tmp_path / "part")])
@@ -209,6 +222,7 @@ def evaluate(out, *files):
     return framework.execute(evaluate_optimizer.EXPERIMENT, settings)
 
 
+@pytest.mark.experiments
 def test_evaluation(tmp_path, capsys):
     """A schedule that is constant gives Adam's own numbers; the table has the best rates."""
     rate = evaluate_optimizer.grid("Adam", 3)[1]
@@ -223,7 +237,11 @@ def test_evaluation(tmp_path, capsys):
     found = numbers(folder)
     expect(
         "evaluate_optimizer",
-        {"/".join(map(str, k)): v for k, v in found.items() if k[-1].startswith("loss at 2x")},
+        {
+            "/".join(map(str, k)): v
+            for k, v in found.items()
+            if k[-1].startswith("loss at 2x") and k[3] != "Adam 1"  # diverges: rounding decides
+        },
     )
     for length in (1, 2, 5):
         metric = f"loss at {length}x"

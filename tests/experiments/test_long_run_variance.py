@@ -14,6 +14,7 @@ from tests.stored import expect
 from unrollgrad.problems import theory
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(long_run_variance.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(long_run_variance.EXPERIMENT, settings)

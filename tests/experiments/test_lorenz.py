@@ -13,6 +13,7 @@ from experiments.results import Summary
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(lorenz.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(lorenz.EXPERIMENT, settings)
@@ -25,6 +26,7 @@ def test_smoke(tmp_path, capsys):
     expect("lorenz experiment", {"r": summary.find("r", estimator="nres")["mean"]})
 
 
+@pytest.mark.experiments
 def test_nothing_is_lost_at_the_truth_from_any_start():
     problem, theta = ug.problems.lorenz(200)
     truth = jnp.log(jnp.array(lorenz.TRUTH, jnp.float32))

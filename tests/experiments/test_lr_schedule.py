@@ -13,6 +13,7 @@ from experiments.problems import image_mlp
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(lr_schedule.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(lr_schedule.EXPERIMENT, settings)
@@ -47,6 +48,7 @@ def test_claims_can_fail(good, bad, comes_out):
     assert [claim.holds for claim in claims] == [comes_out] * 2 + [comes_out or bad is None] * 2
 
 
+@pytest.mark.experiments
 def test_the_schedule():
     """theta0 / (1 + t / c)^theta1."""
     gradient = jnp.float32(1)
@@ -56,6 +58,7 @@ def test_the_schedule():
         np.testing.assert_allclose(-update, theta0 / (1 + t / 100) ** theta1, rtol=1e-5)
 
 
+@pytest.mark.experiments
 def test_the_network():
     """Of zero weights: a guess, with the entropy ln 10; and two ReLUs by hand."""
     batch = jnp.ones((4, 3)), jnp.array([0, 0, 0, 1])

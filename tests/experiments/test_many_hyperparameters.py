@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import unrollgrad as ug
 from experiments import experiment as framework
 from experiments import many_hyperparameters as many
 from experiments import results
 from tests.stored import expect
+
+pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):

@@ -10,6 +10,8 @@ import pytest
 from experiments import experiment as framework
 from experiments import mixed_gradient, mixed_mode, results
 
+pytestmark = pytest.mark.experiments
+
 
 @pytest.fixture
 def x64():
@@ -112,15 +114,22 @@ CASES += [
 ]
 
 
+EAGER = [("sums", "jvp"), ("sums", "vjp")]
+"""One primitive after another, as without ``jit``; the others are one program each."""
+
+
 @pytest.mark.parametrize(("loss", "name"), CASES)
 def test_the_numbers_of_jax(loss, name, x64):
     params, closed = _example()
     if "vmap" in name:
         params = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, 2 * x]), params)
-    ours, theirs = (
-        DERIVATIVES[name](LOSSES[loss](f))(params, closed)
+    both = (
+        DERIVATIVES[name](LOSSES[loss](f))
         for f in (mixed_gradient.value_and_grad, jax.value_and_grad)
     )
+    if (loss, name) not in EAGER:
+        both = map(jax.jit, both)
+    ours, theirs = (derivative(params, closed) for derivative in both)
     chex.assert_trees_all_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 

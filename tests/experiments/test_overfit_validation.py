@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import experiment as framework
 from experiments import overfit_validation as overfit
 from experiments import results
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(overfit.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(overfit.EXPERIMENT, settings)
@@ -34,6 +36,7 @@ def test_smoke(tmp_path, capsys):
     assert "decay tuned:  train" in capsys.readouterr().out
 
 
+@pytest.mark.experiments
 def test_what_is_tuned():
     """A rate for every weight, moved both ways; none without tuning."""
     settings = dataclasses.replace(overfit.SCALES["smoke"], num_steps=20, points=2, hidden=3)

@@ -75,6 +75,7 @@ def test_every_choice_is_one_line_and_fits():
         assert choice.horizon % choice.truncation == 0
 
 
+@pytest.mark.experiments
 @networks
 def test_backpropagation_reaches_every_weight(make):
     theta, gradient = make(8).theta, mean_gradient(make, ug.bptt)
@@ -84,6 +85,7 @@ def test_backpropagation_reaches_every_weight(make):
         assert np.abs(leaf).max() > 0
 
 
+@pytest.mark.experiments
 @networks
 def test_the_same_theta_every_time(make):
     first, second = make(8).theta, make(8).theta
@@ -91,6 +93,7 @@ def test_the_same_theta_every_time(make):
     assert {x.dtype.name for x in jax.tree.leaves(first)} == {"float32"}
 
 
+@pytest.mark.experiments
 @networks
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_any_dtype_and_horizon_can_be_stepped(make, dtype):
@@ -105,6 +108,7 @@ def test_any_dtype_and_horizon_can_be_stepped(make, dtype):
                 assert {x.dtype for x in carry} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.experiments
 def test_text_lstm_begins_as_a_guess_and_learns():
     problem, theta = text_lstm(100)
     assert sum(x.size for x in jax.tree.leaves(theta)) == 1287
@@ -113,6 +117,7 @@ def test_text_lstm_begins_as_a_guess_and_learns():
     assert by_pes[-10:].mean() < 3.5
 
 
+@pytest.mark.experiments
 def test_text_lstm_reads_the_text_in_order():
     np.testing.assert_array_equal(encode(" ~\n\té"), [0, 94, 95, 96, 96])
     problem, theta = text_lstm(6, text="abb")
@@ -132,6 +137,7 @@ def test_text_lstm_reads_the_text_in_order():
         text_lstm(text="a")
 
 
+@pytest.mark.experiments
 def test_copy_task_scores_the_repetition_only():
     for horizon, lag in [(8, 4), (7, 4)]:
         problem, theta = copy_task(horizon)
@@ -148,6 +154,7 @@ def test_copy_task_scores_the_repetition_only():
         copy_task(1)
 
 
+@pytest.mark.experiments
 def test_copy_task_truncation_hides_what_must_be_remembered():
     """tbptt's gradient of the symbols' embeddings is exactly 0; bptt's is not."""
     cut, exact = mean_gradient(copy_task, ug.tbptt, truncation=4), mean_gradient(copy_task, ug.bptt)
@@ -158,6 +165,7 @@ def test_copy_task_truncation_hides_what_must_be_remembered():
     np.testing.assert_allclose(norm(difference) / norm(exact), 0.66, atol=0.1)
 
 
+@pytest.mark.experiments
 def test_copy_task_is_learned_by_remembering():
     problem, theta = copy_task(8)
     whole = losses(ug.bptt(problem), theta, workers=4, rate=0.01, steps=400)
@@ -169,6 +177,7 @@ def test_copy_task_is_learned_by_remembering():
     assert by_pes[-20:].mean() < 0.32
 
 
+@pytest.mark.experiments
 def test_learned_optimizer_learns_to_train():
     problem, theta = learned_optimizer(20)
     assert sum(x.size for x in jax.tree.leaves(theta)) == 178
@@ -177,6 +186,7 @@ def test_learned_optimizer_learns_to_train():
     assert by_pes[-4:].mean() < 1.9
 
 
+@pytest.mark.experiments
 def test_learned_optimizer_every_step_matters_to_all_later_ones():
     """A window of K sees not much more than K / T of the gradient at the default theta."""
     cut = mean_gradient(learned_optimizer, ug.tbptt, truncation=2)

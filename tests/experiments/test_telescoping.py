@@ -13,6 +13,7 @@ from experiments.problems import image_mlp
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(telescoping.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(telescoping.EXPERIMENT, settings)
@@ -37,6 +38,7 @@ def test_smoke(tmp_path, capsys):
     expect("telescoping experiment", {"minimum": min(cells), "start": lines[0].value})
 
 
+@pytest.mark.experiments
 def test_j_is_the_loss_of_the_last_weights():
     """No step has a loss, and the last weights' is that on the first training images."""
     settings = dataclasses.replace(telescoping.SCALES["smoke"], horizon=3, truncation=1)

@@ -10,6 +10,8 @@ from experiments import experiment as framework
 from experiments import results, toy_regression
 from tests.stored import expect
 
+pytestmark = pytest.mark.experiments
+
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(toy_regression.SCALES["smoke"], out=tmp_path)

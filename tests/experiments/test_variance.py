@@ -30,6 +30,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     # text_lstm reads the standard library's source, another one in every Python.
@@ -52,12 +53,14 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     expect(problem, numbers)
 
 
+@pytest.mark.experiments
 def test_every_row_rows(tmp_path, capsys):
     """An estimator is in the command by its row alone."""
     settings = dataclasses.replace(
         variance.SCALES["smoke"],
         problem="linear_recurrence",
         estimators=tuple(ug.REGISTRY),
+        num_chains=0,
         out=tmp_path,
     )
     folder = framework.execute(variance.EXPERIMENT, settings)
@@ -67,6 +70,7 @@ def test_every_row_rows(tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
+@pytest.mark.experiments
 def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     settings = dataclasses.replace(
         variance.SCALES["smoke"],
@@ -145,6 +149,7 @@ def test_claims_of_the_long_run(ratio, se, holds):
     assert claim.holds is holds
 
 
+@pytest.mark.experiments
 def test_equal_workers(tmp_path):
     settings = dataclasses.replace(
         variance.SCALES["smoke"],
@@ -164,6 +169,7 @@ def test_equal_workers(tmp_path):
     }
 
 
+@pytest.mark.experiments
 def test_as_a_user_runs_it(tmp_path):
     flags = ["--scale", "smoke", "--problem", "linear_recurrence", "--out", str(tmp_path)]
     done = command("variance", *flags, "--sigma", "0.05")
@@ -184,6 +190,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.experiments
 def test_same_seed_same_numbers(tmp_path):
     values = []
     for i, seed in enumerate([3, 3, 4]):
@@ -191,6 +198,7 @@ def test_same_seed_same_numbers(tmp_path):
             variance.SCALES["smoke"],
             problem="linear_recurrence",
             seeds=(seed,),
+            num_chains=0,
             out=tmp_path / str(i),
         )
         folder = framework.execute(variance.EXPERIMENT, settings)
@@ -206,6 +214,7 @@ def test_help_names_every_flag(capsys):
         assert f"--{field.name.replace('_', '-')}" in out
 
 
+@pytest.mark.experiments
 def test_ctrl_c_leaves_what_was_computed(tmp_path):
     flags = ["--problem", "influence_balancing", "--num-samples", "3000"]
     flags += ["--estimators", "tbptt", "pes", "--reference", "bptt", "--num-chains", "0"]

@@ -11,6 +11,7 @@ from experiments.problems.text_lstm import VOCABULARY, encode
 from tests.stored import expect
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the quick brown fox jumps over the lazy dog; " * 3)

@@ -12,6 +12,7 @@ from experiments import experiment as framework
 from experiments import results, warm_vs_cold
 
 
+@pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(warm_vs_cold.SCALES["smoke"], out=tmp_path)
     folder = framework.execute(warm_vs_cold.EXPERIMENT, settings)
@@ -56,6 +57,7 @@ def _check_one_point(settings, records):
         assert ends[seed, case, "re-trained"] == curves[seed, case, "re-trained"][-1]
 
 
+@pytest.mark.experiments
 def test_the_starts_agree_at_first():
     """All of them train from zero then; later warm and its training again part, cold's do not."""
     settings = dataclasses.replace(warm_vs_cold.SCALES["smoke"], num_steps=warm_vs_cold.KEPT)
@@ -67,6 +69,7 @@ def test_the_starts_agree_at_first():
         assert jnp.all(jnp.abs(paths.warm - paths.again)[:, -1] > 1e-3)
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("damping", [1e-4, 0.5])
 def test_the_hypergradient_is_that_of_the_nearest_minimum(damping):
     """Through the closed form of the inner solution from a start that is not zero."""
@@ -89,6 +92,7 @@ def test_the_hypergradient_is_that_of_the_nearest_minimum(damping):
         chex.assert_trees_all_close(start + step, solution(theta), rtol=1e-10)
 
 
+@pytest.mark.experiments
 def test_data():
     """Real points stay apart, in all of (-pi, pi); alternating targets alternate."""
     for seed in range(5):

@@ -1,5 +1,8 @@
 """``root``, ``fixed_point``, ``argmin``, ``one_step``: derivatives of solutions."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -7,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers import raises
+from tests.helpers import numbers, raises
 from tests.quadratics import ridge
 from unrollgrad import implicit
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+A = np.array([0.7, 1.3])
 
 
 def _newton(optimality, steps=30):
@@ -33,45 +38,64 @@ def _system(x, a):
     return jnp.array([x[0] + 0.3 * jnp.sin(x[1]) - a[0] ** 2, x[1] ** 3 + x[1] + x[0] - a[1]])
 
 
+def _known(a):
+    """The root of the system and its Jacobian, in numpy."""
+    x = np.ones(2)
+    for _ in range(50):
+        slope = np.array([[1, 0.3 * np.cos(x[1])], [1, 3 * x[1] ** 2 + 1]])
+        system = [x[0] + 0.3 * np.sin(x[1]) - a[0] ** 2, x[1] ** 3 + x[1] + x[0] - a[1]]
+        x = x - np.linalg.solve(slope, system)
+    return x, np.linalg.solve(slope, np.diag([2 * a[0], 1.0]))
+
+
 def _differences(f, a, epsilon=1e-5):
-    columns = [(f(a + epsilon * e) - f(a - epsilon * e)) / (2 * epsilon) for e in jnp.eye(a.size)]
-    return jnp.stack(columns, -1)
+    columns = [(f(a + epsilon * e) - f(a - epsilon * e)) / (2 * epsilon) for e in np.eye(a.size)]
+    return np.stack(columns, -1)
 
 
-@pytest.mark.parametrize("under", ["plain", "jit", "vmap"])
+@pytest.mark.parametrize("under", ["jit", "vmap"])
 def test_root_forwards_backwards_and_twice(under):
-    solve = implicit.root(_system)(_newton(_system))
-    a = jnp.array([0.7, 1.3])
+    """The default solver alone; one that compiles faster in a batch, in all orders."""
+    solver = None if under == "jit" else implicit.dense()
+    solve = implicit.root(_system, solver=solver)(_newton(_system))
 
     def solution(a):
         return solve(jnp.ones(2), a)
 
-    if under == "jit":
-        solution = jax.jit(solution)
-    np.testing.assert_allclose(_system(solution(a), a), 0, atol=1e-12)
-    jacobian = _differences(solution, a)
-    hessian = _differences(jax.jacrev(solution), a)
-    kinds = {
-        "jacfwd": (jax.jacfwd(solution), jacobian),
-        "jacrev": (jax.jacrev(solution), jacobian),
-        "hessian": (jax.hessian(solution), hessian),
-        "reverse twice": (jax.jacrev(jax.jacrev(solution)), hessian),
-        "forward twice": (jax.jacfwd(jax.jacfwd(solution)), hessian),
-        "reverse of forward": (jax.jacrev(jax.jacfwd(solution)), hessian),
-    }
-    for name, (derivative, truth) in kinds.items():
-        if under == "vmap":
-            got = jax.jit(jax.vmap(derivative))(jnp.stack([a, a + 0.1]))[0]
-        else:
-            got = derivative(a)
-        np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7, err_msg=name)
+    def derivatives(a):
+        found = {
+            "value": solution(a),
+            "jacfwd": jax.jacfwd(solution)(a),
+            "jacrev": jax.jacrev(solution)(a),
+            "hessian": jax.hessian(solution)(a),
+        }
+        if under == "jit":
+            return found
+        return found | {
+            "reverse twice": jax.jacrev(jax.jacrev(solution))(a),
+            "forward twice": jax.jacfwd(jax.jacfwd(solution))(a),
+            "reverse of forward": jax.jacrev(jax.jacfwd(solution))(a),
+        }
+
+    if under == "vmap":
+        batch = [A, A + 0.1]
+        both = jax.jit(jax.vmap(derivatives))(np.stack(batch))
+        all_found = [(a, jax.tree.map(lambda x: x[i], numbers(both))) for i, a in enumerate(batch)]  # noqa: B023
+    else:
+        all_found = [(A, jax.jit(derivatives)(A))]
+    for a, found in all_found:
+        root, jacobian = _known(a)
+        hessian = _differences(lambda a: _known(a)[1], a)
+        truths = dict.fromkeys(found, hessian)
+        truths |= {"value": root, "jacfwd": jacobian, "jacrev": jacobian}
+        for name, truth in truths.items():
+            np.testing.assert_allclose(found[name], truth, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 def test_the_initial_guess_has_no_gradient():
     solve = implicit.root(_system)(_newton(_system))
-    a = jnp.array([0.7, 1.3])
-    gradient = jax.grad(lambda init: jnp.sum(solve(init, a)))(jnp.ones(2))
-    assert not gradient.any()
+    gradient = jax.jit(jax.grad(lambda init: jnp.sum(solve(init, A))))(np.ones(2))
+    assert not np.any(gradient)
 
 
 def test_closed_over_arrays_have_derivatives():
@@ -81,51 +105,64 @@ def test_closed_over_arrays_have_derivatives():
         def optimality(x, a):
             return _system(x, a) + 0.1 * shift * x
 
-        return jnp.sum(implicit.root(optimality)(_newton(optimality))(jnp.ones(2), a) ** 2)
+        root = implicit.root(optimality, solver=implicit.dense())
+        return jnp.sum(root(_newton(optimality))(jnp.ones(2), a) ** 2)
 
-    shift, a = jnp.float64(0.5), jnp.array([0.7, 1.3])
-    truth = (outer(shift + 1e-5, a) - outer(shift - 1e-5, a)) / 2e-5
-    for gradient in (
-        jax.grad(outer)(shift, a),
-        jax.jit(jax.grad(outer))(shift, a),
-        jax.jvp(lambda s: outer(s, a), (shift,), (1.0,))[1],
-        jax.vmap(jax.grad(outer), (0, None))(jnp.stack([shift, shift]), a)[0],
-        jax.grad(lambda s: jnp.sum(jax.vmap(outer, (None, 0))(s, a[None])))(shift),
-    ):
-        np.testing.assert_allclose(gradient, truth, rtol=1e-7)
+    @jax.jit
+    def gradients(shift, a):
+        return [
+            jax.grad(outer)(shift, a),
+            jax.jit(jax.grad(outer))(shift, a),
+            jax.jvp(lambda s: outer(s, a), (shift,), (1.0,))[1],
+            jax.vmap(jax.grad(outer), (0, None))(jnp.stack([shift, shift]), a)[0],
+            jax.grad(lambda s: jnp.sum(jax.vmap(outer, (None, 0))(s, a[None])))(shift),
+        ]
+
+    value = jax.jit(outer)
+    truth = float(value(0.5 + 1e-5, A) - value(0.5 - 1e-5, A)) / 2e-5
+    np.testing.assert_allclose(gradients(0.5, A), truth, rtol=1e-7)
 
 
 def test_a_number_that_is_closed_over_and_no_arguments():
     def outer(a):
-        return implicit.root(lambda x: x**2 - a)(lambda init: jnp.sqrt(a))(1.0)
+        root = implicit.root(lambda x: x**2 - a, solver=implicit.dense())
+        return root(lambda init: jnp.sqrt(a))(1.0)
 
-    for a in (4.0, jnp.float64(4.0)):
-        np.testing.assert_allclose(jax.jvp(outer, (a,), (1.0,))[1], 0.25, rtol=1e-9)
-        np.testing.assert_allclose(jax.hessian(outer)(a), -1 / 32, rtol=1e-9)
-        np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(outer))(a), -1 / 32, rtol=1e-9)
+    def derivatives(a):
+        first = jax.jvp(outer, (a,), (1.0,))[1]
+        return first, jax.hessian(outer)(a), jax.jacfwd(jax.jacfwd(outer))(a)
+
+    for found in jax.jit(lambda a: [derivatives(4.0), derivatives(a)])(jnp.float64(4.0)):
+        np.testing.assert_allclose(found, [0.25, -1 / 32, -1 / 32], rtol=1e-9)
 
 
 def test_second_derivatives_in_a_scan():
     """jax before 0.12 loses the rule in reverse over reverse, as the docstring says."""
-    root = implicit.root(lambda x, a: x**2 - a)(lambda init, a: jnp.sqrt(a))
+    decorate = implicit.root(lambda x, a: x**2 - a, solver=implicit.dense())
+    root = decorate(lambda init, a: jnp.sqrt(a))
 
     def scanned(a):
         return jax.lax.scan(lambda c, _: (root(1.0, c), None), a, length=2)[0]
 
+    @jax.jit
+    def derivatives(a):
+        found = {"first": jax.grad(scanned)(a), "forwards": jax.jacfwd(jax.jacfwd(scanned))(a)}
+        if jax.__version_info__ >= (0, 12):
+            found |= {"hessian": jax.hessian(scanned)(a), "grad": jax.grad(jax.grad(scanned))(a)}
+        return found
+
     truth = -3 / 16 * 16.0 ** (-7 / 4)
-    np.testing.assert_allclose(jax.grad(scanned)(16.0), 16.0 ** (-3 / 4) / 4, rtol=1e-9)
-    np.testing.assert_allclose(jax.jacfwd(jax.jacfwd(scanned))(16.0), truth, rtol=1e-9)
-    if jax.__version_info__ >= (0, 12):
-        for second in (jax.hessian(scanned), jax.grad(jax.grad(scanned))):
-            np.testing.assert_allclose(second(16.0), truth, rtol=1e-9)
+    for name, found in derivatives(16.0).items():
+        expected = 16.0 ** (-3 / 4) / 4 if name == "first" else truth
+        np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=name)
 
 
 def test_the_default_solver_on_a_larger_system():
-    matrix = 3 * jax.random.normal(jax.random.key(0), (50, 50)) / 50**0.5
+    matrix = 3 * np.random.default_rng(0).normal(size=(50, 50)) / 50**0.5
     solve = implicit.root(lambda x, a: matrix @ x - a)(lambda init, a: jnp.linalg.solve(matrix, a))
-    got = jax.jacrev(solve, 1)(jnp.zeros(50), jnp.ones(50))
-    inverse = jnp.linalg.inv(matrix)
-    assert jnp.linalg.norm(got - inverse) < 1e-6 * jnp.linalg.norm(inverse)
+    got = jax.jit(jax.jacrev(solve, 1))(np.zeros(50), np.ones(50))
+    inverse = np.linalg.inv(matrix)
+    assert np.linalg.norm(got - inverse) < 1e-6 * np.linalg.norm(inverse)
 
 
 def test_arguments_of_all_kinds():
@@ -146,20 +183,19 @@ def test_arguments_of_all_kinds():
 
         return jax.lax.fori_loop(0, 500, turn, init), {"steps": 500}
 
-    init = {"w": jnp.zeros(2), "b": jnp.zeros(())}
-    theta = {"w": jnp.array([1.0, -0.5]), "b": jnp.float64(0.3)}
+    init = {"w": np.zeros(2), "b": np.zeros(())}
+    theta = {"w": np.array([1.0, -0.5]), "b": np.float64(0.3)}
 
     def value(theta):
         x, aux = solve(init, theta, jax.random.key(0), power=3, activation=jnp.tanh)
         assert aux["steps"] == 500
         return jnp.sum(x["w"]) + x["b"] ** 2
 
-    gradient = jax.grad(value)(theta)
-    step = 1e-5
-    up = value({"w": theta["w"], "b": theta["b"] + step})
-    down = value({"w": theta["w"], "b": theta["b"] - step})
-    np.testing.assert_allclose(gradient["b"], (up - down) / (2 * step), rtol=1e-6)
-    assert jax.tree.structure(gradient) == jax.tree.structure(theta)
+    both = jax.jit(jax.value_and_grad(value))
+    gradient, step = both(theta)[1], 1e-5
+    up, down = (both({**theta, "b": theta["b"] + sign * step})[0] for sign in (1, -1))
+    np.testing.assert_allclose(gradient["b"], float(up - down) / (2 * step), rtol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, theta)
 
 
 def test_a_part_that_theta_does_not_reach():
@@ -168,7 +204,7 @@ def test_a_part_that_theta_does_not_reach():
     def optimality(x, a):
         return {"u": x["u"] - a**2, "v": 2 * x["v"] - x["u"], "w": x["w"] - 1.0}
 
-    @implicit.root(optimality)
+    @implicit.root(optimality, solver=implicit.dense())
     def solve(init, a):
         return {"u": a**2, "v": a**2 / 2, "w": jnp.ones(())}
 
@@ -176,60 +212,77 @@ def test_a_part_that_theta_does_not_reach():
         x = solve({"u": 0.0, "v": 0.0, "w": 0.0}, a)
         return x["u"] * x["v"] + x["w"]
 
-    for order, truth in enumerate([1.5**4 / 2 + 1, 2 * 1.5**3, 6 * 1.5**2, 12 * 1.5]):
+    @jax.jit
+    def derivatives(a):
+        found = []
         for mode in (jax.jacfwd, jax.jacrev):
-            f = value
-            for _ in range(order):
-                f = mode(f)
-            f = jax.jit(f) if order > 1 else f  # op by op they take half a minute
-            np.testing.assert_allclose(f(1.5), truth, rtol=1e-9)
+            first, second = mode(value), mode(mode(value))
+            found.append(jnp.stack([value(a), first(a), second(a), mode(second)(a)]))
+        return found
+
+    truth = [1.5**4 / 2 + 1, 2 * 1.5**3, 6 * 1.5**2, 12 * 1.5]
+    for found in derivatives(1.5):
+        np.testing.assert_allclose(found, truth, rtol=1e-9)
 
 
 def test_argmin_is_the_hypergradient():
     problem = ridge()
 
-    @implicit.argmin(problem.inner, solver=lx.CG(**TIGHT))
     def solve(init, theta):
         gradient = jax.grad(problem.inner)
         return init - jnp.linalg.solve(
             jax.hessian(problem.inner)(init, theta), gradient(init, theta)
         )
 
-    def outer(theta):
-        return problem.outer(solve(jnp.zeros(8), theta), theta)
+    given = implicit.argmin(problem.inner, solver=lx.CG(**TIGHT))(solve)
+    default = implicit.argmin(problem.inner)(solve)
+    start = np.zeros(8)
 
-    np.testing.assert_allclose(jax.grad(outer)(problem.theta), problem.exact, rtol=1e-9)
-    hessian = jax.jit(jax.hessian(outer))(problem.theta)
-    np.testing.assert_allclose(
-        hessian, _differences(jax.grad(outer), problem.theta), rtol=1e-5, atol=1e-9
-    )
-    default = implicit.argmin(problem.inner)(solve.__wrapped__)
-    forward = jax.jacfwd(lambda theta: problem.outer(default(jnp.zeros(8), theta), theta))
-    np.testing.assert_allclose(forward(problem.theta), problem.exact, rtol=1e-7)
+    def outer(theta):
+        return problem.outer(given(start, theta), theta)
+
+    @jax.jit
+    def derivatives(theta):
+        forward = jax.jacfwd(lambda theta: problem.outer(default(start, theta), theta))(theta)
+        return jax.grad(outer)(theta), forward, jax.hessian(outer)(theta)
+
+    gradient, forward, hessian = derivatives(problem.theta)
+    np.testing.assert_allclose(gradient, problem.exact, rtol=1e-9)
+    np.testing.assert_allclose(forward, problem.exact, rtol=1e-7)
+    differences = _differences(lambda theta: derivatives(theta)[0], problem.theta)
+    np.testing.assert_allclose(hessian, differences, rtol=1e-5, atol=1e-9)
 
 
 def test_a_truncated_solve_differentiates():
     """Few terms: no error, Neumann's bias, the same forwards and backwards, and twice."""
     problem, alpha = ridge(), 0.3
-    inverse = alpha * sum(
-        jnp.linalg.matrix_power(jnp.eye(8) - alpha * problem.hessian, j) for j in range(3)
-    )
-    mixed = jax.jacobian(jax.grad(problem.inner), 1)(problem.params, problem.theta)
+    factor = np.eye(8) - alpha * problem.hessian
+    inverse = alpha * sum(np.linalg.matrix_power(factor, j) for j in range(3))
+    truth = -inverse * np.exp(problem.theta) * problem.params  # B is diagonal
+    solvers = {
+        "neumann": implicit.neumann(3, alpha),
+        "CG": lx.CG(rtol=1e-10, atol=1e-10, max_steps=3),
+        "GMRES": lx.GMRES(rtol=1e-10, atol=1e-10, max_steps=1),
+    }
 
-    for solver, truth in (
-        (implicit.neumann(3, alpha), -inverse @ mixed),
-        (lx.CG(rtol=1e-10, atol=1e-10, max_steps=3), None),
-        (lx.GMRES(rtol=1e-10, atol=1e-10, max_steps=1), None),
-    ):
-        solve = implicit.argmin(problem.inner, solver=solver)(lambda init, theta: problem.params)
-        forward = jax.jacfwd(solve, 1)(jnp.zeros(8), problem.theta)
-        backward = jax.jacrev(solve, 1)(jnp.zeros(8), problem.theta)
-        if truth is not None:
-            np.testing.assert_allclose(forward, truth, rtol=1e-9, atol=1e-12)
-            np.testing.assert_allclose(backward, truth, rtol=1e-9, atol=1e-12)
-        second = jax.hessian(lambda theta: jnp.sum(solve(jnp.zeros(8), theta) ** 2))  # noqa: B023
-        for x in (forward, backward, jax.jit(second)(problem.theta)):
-            assert jnp.isfinite(x).all()
+    @jax.jit
+    def derivatives(theta):
+        found, start = {}, jnp.zeros(8)
+        for name, solver in solvers.items():
+            solve = implicit.argmin(problem.inner, solver=solver)(lambda *_: problem.params)
+            square = jax.hessian(lambda theta: jnp.sum(solve(start, theta) ** 2))  # noqa: B023
+            found[name] = [square(theta)]
+            if name == "neumann":
+                found[name] += [
+                    jax.jacfwd(solve, 1)(start, theta),
+                    jax.jacrev(solve, 1)(start, theta),
+                ]
+        return found
+
+    found = derivatives(problem.theta)
+    chex.assert_tree_all_finite(found)
+    for jacobian in found["neumann"][1:]:
+        np.testing.assert_allclose(jacobian, truth, rtol=1e-9, atol=1e-12)
 
 
 def _lasso_step(w, penalty, x, y, rate=0.2):
@@ -238,41 +291,46 @@ def _lasso_step(w, penalty, x, y, rate=0.2):
     return jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - rate * penalty, 0)
 
 
-def _iterated(step, number=3000):
-    def solve(init, *args):
-        return jax.lax.fori_loop(0, number, lambda i, w: step(w, *args), init)
+def _box_step(w, bound, x, y):
+    moved = w - 0.2 * x.T @ (x @ w - y) / 30
+    return optax.projections.projection_box(moved, -bound, bound)
 
-    return solve
+
+@functools.cache
+def _fixed_point(step, number):
+    """The data; the fixed point, its derivative forwards and backwards."""
+    draws = np.random.default_rng(0)
+    x, y = draws.normal(size=(30, 6)), draws.normal(size=(30,))
+
+    @implicit.fixed_point(step)
+    def solve(init, *args):
+        return jax.lax.fori_loop(0, 3000, lambda i, w: step(w, *args), init)
+
+    def solution(number):
+        return solve(jnp.zeros(6), number, x, y)
+
+    @jax.jit
+    def found(number):
+        return solution(number), jax.jacfwd(solution)(number), jax.jacrev(solution)(number)
+
+    return (x, y), numbers(found(number))
 
 
 def test_the_lasso():
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, y = jax.random.normal(keys[0], (30, 6)), jax.random.normal(keys[1], (30,))
-    solve = implicit.fixed_point(_lasso_step)(_iterated(_lasso_step))
-    penalty = 0.15
-    w = solve(jnp.zeros(6), penalty, x, y)
+    (x, _), (w, *jacobians) = _fixed_point(_lasso_step, 0.15)
     active = np.flatnonzero(w)
     assert 0 < active.size < 6
     # On its support the solution is linear in the penalty.
     gram = x[:, active].T @ x[:, active] / 30
     truth = np.zeros(6)
     truth[active] = -np.linalg.solve(gram, np.sign(w[active]))
-    for mode in (jax.jacfwd, jax.jacrev):
-        got = mode(lambda p: solve(jnp.zeros(6), p, x, y))(penalty)
+    for got in jacobians:
         np.testing.assert_allclose(got, truth, rtol=1e-7, atol=1e-10)
 
 
 def test_a_box():
-    keys = jax.random.split(jax.random.key(1), 2)
-    x, y = jax.random.normal(keys[0], (30, 6)), jax.random.normal(keys[1], (30,))
-
-    def step(w, bound, x, y):
-        moved = w - 0.2 * x.T @ (x @ w - y) / 30
-        return optax.projections.projection_box(moved, -bound, bound)
-
-    solve = implicit.fixed_point(step)(_iterated(step))
-    w = solve(jnp.zeros(6), 0.1, x, y)
-    free = np.flatnonzero(jnp.abs(w) < 0.1 - 1e-9)
+    (x, _), (w, *jacobians) = _fixed_point(_box_step, 0.1)
+    free = np.flatnonzero(np.abs(w) < 0.1 - 1e-9)
     at_bound = np.setdiff1d(np.arange(6), free)
     assert free.size
     assert at_bound.size
@@ -282,33 +340,50 @@ def test_a_box():
     truth[free] = -np.linalg.solve(
         gram[np.ix_(free, free)], gram[np.ix_(free, at_bound)] @ truth[at_bound]
     )
-    for mode in (jax.jacfwd, jax.jacrev):
-        got = mode(lambda b: solve(jnp.zeros(6), b, x, y))(0.1)
+    for got in jacobians:
         np.testing.assert_allclose(got, truth, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
-def test_the_last_steps(num_steps):
-    """Neumann's sum exactly, and within the bound of the error."""
+@functools.cache
+def _last_steps():
+    """Jacobians of the last steps of gradient descent, of as long a series, and of all of it."""
     problem, alpha = ridge(), 0.3
 
     def step(w, theta):
         return w - alpha * jax.grad(problem.inner)(w, theta)
 
-    solve = implicit.one_step(step, num_steps=num_steps)(lambda init, theta: problem.params)
-    forward = jax.jacfwd(solve, 1)(jnp.zeros(8), problem.theta)
-    backward = jax.jacrev(solve, 1)(jnp.zeros(8), problem.theta)
-    np.testing.assert_allclose(forward, backward, rtol=1e-10, atol=1e-13)
-    series = implicit.fixed_point(step, solver=implicit.neumann(num_steps, 1.0))
-    same = jax.jacrev(series(lambda init, theta: problem.params), 1)(jnp.zeros(8), problem.theta)
-    np.testing.assert_allclose(forward, same, rtol=1e-9, atol=1e-12)
+    def solve(init, theta):
+        return problem.params
 
-    exact = jax.jacrev(implicit.fixed_point(step)(lambda init, theta: problem.params), 1)
-    contraction = jnp.eye(8) - alpha * problem.hessian
-    q = jnp.linalg.norm(contraction, 2)
-    moved = jnp.linalg.norm(jax.jacobian(step, 1)(problem.params, problem.theta), 2)
-    error = jnp.linalg.norm(forward - exact(jnp.zeros(8), problem.theta), 2)
+    @jax.jit
+    def jacobians(theta):
+        def reverse(decorate):
+            return jax.jacrev(decorate(solve), 1)(jnp.zeros(8), theta)
+
+        found = {"exact": reverse(implicit.fixed_point(step))}
+        found["of a step"] = jax.jacobian(step, 1)(problem.params, theta)
+        for k in (1, 2, 4, 8):
+            decorate = implicit.one_step(step, num_steps=k)
+            forward = jax.jacfwd(decorate(solve), 1)(jnp.zeros(8), theta)
+            found[f"{k} steps"] = forward, reverse(decorate)
+            series = implicit.neumann(k, 1.0)
+            found[f"{k} terms"] = reverse(implicit.fixed_point(step, solver=series))
+        return found
+
+    return numbers(jacobians(problem.theta))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_the_last_steps(num_steps):
+    """Neumann's sum exactly, and within the bound of the error."""
+    found = _last_steps()
+    forward, backward = found[f"{num_steps} steps"]
+    np.testing.assert_allclose(forward, backward, rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(forward, found[f"{num_steps} terms"], rtol=1e-9, atol=1e-12)
+    q = np.linalg.norm(np.eye(8) - 0.3 * ridge().hessian, 2)
+    error = np.linalg.norm(forward - found["exact"], 2)
     assert q < 1
+    moved = np.linalg.norm(found["of a step"], 2)
     assert 1e-6 < error <= q**num_steps / (1 - q) * moved
 
 
@@ -320,7 +395,7 @@ def test_one_step_of_newton_is_exact():
         return w - jnp.linalg.solve(jax.hessian(problem.inner)(w, theta), gradient(w, theta))
 
     solve = implicit.one_step(step)(lambda init, theta: problem.params)
-    gradient = jax.grad(lambda t: problem.outer(solve(jnp.zeros(8), t), t))(problem.theta)
+    gradient = jax.jit(jax.grad(lambda t: problem.outer(solve(jnp.zeros(8), t), t)))(problem.theta)
     np.testing.assert_allclose(gradient, problem.exact, rtol=1e-9)
 
 
@@ -333,15 +408,14 @@ def test_mixed_dtypes():
     def solve(init, theta):
         return {"a": theta["a"].astype(jnp.float64), "b": theta["b"].astype(jnp.bfloat16)}
 
-    theta = {"a": jnp.bfloat16([1.0, 2.0]), "b": jnp.float32([3.0])}
-    gradient = jax.grad(
-        lambda theta: sum(
-            jnp.sum(x.astype(jnp.float64)) for x in jax.tree.leaves(solve(None, theta))
-        )
-    )(theta)
+    def total(theta):
+        return sum(jnp.sum(x.astype(jnp.float64)) for x in jax.tree.leaves(solve(None, theta)))
+
+    theta = {"a": np.array([1.0, 2.0], jnp.bfloat16), "b": np.float32([3.0])}
+    gradient = jax.jit(jax.grad(total))(theta)
     assert gradient["a"].dtype == jnp.bfloat16
     assert gradient["b"].dtype == jnp.float32
-    np.testing.assert_allclose(gradient["a"].astype(float), 1, rtol=1e-2)
+    np.testing.assert_allclose(np.asarray(gradient["a"], float), 1, rtol=1e-2)
     np.testing.assert_allclose(gradient["b"], 1, rtol=1e-2)
 
 

@@ -1,5 +1,8 @@
 """Architectures of learned optimizers: optax's contract, and what they compute."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,34 +25,96 @@ SETTINGS = {
 NETWORKS = [name for name in SETTINGS if "mlp" in name]
 
 
-def build(name):
-    """The architecture, and a theta that does something."""
-    architecture = ARCHITECTURES[name](**SETTINGS[name])
-    theta = architecture.init(KEY)
-    keys = optax.tree.split_key_like(jax.random.key(1), theta)
-    return architecture, jax.tree.map(
-        lambda x, k: x + 0.1 * jax.random.normal(k, x.shape), theta, keys
-    )
+def architecture_of(name):
+    return ARCHITECTURES[name](**SETTINGS[name])
 
 
-def trees(scale=1.0):
+@functools.cache
+def thetas():
+    """For each architecture a theta that does something."""
+
+    @jax.jit
+    def made():
+        first = {name: architecture_of(name).init(KEY) for name in SETTINGS}
+        keys = optax.tree.split_key_like(jax.random.key(1), first)
+        return jax.tree.map(lambda x, k: x + 0.1 * jax.random.normal(k, x.shape), first, keys)
+
+    return made()
+
+
+@functools.cache
+def trees():
     """Weights and three gradients of them: a kernel, a bias, a scalar, a convolution."""
     shapes = {"kernel": (4, 3), "bias": (3,), "gain": (), "conv": (2, 2, 3, 2)}
-    draw = lambda seed: {  # noqa: E731
-        name: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-    return draw(0), [jax.tree.map(lambda g: scale * g, draw(i)) for i in (1, 2, 3)]
+    draws = np.random.default_rng(0)
+
+    def draw(*lead):
+        return {k: draws.normal(size=(*lead, *s)).astype(np.float32) for k, s in shapes.items()}
+
+    return draw(), draw(3)
 
 
 def updates_of(optimizer, params, grads):
-    """The updates of several steps, and the last state."""
-    state, found = optimizer.init(params), []
-    for grad in grads:
+    """The updates of several steps and the last state, from a scan: its carry keeps its type."""
+
+    def step(carry, grad):
+        params, state = carry
         updates, state = optimizer.update(grad, state, params)
-        found.append(updates)
-        params = optax.apply_updates(params, updates)
-    return found, state
+        return (optax.apply_updates(params, updates), state), updates
+
+    (_, state), updates = jax.lax.scan(step, (params, optimizer.init(params)), grads)
+    return updates, state
+
+
+def twice(optimizer, params, grads):
+    """The updates of the second of two steps at fixed weights, and the state after it."""
+    state = optimizer.init(params)
+    _, state = optimizer.update(grads, state, params)
+    return optimizer.update(grads, state, params)
+
+
+W = np.ones((3, 2), np.float32)
+MASK = {"kernel": True, "bias": False, "gain": True, "conv": False}
+EMPTY = {"w": W, "none": np.zeros((0, 3), np.float32)}
+
+
+@functools.cache
+def program(name):
+    """All runs of an architecture in one program of theta and the gradients."""
+    architecture = architecture_of(name)
+
+    @jax.jit
+    def runs(theta, grads):
+        params, optimizer = trees()[0], architecture.transform(theta)
+        half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (params, grads))
+        first = jax.tree.map(lambda g: g[:1], grads)
+
+        def moved(theta, grads):
+            updates, _ = updates_of(architecture.transform(theta), params, grads)
+            return sum(jnp.sum(x) for x in jax.tree.leaves(updates))
+
+        zeros = jax.tree.map(lambda g: jnp.zeros_like(g[:2]), grads)
+        found = {
+            "together": updates_of(optimizer, params, grads),
+            "half": updates_of(optimizer, *half),
+            "alone": {k: updates_of(optimizer, params[k], grads[k])[0] for k in params},
+            "masked": updates_of(optax.masked(optimizer, MASK), params, first)[0],
+            "slopes at zero": jax.grad(moved, argnums=(0, 1))(theta, zeros),
+            "empty": twice(optimizer, EMPTY, EMPTY),
+            "full": twice(optimizer, {"w": W}, {"w": W})[0],
+        }
+        if name in NETWORKS:  # equinox.filter_grad gives None where a leaf is an int
+            params, grads = {"w": W, "count": jnp.int32(3)}, {"w": W, "count": None}
+            found["without a gradient"] = twice(optimizer, params, grads)[0]
+        return found
+
+    return runs
+
+
+@functools.cache
+def runs(name):
+    """What came out of the program, as numpy arrays."""
+    return jax.tree.map(np.asarray, program(name)(thetas()[name], trees()[1]))
 
 
 def test_all_are_tested():
@@ -58,91 +123,66 @@ def test_all_are_tested():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_optax_optimizer(name):
-    """The state keeps its structure and dtypes in a scan, and is the same for every theta."""
-    architecture, theta = build(name)
-    params, grads = trees()
-    eager, _ = updates_of(architecture.transform(theta), params, grads)
+    """The state keeps its structure and dtypes, and has the same ones for every theta."""
+    architecture = architecture_of(name)
 
-    @jax.jit
-    def run(theta, params):
-        optimizer = architecture.transform(theta)
+    def begun(key, params):
+        return architecture.transform(architecture.init(key)).init(params)
 
-        def step(carry, grad):
-            params, state = carry
-            updates, state = optimizer.update(grad, state, params)
-            return (optax.apply_updates(params, updates), state), updates
-
-        stacked = jax.tree.map(lambda *g: jnp.stack(g), *grads)
-        return jax.lax.scan(step, (params, optimizer.init(params)), stacked)[1]
-
-    scanned = run(theta, params)
-    for i, updates in enumerate(eager):
-        for leaf, other in zip(jax.tree.leaves(updates), jax.tree.leaves(scanned), strict=True):
-            np.testing.assert_allclose(leaf, other[i], rtol=1e-5, atol=1e-6)
-    other = architecture.transform(architecture.init(jax.random.key(5)))
-    assert jax.tree.structure(other.init(params)) == jax.tree.structure(
-        architecture.transform(theta).init(params)
-    )
+    first, other = (jax.eval_shape(begun, jax.random.key(i), trees()[0]) for i in (0, 5))
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, other, runs(name)["together"][1])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_updates_have_the_weights_dtype(name, dtype):
-    architecture, theta = build(name)
-    params, grads = jax.tree.map(lambda x: x.astype(dtype), trees())
-    optimizer = architecture.transform(theta)
-    found, state = updates_of(optimizer, params, grads)
-    dtypes = [x.dtype for x in jax.tree.leaves(state)]
-    assert dtypes == [x.dtype for x in jax.tree.leaves(optimizer.init(params))]
-    for updates in found:
-        assert {x.dtype for x in jax.tree.leaves(updates)} == {np.dtype(dtype)}
-        assert all(bool(jnp.any(x != 0)) for x in jax.tree.leaves(updates))
+@pytest.mark.parametrize("run", ["half", "together"])
+def test_updates_have_the_weights_dtype(name, run):
+    updates, state = runs(name)[run]
+    dtype = jnp.bfloat16 if run == "half" else jnp.float32
+    params = {k: jax.ShapeDtypeStruct(x.shape, dtype) for k, x in trees()[0].items()}
+    begun = jax.eval_shape(architecture_of(name).transform(thetas()[name]).init, params)
+    chex.assert_trees_all_equal_dtypes(state, begun)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {np.dtype(dtype)}
+    for leaf in jax.tree.leaves(updates):
+        assert all(np.any(step != 0) for step in leaf)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tensors_do_not_see_each_other(name):
     """All go through one product; each moves as if it were alone."""
-    architecture, theta = build(name)
-    optimizer = architecture.transform(theta)
-    params, grads = trees()
-    together, _ = updates_of(optimizer, params, grads)
-    for leaf in params:
-        alone, _ = updates_of(optimizer, params[leaf], [g[leaf] for g in grads])
-        for both, one in zip(together, alone, strict=True):
-            np.testing.assert_allclose(both[leaf], one, rtol=1e-4, atol=1e-6)
+    found = runs(name)
+    chex.assert_trees_all_close(found["together"][0], found["alone"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_masked_and_partitioned(name):
     """optax.masked takes some leaves out; None leaves stay None."""
-    architecture, theta = build(name)
-    optimizer = architecture.transform(theta)
-    params, grads = trees()
-    mask = {"kernel": True, "bias": False, "gain": True, "conv": False}
-    some, _ = updates_of(optax.masked(optimizer, mask), params, grads[:1])
-    whole, _ = updates_of(optimizer, params, grads[:1])
-    np.testing.assert_allclose(some[0]["kernel"], whole[0]["kernel"], rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(some[0]["bias"], grads[0]["bias"])
-    without, _ = updates_of(optimizer, {**params, "bias": None}, [{**grads[0], "bias": None}])
-    assert without[0]["bias"] is None
+    (params, grads), found = trees(), runs(name)
+    some, whole = found["masked"], found["together"][0]
+    np.testing.assert_allclose(some["kernel"][0], whole["kernel"][0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(some["bias"][0], grads["bias"][0])
+    optimizer = architecture_of(name).transform(thetas()[name])
+    without = jax.eval_shape(
+        lambda *x: updates_of(optimizer, *x)[0], {**params, "bias": None}, {**grads, "bias": None}
+    )
+    assert without["bias"] is None
+    assert without["kernel"].shape == (3, 4, 3)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_without_weights(name):
-    architecture, theta = build(name)
-    optimizer = architecture.transform(theta)
+    optimizer = architecture_of(name).transform(thetas()[name])
     params, grads = trees()
+    state = jax.eval_shape(optimizer.init, params)
     with raises(ValueError, "a learned optimizer looks at the weights", "update(grads, state"):
-        optimizer.update(grads[0], optimizer.init(params))
+        jax.eval_shape(optimizer.update, grads, state)
 
 
 @pytest.mark.parametrize("name", ["mlp", "rnn_mlp"])
 def test_the_losses_scale_does_not_matter(name):
     """To ``rnn_mlp`` only a little: it reads the logarithm."""
-    architecture, theta = build(name)
-    params, grads = trees()
-    plain, _ = updates_of(architecture.transform(theta), params, grads)
-    scaled, _ = updates_of(architecture.transform(theta), params, trees(1000.0)[1])
+    large = jax.tree.map(lambda g: 1000 * g, trees()[1])
+    scaled = program(name)(thetas()[name], large)["together"][0]
+    plain = runs(name)["together"][0]
     same = [
         np.allclose(a, b, rtol=1e-3, atol=1e-5)
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(scaled), strict=True)
@@ -152,16 +192,7 @@ def test_the_losses_scale_does_not_matter(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_derivatives_are_finite_where_gradients_are_zero(name):
-    architecture, theta = build(name)
-    params, grads = trees()
-    grads = [jax.tree.map(jnp.zeros_like, grads[0])] * 2
-
-    def moved(theta, grads):
-        found, _ = updates_of(architecture.transform(theta), params, grads)
-        return sum(jnp.sum(x) for x in jax.tree.leaves(found))
-
-    slopes = jax.grad(moved, argnums=(0, 1))(theta, grads)
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(slopes))
+    chex.assert_tree_all_finite(runs(name)["slopes at zero"])
 
 
 def by_hand(theta, w, grads, step, magnitude):
@@ -187,34 +218,44 @@ def by_hand(theta, w, grads, step, magnitude):
 
 
 def test_mlp_is_its_formula():
-    architecture = ug.learned_optimizers.mlp(**SMALL, magnitude=0.5)
-    _, theta = build("mlp")
+    """Eagerly, as a user would try it."""
+    optimizer = ug.learned_optimizers.mlp(**SMALL, magnitude=0.5).transform(thetas()["mlp"])
     params, grads = trees()
-    w, gs = params["kernel"], [g["kernel"] for g in grads]
-    found, state = updates_of(architecture.transform(theta), w, gs)
-    expected = by_hand(theta, np.asarray(w), [np.asarray(g) for g in gs], 0.1, 0.5)
+    w, gs = jnp.asarray(params["kernel"]), grads["kernel"]
+    state, found = optimizer.init(w), []
+    for g in gs:
+        move, state = optimizer.update(jnp.asarray(g), state, w)
+        found.append(move)
+        w = w + move
+    expected = by_hand(thetas()["mlp"], params["kernel"], gs, 0.1, 0.5)
     np.testing.assert_allclose(np.stack(found), expected, rtol=1e-3, atol=1e-5)
     assert int(state.count) == 3
 
 
 def test_a_schedule_that_is_constant_is_optax():
-    params, grads = trees()
-    for learned, plain in [
-        (ug.learned_optimizers.scheduled_adam(rate=0.02), optax.adam(0.02)),
-        (ug.learned_optimizers.scheduled_sgd(rate=0.02), optax.sgd(0.02, momentum=0.9)),
-    ]:
-        found, _ = updates_of(learned.transform(learned.init(KEY)), params, grads)
-        expected, _ = updates_of(plain, params, grads)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3)
+    @jax.jit
+    def both(params, grads):
+        return [
+            (
+                updates_of(learned.transform(learned.init(KEY)), params, grads)[0],
+                updates_of(plain, params, grads)[0],
+            )
+            for learned, plain in [
+                (ug.learned_optimizers.scheduled_adam(rate=0.02), optax.adam(0.02)),
+                (ug.learned_optimizers.scheduled_sgd(rate=0.02), optax.sgd(0.02, momentum=0.9)),
+            ]
+        ]
+
+    for found, expected in both(*trees()):
+        chex.assert_trees_all_close(found, expected, rtol=1e-3)
 
 
 def test_a_schedule_between_its_knots():
     rule = ug.learned_optimizers.scheduled_sgd(knots=(0, 3, 15), momentum=1e-9)
-    theta = rule.init(KEY) | {"log_rate": jnp.log(jnp.array([1.0, 0.25, 0.0625]))}
-    w = jnp.ones(1)
-    found, _ = updates_of(rule.transform(theta), w, [w] * 30)
-    rates = -np.concatenate(found)
+    theta = jax.jit(rule.init)(KEY) | {"log_rate": np.log(np.float32([1.0, 0.25, 0.0625]))}
+    w = np.ones(1, np.float32)
+    found = jax.jit(lambda theta: updates_of(rule.transform(theta), w, np.ones((30, 1)))[0])(theta)
+    rates = -np.asarray(found)[:, 0]
     np.testing.assert_allclose(rates[[0, 1, 3, 7, 15, 29]], [1, 0.5, 0.25, 0.125] + [0.0625] * 2)
 
 
@@ -240,53 +281,42 @@ def test_hyperparameters_without_a_logarithm():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nothing_to_update(name):
-    """No leaf, a leaf without numbers, a leaf without a gradient (equinox)."""
-    architecture, theta = build(name)
-    optimizer = architecture.transform(theta)
-    updates_of(optimizer, {}, [{}])
-    w = jnp.ones((3, 2))
-    empty = {"w": w, "none": jnp.zeros((0, 3))}
-    found, state = updates_of(optimizer, empty, [empty] * 2)
-    alone, _ = updates_of(optimizer, {"w": w}, [{"w": w}] * 2)
-    np.testing.assert_allclose(found[1]["w"], alone[1]["w"], rtol=1e-4)
-    assert found[1]["none"].shape == (0, 3)
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state))
+    """No leaf; a leaf without numbers."""
+    optimizer = architecture_of(name).transform(thetas()[name])
+    assert jax.eval_shape(lambda: twice(optimizer, {}, {})[0]) == {}
+    (updates, state), alone = runs(name)["empty"], runs(name)["full"]
+    np.testing.assert_allclose(updates["w"], alone["w"], rtol=1e-4)
+    assert updates["none"].shape == (0, 3)
+    chex.assert_tree_all_finite(state)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_leaf_without_a_gradient(name):
-    """equinox.filter_grad gives None where a leaf is an int."""
-    architecture, theta = build(name)
-    optimizer = architecture.transform(theta)
-    params = {"w": jnp.ones((3, 2)), "count": jnp.int32(3)}
-    state = optimizer.init(params)
-    for _ in range(2):
-        updates, state = optimizer.update({"w": params["w"], "count": None}, state, params)
+    updates, alone = runs(name)["without a gradient"], runs(name)["full"]
     assert updates["count"] is None
-    alone = {"w": params["w"]}
-    own = optimizer.init(alone)
-    for _ in range(2):
-        expected, own = optimizer.update(alone, own, alone)
-    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4)
+    np.testing.assert_allclose(updates["w"], alone["w"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_complex_weights(name):
-    architecture, theta = build(name)
+    init = architecture_of(name).transform(thetas()[name]).init
     with raises(TypeError, "params['w'] is complex64", "optax.masked"):
-        architecture.transform(theta).init({"w": jnp.ones(2, jnp.complex64)})
+        jax.eval_shape(init, {"w": jax.ShapeDtypeStruct((2,), jnp.complex64)})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_wide_weights(name):
-    """float64 weights move in float64, with a float32 theta, in x64 mode and in none."""
+    """float64 weights move in float64, with a float32 theta, where jax has float64 enabled."""
     with jax.enable_x64(True):
-        architecture = ARCHITECTURES[name](**SETTINGS[name])
-        theta = architecture.init(KEY)
+        architecture = architecture_of(name)
+        theta = jax.eval_shape(architecture.init, KEY)
         assert {x.dtype for x in jax.tree.leaves(theta)} == {np.dtype(np.float32)}
-        w = jnp.ones((2, 3), jnp.float64)
-        found, _ = updates_of(architecture.transform(theta), w, [w, w])
-        assert found[1].dtype == np.float64
+        w = jax.ShapeDtypeStruct((2, 3), jnp.float64)
+
+        def moves(theta, w):
+            return twice(architecture.transform(theta), w, w)[0]
+
+        assert jax.eval_shape(moves, theta, w).dtype == np.float64
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -296,38 +326,49 @@ def test_a_network_without_hidden_units(name):
 
 
 def test_factored_squares_of_rank_one_are_exact():
-    rows, columns = jnp.array([1.0, 2.0, 0.5]), jnp.array([3.0, 0.1])
-    grad = jnp.outer(rows, columns)
-    found = features.factored_averages(features.factored_zeros((3, 2), 1, grad.dtype), grad, (0.0,))
-    both, of_rows, of_columns = features.factored_rsqrt(found, (3, 2))
+    rows, columns = np.float32([1.0, 2.0, 0.5]), np.float32([3.0, 0.1])
+    grad = np.outer(rows, columns)
+
+    @jax.jit
+    def roots(grad):
+        zeros = features.factored_zeros(grad.shape, 1, grad.dtype)
+        return features.factored_rsqrt(features.factored_averages(zeros, grad, (0.0,)), grad.shape)
+
+    both, of_rows, of_columns = roots(grad)
     np.testing.assert_allclose(both[..., 0], 1 / grad, rtol=1e-4)
     assert of_rows.shape == of_columns.shape == (3, 2, 1)
-    np.testing.assert_allclose(of_rows[:, 0, 0] * np.sqrt(np.mean(columns**2)), 1 / rows, rtol=1e-4)
-    flat = features.factored_averages(features.factored_zeros((3,), 1, grad.dtype), rows, (0.0,))
-    np.testing.assert_allclose(features.factored_rsqrt(flat, (3,))[0][:, 0], 1 / rows, rtol=1e-4)
+    size = np.sqrt(np.mean(columns**2))
+    np.testing.assert_allclose(np.asarray(of_rows)[:, 0, 0] * size, 1 / rows, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(roots(rows)[0])[:, 0], 1 / rows, rtol=1e-4)
 
 
 def test_the_recurrent_unit_is_that_of_flax():
     from flax import nnx
 
-    gru = networks.init_gru(KEY, 3, 2)
-    gru["bias"] = jnp.arange(6) / 10
-    x, memory = jax.random.normal(KEY, (4, 3)), jax.random.normal(jax.random.key(1), (4, 2))
-    cell = nnx.GRUCell(3, 2, rngs=nnx.Rngs(0))
+    gru = jax.tree.map(np.asarray, jax.jit(networks.init_gru, static_argnums=(1, 2))(KEY, 3, 2))
+    gru["bias"] = np.arange(6, dtype=np.float32) / 10
+    draws = np.random.default_rng(0)
+    x, memory = (draws.normal(size=(4, n)).astype(np.float32) for n in (3, 2))
     # flax calls z what stays: its gates are in the order r, z, n.
-    z, r, n = jnp.split(gru["kernel"], 3, axis=1)
-    cell.dense_i.kernel[...] = jnp.concatenate([r[:3], -z[:3], n[:3]], axis=1)
-    cell.dense_h.kernel[...] = jnp.concatenate([r[3:], -z[3:], n[3:]], axis=1)
-    b_z, b_r, b_n = jnp.split(gru["bias"], 3)
-    cell.dense_i.bias[...] = jnp.concatenate([b_r, -b_z, b_n])
-    expected, _ = cell(memory, x)
-    np.testing.assert_allclose(networks.apply_gru(gru, x, memory), expected, rtol=1e-5, atol=1e-6)
+    z, r, n = np.split(gru["kernel"], 3, axis=1)
+    b_z, b_r, b_n = np.split(gru["bias"], 3)
+
+    @jax.jit
+    def both(x, memory):
+        cell = nnx.GRUCell(3, 2, rngs=nnx.Rngs(0))
+        cell.dense_i.kernel[...] = jnp.concatenate([r[:3], -z[:3], n[:3]], axis=1)
+        cell.dense_h.kernel[...] = jnp.concatenate([r[3:], -z[3:], n[3:]], axis=1)
+        cell.dense_i.bias[...] = jnp.concatenate([b_r, -b_z, b_n])
+        return networks.apply_gru(gru, x, memory), cell(memory, x)[0]
+
+    found, expected = both(x, memory)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_can_be_trained(name):
     """A few gradient steps on theta through twenty inner steps: the loss at the end falls."""
-    architecture, theta = build(name)
+    architecture, theta = architecture_of(name), thetas()[name]
     problem = ug.training_problem(
         loss=lambda theta, w, batch, key: 0.5 * jnp.sum((w["w"] - batch) ** 2),
         init_params=lambda key: {"w": jnp.zeros((2, 3))},
@@ -338,12 +379,16 @@ def test_it_can_be_trained(name):
     estimator = ug.bptt(problem)
     outer = optax.adam(0.03)
 
-    @jax.jit
     def step(carry, key):
         theta, state = carry
         estimate, _ = estimator.estimate(key, theta, estimator.init(key, theta))
         updates, state = outer.update(estimate.grad, state)
         return (optax.apply_updates(theta, updates), state), estimate.loss
 
-    _, losses = jax.lax.scan(step, (theta, outer.init(theta)), jax.random.split(KEY, 100))
-    assert losses[-1] < 0.5 * losses[0]
+    @jax.jit
+    def losses(theta):
+        keys = jax.random.split(KEY, 100)
+        return jax.lax.scan(step, (theta, outer.init(theta)), keys)[1]
+
+    found = np.asarray(losses(theta))
+    assert found[-1] < 0.5 * found[0]

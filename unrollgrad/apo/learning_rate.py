@@ -96,8 +96,8 @@ def learning_rate(
         >>> optimizer, w = ug.apo.learning_rate(
         ...     optax.sgd, 1e-3, discrepancy=ug.apo.squared_error), jnp.zeros((4, 1))
         >>> state, x = optimizer.init(w), jax.random.normal(jax.random.key(0), (8, 4))
-        >>> updates, state = optimizer.update(jax.grad(loss)(w, x), state, w, loss=loss,
-        ...     predict=predict, batch=x, other_batch=x + 1)
+        >>> updates, state = jax.jit(lambda state: optimizer.update(jax.grad(loss)(w, x), state, w,
+        ...     loss=loss, predict=predict, batch=x, other_batch=x + 1))(state)
         >>> bool(optax.tree.get(state, "learning_rate") > 1e-3)
         True
 

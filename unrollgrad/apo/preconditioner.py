@@ -90,8 +90,8 @@ def preconditioner(
         >>> optimizer, w = ug.apo.preconditioner(
         ...     0.1, discrepancy=ug.apo.squared_error), jnp.zeros((4, 1))
         >>> state, x = optimizer.init(w), jax.random.normal(jax.random.key(0), (8, 4))
-        >>> updates, state = optimizer.update(jax.grad(loss)(w, x), state, w, loss=loss,
-        ...     predict=predict, batch=x, other_batch=x + 1)
+        >>> updates, state = jax.jit(lambda state: optimizer.update(jax.grad(loss)(w, x), state, w,
+        ...     loss=loss, predict=predict, batch=x, other_batch=x + 1))(state)
         >>> jax.tree.map(jnp.shape, optax.tree.get(state, "preconditioner"))
         {'a': (4, 4), 'b': (1, 1), 's': (4, 1)}
 

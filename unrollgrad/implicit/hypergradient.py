@@ -84,11 +84,11 @@ def hypergradient(
         HypergradientError: With ``check``, if something is wrong, saying what to do.
 
     Example:
-        >>> import jax.numpy as jnp, lineax as lx, unrollgrad as ug
+        >>> import jax, jax.numpy as jnp, lineax as lx, unrollgrad as ug
         >>> x, y = jnp.array([1.0, 2.0]), jnp.array([2.0, 3.0])
         >>> inner = lambda w, decay: jnp.sum((x * w - y) ** 2) / 2 + decay * w**2 / 2
         >>> outer = lambda w, decay: (w - 1) ** 2 / 2
-        >>> f = ug.implicit.hypergradient(outer, inner, solver=lx.CG(1e-6, 1e-6), check=True)
+        >>> f = jax.jit(ug.implicit.hypergradient(outer, inner, solver=lx.CG(1e-6, 1e-6)))
         >>> w = 8 / (5 + 1.0)  # the minimum for a decay of 1; dw / d decay = -8 / 36
         >>> print(f"{f(w, 1.0).grad:.4f}, by hand {(w - 1) * -8 / 36:.4f}")
         -0.0741, by hand -0.0741

@@ -59,9 +59,9 @@ def mlp(
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
         >>> small = ug.learned_optimizers.mlp(hidden=(8,))
-        >>> optimizer = small.transform(small.init(jax.random.key(0)))
+        >>> optimizer = small.transform(jax.jit(small.init)(jax.random.key(0)))
         >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
-        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
         >>> updates["w"].shape, int(state.count)
         ((2, 3), 1)
 
@@ -111,9 +111,9 @@ def adafactor_mlp(
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
         >>> small = ug.learned_optimizers.adafactor_mlp(hidden=(8,))
-        >>> optimizer = small.transform(small.init(jax.random.key(0)))
+        >>> optimizer = small.transform(jax.jit(small.init)(jax.random.key(0)))
         >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
-        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
         >>> updates["w"].shape, int(state.count)
         ((2, 3), 1)
 
@@ -185,9 +185,9 @@ def rnn_mlp(
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
         >>> small = ug.learned_optimizers.rnn_mlp(hidden=(8,), units=4)
-        >>> optimizer = small.transform(small.init(jax.random.key(0)))
+        >>> optimizer = small.transform(jax.jit(small.init)(jax.random.key(0)))
         >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}
-        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
         >>> state.controller.shape, int(state.count)
         ((2, 4), 1)
 

@@ -1,0 +1,68 @@
+"""The package where only the core is installed; ``test_package.py`` runs this as a program.
+
+It prints, as JSON, what the import of the package tried to import besides the core, and for each
+file of a learned optimizer the losses of the training that it steers.
+"""
+
+import json
+import sys
+
+EXTRAS = ("experiments", "flax", "matplotlib", "orbax", "rich", "sklearn", "tyro")
+
+
+class Refuse:
+    """A finder of ``sys.meta_path``: it finds no extra, and remembers what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in EXTRAS:
+            self.asked.append(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+REFUSE = Refuse()
+sys.meta_path.insert(0, REFUSE)
+
+import unrollgrad as ug  # noqa: E402
+
+IMPORTED = [*REFUSE.asked, *({"lineax", "equinox"} & set(sys.modules))]
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+
+def losses(path):
+    """Along 100 steps on a small classification task, at the start and after every 20."""
+    optimizer = ug.learned_optimizers.load(path)
+
+    def loss(params, x, y):
+        logits = jnp.tanh(x @ params[0]) @ params[1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    def train(key):
+        keys = jax.random.split(key, 4)
+        x = jax.random.normal(keys[0], (256, 16))
+        y = jnp.argmax(x @ jax.random.normal(keys[1], (16, 4)), axis=1)
+        params = [0.25 * jax.random.normal(keys[2], (16, 32))]
+        params += [0.2 * jax.random.normal(keys[3], (32, 4))]
+
+        def step(carry, i):
+            params, state = carry
+            rows = (16 * i + jnp.arange(16)) % 256
+            grad = jax.grad(loss)(params, x[rows], y[rows])
+            updates, state = optimizer.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), loss(params, x, y)
+
+        _, along = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(100))
+        return jnp.append(loss(params, x, y), along[19::20])
+
+    return train(jax.random.key(0)).tolist()
+
+
+if __name__ == "__main__":
+    print(json.dumps({"imported": IMPORTED, "losses": [losses(path) for path in sys.argv[1:]]}))
