@@ -234,8 +234,8 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_goes_on_with_another_number_of_devices(tmp_path):
-    run(2, tmp_path, num_devices=2)
-    run(4, tmp_path, num_devices=4)
+    run(2, tmp_path)
+    run(4, tmp_path, num_devices=2)
     assert_same(run(6, tmp_path).theta, whole(6).theta, rtol=1e-5)
 
 

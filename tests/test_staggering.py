@@ -186,10 +186,10 @@ def test_expectation_over_an_episode_of_calls(stagger):
 
 @pytest.mark.parametrize(("name", "stagger"), [("pes", "burn_in"), ("bptt", "lockstep")])
 def test_every_batch_size_equals_none(name, stagger):
-    """With 3 of 6 and one at a time; ``test_in_float64`` has breakstep."""
+    """Half of them at a time; breakstep is in ``test_in_float64``, one in ``test_workers.py``."""
     problem, theta = simple()
     results = []
-    for batch_size in [None, 1, 3] if name == "pes" else [None, 2]:
+    for batch_size in [None, 3]:
         many = ug.average(build(name, problem), 6, stagger=stagger, batch_size=batch_size)
         state = many.init(KEY, theta)
         estimates = []
@@ -197,8 +197,7 @@ def test_every_batch_size_equals_none(name, stagger):
             estimate, state = many.estimate(jax.random.key(i), theta, state)
             estimates.append(estimate)
         results.append(numbers((estimates, state)))
-    for other in results[1:]:
-        chex.assert_trees_all_close(other, results[0], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_a_smaller_batch_takes_less_memory():

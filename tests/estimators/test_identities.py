@@ -96,6 +96,20 @@ def test_one_noise_per_episode_is_full_es_window_by_window(change):
     chex.assert_trees_all_close(mean, numbers(whole.grad), rtol=2e-4)
 
 
+def test_truncated_es_carries_the_state_that_theta_itself_reaches():
+    """The pairs restart from it in every window: it is the state that ``tbptt`` carries."""
+    problem, theta = quadratic()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def reached(estimator, theta):
+        state = estimator.init(jax.random.key(2), theta)
+        return estimator.estimate(KEY, theta, state)[1].state
+
+    es = build("truncated_es", problem, truncation=5)
+    plain = reached(ug.tbptt(problem, truncation=5), theta)
+    chex.assert_trees_all_close(numbers(reached(es, theta)), numbers(plain), rtol=1e-6)
+
+
 def test_pes_weighs_the_evaluation_at_both_ends_with_its_own_noise():
     """(T/K) (xi_t L_end - xi_{t-1} L_start), against a by-hand loop over one pair, in NumPy."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=6, memory=0.9)
