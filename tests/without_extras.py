@@ -4,6 +4,7 @@ It prints, as JSON, what the import of the package tried to import besides the c
 file of a learned optimizer the losses of the training that it steers.
 """
 
+import importlib
 import json
 import sys
 
@@ -22,20 +23,14 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-REFUSE = Refuse()
-sys.meta_path.insert(0, REFUSE)
-
-import unrollgrad as ug  # noqa: E402
-
-IMPORTED = [*REFUSE.asked, *({"lineax", "equinox"} & set(sys.modules))]
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-
 def losses(path):
     """Along 100 steps on a small classification task, at the start and after every 20."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import unrollgrad as ug
+
     optimizer = ug.learned_optimizers.load(path)
 
     def loss(params, x, y):
@@ -64,5 +59,14 @@ def losses(path):
     return train(jax.random.key(0)).tolist()
 
 
+def main(files):
+    """Refuses the extras from here on; nothing of the package was imported before."""
+    refuse = Refuse()
+    sys.meta_path.insert(0, refuse)
+    importlib.import_module("unrollgrad")
+    imported = [*refuse.asked, *({"lineax", "equinox"} & set(sys.modules))]
+    print(json.dumps({"imported": imported, "losses": [losses(path) for path in files]}))
+
+
 if __name__ == "__main__":
-    print(json.dumps({"imported": IMPORTED, "losses": [losses(path) for path in sys.argv[1:]]}))
+    main(sys.argv[1:])
