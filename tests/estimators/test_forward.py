@@ -17,10 +17,6 @@ from unrollgrad.problems import theory
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 
 
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _episode(estimator, num_windows, theta):
     def call(state, i):
