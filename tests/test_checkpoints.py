@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -142,26 +141,6 @@ def test_fewer_steps_than_were_done(tmp_path):
         run(2, tmp_path)
 
 
-def test_a_full_disk(tmp_path):
-    """No file can grow: the run so far is in memory, the checkpoints before are whole."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def callback(step, theta, metrics):
-        if step == 6:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-
-    try:
-        with pytest.raises(OSError, match="could not be written") as caught:
-            run(12, tmp_path, callback=callback)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search("last checkpoint is that of step [24],", " ".join(caught.value.__notes__))
-    done = len(caught.value.result.history["loss"])
-    assert done in (6, 8)
-    assert_same(caught.value.result.theta, whole(done).theta)
-    assert_same(run(12, tmp_path).theta, whole(12).theta)
-
-
 def test_sigterm_saves_and_returns(tmp_path, capsys):
     def callback(step, theta, metrics):
         if step == 4:
@@ -178,19 +157,28 @@ def test_sigterm_saves_and_returns(tmp_path, capsys):
 
 
 SCRIPT = """
-import sys, time
+import resource, sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)  # as in the tests, whose compiled programs it finds
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 import numpy as np
 from tests.test_checkpoints import run
+num_steps, folder, full_at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 def callback(step, theta, metrics):
     print(step, flush=True)
+    if step == full_at:  # no file can grow any more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     time.sleep(0.05)
-num_steps, folder = int(sys.argv[1]), sys.argv[2]
-result = run(num_steps, folder, callback=callback)
+notes = []
+try:
+    result = run(num_steps, folder, callback=callback)
+except OSError as error:
+    result, notes = error.result, [str(error), *error.__notes__]
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 np.save(folder + "/theta.npy", np.asarray(result.theta["start"]))
 np.savez(folder + "/history.npz", **result.history)
+print("end", *notes)
 """
 
 
@@ -198,21 +186,43 @@ def half_written(folder):
     return any("tmp" in file.name for file in (folder / "steps").glob("*"))
 
 
-def test_killed_at_random_moments(tmp_path):
-    """SIGKILL, again and again: the end is that of a run that was left alone.
+def started(folder, num_steps, full_at=-1):
+    """A process of its own that runs ``run``; from step ``full_at`` on its disk is full."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(num_steps), str(folder), str(full_at)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
-    Every second kill waits until a checkpoint is being written.
+
+def assert_is(folder, expected):
+    """The process that ended left the theta and the history of this run."""
+    np.testing.assert_array_equal(np.load(folder / "theta.npy"), expected.theta["start"])
+    history = np.load(folder / "history.npz")
+    assert set(history) == set(expected.history)
+    for name, value in expected.history.items():
+        np.testing.assert_array_equal(history[name], value, err_msg=name)
+
+
+def test_killed_at_random_moments_and_with_a_full_disk(tmp_path):
+    """The end is that of a run that was left alone.
+
+    A first process finds its disk full: it keeps the run so far in memory, and the checkpoints
+    before are whole. Six more get SIGKILL; every second one while a checkpoint is being written.
     """
     draws, kills, hits, num_steps = np.random.default_rng(0), 6, 0, 60
-    command = [sys.executable, "-c", SCRIPT, str(num_steps), str(tmp_path)]
+    process = started(tmp_path, num_steps, full_at=6)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "could not be written" in printed
+    assert re.search("last checkpoint is that of step [24],", printed)
+    done = len(np.load(tmp_path / "history.npz")["loss"])
+    assert done in (6, 8)
+    assert_is(tmp_path, run(done))
     for kill in range(kills + 1):
-        process = subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = started(tmp_path, num_steps)
         if kill < kills:
             for _ in range(draws.integers(1, 4)):
                 process.stdout.readline()
@@ -225,12 +235,7 @@ def test_killed_at_random_moments(tmp_path):
         hits += kill < kills and half_written(tmp_path)
     assert hits > 0
     assert not half_written(tmp_path)  # what the kills left behind is cleaned up
-    expected = run(num_steps)
-    np.testing.assert_array_equal(np.load(tmp_path / "theta.npy"), expected.theta["start"])
-    history = np.load(tmp_path / "history.npz")
-    assert set(history) == set(expected.history)
-    for name, value in expected.history.items():
-        np.testing.assert_array_equal(history[name], value, err_msg=name)
+    assert_is(tmp_path, run(num_steps))
 
 
 def test_goes_on_with_another_number_of_devices(tmp_path):
