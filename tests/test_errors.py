@@ -14,7 +14,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import build, counted, quadratic, raises, rows, settings
-from unrollgrad.estimators import REGISTRY, worker
+from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
 NAMES = list(REGISTRY)
@@ -224,7 +224,7 @@ def test_state_of_another_estimator(name):
         call(estimator, theta, stranger)
     if name == "pes":
         more = begun(ug.pes(problem, truncation=5, sigma=0.1, num_pairs=4), theta)
-        with raises(TypeError, "state.states['x']: float32[2,2,3] -> float32[4,2,3]"):
+        with raises(TypeError, "state.carried.states['x']: float32[2,2,3] -> float32[4,2,3]"):
             call(estimator, theta, more)
 
 
@@ -265,28 +265,17 @@ def test_state_of_an_estimator_of_another_name():
 
 
 class Bare(NamedTuple):
-    """The least that a contributor's worker state may be."""
+    """The least that a worker state of a user's own may be."""
 
     episode: ug.Episode
 
 
 def test_state_that_does_not_say_who_made_it():
     problem, theta = quadratic()
-
-    def init(key, theta):
-        return Bare(worker.init_mean(problem, key, theta, 5, None).episode)
-
-    def estimate(key, theta, state, *, data=None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, 5, "truncation")
-        return theta, state
-
-    own = worker.compiled(init, estimate, 5)
-    call(own, theta, begun(own, theta))
     tbptt = ug.tbptt(problem, truncation=5)
-    with raises(TypeError, "made by tbptt(", "this is a Bare", "state.state"):
-        call(own, theta, begun(tbptt, theta))
+    bare = Bare(begun(tbptt, theta).episode)
     with raises(TypeError, "it is a Bare; this is tbptt("):
-        call(tbptt, theta, begun(own, theta))
+        call(tbptt, theta, bare)
 
 
 @every

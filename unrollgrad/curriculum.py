@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, varying
-from unrollgrad.estimators import worker
-from unrollgrad.types import Episode, Estimate, GradientEstimator, Key, Theta, WorkerState
+from unrollgrad.types import Episode, Estimate, GradientEstimator, Key, MadeBy, Theta, WorkerState
 
 _TAG = 0x63757272  # the keys of a stage's first state are those of no worker
 
@@ -28,7 +27,7 @@ class CurriculumState(NamedTuple):
     episode: Episode
     calls: jax.Array
     carried: list[jax.Array]
-    made_by: worker.MadeBy
+    made_by: MadeBy
 
 
 def curriculum(
@@ -124,7 +123,9 @@ def curriculum(
         return out, state._replace(episode=episode, calls=state.calls + 1, carried=carried)
 
     truncations = {e.truncation for e in estimators}
-    return worker.compiled(init, estimate, truncations.pop() if len(truncations) == 1 else None)
+    return GradientEstimator(
+        init, jax.jit(estimate), truncations.pop() if len(truncations) == 1 else None
+    )
 
 
 def _checked(
@@ -153,11 +154,9 @@ def _checked(
     return estimators, boundaries
 
 
-def _made_by(stages: list[WorkerState], boundaries: list[int]) -> worker.MadeBy:
+def _made_by(stages: list[WorkerState], boundaries: list[int]) -> MadeBy:
     names = ", ".join(str(getattr(s, "made_by", type(s).__name__)) for s in stages)
-    return worker.MadeBy(
-        "curriculum", (("estimators", f"[{names}]"), ("boundaries", tuple(boundaries)))
-    )
+    return MadeBy("curriculum", (("estimators", f"[{names}]"), ("boundaries", tuple(boundaries))))
 
 
 def _carried(state: WorkerState) -> list[jax.Array]:

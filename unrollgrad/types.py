@@ -4,6 +4,7 @@ Everything here is a ``NamedTuple``: a pytree (or a bundle of pure functions) th
 through ``jit``, ``vmap`` and ``scan`` unchanged. Nothing inherits and nothing hides state.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ State = Any
 """Inner state: any pytree of arrays; ints, bools and typed keys may be among the leaves."""
 
 WorkerState = Any
-"""What one worker carries between calls: a NamedTuple with a field ``episode: Episode``."""
+"""What one worker carries between calls: a ``Worker``, or a NamedTuple with a field ``episode``."""
 
 
 class UnrolledProblem(NamedTuple):
@@ -104,6 +105,54 @@ class Episode(NamedTuple):
     key: Key
     t: jax.Array
     horizon: jax.Array
+
+
+class Segment(NamedTuple):
+    """The stretch of an episode that one call runs.
+
+    Attributes:
+        problem: The inner loop.
+        episode: Where the stretch begins.
+        num_steps: Its inner steps.
+        data: Streamed data with leading axis ``num_steps``, or None.
+    """
+
+    problem: UnrolledProblem
+    episode: Episode
+    num_steps: int
+    data: Any = None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MadeBy:
+    """The maker of a worker state: a part of the state's structure, not a leaf of it.
+
+    Attributes:
+        estimator: The estimator's name.
+        settings: Those without which the state would mean something else, as (name, value). Sigma
+            is not among them: it may change between calls.
+    """
+
+    estimator: str
+    settings: tuple[tuple[str, Any], ...]
+
+    def __str__(self):
+        return f"{self.estimator}({', '.join(f'{k}={v}' for k, v in self.settings)})"
+
+
+class Worker(NamedTuple):
+    """What one worker carries between calls, whatever the estimator.
+
+    Attributes:
+        episode: Where the worker stands.
+        carried: What its estimator carries; None where every call is a whole episode.
+        made_by: The estimator that owns this state.
+    """
+
+    episode: Episode
+    carried: Any
+    made_by: MadeBy
 
 
 class EstimateFn(Protocol):

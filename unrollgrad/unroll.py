@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, problem_checks, varying
-from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
+from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
 
 Remat = Literal["step", "sqrt"] | int | None
 """What backpropagation keeps: everything, the state of every step, or of some steps."""
@@ -80,74 +80,70 @@ def evaluate_shape(problem: UnrolledProblem, episode: Episode, theta: Theta, sta
     return jax.eval_shape(lambda *args: evaluate(problem, *args), episode, theta, state)
 
 
-def step_key(episode: Episode) -> Key:
-    """The key from which the episode's steps draw theirs."""
-    return jax.random.fold_in(episode.key, _STEP)
-
-
-def one_step(
-    problem: UnrolledProblem, key: Key, theta: Theta, state: State, t: Any, batch: Any
-) -> tuple[State, jax.Array]:
-    """Step ``t`` of the episode with this ``step_key``: the state after it, and its loss.
-
-    The loss is at least float32.
-    """
-    extra = () if batch is None else (batch,)
-    state, loss = problem.step(jax.random.fold_in(key, t), theta, state, t, *extra)
-    return checks.strong_state(state, made_by="step"), _as_loss(loss)
-
-
 def unroll(
-    problem: UnrolledProblem,
-    episode: Episode,
-    theta: Theta,
-    state: State,
-    num_steps: int,
-    data: Any = None,
-    remat: Remat = None,
+    segment: Segment, theta: Theta, state: State, remat: Remat = None
 ) -> tuple[State, jax.Array]:
-    """Runs ``num_steps`` inner steps from ``episode.t``.
+    """Runs the segment's inner steps.
 
     Args:
-        problem: The inner loop.
-        episode: Where the trajectory stands.
+        segment: The stretch of the episode.
         theta: Outer parameters.
-        state: The inner state.
-        num_steps: Inner steps.
-        data: One slice per step, or None.
+        state: The inner state at its start.
         remat: What backpropagation keeps, as ``bptt`` says.
 
     Returns:
         The state after them and the losses of shape ``(num_steps,)``, at least float32.
     """
-    key = step_key(episode)
 
-    def body(state, inputs):
+    def step(state, key, t, batch):
+        return one_step(segment.problem, key, theta, state, t, batch)
+
+    return scan(segment, step, state, remat)
+
+
+def one_step(
+    problem: UnrolledProblem, key: Key, theta: Theta, state: State, t: Any, batch: Any
+) -> tuple[State, jax.Array]:
+    """Step ``t`` with its own key: the state after it, and its loss, at least float32."""
+    extra = () if batch is None else (batch,)
+    state, loss = problem.step(key, theta, state, t, *extra)
+    return checks.strong_state(state, made_by="step"), _as_loss(loss)
+
+
+def scan(
+    segment: Segment, step: Callable[..., tuple[Any, Any]], carry: Any, remat: Remat = None
+) -> tuple[Any, Any]:
+    """The one scan over inner steps: ``step(carry, key, t, batch) -> (carry, out)`` for each."""
+    episode, num_steps = segment.episode, segment.num_steps
+    keys = jax.random.fold_in(episode.key, _STEP)
+
+    def body(carry, inputs):
         i, batch = inputs
-        return one_step(problem, key, theta, state, episode.t + i, batch)
+        t = episode.t + i
+        return step(carry, jax.random.fold_in(keys, t), t, batch)
 
-    inputs = (jnp.arange(num_steps, dtype=jnp.int32), data)
+    inputs = (jnp.arange(num_steps, dtype=jnp.int32), segment.data)
     if remat is None:
-        return jax.lax.scan(body, state, inputs)
+        return jax.lax.scan(body, carry, inputs)
     if remat == "step":
-        return jax.lax.scan(_remade(body), state, inputs)
-    # Segments of equal length, and what is left over; each keeps the state it begins with.
+        return jax.lax.scan(_remade(body), carry, inputs)
+    # Stretches of equal length, and what is left over; each keeps the state it begins with.
     wanted = math.isqrt(num_steps) if remat == "sqrt" else min(remat, num_steps)
     length = -(-num_steps // wanted)
-    segments = num_steps // length
-    whole = segments * length
+    stretches = num_steps // length
+    whole = stretches * length
 
     @_remade
-    def segment(state, inputs):
-        return jax.lax.scan(body, state, inputs)
+    def stretch(carry, inputs):
+        return jax.lax.scan(body, carry, inputs)
 
-    first = jax.tree.map(lambda x: x[:whole].reshape(segments, length, *x.shape[1:]), inputs)
-    state, losses = jax.lax.scan(segment, state, first)
-    losses = losses.ravel()
+    first = jax.tree.map(lambda x: x[:whole].reshape(stretches, length, *x.shape[1:]), inputs)
+    carry, out = jax.lax.scan(stretch, carry, first)
+    out = out.ravel()
     if whole == num_steps:
-        return state, losses
-    state, rest = segment(state, jax.tree.map(lambda x: x[whole:], inputs))
-    return state, jnp.concatenate([losses, rest])
+        return carry, out
+    carry, rest = stretch(carry, jax.tree.map(lambda x: x[whole:], inputs))
+    return carry, jnp.concatenate([out, rest])
 
 
 def _remade(body: Any) -> Any:
@@ -210,12 +206,9 @@ class Window(NamedTuple):
 
 
 def window(
-    problem: UnrolledProblem,
-    episode: Episode,
+    segment: Segment,
     theta: Theta,
     state: State | None,
-    num_steps: int,
-    data: Any = None,
     start: jax.Array | float | None = None,
     remat: Remat = None,
     reset: Callable[[Episode, Callable[[Episode], Any], Any], Any] = reset,
@@ -223,37 +216,46 @@ def window(
     """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.
 
     Args:
-        problem: The inner loop.
-        episode: Where the trajectory stands.
+        segment: The window.
         theta: Outer parameters, perturbed or not; a gradient through them includes ``init``.
         state: The state at the window's start; ignored where t is 0. None: the window is a whole
             episode.
-        num_steps: Inner steps.
-        data: One slice per step, or None.
         start: The ``end`` of the window before, where the caller kept it; else the state at the
             window's start is evaluated.
         remat: What backpropagation keeps, as ``bptt`` says.
         reset: How the state is replaced where t is 0.
     """
+    problem, episode = segment.problem, segment.episode
 
     def begin(episode):
         return initial_state(problem, episode, theta)
 
     before = begin(episode) if state is None else reset(episode, begin, state)
-    after, losses = unroll(problem, episode, theta, before, num_steps, data, remat)
+    after, losses = unroll(segment, theta, before, remat)
     if problem.evaluate is None:
         return Window(after, losses, None, None)
-    scale = problem_checks.static_horizon(problem, "problem.evaluate") / num_steps
-    end = scale * evaluate(problem, episode, theta, after)
-    if state is None:
-        return Window(after, losses, jnp.zeros_like(end), end)
-    first = episode.t == 0
-    if start is None:
+    if state is not None and start is None:
         # Where the window is the first, no gradient goes this way: 0 times one that is not finite
         # would be NaN.
+        first = episode.t == 0
         fixed = jax.tree.map(lambda x: jnp.where(first, jax.lax.stop_gradient(x), x), theta)
-        start = scale * evaluate(problem, episode, fixed, state)
-    return Window(after, losses, jnp.where(first, 0.0, start), end)
+        start = weigh(segment, evaluate(problem, episode, fixed, state))
+    end = weigh(segment, evaluate(problem, episode, theta, after))
+    return Window(after, losses, since(segment, start, end), end)
+
+
+def weigh(segment: Segment, evaluated: Any) -> Any:
+    """T/K times what was evaluated at an end of the segment: an episode has T/K windows."""
+    horizon = problem_checks.static_horizon(segment.problem, "problem.evaluate")
+    return jax.tree.map(lambda x: horizon / segment.num_steps * x, evaluated)
+
+
+def since(segment: Segment, start: Any, end: Any) -> Any:
+    """What is subtracted from ``end``: ``start``, but 0 in an episode's first window."""
+    if start is None:
+        return jax.tree.map(jnp.zeros_like, end)
+    first = segment.episode.t == 0
+    return jax.tree.map(lambda x: jnp.where(first, 0.0, x), start)
 
 
 def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any = None):
@@ -282,8 +284,8 @@ def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any 
     key, theta = checks.typed_key(key), checks.floating_theta(theta)
     checks.check_data(data, horizon, "horizon")
     problem_checks.check_step(problem, key, theta, data)
-    episode = new_episode(problem, key, horizon)
-    return window(problem, episode, theta, None, horizon, data).loss()
+    segment = Segment(problem, new_episode(problem, key, horizon), horizon, data)
+    return window(segment, theta, None).loss()
 
 
 def _as_loss(loss: Any) -> jax.Array:

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 import unrollgrad as ug
 from tests.helpers import KINDS, build, call_steps, counted, numbers, quadratic, rows, types
 from unrollgrad import unroll
+from unrollgrad.types import Segment
 from unrollgrad.estimators import REGISTRY
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
@@ -223,7 +224,8 @@ def truth(num_steps: int):
 
         episode = unroll.new_episode(problem, key, HORIZON)
         state = unroll.initial_state(problem, episode, theta)
-        after, _ = unroll.unroll(first, episode, theta, state, num_steps, data)
+        segment = Segment(first, episode, num_steps, data)
+        after, _ = unroll.unroll(segment, theta, state)
         return (*jax.value_and_grad(loss)(theta), after["drawn"], after["n"])
 
     episodes = jnp.stack(keys()[1][0])
@@ -605,7 +607,7 @@ def test_sigma_may_change_inside_an_episode():
         state = run(state, sigma)
     law, noise = ug.noise.gaussian(), jax.random.fold_in(OTHER, 2)
     unit = sum(law.sample(jax.random.fold_in(noise, j), (), theta, 1) for j in range(2))
-    np.testing.assert_allclose(state.accumulated, unit, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state.carried.accumulated, unit, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])

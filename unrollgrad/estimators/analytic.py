@@ -11,40 +11,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, problem_checks, resolution, unroll
-from unrollgrad.estimators import backprop, pairs, persistence, worker
-from unrollgrad.noise import gaussian, wide
-from unrollgrad.types import (
-    Episode,
-    Estimate,
-    GradientEstimator,
-    Info,
-    Key,
-    State,
-    Theta,
-    UnrolledProblem,
-)
+from unrollgrad import checks, problem_checks, unroll
+from unrollgrad.estimators import backprop, pairs
+from unrollgrad.estimators._window import made_by, nothing, windowed
+from unrollgrad.estimators.persistence import Persistence, Persistent
+from unrollgrad.noise import wide
+from unrollgrad.types import Estimate, GradientEstimator, Info, State, Theta, UnrolledProblem
 
 
-class AnalyticState(NamedTuple):
-    """The state of a worker with pairs that persist, and one state advanced with theta itself.
+class Analytic(NamedTuple):
+    """What a worker carries with pairs that persist, and one state advanced with theta itself.
 
     Attributes:
-        episode: Where it stands.
-        states: The pairs' inner states, leading axes ``(num_pairs, 2)``.
-        accumulated: The unit-variance noise of the finished windows, leading axis ``num_pairs``.
-        evaluated: (T/K) ``evaluate`` at the end of the last window, ``(num_pairs, 2)``; None
-            without ``evaluate``.
+        pairs: What the pairs carry.
         state: The inner state under theta itself.
-        made_by: The estimator whose it is.
     """
 
-    episode: Episode
-    states: State
-    accumulated: Theta
-    evaluated: jax.Array | None
+    pairs: Persistent
     state: State
-    made_by: worker.MadeBy
 
 
 def pes_analytic(
@@ -96,7 +80,8 @@ def pes_analytic(
         Vicol et al., Unbiased gradient estimation in unrolled computation graphs with persistent
         evolution strategies, ICML 2021, arXiv:2112.13835 ("PES + Analytic").
     """
-    return _analytic("pes_analytic", lambda noise: noise.now, problem, truncation, sigma, num_pairs)
+    many = pairs.pairs(sigma, num_pairs)
+    return _analytic("pes_analytic", lambda noise: noise.now, problem, truncation, many)
 
 
 def pes_analytic_replacement(
@@ -139,48 +124,28 @@ def pes_analytic_replacement(
     References:
         The code released with Vicol et al., ICML 2021, arXiv:2112.13835.
     """
-    return _analytic(
-        "pes_analytic_replacement",
-        lambda noise: noise.before,
-        problem,
-        truncation,
-        sigma,
-        num_pairs,
-    )
+    many = pairs.pairs(sigma, num_pairs)
+    name = "pes_analytic_replacement"
+    return _analytic(name, lambda noise: noise.before, problem, truncation, many)
 
 
-def _analytic(name, weigh, problem, truncation, sigma, num_pairs) -> GradientEstimator:
-    """Both forms; ``weigh`` says with which of the ``persistence.Weights``."""
+def _analytic(name, weigh, problem, truncation, many) -> GradientEstimator:
+    """Both forms; ``weigh`` says which of the ``persistence.Weights`` weighs the differences."""
     truncation = problem_checks.check_truncation(problem, truncation)
-    law = pairs.check(sigma, num_pairs, gaussian())
-    made_by = worker.made_by(name, problem, truncation=truncation, num_pairs=num_pairs)
+    persistence = Persistence(problem, many, truncation)
 
-    def init(key: Key, theta: Theta) -> AnalyticState:
-        theta = checks.floating_theta(theta)
-        resolution.check(sigma, theta)
-        both = persistence.init_pairs(
-            problem, key, theta, truncation, truncation, num_pairs, made_by
-        )
-        mean = worker.init_mean(problem, key, theta, truncation, made_by)
-        return AnalyticState(
-            both.episode, both.states, both.accumulated, both.evaluated, mean.state, made_by
-        )
+    def begin(episode, theta):
+        state = unroll.initial_state(problem, episode, theta)
+        return Analytic(persistence.begin(episode, theta), state)
 
-    def estimate(key: Key, theta: Theta, state: AnalyticState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        thetas = pairs.draw(
-            law, sigma, num_pairs, theta, persistence.noise_key(episode, truncation)
-        )
-        window, noise = persistence.run_pairs(
-            problem, episode, sigma, thetas, state, truncation, truncation, data
-        )
+    def window(segment, theta, carried):
+        result, noise, persistent = persistence.run(segment, theta, carried.pairs)
         # The evaluation at the window's start is what the noise before made it: no part of p.
-        loss = backprop.window(problem, episode, state.state, truncation, data, start=0.0)
-        own, after = backprop.gradient(name, loss, theta, truncation)
+        loss = backprop.window(segment, carried.state, start=0.0)
+        own, state = backprop.gradient(name, loss, theta, truncation)
         weight = weigh(noise)
-        steps = (2 * num_pairs + 1) * truncation
-        out = pairs.estimate(window, sigma, theta, weight, noise.before, inner_steps=steps)
+        steps = (2 * many.num_pairs + 1) * truncation
+        out = pairs.estimate(result, many.sigma, theta, weight, noise.before, steps)
         expected = _products(noise.unit, own.grad)
 
         def leaf(g, p, w):
@@ -188,16 +153,10 @@ def _analytic(name, weigh, problem, truncation, sigma, num_pairs) -> GradientEst
             return (g.astype(w.dtype) + wide_p - pairs.weighted_mean(expected, w)).astype(g.dtype)
 
         grad = jax.tree.map(leaf, out.grad, own.grad, weight)
-        return Estimate(grad, out.loss, out.info), AnalyticState(
-            unroll.advance(episode, truncation),
-            window.state,
-            noise.accumulated,
-            window.end,
-            after,
-            made_by,
-        )
+        return Estimate(grad, out.loss, out.info), Analytic(persistent, state)
 
-    return worker.compiled(init, estimate, truncation)
+    fingerprint = made_by(name, problem, truncation=truncation, num_pairs=many.num_pairs)
+    return windowed(problem, fingerprint, truncation, begin, window, many.check)
 
 
 def _products(unit: Theta, grad: Theta) -> jax.Array:
@@ -254,27 +213,20 @@ def reparameterized_es(
         Metz et al., Understanding and correcting pathologies in the training of learned optimizers,
         ICML 2019, arXiv:1810.10180 (there every sample weighs itself too: slightly biased).
     """
-    horizon = problem_checks.static_horizon(problem, "reparameterized_es")
-    law = pairs.check(sigma, num_pairs, gaussian())
+    problem_checks.static_horizon(problem, "reparameterized_es")
+    many = pairs.pairs(sigma, num_pairs)
     if num_pairs < 3:
         raise ValueError(
             f"`num_pairs` must be at least 3, since each pair is weighed by the spread of the "
             f"others; got {num_pairs}."
         )
-    made_by = worker.made_by("reparameterized_es", problem)
 
-    def init(key: Key, theta: Theta) -> worker.EpisodeState:
-        resolution.check(sigma, checks.floating_theta(theta))
-        return worker.init_episode(problem, key, theta, horizon, made_by)
-
-    def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
-        episode = unroll.new_episode(problem, key, horizon)
-        thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
-        loss = backprop.window(problem, episode, None, horizon, data)
+    def window(segment, theta, carried):
+        thetas = pairs.draw(many, theta, unroll.noise_key(segment.episode, 0))
+        loss = backprop.window(segment, None)
 
         def one(theta):
-            out, _ = backprop.gradient("reparameterized_es", loss, theta, horizon)
+            out, _ = backprop.gradient("reparameterized_es", loss, theta, segment.num_steps)
             return out.loss, out.grad
 
         losses, grads = jax.vmap(jax.vmap(one))(thetas)
@@ -284,20 +236,25 @@ def reparameterized_es(
         def leaf(x, s, u, r):
             r = jnp.mean(r.astype(u.dtype), axis=1)
             e = u * _like(halves.astype(u.dtype), u) / jnp.asarray(s, u.dtype)
-            spread_e, spread_r = _spread_of_others(e), _spread_of_others(r)
-            # Where both are alike without spread, either will do.
-            both = spread_e + spread_r
-            w = jnp.where(both > 0, spread_e / jnp.where(both > 0, both, 1), 1.0)
-            # Where the others' spread is not finite there is no weight: that is its limit.
-            w = _like(jnp.where(jnp.isfinite(spread_r), w, 0.0), u)
-            return jnp.mean(jnp.where(w > 0, w * r, 0) + (1 - w) * e, axis=0).astype(x.dtype)
+            return _merged(e, r).astype(x.dtype)
 
         grad = jax.tree.map(leaf, theta, checks.broadcast_sigma(sigma, theta), unit, grads)
-        info = Info(jnp.int32(2 * num_pairs * horizon))
-        out = Estimate(grad, jnp.mean(losses), info)
-        return out, worker.EpisodeState(unroll.advance(episode, horizon), made_by)
+        info = Info(jnp.int32(2 * num_pairs * segment.num_steps))
+        return Estimate(grad, jnp.mean(losses), info), None
 
-    return worker.compiled(init, estimate, None)
+    fingerprint = made_by("reparameterized_es", problem)
+    return windowed(problem, fingerprint, None, nothing, window, many.check)
+
+
+def _merged(e: jax.Array, r: jax.Array) -> jax.Array:
+    """The mean over pairs of w r + (1 - w) e, w from the spread of the other pairs."""
+    spread_e, spread_r = _spread_of_others(e), _spread_of_others(r)
+    # Where both are alike without spread, either will do.
+    both = spread_e + spread_r
+    w = jnp.where(both > 0, spread_e / jnp.where(both > 0, both, 1), 1.0)
+    # Where the others' spread is not finite there is no weight: that is its limit.
+    w = _like(jnp.where(jnp.isfinite(spread_r), w, 0.0), e)
+    return jnp.mean(jnp.where(w > 0, w * r, 0) + (1 - w) * e, axis=0)
 
 
 def _like(x: jax.Array, u: jax.Array) -> jax.Array:

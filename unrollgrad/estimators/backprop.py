@@ -2,19 +2,17 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, problem_checks, unroll
-from unrollgrad.estimators import worker
+from unrollgrad.estimators._window import inner_state, made_by, nothing, windowed
 from unrollgrad.types import (
-    Episode,
     Estimate,
     GradientEstimator,
     Info,
-    Key,
+    Segment,
     State,
     Theta,
     UnrolledProblem,
@@ -76,34 +74,34 @@ def bptt(
             "differentiate the whole episode."
         )
     problem_checks.check_remat(remat)
-    made_by = worker.made_by("bptt", problem)
 
-    def init(key: Key, theta: Theta) -> worker.EpisodeState:
-        return worker.init_episode(problem, key, theta, horizon, made_by)
+    def whole(segment, theta, carried):
+        return gradient("bptt", window(segment, None, remat), theta, horizon)[0], None
 
-    def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
-        episode = unroll.new_episode(problem, key, horizon)
-        ended = worker.EpisodeState(unroll.advance(episode, horizon), made_by)
-        if last == horizon:
-            loss = window(problem, episode, None, horizon, data, remat)
-            return gradient("bptt", loss, theta, horizon)[0], ended
-        cut = horizon - last
-        head, tail = (
-            jax.tree.map(lambda x, part=part: x[part], data)
-            for part in (slice(cut), slice(cut, None))
-        )
-        state = unroll.initial_state(problem, episode, theta)
-        state, losses = unroll.unroll(problem, episode, theta, state, cut, head)
-        later = episode._replace(t=episode.t + cut)
-        loss = window(problem, later, state, last, tail, remat, start=0.0)
-        out, _ = gradient("bptt", loss, theta, horizon)
+    def ending(segment, theta, carried):
+        head, tail = _cut(segment, horizon - last)
+        state = unroll.initial_state(problem, segment.episode, theta)
+        state, losses = unroll.unroll(head, theta, state)
+        out, _ = gradient("bptt", window(tail, state, remat, start=0.0), theta, horizon)
         share = last / horizon
         grad = jax.tree.map(lambda g: (share * g).astype(g.dtype), out.grad)
-        value = share * out.loss + (1 - share) * jnp.mean(losses)
-        return Estimate(grad, value, out.info), ended
+        return Estimate(grad, share * out.loss + (1 - share) * jnp.mean(losses), out.info), None
 
-    return worker.compiled(init, estimate, None)
+    run = whole if last == horizon else ending
+    return windowed(problem, made_by("bptt", problem), None, nothing, run)
+
+
+def _cut(segment: Segment, place: int) -> tuple[Segment, Segment]:
+    """The steps before ``place``, and those from there on."""
+    later = segment.episode._replace(t=segment.episode.t + place)
+    head, tail = (
+        jax.tree.map(lambda x, part=part: x[part], segment.data)
+        for part in (slice(place), slice(place, None))
+    )
+    return (
+        segment._replace(num_steps=place, data=head),
+        segment._replace(episode=later, num_steps=segment.num_steps - place, data=tail),
+    )
 
 
 def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> GradientEstimator:
@@ -144,34 +142,24 @@ def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> 
     """
     truncation = problem_checks.check_truncation(problem, truncation)
     problem_checks.check_remat(remat)
-    made_by = worker.made_by("tbptt", problem, truncation=truncation)
 
-    def init(key: Key, theta: Theta) -> worker.MeanState:
-        return worker.init_mean(problem, key, theta, truncation, made_by)
+    def run(segment, theta, state):
+        return gradient("tbptt", window(segment, state, remat), theta, truncation)
 
-    def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        loss = window(problem, episode, state.state, truncation, data, remat)
-        out, after = gradient("tbptt", loss, theta, truncation)
-        return out, worker.MeanState(unroll.advance(episode, truncation), after, made_by)
-
-    return worker.compiled(init, estimate, truncation)
+    fingerprint = made_by("tbptt", problem, truncation=truncation)
+    return windowed(problem, fingerprint, truncation, inner_state(problem), run)
 
 
 def window(
-    problem: UnrolledProblem,
-    episode: Episode,
+    segment: Segment,
     state: State | None,
-    num_steps: int,
-    data: Any,
     remat: Remat = None,
     start: jax.Array | float | None = None,
 ) -> Callable[[Theta], tuple[jax.Array, State]]:
     """One window's loss, and the state after it, as a function of theta."""
 
     def loss(theta):
-        out = unroll.window(problem, episode, theta, state, num_steps, data, start, remat)
+        out = unroll.window(segment, theta, state, start, remat)
         return out.loss(), out.state
 
     return loss

@@ -11,10 +11,12 @@ only: a ``while_loop`` begins them.
 
 from typing import Any
 
-from unrollgrad import checks, problem_checks, resolution, unroll
-from unrollgrad.estimators import pairs, persistence, worker
+from unrollgrad import problem_checks, unroll
+from unrollgrad.estimators import pairs
+from unrollgrad.estimators._window import inner_state, made_by, nothing, windowed
+from unrollgrad.estimators.persistence import Persistence, check_period
 from unrollgrad.noise import Noise
-from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
+from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 
 def full_es(
@@ -57,25 +59,17 @@ def full_es(
         Salimans et al., Evolution strategies as a scalable alternative to reinforcement learning,
         2017, arXiv:1703.03864. Mirrored pairs: Brockhoff et al., PPSN 2010.
     """
-    horizon = problem_checks.static_horizon(problem, "full_es")
-    law = pairs.check(sigma, num_pairs, noise)
-    made_by = worker.made_by("full_es", problem)
+    problem_checks.static_horizon(problem, "full_es")
+    many = pairs.pairs(sigma, num_pairs, noise)
 
-    def init(key: Key, theta: Theta) -> worker.EpisodeState:
-        resolution.check(sigma, checks.floating_theta(theta))
-        return worker.init_episode(problem, key, theta, horizon, made_by)
-
-    def estimate(key: Key, theta: Theta, state: worker.EpisodeState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, horizon, "horizon")
-        episode = unroll.new_episode(problem, key, horizon)
-        thetas = pairs.draw(law, sigma, num_pairs, theta, unroll.noise_key(episode, 0))
-        result = pairs.run(problem, episode, thetas, None, horizon, data)
+    def window(segment, theta, carried):
+        thetas = pairs.draw(many, theta, unroll.noise_key(segment.episode, 0))
+        result = pairs.run(segment, thetas, None)
         unit = pairs.realised(thetas, sigma, result.losses)
-        steps = 2 * num_pairs * horizon
-        out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
-        return out, worker.EpisodeState(unroll.advance(episode, horizon), made_by)
+        steps = 2 * num_pairs * segment.num_steps
+        return pairs.estimate(result, sigma, theta, unit, unit, steps), None
 
-    return worker.compiled(init, estimate, None)
+    return windowed(problem, made_by("full_es", problem), None, nothing, window, many.check)
 
 
 def truncated_es(
@@ -126,28 +120,18 @@ def truncated_es(
         ICML 2019, arXiv:1810.10180. Vicol et al., ICML 2021, arXiv:2112.13835 (as a baseline).
     """
     truncation = problem_checks.check_truncation(problem, truncation)
-    law = pairs.check(sigma, num_pairs, noise)
-    made_by = worker.made_by("truncated_es", problem, truncation=truncation)
+    many = pairs.pairs(sigma, num_pairs, noise)
 
-    def init(key: Key, theta: Theta) -> worker.MeanState:
-        resolution.check(sigma, checks.floating_theta(theta))
-        return worker.init_mean(problem, key, theta, truncation, made_by)
-
-    def estimate(key: Key, theta: Theta, state: worker.MeanState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        noise_key = unroll.noise_key(episode, episode.t // truncation)
-        thetas = pairs.draw(law, sigma, num_pairs, theta, noise_key)
-        result, thetas, mean = pairs.run_from_mean(
-            problem, episode, thetas, theta, state.state, truncation, data
-        )
+    def window(segment, theta, state):
+        episode = segment.episode
+        thetas = pairs.draw(many, theta, unroll.noise_key(episode, episode.t // truncation))
+        result, thetas, state = pairs.run_from_mean(segment, thetas, theta, state)
         unit = pairs.difference(thetas, sigma)
         steps = (2 * num_pairs + 1) * truncation
-        out = pairs.estimate(result, sigma, theta, weight=unit, before=unit, inner_steps=steps)
-        episode = unroll.advance(episode, truncation)
-        return out, worker.MeanState(episode, mean, made_by)
+        return pairs.estimate(result, sigma, theta, unit, unit, steps), state
 
-    return worker.compiled(init, estimate, truncation)
+    fingerprint = made_by("truncated_es", problem, truncation=truncation)
+    return windowed(problem, fingerprint, truncation, inner_state(problem), window, many.check)
 
 
 def gpes(
@@ -211,46 +195,20 @@ def gpes(
         ES-Single, ICML 2023, arXiv:2304.11153 (its appendix F).
     """
     truncation = problem_checks.check_truncation(problem, truncation)
-    noise_period = persistence.check_period(noise_period, truncation)
-    law = pairs.check(sigma, num_pairs, noise)
-    made_by = _persistent(problem, truncation, noise_period, num_pairs)
+    noise_period = check_period(noise_period, truncation)
+    many = pairs.pairs(sigma, num_pairs, noise)
+    persistence = Persistence(problem, many, noise_period)
 
-    def init(key: Key, theta: Theta) -> worker.PersistentState:
-        theta = checks.floating_theta(theta)
-        resolution.check(sigma, theta)
-        return persistence.init_pairs(
-            problem, key, theta, truncation, noise_period, num_pairs, made_by
-        )
-
-    def estimate(key: Key, theta: Theta, state: worker.PersistentState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        thetas = pairs.draw(
-            law, sigma, num_pairs, theta, persistence.noise_key(episode, noise_period)
-        )
-        window, noise = persistence.run_pairs(
-            problem, episode, sigma, thetas, state, truncation, noise_period, data
-        )
+    def window(segment, theta, carried):
+        result, noise, carried = persistence.run(segment, theta, carried)
         steps = 2 * num_pairs * truncation
-        out = pairs.estimate(window, sigma, theta, noise.now, noise.before, inner_steps=steps)
-        return out, worker.PersistentState(
-            unroll.advance(episode, truncation),
-            window.state,
-            noise.accumulated,
-            window.end,
-            made_by,
-        )
+        return pairs.estimate(result, sigma, theta, noise.now, noise.before, steps), carried
 
-    return worker.compiled(init, estimate, truncation)
-
-
-def _persistent(
-    problem: UnrolledProblem, truncation: int, noise_period: int | None, num_pairs: int
-) -> worker.MadeBy:
-    """The same for ``gpes`` and the one of its ends that it is."""
+    # `gpes` at one of its ends and the estimator that it is there take each other's states.
     name = {truncation: "pes", None: "es_single"}.get(noise_period, "gpes")
     own = {"noise_period": noise_period} if name == "gpes" else {}
-    return worker.made_by(name, problem, truncation=truncation, **own, num_pairs=num_pairs)
+    fingerprint = made_by(name, problem, truncation=truncation, **own, num_pairs=num_pairs)
+    return windowed(problem, fingerprint, truncation, persistence.begin, window, many.check)
 
 
 def pes(

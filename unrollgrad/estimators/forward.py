@@ -5,47 +5,44 @@ memory does not grow with the truncation.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unrollgrad import checks, problem_checks, unroll, varying
-from unrollgrad.estimators import persistence, worker
+from unrollgrad.estimators import persistence
+from unrollgrad.estimators._window import made_by, windowed
 from unrollgrad.estimators.floats import floats_of, split
 from unrollgrad.noise import rademacher, sample, wide
 from unrollgrad.types import (
-    Episode,
     Estimate,
     GradientEstimator,
     Info,
-    Key,
+    Segment,
     State,
     Theta,
     UnrolledProblem,
 )
 
 
-class TangentState(NamedTuple):
-    """The state of a worker that carries derivatives of its inner state.
+class Tangents(NamedTuple):
+    """What a worker carries that knows derivatives of its inner state.
 
     Attributes:
-        episode: Where it stands.
         state: The inner state.
         tangents: The derivatives of the state's floating leaves, in their order; with a leading
             axis of dim(theta) for ``forward_mode``.
         accumulated: The directions of the finished periods, summed; None where there are none.
         evaluated: (T/K) ``evaluate`` at the end of the last window and its derivative, shape
             ``(2,)``; None where it is not needed.
-        made_by: The estimator whose it is.
     """
 
-    episode: Episode
     state: State
     tangents: list[jax.Array]
-    accumulated: Theta | None
-    evaluated: jax.Array | None
-    made_by: worker.MadeBy
+    accumulated: Theta | None = None
+    evaluated: jax.Array | None = None
 
 
 def forward_mode(
@@ -92,37 +89,28 @@ def forward_mode(
     """
     truncation = problem_checks.check_truncation(problem, truncation)
     max_bytes = checks.positive_int("max_bytes", max_bytes)
-    made_by = worker.made_by("forward_mode", problem, truncation=truncation)
+    fingerprint = made_by("forward_mode", problem, truncation=truncation)
 
-    def init(key: Key, theta: Theta) -> TangentState:
-        theta = checks.floating_theta(theta)
+    def begin(episode, theta):
         dim = _dim(theta)
+        shapes = jax.eval_shape(partial(unroll.initial_state, problem), episode, theta)
+        _check_bytes(dim, theta, shapes, max_bytes)
+        state = unroll.initial_state(problem, episode, theta)
+        return Tangents(state, [jnp.zeros((dim, *x.shape), x.dtype) for x in floats_of(state)])
 
-        def begin(key, theta):
-            return worker.init_mean(problem, key, theta, truncation, made_by)
-
-        _check_bytes(dim, theta, jax.eval_shape(begin, key, theta).state, max_bytes)
-        mean = begin(key, theta)
-        tangents = [jnp.zeros((dim, *x.shape), x.dtype) for x in floats_of(mean.state)]
-        tangents = varying.over(varying.axes((key, theta)), tangents)
-        return TangentState(mean.episode, mean.state, tangents, None, None, made_by)
-
-    def estimate(key: Key, theta: Theta, state: TangentState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        names = varying.axes((theta, episode, state.state, data))
-        push = _pushforward(problem, episode, theta, state.state, truncation, data)
-        window, along = jax.vmap(push, out_axes=(None, 0))(
-            varying.over(names, _basis(theta)), state.tangents, None
+    def window(segment, theta, carried):
+        names = varying.axes((theta, segment.episode, segment.data, carried.state))
+        push = _pushforward(segment, theta, carried.state)
+        result, along = jax.vmap(push, out_axes=(None, 0))(
+            varying.over(names, _basis(theta)), carried.tangents, None
         )
         slopes = jnp.mean(along.losses, axis=-1)
         if along.end is not None and along.start is not None:
             slopes = slopes + along.end - along.start
-        out = Estimate(_unflatten(theta, slopes), window.loss(), Info(jnp.int32(truncation)))
-        episode = unroll.advance(episode, truncation)
-        return out, TangentState(episode, window.state, along.floats, None, None, made_by)
+        out = Estimate(_unflatten(theta, slopes), result.loss(), Info(jnp.int32(truncation)))
+        return out, Tangents(result.state, along.floats)
 
-    return worker.compiled(init, estimate, truncation)
+    return windowed(problem, fingerprint, truncation, begin, window)
 
 
 def dodge(
@@ -172,38 +160,32 @@ def dodge(
     """
     truncation = problem_checks.check_truncation(problem, truncation)
     noise_period = persistence.check_period(noise_period, truncation)
-    made_by = worker.made_by("dodge", problem, truncation=truncation, noise_period=noise_period)
     law = rademacher()
 
-    def init(key: Key, theta: Theta) -> TangentState:
-        mean = worker.init_mean(problem, key, theta, truncation, made_by)
-        theta = checks.floating_theta(theta)
-        tangents = [jnp.zeros_like(x) for x in floats_of(mean.state)]
-        accumulated = None
+    def begin(episode, theta):
+        state = unroll.initial_state(problem, episode, theta)
+        tangents = [jnp.zeros_like(x) for x in floats_of(state)]
+        accumulated, evaluated = None, None
         if noise_period is not None:
             accumulated = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
-        evaluated = None
         if problem.evaluate is not None:
-            loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
-            evaluated = jnp.zeros(2, loss.dtype)
-        tangents, accumulated, evaluated = varying.over(
-            varying.axes((key, theta)), (tangents, accumulated, evaluated)
-        )
-        return TangentState(mean.episode, mean.state, tangents, accumulated, evaluated, made_by)
+            evaluated = jnp.zeros(2, unroll.evaluate_shape(problem, episode, theta, state).dtype)
+        return Tangents(state, tangents, accumulated, evaluated)
 
-    def estimate(key: Key, theta: Theta, state: TangentState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
-        episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-        names = varying.axes((theta, episode, state.state, data))
+    def window(segment, theta, carried):
+        episode = segment.episode
+        names = varying.axes((theta, episode, carried.state, segment.data))
         drawn = sample(law, persistence.noise_key(episode, noise_period), theta, 1)
         unit = varying.over(names, jax.tree.map(lambda u: u[0], drawn))
-        push = _pushforward(problem, episode, theta, state.state, truncation, data)
         direction = jax.tree.map(lambda u, x: u.astype(x.dtype), unit, theta)  # signs are exact
-        window, along = push(direction, state.tangents, state.evaluated)
-        noise = persistence.accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
+        push = _pushforward(segment, theta, carried.state)
+        result, along = push(direction, carried.tangents, carried.evaluated)
+        noise = persistence.accumulate(
+            episode.t, truncation, noise_period, carried.accumulated, unit
+        )
         slope, evaluated = jnp.mean(along.losses), None
-        if window.end is not None and along.end is not None:
-            slope, evaluated = slope + along.end, jnp.stack([window.end, along.end])
+        if result.end is not None and along.end is not None:
+            slope, evaluated = slope + along.end, jnp.stack([result.end, along.end])
 
         def leaf(x, now, before):
             g = now * slope.astype(now.dtype)
@@ -212,17 +194,11 @@ def dodge(
             return g.astype(x.dtype)
 
         grad = jax.tree.map(leaf, theta, noise.now, noise.before)
-        out = Estimate(grad, window.loss(), Info(jnp.int32(truncation)))
-        return out, TangentState(
-            unroll.advance(episode, truncation),
-            window.state,
-            along.floats,
-            noise.accumulated,
-            evaluated,
-            made_by,
-        )
+        out = Estimate(grad, result.loss(), Info(jnp.int32(truncation)))
+        return out, Tangents(result.state, along.floats, noise.accumulated, evaluated)
 
-    return worker.compiled(init, estimate, truncation)
+    fingerprint = made_by("dodge", problem, truncation=truncation, noise_period=noise_period)
+    return windowed(problem, fingerprint, truncation, begin, window)
 
 
 class _Along(NamedTuple):
@@ -235,12 +211,7 @@ class _Along(NamedTuple):
 
 
 def _pushforward(
-    problem: UnrolledProblem,
-    episode: Episode,
-    theta: Theta,
-    state: State,
-    truncation: int,
-    data: Any,
+    segment: Segment, theta: Theta, state: State
 ) -> Callable[[Theta, list[jax.Array], jax.Array | None], tuple[unroll.Window, _Along]]:
     """One window, and its derivative along a direction of theta and a tangent of the state.
 
@@ -251,7 +222,7 @@ def _pushforward(
 
     def push(direction, tangents, evaluated):
         def window(theta, floats, start):
-            out = unroll.window(problem, episode, theta, rebuild(floats), truncation, data, start)
+            out = unroll.window(segment, theta, rebuild(floats), start)
             return _Along(floats_of(out.state), out.losses, out.start, out.end), out
 
         start, slope = (None, None) if evaluated is None else evaluated

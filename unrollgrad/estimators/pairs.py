@@ -1,17 +1,40 @@
 """Antithetic pairs: theta + eps and theta - eps through the same window of the same episode."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll
+from unrollgrad import checks, resolution, unroll
 from unrollgrad.noise import Noise, gaussian, sample, wide
-from unrollgrad.types import Episode, Estimate, Info, Key, State, Theta, UnrolledProblem
+from unrollgrad.types import Estimate, Info, Key, Segment, State, Theta
 
 
-def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
-    """Checks what every evolution-strategies factory takes; returns the perturbation law."""
+class Pairs(NamedTuple):
+    """How theta is perturbed.
+
+    Attributes:
+        law: The perturbation law.
+        sigma: The standard deviation, a pytree prefix of theta.
+        num_pairs: Antithetic pairs.
+    """
+
+    law: Noise
+    sigma: Any
+    num_pairs: int
+
+    def check(self, theta: Theta) -> None:
+        """Raises ValueError if sigma does not fit theta, or would not move it."""
+        resolution.check(self.sigma, theta)
+
+
+def pairs(sigma: Any, num_pairs: int, noise: Noise | None = None) -> Pairs:
+    """The arguments of every evolution-strategies factory, checked.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If sigma or num_pairs is not positive.
+    """
     checks.check_sigma(sigma)
     checks.positive_int(
         "num_pairs",
@@ -19,18 +42,18 @@ def check(sigma: Any, num_pairs: int, noise: Noise | None) -> Noise:
         " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas.",
     )
     if noise is None:
-        return gaussian()
+        return Pairs(gaussian(), sigma, num_pairs)
     if isinstance(noise, tuple) and len(noise) == 2 and all(map(callable, noise)):
-        return Noise(*noise)
+        return Pairs(Noise(*noise), sigma, num_pairs)
     raise TypeError(
         "`noise` must be a law, a pair of functions (init, sample) such as ug.noise.gaussian(); "
         f"got {noise!r}."
     )
 
 
-def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> Theta:
+def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
     """The pairs' perturbed thetas, in theta's dtypes, leading axes ``(num_pairs, 2)``."""
-    unit = sample(law, key, theta, num_pairs)
+    unit = sample(pairs.law, key, theta, pairs.num_pairs)
 
     def perturb(x, s, u):
         eps = jnp.asarray(s, wide(x.dtype)) * u
@@ -38,7 +61,7 @@ def draw(law: Noise, sigma: Any, num_pairs: int, theta: Theta, key: Key) -> Thet
         both = [_round(center + eps, x.dtype), _round(center - eps, x.dtype)]
         return jnp.stack(both, axis=1).astype(x.dtype)
 
-    return jax.tree.map(perturb, theta, checks.broadcast_sigma(sigma, theta), unit)
+    return jax.tree.map(perturb, theta, checks.broadcast_sigma(pairs.sigma, theta), unit)
 
 
 def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
@@ -58,7 +81,7 @@ def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
 
 
 def difference(thetas: Theta, sigma: Any) -> Theta:
-    """Of both signs, over 2 sigma: what ``realised`` returns."""
+    """(theta_plus - theta_minus) / (2 sigma), leading axis ``num_pairs``."""
 
     def leaf(s, both):
         both = both.astype(wide(both.dtype))
@@ -79,32 +102,18 @@ def spread(state: State, num_pairs: int) -> State:
 
 
 def run(
-    problem: UnrolledProblem,
-    episode: Episode,
-    thetas: Theta,
-    states: State | None,
-    num_steps: int,
-    data: Any = None,
-    starts: jax.Array | None = None,
+    segment: Segment, thetas: Theta, states: State | None, starts: jax.Array | None = None
 ) -> unroll.Window:
     """Runs one window of every pair; leading axes ``(num_pairs, 2)`` in and out."""
 
     def one(theta, state, start):
-        return unroll.window(
-            problem, episode, theta, state, num_steps, data, start, reset=unroll.reset_forwards
-        )
+        return unroll.window(segment, theta, state, start, reset=unroll.reset_forwards)
 
     return jax.vmap(jax.vmap(one))(thetas, states, starts)
 
 
 def run_from_mean(
-    problem: UnrolledProblem,
-    episode: Episode,
-    thetas: Theta,
-    theta: Theta,
-    state: State,
-    num_steps: int,
-    data: Any = None,
+    segment: Segment, thetas: Theta, theta: Theta, state: State
 ) -> tuple[unroll.Window, Theta, State]:
     """Runs one window of every pair, and of theta itself, all from one state and side by side.
 
@@ -121,9 +130,7 @@ def run_from_mean(
         return x[:-1].reshape(num_pairs, 2, *x.shape[1:])
 
     def one(theta):
-        return unroll.window(
-            problem, episode, theta, state, num_steps, data, reset=unroll.reset_forwards
-        )
+        return unroll.window(segment, theta, state, reset=unroll.reset_forwards)
 
     everyone = jax.tree.map(join, thetas, theta)
     windows = jax.vmap(one)(everyone)

@@ -1,14 +1,14 @@
 """What makes an estimator persist: noise held for a period, and the sum of all noise so far."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll, varying
-from unrollgrad.estimators import pairs, worker
+from unrollgrad import checks, unroll
+from unrollgrad.estimators import pairs
 from unrollgrad.noise import wide
-from unrollgrad.types import Episode, Key, Theta, UnrolledProblem
+from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
 
 
 class Weights(NamedTuple):
@@ -76,45 +76,59 @@ def accumulate(
     return Weights(now, before, carried, unit)
 
 
-def init_pairs(
-    problem: UnrolledProblem,
-    key: Key,
-    theta: Theta,
-    truncation: int,
-    noise_period: int | None,
-    num_pairs: int,
-    made_by: worker.MadeBy,
-) -> worker.PersistentState:
-    """Pairs at the start of an episode, with an empty accumulator."""
-    mean = worker.init_mean(problem, key, theta, truncation, made_by)
+class Persistent(NamedTuple):
+    """What a worker carries whose pairs keep their own inner states.
 
-    def zeros(x):
-        return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
+    Attributes:
+        states: Inner states, leading axes ``(num_pairs, 2)``: theta + eps, theta - eps.
+        accumulated: The unit-variance noise of the finished periods, summed; leading axis
+            ``num_pairs``. None where a period is a whole episode.
+        evaluated: (T/K) ``evaluate`` at the end of the last window, ``(num_pairs, 2)``; None
+            without ``evaluate``.
+    """
 
-    accumulated = None if noise_period is None else jax.tree.map(zeros, theta)
-    evaluated = None
-    if problem.evaluate is not None:
-        loss = unroll.evaluate_shape(problem, mean.episode, theta, mean.state)
-        evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
-    accumulated, evaluated = varying.over(varying.axes((key, theta)), (accumulated, evaluated))
-    states = pairs.spread(mean.state, num_pairs)
-    return worker.PersistentState(mean.episode, states, accumulated, evaluated, made_by)
+    states: State
+    accumulated: Theta | None
+    evaluated: jax.Array | None
 
 
-def run_pairs(
-    problem: UnrolledProblem,
-    episode: Episode,
-    sigma: Any,
-    thetas: Theta,
-    state: Any,
-    truncation: int,
-    noise_period: int | None,
-    data: Any,
-) -> tuple[unroll.Window, Weights]:
-    """Runs one window of pairs that persist; the window, and what weighs its losses."""
-    window = pairs.run(
-        problem, episode, thetas, state.states, truncation, data, starts=state.evaluated
-    )
-    unit = pairs.realised(thetas, sigma, window.losses)
-    noise = accumulate(episode.t, truncation, noise_period, state.accumulated, unit)
-    return window, noise
+class Persistence(NamedTuple):
+    """How pairs persist: who they are, and how long they hold their noise.
+
+    Attributes:
+        problem: The inner loop.
+        pairs: How theta is perturbed.
+        noise_period: Inner steps between draws, a multiple of the truncation; None: one draw per
+            episode.
+    """
+
+    problem: UnrolledProblem
+    pairs: pairs.Pairs
+    noise_period: int | None
+
+    def begin(self, episode: Episode, theta: Theta) -> Persistent:
+        """Pairs at the start of an episode, with an empty accumulator."""
+        num_pairs = self.pairs.num_pairs
+        state = unroll.initial_state(self.problem, episode, theta)
+
+        def zeros(x):
+            return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
+
+        accumulated = None if self.noise_period is None else jax.tree.map(zeros, theta)
+        evaluated = None
+        if self.problem.evaluate is not None:
+            loss = unroll.evaluate_shape(self.problem, episode, theta, state)
+            evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
+        return Persistent(pairs.spread(state, num_pairs), accumulated, evaluated)
+
+    def run(
+        self, segment: Segment, theta: Theta, carried: Persistent
+    ) -> tuple[unroll.Window, Weights, Persistent]:
+        """Runs one window of every pair: the window, its weights, and what is carried on."""
+        t, sigma = segment.episode.t, self.pairs.sigma
+        key = noise_key(segment.episode, self.noise_period)
+        thetas = pairs.draw(self.pairs, theta, key)
+        window = pairs.run(segment, thetas, carried.states, carried.evaluated)
+        unit = pairs.realised(thetas, sigma, window.losses)
+        noise = accumulate(t, segment.num_steps, self.noise_period, carried.accumulated, unit)
+        return window, noise, Persistent(window.state, noise.accumulated, window.end)

@@ -1,5 +1,7 @@
 """``uoro``: the state's derivative carried along as a random product of two vectors."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad import checks, problem_checks, unroll, varying
-from unrollgrad.estimators import backprop, worker
+from unrollgrad.estimators import backprop
+from unrollgrad.estimators._window import made_by, windowed
 from unrollgrad.estimators.floats import floats_of, inner_product, split
 from unrollgrad.noise import wide
 from unrollgrad.types import (
@@ -15,29 +18,25 @@ from unrollgrad.types import (
     Estimate,
     GradientEstimator,
     Info,
-    Key,
+    Segment,
     State,
     Theta,
     UnrolledProblem,
 )
 
 
-class RankOneState(NamedTuple):
-    """The state of a ``uoro`` worker: d state / d theta is the mean of ``left`` times ``right``.
+class RankOne(NamedTuple):
+    """What a ``uoro`` worker carries: d state / d theta is the mean of ``left`` times ``right``.
 
     Attributes:
-        episode: Where it stands.
         state: The inner state.
         left: Like the state's floating leaves, in their order.
         right: Like theta, in at least float32.
-        made_by: The estimator whose it is.
     """
 
-    episode: Episode
     state: State
     left: list[jax.Array]
     right: Theta
-    made_by: worker.MadeBy
 
 
 def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
@@ -83,66 +82,40 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
         Tallec and Ollivier, Unbiased online recurrent optimization, ICLR 2018, arXiv:1702.05043.
     """
     truncation = problem_checks.check_truncation(problem, truncation)
-    made_by = worker.made_by("uoro", problem, truncation=truncation)
+    fingerprint = made_by("uoro", problem, truncation=truncation)
 
-    def init(key: Key, theta: Theta) -> RankOneState:
-        mean = worker.init_mean(problem, key, theta, truncation, made_by)
-        _check_real(mean.state)
-        left = [jnp.zeros_like(x) for x in floats_of(mean.state)]
-        right = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, wide(x.dtype)), checks.floating_theta(theta)
-        )
-        left, right = varying.over(varying.axes((key, theta)), (left, right))
-        return RankOneState(mean.episode, mean.state, left, right, made_by)
+    def begin(episode, theta):
+        state = unroll.initial_state(problem, episode, theta)
+        _check_real(state)
+        left = [jnp.zeros_like(x) for x in floats_of(state)]
+        right = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
+        return RankOne(state, left, right)
 
-    def estimate(key: Key, theta: Theta, state: RankOneState, *, data: Any = None):
-        key, theta = worker.admit(problem, init, key, theta, state, data, truncation, "truncation")
+    def window(segment, theta, carried):
         with backprop.no_while_loop("uoro"):
-            return _uoro(problem, truncation, made_by, key, theta, state, data)
+            return _uoro(segment, theta, carried)
 
-    return worker.compiled(init, estimate, truncation)
+    return windowed(problem, fingerprint, truncation, begin, window)
 
 
-def _uoro(problem, truncation, made_by, key, theta, state, data):
-    episode = unroll.continue_or_begin(problem, key, state.episode, truncation)
-    names = varying.axes((theta, episode, state.state, data))
+def _uoro(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate, RankOne]:
+    """One window: every step pushes ``left``, pulls its loss back, and joins what is new."""
+    problem = segment.problem
+    signs = _signs(segment, varying.axes((theta, segment.episode, carried.state, segment.data)))
 
-    def signs(t, floats):
-        """Random signs for the state after t steps, the start of the episode being t = 0."""
-        key = unroll.noise_key(episode, t)
-        return [
-            varying.over(names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype))
-            for i, x in enumerate(floats)
-        ]
+    def evaluated(at: RankOne):
+        return _rank_one_gradient(partial(unroll.evaluate, problem, segment.episode), theta, at)
 
-    def begin(episode):
-        def initial(theta):
-            state = unroll.initial_state(problem, episode, theta)
-            return floats_of(state), state
+    start = None if problem.evaluate is None else evaluated(carried)
+    begin = partial(_begin, problem, theta, signs)
+    carried = unroll.reset(segment.episode, begin, carried)
 
-        floats, back, start = jax.vjp(initial, theta, has_aux=True)
-        v = signs(0, floats)
-        right = jax.tree.map(lambda g: g.astype(wide(g.dtype)), back(v)[0])
-        none, nothing = [jnp.zeros_like(x) for x in v], jax.tree.map(jnp.zeros_like, right)
-        return start, *_balanced(none, nothing, v, right)
-
-    carried = state.state, state.left, state.right
-    at_start = None
-    if problem.evaluate is not None:
-        at_start = _rank_one_gradient(
-            lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, *carried
-        )
-    inner, left, right = unroll.reset(episode, begin, carried)
-    step_key = unroll.step_key(episode)
-
-    def body(carry, inputs):
-        i, batch = inputs
-        t = episode.t + i
-        inner, left, right, total = carry
-        floats, rebuild = split(inner)
+    def body(carry, key, t, batch):
+        carried, total = carry
+        floats, rebuild = split(carried.state)
 
         def step(theta, floats):
-            after, loss = unroll.one_step(problem, step_key, theta, rebuild(floats), t, batch)
+            after, loss = unroll.one_step(problem, key, theta, rebuild(floats), t, batch)
             return (floats_of(after), loss), after
 
         (ends, loss), push, after = jax.linearize(step, theta, floats, has_aux=True)
@@ -151,52 +124,71 @@ def _uoro(problem, truncation, made_by, key, theta, state, data):
         # The loss's own gradient and the new part of the state's, each by one step back.
         direct, through = back(([jnp.zeros_like(x) for x in ends], jnp.ones_like(loss)))
         fresh, _ = back((v, jnp.zeros_like(loss)))
-        pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), left)
-        slope = inner_product(through, left)
-        total = jax.tree.map(
-            lambda a, d, r: a + d.astype(a.dtype) + slope.astype(a.dtype) * r.astype(a.dtype),
-            total,
-            direct,
-            right,
-        )
-        fresh = jax.tree.map(lambda g: g.astype(wide(g.dtype)), fresh)
-        left, right = _balanced(pushed, right, v, fresh)
-        return (after, left, right, total), loss
+        pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), carried.left)
+        total = jax.tree.map(jnp.add, total, _product(direct, through, carried))
+        left, right = _balanced(pushed, carried.right, v, _widened(fresh))
+        return (RankOne(after, left, right), total), loss
 
-    total = jax.tree.map(lambda r: jnp.zeros_like(r), right)
-    inputs = (jnp.arange(truncation, dtype=jnp.int32), data)
-    (inner, left, right, total), losses = jax.lax.scan(body, (inner, left, right, total), inputs)
-    grad = jax.tree.map(lambda a: a / truncation, total)
+    total = jax.tree.map(jnp.zeros_like, carried.right)
+    (carried, total), losses = unroll.scan(segment, body, (carried, total))
+    grad = jax.tree.map(lambda a: a / segment.num_steps, total)
     loss = jnp.mean(losses)
-    if at_start is not None:
-        scale = problem_checks.static_horizon(problem, "problem.evaluate") / truncation
-        at_end = _rank_one_gradient(
-            lambda theta, s: unroll.evaluate(problem, episode, theta, s), theta, inner, left, right
-        )
-        first = episode.t == 0
-        grad = jax.tree.map(
-            lambda g, e, s: g + scale * (e - jnp.where(first, 0, s)).astype(g.dtype),
-            grad,
-            at_end[1],
-            at_start[1],
-        )
-        loss = loss + scale * (at_end[0] - jnp.where(first, 0, at_start[0]))
+    if problem.evaluate is not None:
+        end = unroll.weigh(segment, evaluated(carried))
+        start = unroll.since(segment, unroll.weigh(segment, start), end)
+        value, slope = jax.tree.map(jnp.subtract, end, start)
+        loss = loss + value
+        grad = jax.tree.map(lambda g, e: g + e.astype(g.dtype), grad, slope)
     grad = jax.tree.map(lambda g, x: g.astype(x.dtype), grad, theta)
-    out = Estimate(grad, loss, Info(jnp.int32(truncation)))
-    episode = unroll.advance(episode, truncation)
-    return out, RankOneState(episode, inner, left, right, made_by)
+    return Estimate(grad, loss, Info(jnp.int32(segment.num_steps))), carried
 
 
-def _rank_one_gradient(loss, theta, state, left, right) -> tuple[jax.Array, Theta]:
-    """The loss, and d/dtheta of it where d state / d theta is ``left`` times ``right``."""
-    floats, rebuild = split(state)
+def _signs(segment: Segment, names: frozenset) -> Callable[[Any, list], list[jax.Array]]:
+    """``signs(t, floats)``: random signs for the state after t steps of the episode."""
+
+    def signs(t, floats):
+        key = unroll.noise_key(segment.episode, t)
+        return [
+            varying.over(names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype))
+            for i, x in enumerate(floats)
+        ]
+
+    return signs
+
+
+def _begin(problem: UnrolledProblem, theta: Theta, signs: Callable, episode: Episode) -> RankOne:
+    """The start of an episode: what ``init`` does with theta, as a product with random signs."""
+
+    def initial(theta):
+        state = unroll.initial_state(problem, episode, theta)
+        return floats_of(state), state
+
+    floats, back, state = jax.vjp(initial, theta, has_aux=True)
+    v = signs(0, floats)
+    right = _widened(back(v)[0])
+    none, nothing = [jnp.zeros_like(x) for x in v], jax.tree.map(jnp.zeros_like, right)
+    return RankOne(state, *_balanced(none, nothing, v, right))
+
+
+def _widened(tree: Theta) -> Theta:
+    return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
+
+
+def _product(direct: Theta, through: list[jax.Array], at: RankOne) -> Theta:
+    """D loss / d theta where d state / d theta is ``left`` times ``right``."""
+    slope = inner_product(through, at.left)
+    return jax.tree.map(
+        lambda d, r: d.astype(r.dtype) + slope.astype(r.dtype) * r, direct, at.right
+    )
+
+
+def _rank_one_gradient(loss: Callable, theta: Theta, at: RankOne) -> tuple[jax.Array, Theta]:
+    """The loss of a state, and d/dtheta of it through the state too."""
+    floats, rebuild = split(at.state)
     value, (direct, through) = jax.value_and_grad(
         lambda theta, floats: loss(theta, rebuild(floats)), argnums=(0, 1)
     )(theta, floats)
-    slope = inner_product(through, left)
-    return value, jax.tree.map(
-        lambda d, r: d.astype(r.dtype) + slope.astype(r.dtype) * r, direct, right
-    )
+    return value, _product(direct, through, at)
 
 
 def _balanced(pushed, right, v, fresh) -> tuple[list[jax.Array], Theta]:

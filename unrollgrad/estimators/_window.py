@@ -1,0 +1,95 @@
+"""What makes an estimator of two functions: admission, continuation, state and ``jit``, once.
+
+An estimator is ``begin(episode, theta) -> carried`` and
+``window(segment, theta, carried) -> (Estimate, carried)``: what one worker carries between calls as
+an episode begins, and one stretch of the episode. ``windowed`` does the rest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from unrollgrad import checks, problem_checks, reach, unroll, varying
+from unrollgrad.types import (
+    Episode,
+    Estimate,
+    GradientEstimator,
+    Key,
+    MadeBy,
+    Segment,
+    Theta,
+    UnrolledProblem,
+    Worker,
+)
+
+Begin = Callable[[Episode, Theta], Any]
+Window = Callable[[Segment, Theta, Any], tuple[Estimate, Any]]
+
+
+def made_by(estimator: str, problem: UnrolledProblem, **settings: Any) -> MadeBy:
+    """The fingerprint of an estimator's states: its name, its settings and the horizon."""
+    horizon = "sampled" if callable(problem.horizon) else int(problem.horizon)
+    return MadeBy(estimator, (*settings.items(), ("horizon", horizon)))
+
+
+def windowed(
+    problem: UnrolledProblem,
+    fingerprint: MadeBy,
+    truncation: int | None,
+    begin: Begin,
+    window: Window,
+    check: Callable[[Theta], None] = lambda theta: None,
+) -> GradientEstimator:
+    """An estimator that runs one window of ``truncation`` steps in each call.
+
+    Args:
+        problem: The inner loop.
+        fingerprint: What a state of this estimator says about its maker.
+        truncation: Inner steps per call; None: every call is a whole episode.
+        begin: ``begin(episode, theta)``, what a worker carries at the start of an episode.
+        window: ``window(segment, theta, carried)``, the estimate of one stretch.
+        check: ``check(theta)`` raises if the settings do not fit theta's values.
+    """
+    axis = "horizon" if truncation is None else "truncation"
+    num_steps = truncation or problem_checks.static_horizon(problem, fingerprint.estimator)
+
+    def init(key: Key, theta: Theta) -> Worker:
+        theta = checks.floating_theta(theta)
+        check(theta)
+        episode = unroll.new_episode(problem, checks.typed_key(key), num_steps)
+        carried = begin(episode, theta)
+        names = varying.axes((key, theta))
+        return Worker(episode, varying.over(names, carried), fingerprint)
+
+    def estimate(key: Key, theta: Theta, state: Worker, *, data: Any = None):
+        key, theta = checks.typed_key(key), checks.floating_theta(theta)
+        checks.check_data(data, num_steps, axis)
+        reach.check_theta(theta, *problem_checks.check_step(problem, key, theta, data))
+        checks.check_worker_state(state, jax.eval_shape(init, key, theta))
+        # Inside `shard_map` the key and theta vary over all axes over which anything here does.
+        names = varying.axes((key, theta, state, data))
+        key, theta = varying.over(names, (key, theta))
+        if truncation is None:
+            episode = unroll.new_episode(problem, key, num_steps)
+        else:
+            episode = unroll.continue_or_begin(problem, key, state.episode, num_steps)
+        segment = Segment(problem, episode, num_steps, data)
+        out, carried = window(segment, theta, state.carried)
+        return out, Worker(unroll.advance(episode, num_steps), carried, fingerprint)
+
+    # Called outside any `jit` the scan over inner steps would otherwise compile anew every time.
+    return GradientEstimator(init, jax.jit(estimate), truncation)
+
+
+def nothing(episode: Episode, theta: Theta) -> None:
+    """What a worker carries whose every call is a whole episode."""
+
+
+def inner_state(problem: UnrolledProblem) -> Begin:
+    """A worker that carries one inner state, advanced with theta itself."""
+
+    def begin(episode, theta):
+        return unroll.initial_state(problem, episode, theta)
+
+    return begin
