@@ -57,15 +57,15 @@ MUTATIONS = [
     Mutation(
         "1/K missing in uoro",
         "estimators/rank_one.py",
-        "grad = jax.tree.map(lambda a: a / truncation, total)",
+        "grad = jax.tree.map(lambda a: a / segment.num_steps, total)",
         "grad = total",
         CONTRACT,
     ),
     Mutation(
         "key reused by every step",
         "unroll.py",
-        "problem.step(jax.random.fold_in(key, t), theta",
-        "problem.step(key, theta",
+        "return step(carry, jax.random.fold_in(keys, t), t, batch)",
+        "return step(carry, keys, t, batch)",
         CONTRACT,
     ),
     Mutation(
@@ -91,9 +91,9 @@ MUTATIONS = [
     ),
     Mutation(
         "theta replicated before jax.grad (N times the gradient)",
-        "estimators/worker.py",
-        "return varying.over(names, (key, theta))",
-        "return key, theta",
+        "estimators/_window.py",
+        "key, theta = varying.over(names, (key, theta))\n        if truncation",
+        "if truncation",
         "tests/test_devices.py",
     ),
     Mutation(
@@ -106,14 +106,12 @@ MUTATIONS = [
     Mutation(
         "missing init gradient of pairs",
         "estimators/pairs.py",
-        "        return unroll.window(\n"
-        "            problem, episode, theta, state, num_steps, data, start,"
-        " reset=unroll.reset_forwards\n        )",
-        "        mean = jax.tree.map(lambda x: x.mean((0, 1)).astype(x.dtype), thetas)\n"
-        "        fixed = problem._replace(init=lambda key, _: problem.init(key, mean))\n"
-        "        return unroll.window(\n"
-        "            fixed, episode, theta, state, num_steps, data, start,"
-        " reset=unroll.reset_forwards\n        )",
+        "return unroll.window(segment, theta, state, start, reset=unroll.reset_forwards)",
+        "mean = jax.tree.map(lambda x: x.mean((0, 1)).astype(x.dtype), thetas)\n"
+        "        init = segment.problem.init\n"
+        "        fixed = segment.problem._replace(init=lambda key, _: init(key, mean))\n"
+        "        here = segment._replace(problem=fixed)\n"
+        "        return unroll.window(here, theta, state, start, reset=unroll.reset_forwards)",
         STATISTICS,
     ),
     Mutation(
@@ -197,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "directions of dodge forgotten after a period",
         "estimators/forward.py",
-        "noise.accumulated,\n            evaluated,",
-        "jax.tree.map(jnp.zeros_like, noise.accumulated),\n            evaluated,",
+        "along.floats, noise.accumulated, evaluated)",
+        "along.floats, jax.tree.map(jnp.zeros_like, noise.accumulated), evaluated)",
         "tests/estimators/test_forward.py",
     ),
     Mutation(

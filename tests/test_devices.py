@@ -95,8 +95,9 @@ def trained(*which):
 
 def draws(state):
     """Whatever of a worker state was drawn: keys, data, accumulated noise."""
-    inner = getattr(state, "states", getattr(state, "state", {"drawn": ()}))
-    return numbers([state.episode, inner["drawn"], getattr(state, "accumulated", None)])
+    carried = state.carried  # tbptt carries an inner state alone, pes those of its pairs
+    inner = getattr(carried, "states", carried)
+    return numbers([state.episode, inner["drawn"], getattr(carried, "accumulated", None)])
 
 
 @pytest.mark.parametrize(

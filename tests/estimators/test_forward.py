@@ -148,8 +148,9 @@ def test_dodge_that_forgets_is_rejected():
     estimator = ug.dodge(problem, truncation=5, noise_period=5)
 
     def forgetful(key, theta, state):
-        empty = jax.tree.map(jnp.zeros_like, state.accumulated)
-        return estimator.estimate(key, theta, state._replace(accumulated=empty))
+        empty = jax.tree.map(jnp.zeros_like, state.carried.accumulated)
+        carried = state.carried._replace(accumulated=empty)
+        return estimator.estimate(key, theta, state._replace(carried=carried))
 
     s = samples(estimator._replace(estimate=forgetful), theta, 4)
     assert s.error_in_se(truth) > 20

@@ -103,7 +103,7 @@ def test_truncated_es_carries_the_state_that_theta_itself_reaches():
     @functools.partial(jax.jit, static_argnums=0)
     def reached(estimator, theta):
         state = estimator.init(jax.random.key(2), theta)
-        return estimator.estimate(KEY, theta, state)[1].state
+        return estimator.estimate(KEY, theta, state)[1].carried
 
     es = build("truncated_es", problem, truncation=5)
     plain = reached(ug.tbptt(problem, truncation=5), theta)
