@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 import unrollgrad as ug
 from tests.helpers import KINDS, build, call_steps, counted, numbers, quadratic, rows, types
 from unrollgrad import unroll
-from unrollgrad.types import Segment
 from unrollgrad.estimators import REGISTRY
+from unrollgrad.types import Segment
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 HORIZON, TRUNCATION, WORKERS, PAIRS, SIGMA = 20, 5, 32, 3, 0.01
