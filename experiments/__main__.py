@@ -48,7 +48,7 @@ from experiments import experiment as framework
 from experiments.experiment import SCALES, Experiment
 from experiments.problems import PROBLEMS
 from experiments.processes import Processes, join
-from unrollgrad import extras
+from unrollgrad import running
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
@@ -90,14 +90,16 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 def listing() -> None:
     """List the experiments, and the problems that `variance` and `train` know."""
-    console = extras.console()
+    console = running.console()
     for title, lines in {
         "experiments": {name: e.about for name, e in EXPERIMENTS.items()},
         "problems (variance, train --problem NAME)": {
             name: c.about for name, c in PROBLEMS.items()
         },
     }.items():
-        table = extras.need("rich.table", "rich").Table(title=title, title_justify="left", box=None)
+        table = running.need("rich.table", "rich").Table(
+            title=title, title_justify="left", box=None
+        )
         for name, about in lines.items():
             table.add_row(name, about)
         console.print(table, "")

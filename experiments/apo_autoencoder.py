@@ -17,7 +17,7 @@ from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.proximal_training import Task, best, best_results, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 APO = "APO preconditioner"
 GRIDS = {"SGD": (1e-3, 1.0), "Adam": (1e-4, 1e-1)}

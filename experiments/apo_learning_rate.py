@@ -17,7 +17,7 @@ from experiments.problems.digits import MLP
 from experiments.proximal_training import Task, best, best_results, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 APO, FIXED, DECAY = "APO", "fixed", "step decay"
 

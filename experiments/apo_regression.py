@@ -15,7 +15,7 @@ from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.proximal_training import Task, best, best_results, last_tenth, train
 from experiments.results import Record, Summary
 from unrollgrad import apo
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 INPUTS, HIDDEN, OUTPUTS = 6, 6, 10
 

@@ -13,7 +13,7 @@ import optax
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import apo
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 APO_RATE, APO_DENSE, NEWTON = "APO learning rate", "APO preconditioner", "Newton, proximal"
 

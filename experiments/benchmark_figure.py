@@ -7,8 +7,8 @@ import numpy as np
 
 from experiments.experiment import Claim
 from experiments.results import Record, Summary
-from unrollgrad import extras
-from unrollgrad.extras import need
+from unrollgrad import running
+from unrollgrad.running import need
 
 CORE = ("pes", "es_single", "truncated_es", "full_es", "tbptt", "bptt")
 TARGETS = {
@@ -120,7 +120,7 @@ def _draw_lines(axis: Any, lines: dict[tuple[str, str], dict], x: str, y: str) -
 
 def show(records: list[Record]) -> None:
     """Prints the tables."""
-    console, table = extras.console(), need("rich.table", "rich").Table
+    console, table = running.console(), need("rich.table", "rich").Table
     main = table(title="beside the floor, medians (quartiles)", title_justify="left", box=None)
     for name in ("workload", "estimator", "ratio", "", "estimates/s", "us/step", "compile s"):
         main.add_column(name, justify="left" if name in ("workload", "estimator") else "right")

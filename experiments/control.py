@@ -18,7 +18,7 @@ from experiments import curves, training, tuning
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems.swimmer import swimmer
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator
 
 

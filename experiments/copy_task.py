@@ -16,7 +16,7 @@ from experiments import curves
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems.text_lstm import LSTM, zero_carry
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator, Key, Theta
 
 

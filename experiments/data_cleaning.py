@@ -15,7 +15,7 @@ from sklearn import datasets
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import bilevel, implicit
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from experiments.data_cleaning import (
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import bilevel, implicit
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 SOLVERS: dict[str, Callable[[int], lx.AbstractLinearSolver]] = {
     "identity": lambda steps: implicit.identity(),

@@ -16,9 +16,8 @@ from experiments import curves
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.learned_optimizers import tasks
 from experiments.results import Record, Summary, summarise
-from unrollgrad.checks import positive_int
-from unrollgrad.extras import console, need
 from unrollgrad.learned_optimizers import Architecture
+from unrollgrad.running import console, need, positive_int
 
 TRAINED = Path(__file__).parent / "learned_optimizers" / "trained"
 """Optimizers that come with the repository."""

@@ -14,9 +14,8 @@ import jax
 from experiments import results
 from experiments.processes import from_process_0
 from experiments.results import Record, Summary
-from unrollgrad import checkpoints
-from unrollgrad.interrupts import stop_requests
-from unrollgrad.progress import progress_bar
+from unrollgrad import running
+from unrollgrad.running import progress_bar, stop_requests
 
 SCALES = ("smoke", "cpu", "paper")
 """smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
@@ -101,7 +100,7 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
     folder = resume or results.new_folder(settings.out, title)
     with contextlib.ExitStack() as stack:
         if hasattr(settings, "resume"):  # before anything is written into a folder that is in use
-            stack.enter_context(checkpoints.lock(folder / "checkpoints"))
+            stack.enter_context(running.lock(folder / "checkpoints"))
         return _run(experiment, settings, seeds, Path(from_process_0(str(folder))))
 
 

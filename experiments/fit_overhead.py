@@ -13,7 +13,7 @@ import unrollgrad as ug
 from experiments import timing
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)

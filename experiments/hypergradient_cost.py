@@ -17,7 +17,7 @@ from experiments import timing
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
 from unrollgrad import implicit
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)

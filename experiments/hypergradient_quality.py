@@ -16,7 +16,7 @@ from sklearn import datasets
 import unrollgrad as ug
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 WEIGHTS = 11
 """Ten features and a bias."""

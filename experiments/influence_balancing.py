@@ -12,7 +12,7 @@ import unrollgrad as ug
 from experiments import curves, training
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)

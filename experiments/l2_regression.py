@@ -14,7 +14,7 @@ from experiments import curves, training
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems import ridge
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 NAMES = ("truncated_es", "pes", "pes_analytic", "es_single")
 

@@ -16,10 +16,9 @@ from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.learned_optimizers import tasks
 from experiments.learned_optimizers.mixture import mean_of
 from experiments.results import Record, Summary, read_json
-from unrollgrad.checks import positive_int
-from unrollgrad.extras import need
 from unrollgrad.learned_optimizers import ARCHITECTURES
 from unrollgrad.learned_optimizers.schedules import KNOTS
+from unrollgrad.running import need, positive_int
 from unrollgrad.types import GradientEstimator, Theta
 
 Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]

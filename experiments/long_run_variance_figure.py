@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.experiment import Claim
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 RECURRENCES = ("aligned", "independent", "conflicting")
 

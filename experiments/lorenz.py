@@ -14,8 +14,8 @@ import unrollgrad as ug
 from experiments import curves, training
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
 from unrollgrad.problems.lorenz import TRUTH
+from unrollgrad.running import need
 
 NAMES = ("bptt", "tbptt", "uoro", "dodge", "full_es", "truncated_es", "pes", "nres")
 """The paper's methods; nres is es_single with workers at staggered places of their episodes."""

@@ -15,7 +15,7 @@ from experiments import curves, data, heat_map, training
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.problems import image_mlp
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
 
 

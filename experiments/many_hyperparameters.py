@@ -15,7 +15,7 @@ import unrollgrad as ug
 from experiments import curves, data, training, tuning
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 from unrollgrad.types import Key, Theta
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from unrollgrad import checks, varying
 from unrollgrad.implicit.linear import unseen
 
 
@@ -42,10 +41,12 @@ def value_and_grad(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[ja
 
     def run(params):
         params = jax.tree.map(jnp.asarray, params)
-        checks.check_loss("loss", jax.eval_shape(loss, params))
+        if (shape := jax.eval_shape(loss, params).shape) != ():
+            raise ValueError(f"the loss of `loss` must be a scalar; got shape {shape}.")
         leaves, structure = jax.tree.flatten(params)
         program: Any = jax.make_jaxpr(lambda leaves: loss(structure.unflatten(leaves)))(leaves)
-        spread = varying.axes((leaves, program.consts))
+        inputs = jax.tree.leaves((leaves, program.consts))
+        spread = any(jax.typeof(x).manual_axis_type.varying for x in inputs)
         if not leaves or spread or program.effects or has_custom_vjp(program):
             return jax.value_and_grad(loss)(params)
 

@@ -15,7 +15,7 @@ import unrollgrad as ug
 from experiments import mixed_gradient
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 
 class Workload(NamedTuple):

@@ -13,7 +13,7 @@ from sklearn import datasets
 import unrollgrad as ug
 from experiments.experiment import Claim, Experiment, Progress, Write
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 IMAGES = 50
 """Of training, and as many of validation."""

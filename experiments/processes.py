@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unrollgrad import checks
+from unrollgrad.running import positive_int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +61,14 @@ def join(group: Processes, devices: int | None) -> None:
                 "--processes 2 --process 0, and --process 1 in the other."
             ) from error
         return
-    count = checks.positive_int("--processes", group.processes)
+    count = positive_int("--processes", group.processes)
     if not 0 <= group.process < count:
         raise ValueError(
             f"`--process` counts from 0 to --processes - 1; got --process {group.process} "
             f"--processes {count}."
         )
     if devices is not None:
-        if checks.positive_int("--devices", devices) % count:
+        if positive_int("--devices", devices) % count:
             raise ValueError(
                 f"`--devices` are those of all processes together, a multiple of --processes; got "
                 f"--devices {devices} --processes {count}."

@@ -16,8 +16,7 @@ from experiments import resuming
 from experiments.experiment import Claim, Experiment
 from experiments.problems import PROBLEMS, with_defaults
 from experiments.results import Record, Summary, read_json
-from unrollgrad.checks import positive_int
-from unrollgrad.extras import need
+from unrollgrad.running import need, positive_int
 
 
 @dataclasses.dataclass(frozen=True)

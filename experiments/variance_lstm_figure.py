@@ -8,7 +8,7 @@ import numpy as np
 from experiments.curves import text as plus_minus
 from experiments.experiment import Claim
 from experiments.results import Record, Summary
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 TEXTS = {
     "real": "an excerpt of the corpus",

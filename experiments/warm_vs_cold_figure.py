@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.problems.fourier import TARGETS, grid
 from experiments.results import Record
-from unrollgrad.extras import need
+from unrollgrad.running import need
 
 BOUND = 0.8
 """Times the outer loss of the cold start."""

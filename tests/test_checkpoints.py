@@ -18,7 +18,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import build, numbers, quadratic, raises
-from unrollgrad import checkpoints
+from unrollgrad._fit import checkpoints
 
 KEY = jax.random.key(0)
 OUTER = optax.adam(0.05)

@@ -14,7 +14,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import build, counted, quadratic, raises, rows, settings
-from unrollgrad.estimators import REGISTRY
+from unrollgrad.estimators import REGISTRY, backprop
 
 KEY = jax.random.key(0)
 NAMES = list(REGISTRY)
@@ -335,6 +335,11 @@ def test_while_loop(name):
         return
     with raises(ValueError, name, "while_loop", "full_es, truncated_es, pes, es_single, gpes"):
         run(name, problem, np.float32(0.3))
+
+
+def test_the_message_names_all_estimators_that_only_go_forwards():
+    forwards = [name for name, row in REGISTRY.items() if not row.reverse_mode]
+    assert list(backprop.FORWARD_ONLY) == forwards
 
 
 def sampled(problem):

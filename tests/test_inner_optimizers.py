@@ -12,7 +12,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import numbers
-from unrollgrad import inner_optimizers
+from unrollgrad._training import inner_optimizers
 
 KEY = jax.random.key(0)
 RATE = jnp.float32(-2.0)  # the logarithm of the inner learning rate

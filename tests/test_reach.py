@@ -9,7 +9,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import build
-from unrollgrad import problem_checks, reach
+from unrollgrad._checks import influence, inner_loop
 from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
@@ -29,9 +29,9 @@ def accused(problem, theta=THETA):
     """The names in the warning; all of them where it is an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trace = problem_checks.check_step(problem, KEY, theta)
+        trace = inner_loop.check_step(problem, KEY, theta)
         try:
-            reach.check_theta(theta, *trace)
+            influence.check_theta(theta, *trace)
         except ValueError:
             return "all"
     return str(caught[0].message).split(" cannot")[0] if caught else ""

@@ -11,7 +11,12 @@ import importlib
 from typing import Any
 
 from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
-from unrollgrad.curriculum import curriculum
+from unrollgrad._core.unroll import episode_loss
+from unrollgrad._fit.fit import FitResult, fit
+from unrollgrad._training.training_problem import TrainingState, final_loss, training_problem
+from unrollgrad._workers.average import average
+from unrollgrad._workers.curriculum import curriculum
+from unrollgrad._workers.mesh import make_worker_mesh
 from unrollgrad.estimators import (
     REGISTRY,
     bptt,
@@ -28,9 +33,6 @@ from unrollgrad.estimators import (
     truncated_es,
     uoro,
 )
-from unrollgrad.fit import FitResult, fit
-from unrollgrad.mesh import make_worker_mesh
-from unrollgrad.training import TrainingState, final_loss, training_problem
 from unrollgrad.types import (
     AverageInfo,
     Episode,
@@ -39,8 +41,6 @@ from unrollgrad.types import (
     Info,
     UnrolledProblem,
 )
-from unrollgrad.unroll import episode_loss
-from unrollgrad.workers import average
 
 __version__ = "0.1.0"
 
@@ -90,3 +90,8 @@ def __getattr__(name: str) -> Any:
     if name in ("bilevel", "implicit"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, with ``implicit`` and ``bilevel`` before they are imported."""
+    return __all__

@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unrollgrad import checks, extras
+from unrollgrad._checks import arguments
+from unrollgrad._core import optional_packages
 from unrollgrad.types import Theta
 
 
@@ -109,7 +110,7 @@ def constrain(constraints: Any, theta: Theta) -> Any:
         >>> {name: round(float(x), 2) for name, x in constrain(kinds, theta).items()}
         {'momentum': 0.9, 'rate': 0.1}
     """
-    theta = checks.floating_theta(theta)
+    theta = arguments.floating_theta(theta)
     full = _broadcast(constraints, theta, "theta")
     return jax.tree.map(lambda constraint, x: constraint.to_value(x), full, theta)
 
@@ -176,7 +177,7 @@ def report(constraints: Any, theta: Theta) -> list[dict[str, Any]]:
         >>> constraints.report({"rate": constraints.positive}, {"rate": 0.0})
         [{'leaf': "['rate']", 'constraint': 'positive', 'theta': 0.0, 'value': 1.0}]
     """
-    theta = checks.floating_theta(theta)
+    theta = arguments.floating_theta(theta)
     full = _broadcast(constraints, theta, "theta")
 
     leaves = jax.tree_util.tree_leaves_with_path(theta)
@@ -193,10 +194,12 @@ def report(constraints: Any, theta: Theta) -> list[dict[str, Any]]:
 
 def table(constraints: Any, theta: Theta) -> None:
     """Prints ``report``. Needs rich (``pip install "unrollgrad[experiments]"``)."""
-    console = extras.console()
+    console = optional_packages.console()
     rows = report(constraints, theta)
-    shown = extras.need("rich.table", "rich").Table(
-        box=extras.need("rich.box", "rich").SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    shown = optional_packages.need("rich.table", "rich").Table(
+        box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column in rows[0]:
         shown.add_column(column, justify="right" if column in ("theta", "value") else "left")
@@ -212,7 +215,7 @@ def _broadcast(constraints: Any, tree: Any, name: str) -> Any:
         if not isinstance(leaf, Constraint):
             raise TypeError(
                 f"constraints{jax.tree_util.keystr(path)} must be a Constraint; got "
-                f"{checks.describe(leaf)}. Use `positive`, `unit_interval`, `box(low, high)` or "
+                f"{arguments.describe(leaf)}. Use `positive`, `unit_interval`, `box(low, high)` or "
                 "`free` of unrollgrad.constraints."
             )
     try:
@@ -227,12 +230,12 @@ def _broadcast(constraints: Any, tree: Any, name: str) -> Any:
 
 def _floating(path: Any, value: Any) -> jax.Array:
     """``value`` as an array of its own floating dtype, or float32."""
-    dtype = checks.dtype_of(value)
+    dtype = arguments.dtype_of(value)
     if jnp.issubdtype(dtype, jnp.floating) and hasattr(value, "dtype"):
-        return checks.strong(value)
+        return arguments.strong(value)
     if jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer):
         return jnp.asarray(value, jnp.float32)
     raise TypeError(
         f"values{jax.tree_util.keystr(path)} must be a real number or an array of them; got "
-        f"{checks.describe(value)}."
+        f"{arguments.describe(value)}."
     )

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
+from unrollgrad._core.dtypes import wide
 from unrollgrad.types import Key, Theta
 
 
@@ -30,11 +31,6 @@ class Noise(NamedTuple):
     sample: Callable[[Key, Any, Theta, int], Theta]
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype in which a leaf is perturbed and accumulated: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
     """The law's perturbations.
 
@@ -44,7 +40,7 @@ def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
     unit = law.sample(key, law.init(theta), theta, num_pairs)
 
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_pairs, *x.shape), x.dtype), theta)
-    if difference := checks.shape_difference(like, unit):
+    if difference := arguments.shape_difference(like, unit):
         raise TypeError(
             f"`noise` must draw a tree like theta with a leading axis num_pairs={num_pairs}; its "
             f"sample differs at theta{difference}."

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
 from tests.helpers import KINDS, build, call_steps, counted, numbers, quadratic, rows, types
-from unrollgrad import unroll
+from unrollgrad._core import unroll
 from unrollgrad.estimators import REGISTRY
 from unrollgrad.types import Segment
 

@@ -13,7 +13,7 @@ from experiments import __main__ as cli
 from experiments import experiment as framework
 from experiments import results, train
 from tests.helpers import KINDS, raises
-from unrollgrad import checkpoints
+from unrollgrad._fit import checkpoints
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--scale", "smoke", "--problem", "lorenz", "--estimator", "es_single"]

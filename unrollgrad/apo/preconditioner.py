@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from unrollgrad import checks
 from unrollgrad import constraints as kinds
+from unrollgrad._checks import arguments
 from unrollgrad.apo.proximal import (
     Proximal,
     adapted,
@@ -99,7 +99,7 @@ def preconditioner(
         Bae, Vicol, HaoChen, Grosse, Amortized proximal optimization, NeurIPS 2022,
         arXiv:2203.00089.
     """
-    if known_zero(checks.number("initial_rate", initial_rate)):
+    if known_zero(arguments.number("initial_rate", initial_rate)):
         raise ValueError("`initial_rate` must be positive; got 0. It is the rate that P begins as.")
     rule = by_shape() if structure is None else structure
     uncalled = rule in (kronecker, dense, diagonal, identity, frozen, by_shape)
@@ -119,7 +119,7 @@ def preconditioner(
     def optimizer(hyperparams):
         def step(updates, params):
             def leaf(path, x, g, block, factors):
-                if checks.shape_difference(jax.eval_shape(block.init, x), factors):
+                if arguments.shape_difference(jax.eval_shape(block.init, x), factors):
                     raise ValueError(
                         f"the structure of params{_name(path)} is not the one of `init`: "
                         "`structure` must return the same for a leaf in every call."

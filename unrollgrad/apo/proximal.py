@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks, inner_optimizers, varying
+from unrollgrad._checks import arguments
+from unrollgrad._core import mesh_axes
+from unrollgrad._training import inner_optimizers
 from unrollgrad.constraints import constrain, unconstrain
 
 
@@ -101,7 +103,7 @@ def adapted(
                 f"params have masked leaves, but `loss` and `predict` need them all: mask the base "
                 f"of apo.learning_rate, or use apo.frozen() in apo.preconditioner, not apo.{name}."
             )
-        return checks.floating("params", params, "Train the floating leaves alone.")
+        return arguments.floating("params", params, "Train the floating leaves alone.")
 
     def init(params):
         params = admit(params)
@@ -176,14 +178,14 @@ def _meta_objective(
             value = optax.tree.vdot(gradient, moved)
         else:
             value = loss(there, given["batch"])
-            checks.check_loss("loss", value)
+            arguments.check_loss("loss", value)
         if reference is not None:
             outputs = predict(there, given["other_batch"])
             away = proximal.discrepancy(outputs, reference)
-            if not jnp.issubdtype(checks.dtype_of(away), jnp.floating):
+            if not jnp.issubdtype(arguments.dtype_of(away), jnp.floating):
                 raise TypeError(
-                    f"`discrepancy` must return a real array; got {checks.describe(away)}. It is "
-                    "given what `predict` returns."
+                    f"`discrepancy` must return a real array; got {arguments.describe(away)}. It "
+                    "is given what `predict` returns."
                 )
             value += proximal.lambda_fsd * jnp.mean(wide(jnp.asarray(away)))
         if known_zero(proximal.lambda_wsd):
@@ -198,9 +200,9 @@ def _gradient(
 ) -> Any:
     """Of the objective, not finite where that is not; the mean over devices, if there are any."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    free = varying.over(frozenset(axes), free)
+    free = mesh_axes.over(frozenset(axes), free)
     gradient, value = jax.grad(objective, has_aux=True)(free)
-    if apart := varying.axes((gradient, value)) - frozenset(axes):
+    if apart := mesh_axes.axes((gradient, value)) - frozenset(axes):
         raise ValueError(
             f"the meta-objective differs along the mesh axes {sorted(apart)}, over which batches "
             f"are split: pass axis_name={sorted(apart)[0]!r} to average its gradient over them."
@@ -220,8 +222,8 @@ def known_zero(number: Any) -> bool:
 
 def _check(proximal: Proximal) -> None:
     """Raises if a setting cannot be."""
-    checks.number("lambda_fsd", proximal.lambda_fsd)
-    checks.number("lambda_wsd", proximal.lambda_wsd)
+    arguments.number("lambda_fsd", proximal.lambda_fsd)
+    arguments.number("lambda_wsd", proximal.lambda_wsd)
     if not known_zero(proximal.lambda_fsd) and not callable(proximal.discrepancy):
         raise TypeError(
             "`discrepancy` must be a function of (outputs, reference) where `lambda_fsd` is not 0; "
@@ -233,7 +235,7 @@ def _check(proximal: Proximal) -> None:
             "`meta_optimizer` must be an optax transform; got a "
             f"{type(proximal.meta_optimizer).__name__}. Pass optax.rmsprop(0.1), say."
         )
-    checks.positive_int("meta_interval", proximal.meta_interval)
+    arguments.positive_int("meta_interval", proximal.meta_interval)
 
 
 _GIVEN = {
@@ -263,5 +265,5 @@ def _check_given(name: str, proximal: Proximal, given: dict[str, Any]) -> None:
     for key in ("loss", "predict"):
         if key in needed and not callable(given[key]):
             raise TypeError(
-                f"`{key}` must be a function, {_GIVEN[key]}; got {checks.describe(given[key])}."
+                f"`{key}` must be a function, {_GIVEN[key]}; got {arguments.describe(given[key])}."
             )

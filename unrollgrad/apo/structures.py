@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 
 
 class Structure(NamedTuple):
@@ -66,7 +66,7 @@ def dense() -> Structure:
         size = math.prod(leaf.shape)
         if size > 16_384:
             raise ValueError(
-                f"apo.dense() for {checks.describe(leaf)} would keep {size} x {size} numbers, "
+                f"apo.dense() for {arguments.describe(leaf)} would keep {size} x {size} numbers, "
                 f"{4 * size**2 / 2**30:.0f} GiB. Use apo.kronecker() or apo.diagonal() for it."
             )
         return {"f": jnp.eye(size, dtype=_dtype(leaf))}
@@ -115,7 +115,7 @@ def by_shape(largest: int = 1024) -> Callable[[str, Any], Structure]:
         TypeError: If ``largest`` is not a whole number.
         ValueError: If it is below one.
     """
-    largest = checks.positive_int("largest", largest)
+    largest = arguments.positive_int("largest", largest)
 
     def rule(path: str, leaf: Any) -> Structure:
         if len(leaf.shape) == 0:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.bilevel.unrolled import InnerOptimizer, begun, descend
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta
@@ -100,13 +100,13 @@ def solve(
     """
     if start not in ("cold", "warm"):
         raise ValueError(f'`start` must be "cold" or "warm"; got {start!r}.')
-    num_steps = checks.positive_int("num_steps", num_steps)
-    every = checks.positive_int("every", every)
+    num_steps = arguments.positive_int("num_steps", num_steps)
+    every = arguments.positive_int("every", every)
     if not isinstance(inner_steps, int) or inner_steps < 0:
         raise ValueError(f"`inner_steps` must be a whole number, 0 or more; got {inner_steps!r}.")
     if num_steps % every:
         raise ValueError(f"`every`={every} must divide num_steps={num_steps}.")
-    params, theta = trees.check_floating("params", params), checks.floating_theta(theta)
+    params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
     if keep_v and jax.eval_shape(hypergradient, params, theta).v is None:
         raise ValueError("`keep_v=True` needs a hypergradient that solves; this one has v = None.")
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks, inner_optimizers
+from unrollgrad._checks import arguments
+from unrollgrad._core.unroll import Remat
+from unrollgrad._training import inner_optimizers
 from unrollgrad.estimators import bptt
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta, UnrolledProblem
-from unrollgrad.unroll import Remat
 
 InnerOptimizer = optax.GradientTransformation | Callable[[Theta], optax.GradientTransformation]
 
@@ -56,7 +57,7 @@ def unrolled(
         >>> print(f"{f(1.0, 0.5).grad:.4f}")  # d/drate (1 - rate)^4 / 2
         -0.2500
     """
-    num_steps = checks.positive_int("num_steps", num_steps)
+    num_steps = arguments.positive_int("num_steps", num_steps)
 
     def f(params: Any, theta: Theta, v0: Any = None) -> HyperGradient:
         params = trees.check_floating("params", params)

@@ -12,12 +12,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
-from unrollgrad import checks, problem_checks, varying
-from unrollgrad.curriculum import CurriculumState
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import mesh_axes
+from unrollgrad._core.dtypes import wide
+from unrollgrad._workers.curriculum import CurriculumState
+from unrollgrad._workers.mesh import make_worker_mesh
 from unrollgrad.diagnostics import statistics
 from unrollgrad.diagnostics.report import Comparison
-from unrollgrad.mesh import make_worker_mesh
-from unrollgrad.noise import wide
 from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem, WorkerState
 
 CHAIN = 20
@@ -100,9 +101,9 @@ def compare(
         The protocol of Vicol et al., ICML 2021, arXiv:2112.13835 (theta frozen, whole episodes),
         extended to U updates.
     """
-    horizon = problem_checks.static_horizon(problem, "compare")
-    theta, key = checks.floating_theta(theta), checks.typed_key(key)
-    num_samples = checks.positive_int("num_samples", num_samples)
+    horizon = inner_loop.static_horizon(problem, "compare")
+    theta, key = arguments.floating_theta(theta), arguments.typed_key(key)
+    num_samples = arguments.positive_int("num_samples", num_samples)
     if num_samples < 3:
         raise ValueError(
             f"`num_samples` must be at least 3 for a variance and its error; got {num_samples}."
@@ -114,7 +115,7 @@ def compare(
             "`num_chains` must be 0, or at least 3 and at most `num_samples`; got "
             f"num_chains={num_chains} and num_samples={num_samples}."
         )
-    devices = checks.num_devices(devices)
+    devices = arguments.num_devices(devices)
     if jax.process_count() > 1 and devices < jax.device_count():
         raise ValueError(
             f"`devices` must be all {jax.device_count()} where there are several processes; got "
@@ -124,7 +125,7 @@ def compare(
         raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
     for name, estimator in estimators.items():
         _check_estimator(name, estimator, horizon)
-    size = -(-num_samples // -(-num_samples // checks.positive_int("batch_size", batch_size)))
+    size = -(-num_samples // -(-num_samples // arguments.positive_int("batch_size", batch_size)))
     plan = _Plan(horizon, num_samples, -(-size // devices) * devices, devices)
 
     with jax.default_matmul_precision(matmul_precision):
@@ -282,7 +283,7 @@ def episode_mean(
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
     widest = jnp.result_type(*jax.tree.leaves(zero))
     begin = (state, zero, jnp.zeros((), widest), jnp.int32(0), jnp.int32(0))
-    begin = varying.over(varying.axes((key, theta, state)), begin)
+    begin = mesh_axes.over(mesh_axes.axes((key, theta, state)), begin)
     out, _ = jax.lax.scan(call, begin, jnp.arange(num_windows))
     state, mean, scatter, steps, nonfinite = out
     return (mean, scatter / num_windows, steps, nonfinite), state

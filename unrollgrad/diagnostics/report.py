@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unrollgrad import extras
+from unrollgrad._core import optional_packages
 
 COLUMNS = {
     "name": "estimator",
@@ -160,7 +160,7 @@ _RECORDED = ("jax", "jaxlib", "optax", "numpy", "unrollgrad")
 
 def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
     """Prints rows as ``Comparison.table`` does."""
-    console = extras.console()
+    console = optional_packages.console()
     rows = [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
     columns = dict(COLUMNS)
     if len({row["inner_steps"] for row in rows}) < 2:
@@ -169,8 +169,8 @@ def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
         del columns["long_run"]
     if not any(row["num_nonfinite"] for row in rows):
         del columns["num_nonfinite"]  # windows or workers that were not finite
-    table = extras.need("rich.table", "rich").Table(
-        box=extras.need("rich.box", "rich").SIMPLE_HEAD,
+    table = optional_packages.need("rich.table", "rich").Table(
+        box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
         title=title,
@@ -210,7 +210,7 @@ def long_run(row: dict[str, Any]) -> float | None:
 
 def draw(groups: dict[str, list[dict[str, Any]]]) -> Any:
     """Draws rows as ``Comparison.plot`` does, one line of panels for each named group."""
-    figure = extras.need("matplotlib.figure", "matplotlib").Figure(
+    figure = optional_packages.need("matplotlib.figure", "matplotlib").Figure(
         figsize=(14, 0.6 + 4.2 * len(groups)), layout="constrained"
     )
     lines = figure.subplots(len(groups), 3, squeeze=False)

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from unrollgrad import checks, problem_checks, reach, unroll, varying
+from unrollgrad._checks import arguments, influence, inner_loop
+from unrollgrad._core import mesh_axes, unroll
 from unrollgrad.types import (
     Episode,
     Estimate,
@@ -52,24 +53,24 @@ def windowed(
         check: ``check(theta)`` raises if the settings do not fit theta's values.
     """
     axis = "horizon" if truncation is None else "truncation"
-    num_steps = truncation or problem_checks.static_horizon(problem, fingerprint.estimator)
+    num_steps = truncation or inner_loop.static_horizon(problem, fingerprint.estimator)
 
     def init(key: Key, theta: Theta) -> Worker:
-        theta = checks.floating_theta(theta)
+        theta = arguments.floating_theta(theta)
         check(theta)
-        episode = unroll.new_episode(problem, checks.typed_key(key), num_steps)
+        episode = unroll.new_episode(problem, arguments.typed_key(key), num_steps)
         carried = begin(episode, theta)
-        names = varying.axes((key, theta))
-        return Worker(episode, varying.over(names, carried), fingerprint)
+        names = mesh_axes.axes((key, theta))
+        return Worker(episode, mesh_axes.over(names, carried), fingerprint)
 
     def estimate(key: Key, theta: Theta, state: Worker, *, data: Any = None):
-        key, theta = checks.typed_key(key), checks.floating_theta(theta)
-        checks.check_data(data, num_steps, axis)
-        reach.check_theta(theta, *problem_checks.check_step(problem, key, theta, data))
-        checks.check_worker_state(state, jax.eval_shape(init, key, theta))
+        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
+        arguments.check_data(data, num_steps, axis)
+        influence.check_theta(theta, *inner_loop.check_step(problem, key, theta, data))
+        arguments.check_worker_state(state, jax.eval_shape(init, key, theta))
         # Inside `shard_map` the key and theta vary over all axes over which anything here does.
-        names = varying.axes((key, theta, state, data))
-        key, theta = varying.over(names, (key, theta))
+        names = mesh_axes.axes((key, theta, state, data))
+        key, theta = mesh_axes.over(names, (key, theta))
         if truncation is None:
             episode = unroll.new_episode(problem, key, num_steps)
         else:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, problem_checks, unroll
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import unroll
+from unrollgrad._core.unroll import Remat
 from unrollgrad.estimators._window import inner_state, made_by, nothing, windowed
 from unrollgrad.types import (
     Estimate,
@@ -17,7 +19,6 @@ from unrollgrad.types import (
     Theta,
     UnrolledProblem,
 )
-from unrollgrad.unroll import Remat
 
 
 def bptt(
@@ -66,14 +67,14 @@ def bptt(
         ``last``: Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019.
         ``"sqrt"``: Chen et al., Training deep nets with sublinear memory cost, 2016.
     """
-    horizon = problem_checks.static_horizon(problem, "bptt")
-    last = horizon if last is None else checks.positive_int("last", last)
+    horizon = inner_loop.static_horizon(problem, "bptt")
+    last = horizon if last is None else arguments.positive_int("last", last)
     if last > horizon:
         raise ValueError(
             f"`last`={last} steps are more than the horizon of {horizon}. Leave it out to "
             "differentiate the whole episode."
         )
-    problem_checks.check_remat(remat)
+    inner_loop.check_remat(remat)
 
     def whole(segment, theta, carried):
         return gradient("bptt", window(segment, None, remat), theta, horizon)[0], None
@@ -140,8 +141,8 @@ def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> 
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent
         network trajectories, Neural Computation, 1990.
     """
-    truncation = problem_checks.check_truncation(problem, truncation)
-    problem_checks.check_remat(remat)
+    truncation = inner_loop.check_truncation(problem, truncation)
+    inner_loop.check_remat(remat)
 
     def run(segment, theta, state):
         return gradient("tbptt", window(segment, state, remat), theta, truncation)
@@ -174,6 +175,18 @@ def gradient(
     return Estimate(grad, value, Info(jnp.int32(inner_steps))), after
 
 
+FORWARD_ONLY = (
+    "full_es",
+    "truncated_es",
+    "pes",
+    "es_single",
+    "gpes",
+    "forward_mode",
+    "dodge",
+)
+"""The estimators that only run ``step`` forwards; the registry's rows say the same."""
+
+
 @contextlib.contextmanager
 def no_while_loop(name: str) -> Iterator[None]:
     """Says what to do about a ``while_loop`` in the step of an estimator that goes backwards.
@@ -188,12 +201,6 @@ def no_while_loop(name: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"{name} differentiates `step` in reverse mode, which a `while_loop` in it does not "
-            f"allow. Use an estimator that only runs it forwards ({_forward_only()}), or a "
+            f"allow. Use an estimator that only runs it forwards ({', '.join(FORWARD_ONLY)}), or a "
             "`fori_loop` or `scan` with a fixed number of steps."
         ) from error
-
-
-def _forward_only() -> str:
-    from unrollgrad.estimators import REGISTRY  # here, since the registry imports this module
-
-    return ", ".join(name for name, row in REGISTRY.items() if not row.reverse_mode)

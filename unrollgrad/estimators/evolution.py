@@ -11,10 +11,11 @@ only: a ``while_loop`` begins them.
 
 from typing import Any
 
-from unrollgrad import problem_checks, unroll
-from unrollgrad.estimators import pairs
+from unrollgrad._checks import inner_loop
+from unrollgrad._core import unroll
+from unrollgrad.estimators import _pairs
+from unrollgrad.estimators._persistence import Persistence, check_period
 from unrollgrad.estimators._window import inner_state, made_by, nothing, windowed
-from unrollgrad.estimators.persistence import Persistence, check_period
 from unrollgrad.noise import Noise
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
@@ -59,15 +60,15 @@ def full_es(
         Salimans et al., Evolution strategies as a scalable alternative to reinforcement learning,
         2017, arXiv:1703.03864. Mirrored pairs: Brockhoff et al., PPSN 2010.
     """
-    problem_checks.static_horizon(problem, "full_es")
-    many = pairs.pairs(sigma, num_pairs, noise)
+    inner_loop.static_horizon(problem, "full_es")
+    many = _pairs.pairs(sigma, num_pairs, noise)
 
     def window(segment, theta, carried):
-        thetas = pairs.draw(many, theta, unroll.noise_key(segment.episode, 0))
-        result = pairs.run(segment, thetas, None)
-        unit = pairs.realised(thetas, sigma, result.losses)
+        thetas = _pairs.draw(many, theta, unroll.noise_key(segment.episode, 0))
+        result = _pairs.run(segment, thetas, None)
+        unit = _pairs.realised(thetas, sigma, result.losses)
         steps = 2 * num_pairs * segment.num_steps
-        return pairs.estimate(result, sigma, theta, unit, unit, steps), None
+        return _pairs.estimate(result, sigma, theta, unit, unit, steps), None
 
     return windowed(problem, made_by("full_es", problem), None, nothing, window, many.check)
 
@@ -119,16 +120,16 @@ def truncated_es(
         Metz et al., Understanding and correcting pathologies in the training of learned optimizers,
         ICML 2019, arXiv:1810.10180. Vicol et al., ICML 2021, arXiv:2112.13835 (as a baseline).
     """
-    truncation = problem_checks.check_truncation(problem, truncation)
-    many = pairs.pairs(sigma, num_pairs, noise)
+    truncation = inner_loop.check_truncation(problem, truncation)
+    many = _pairs.pairs(sigma, num_pairs, noise)
 
     def window(segment, theta, state):
         episode = segment.episode
-        thetas = pairs.draw(many, theta, unroll.noise_key(episode, episode.t // truncation))
-        result, thetas, state = pairs.run_from_mean(segment, thetas, theta, state)
-        unit = pairs.difference(thetas, sigma)
+        thetas = _pairs.draw(many, theta, unroll.noise_key(episode, episode.t // truncation))
+        result, thetas, state = _pairs.run_from_mean(segment, thetas, theta, state)
+        unit = _pairs.difference(thetas, sigma)
         steps = (2 * num_pairs + 1) * truncation
-        return pairs.estimate(result, sigma, theta, unit, unit, steps), state
+        return _pairs.estimate(result, sigma, theta, unit, unit, steps), state
 
     fingerprint = made_by("truncated_es", problem, truncation=truncation)
     return windowed(problem, fingerprint, truncation, inner_state(problem), window, many.check)
@@ -194,15 +195,15 @@ def gpes(
         Vicol et al., Low-variance gradient estimation in unrolled computation graphs with
         ES-Single, ICML 2023, arXiv:2304.11153 (its appendix F).
     """
-    truncation = problem_checks.check_truncation(problem, truncation)
+    truncation = inner_loop.check_truncation(problem, truncation)
     noise_period = check_period(noise_period, truncation)
-    many = pairs.pairs(sigma, num_pairs, noise)
+    many = _pairs.pairs(sigma, num_pairs, noise)
     persistence = Persistence(problem, many, noise_period)
 
     def window(segment, theta, carried):
         result, noise, carried = persistence.run(segment, theta, carried)
         steps = 2 * num_pairs * truncation
-        return pairs.estimate(result, sigma, theta, noise.now, noise.before, steps), carried
+        return _pairs.estimate(result, sigma, theta, noise.now, noise.before, steps), carried
 
     # `gpes` at one of its ends and the estimator that it is there take each other's states.
     name = {truncation: "pes", None: "es_single"}.get(noise_period, "gpes")

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, problem_checks, unroll, varying
-from unrollgrad.estimators import persistence
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import mesh_axes, unroll
+from unrollgrad._core.dtypes import wide
+from unrollgrad._core.float_leaves import floats_of, split
+from unrollgrad.estimators import _persistence
 from unrollgrad.estimators._window import made_by, windowed
-from unrollgrad.estimators.floats import floats_of, split
-from unrollgrad.noise import rademacher, sample, wide
+from unrollgrad.noise import rademacher, sample
 from unrollgrad.types import (
     Estimate,
     GradientEstimator,
@@ -87,8 +89,8 @@ def forward_mode(
         Williams and Zipser, A learning algorithm for continually running fully recurrent neural
         networks, Neural Computation, 1989.
     """
-    truncation = problem_checks.check_truncation(problem, truncation)
-    max_bytes = checks.positive_int("max_bytes", max_bytes)
+    truncation = inner_loop.check_truncation(problem, truncation)
+    max_bytes = arguments.positive_int("max_bytes", max_bytes)
     fingerprint = made_by("forward_mode", problem, truncation=truncation)
 
     def begin(episode, theta):
@@ -99,10 +101,10 @@ def forward_mode(
         return Tangents(state, [jnp.zeros((dim, *x.shape), x.dtype) for x in floats_of(state)])
 
     def window(segment, theta, carried):
-        names = varying.axes((theta, segment.episode, segment.data, carried.state))
+        names = mesh_axes.axes((theta, segment.episode, segment.data, carried.state))
         push = _pushforward(segment, theta, carried.state)
         result, along = jax.vmap(push, out_axes=(None, 0))(
-            varying.over(names, _basis(theta)), carried.tangents, None
+            mesh_axes.over(names, _basis(theta)), carried.tangents, None
         )
         slopes = jnp.mean(along.losses, axis=-1)
         if along.end is not None and along.start is not None:
@@ -158,8 +160,8 @@ def dodge(
         Silver et al., Learning by directional gradient descent, ICLR 2022. Baydin et al., Gradients
         without backpropagation, 2022, arXiv:2202.08587. As a family: Li et al., NeurIPS 2023.
     """
-    truncation = problem_checks.check_truncation(problem, truncation)
-    noise_period = persistence.check_period(noise_period, truncation)
+    truncation = inner_loop.check_truncation(problem, truncation)
+    noise_period = _persistence.check_period(noise_period, truncation)
     law = rademacher()
 
     def begin(episode, theta):
@@ -174,13 +176,13 @@ def dodge(
 
     def window(segment, theta, carried):
         episode = segment.episode
-        names = varying.axes((theta, episode, carried.state, segment.data))
-        drawn = sample(law, persistence.noise_key(episode, noise_period), theta, 1)
-        unit = varying.over(names, jax.tree.map(lambda u: u[0], drawn))
+        names = mesh_axes.axes((theta, episode, carried.state, segment.data))
+        drawn = sample(law, _persistence.noise_key(episode, noise_period), theta, 1)
+        unit = mesh_axes.over(names, jax.tree.map(lambda u: u[0], drawn))
         direction = jax.tree.map(lambda u, x: u.astype(x.dtype), unit, theta)  # signs are exact
         push = _pushforward(segment, theta, carried.state)
         result, along = push(direction, carried.tangents, carried.evaluated)
-        noise = persistence.accumulate(
+        noise = _persistence.accumulate(
             episode.t, truncation, noise_period, carried.accumulated, unit
         )
         slope, evaluated = jnp.mean(along.losses), None

@@ -10,7 +10,7 @@ import lineax as lx
 import optax
 from jax.custom_derivatives import SymbolicZero
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.implicit import linear, trees
 
 Solve = Callable[..., Any]
@@ -177,7 +177,7 @@ def one_step(
         Bolte, Pauwels and Vaiter, One-step differentiation of iterative algorithms, NeurIPS 2023.
     """
     _check_function("step", step)
-    num_steps = checks.positive_int("num_steps", num_steps)
+    num_steps = arguments.positive_int("num_steps", num_steps)
 
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)
@@ -317,7 +317,7 @@ def _check_function(name: str, function: Any) -> None:
 
 def _check_like(name: str, params: Any, out: Any) -> None:
     """Raises TypeError if ``out`` has not the structure and shapes of params."""
-    if difference := checks.shape_difference(params, out):
+    if difference := arguments.shape_difference(params, out):
         raise TypeError(
             f"`{name}` must return a tree like params, with one equation for each of their "
             f"numbers; it differs at params{difference}."

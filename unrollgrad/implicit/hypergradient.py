@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import lineax as lx
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.implicit import health, linear, operators, trees
 from unrollgrad.types import Theta
 
@@ -104,16 +104,16 @@ def hypergradient(
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(
             f"`solver` must be one of lineax or unrollgrad.implicit, such as lineax.CG(1e-6, 1e-6)"
-            f" or implicit.neumann(20); got {checks.describe(solver)}."
+            f" or implicit.neumann(20); got {arguments.describe(solver)}."
         )
     if trees.is_concrete(damping) and not damping >= 0:
         raise ValueError(f"`damping` must not be negative; got {damping}.")
     mixed = inner if mixed is None else mixed
 
     def f(params: Any, theta: Theta, v0: Any = None) -> HyperGradient:
-        params, theta = trees.check_floating("params", params), checks.floating_theta(theta)
+        params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
         for name, loss in {"outer": outer, "inner": inner, "mixed": mixed}.items():
-            checks.check_loss(name, jax.eval_shape(loss, params, theta))
+            arguments.check_loss(name, jax.eval_shape(loss, params, theta))
         outer_loss, (a, direct) = jax.value_and_grad(outer, argnums=(0, 1))(params, theta)
         if curvature is None:
             gradient, operator = operators.hessian(inner, params, theta)
@@ -124,7 +124,7 @@ def hypergradient(
         undamped = operators.damped(operator, params, 0.0)
         operator = operators.damped(operator, params, damping)
         a = trees.widen(trees.narrow(a, params))
-        if v0 is not None and (problem := checks.leaf_differences(a, v0, "v0")):
+        if v0 is not None and (problem := arguments.leaf_differences(a, v0, "v0")):
             raise TypeError(
                 "`v0` must be the `v` of an earlier call with such params; expected -> got:\n"
                 + "\n".join(problem)

@@ -13,7 +13,7 @@ import lineax as lx
 import numpy as np
 import optax
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
 
 _POWER_STEPS = 20
@@ -93,7 +93,7 @@ def neumann(
         Lorraine, Vicol and Duvenaud, Optimizing millions of hyperparameters by implicit
         differentiation, AISTATS 2020. There "K' terms" are K' + 1 of the series.
     """
-    return _Neumann(checks.positive_int("terms", terms), _step_size(step_size))
+    return _Neumann(arguments.positive_int("terms", terms), _step_size(step_size))
 
 
 def identity(step_size: float | jax.Array = 1.0) -> lx.AbstractLinearSolver:
@@ -210,8 +210,8 @@ def nystrom(
     """
     if trees.is_concrete(rho) and not rho > 0:
         raise ValueError(f"`rho` must be positive; got {rho}. 0.1 times the largest curvature?")
-    key = jax.random.key(0) if key is None else checks.typed_key(key)
-    return _Nystrom(checks.positive_int("rank", rank), rho, key)
+    key = jax.random.key(0) if key is None else arguments.typed_key(key)
+    return _Nystrom(arguments.positive_int("rank", rank), rho, key)
 
 
 def dense(rcond: float | None = None) -> lx.AbstractLinearSolver:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 
 
 def dtype(tree: Any) -> Any:
@@ -50,7 +50,7 @@ def check_floating(name: str, tree: Any) -> Any:
         TypeError: If a leaf is not floating.
         ValueError: If there are no leaves, or one is empty.
     """
-    return checks.floating(name, tree, "Let the functions close over the others.")
+    return arguments.floating(name, tree, "Let the functions close over the others.")
 
 
 def is_concrete(tree: Any) -> bool:

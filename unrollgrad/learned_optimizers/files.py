@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from unrollgrad._core.dtypes import wide
 from unrollgrad.learned_optimizers.architecture import Architecture
 from unrollgrad.learned_optimizers.mlps import adafactor_mlp, mlp, rnn_mlp
 from unrollgrad.learned_optimizers.schedules import scheduled_adam, scheduled_sgd
-from unrollgrad.noise import wide
 from unrollgrad.types import Theta
 
 ARCHITECTURES = {

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unrollgrad._core.dtypes import wide
 from unrollgrad.learned_optimizers import features, networks
-from unrollgrad.noise import wide
 
 
 class PerWeightState(NamedTuple):

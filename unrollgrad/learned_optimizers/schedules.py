@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from unrollgrad._core.dtypes import wide
 from unrollgrad.learned_optimizers.architecture import Architecture
-from unrollgrad.noise import wide
 from unrollgrad.types import Theta
 
 KNOTS = (0, 3, 10, 30, 100, 300, 1000, 3000)

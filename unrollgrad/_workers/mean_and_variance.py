@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad.noise import wide
+from unrollgrad._core.dtypes import wide
 from unrollgrad.types import AverageInfo, Estimate, Key, Theta
 
 SKETCH = 128

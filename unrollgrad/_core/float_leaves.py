@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from unrollgrad.noise import wide
+from unrollgrad._core.dtypes import wide
 from unrollgrad.types import State
 
 

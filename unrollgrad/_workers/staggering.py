@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import varying
+from unrollgrad._core import mesh_axes
 from unrollgrad.types import Episode, WorkerState
 
 
@@ -62,7 +62,7 @@ def burn_in(
 
         return number + 1, jax.tree.map(leaf, call(number, state), state)
 
-    state = varying.like(jax.eval_shape(call, 0, state), state)
+    state = mesh_axes.like(jax.eval_shape(call, 0, state), state)
     return jax.lax.while_loop(lambda carry: jnp.any(behind(carry[1])), move, (0, state))[1]
 
 

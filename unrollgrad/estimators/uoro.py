@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks, problem_checks, unroll, varying
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import mesh_axes, unroll
+from unrollgrad._core.dtypes import wide
+from unrollgrad._core.float_leaves import floats_of, inner_product, split
 from unrollgrad.estimators import backprop
 from unrollgrad.estimators._window import made_by, windowed
-from unrollgrad.estimators.floats import floats_of, inner_product, split
-from unrollgrad.noise import wide
 from unrollgrad.types import (
     Episode,
     Estimate,
@@ -81,7 +82,7 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     References:
         Tallec and Ollivier, Unbiased online recurrent optimization, ICLR 2018, arXiv:1702.05043.
     """
-    truncation = problem_checks.check_truncation(problem, truncation)
+    truncation = inner_loop.check_truncation(problem, truncation)
     fingerprint = made_by("uoro", problem, truncation=truncation)
 
     def begin(episode, theta):
@@ -101,7 +102,7 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
 def _uoro(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate, RankOne]:
     """One window: every step pushes ``left``, pulls its loss back, and joins what is new."""
     problem = segment.problem
-    signs = _signs(segment, varying.axes((theta, segment.episode, carried.state, segment.data)))
+    signs = _signs(segment, mesh_axes.axes((theta, segment.episode, carried.state, segment.data)))
 
     def evaluated(at: RankOne):
         return _rank_one_gradient(partial(unroll.evaluate, problem, segment.episode), theta, at)
@@ -149,7 +150,9 @@ def _signs(segment: Segment, names: frozenset) -> Callable[[Any, list], list[jax
     def signs(t, floats):
         key = unroll.noise_key(segment.episode, t)
         return [
-            varying.over(names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype))
+            mesh_axes.over(
+                names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
+            )
             for i, x in enumerate(floats)
         ]
 
@@ -215,5 +218,5 @@ def _check_real(state: State) -> None:
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"uoro cannot carry complex states: state{jax.tree_util.keystr(path)} is "
-                f"{checks.describe(x)}. Keep its real and imaginary parts apart, or use `dodge`."
+                f"{arguments.describe(x)}. Keep its real and imaginary parts apart, or use `dodge`."
             )

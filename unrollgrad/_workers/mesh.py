@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 
 
 def make_worker_mesh(
@@ -35,7 +35,7 @@ def make_worker_mesh(
     if devices is None:
         devices = jax.devices()
     elif np.ndim(devices) == 0:
-        devices = jax.devices()[: checks.num_devices(devices)]
+        devices = jax.devices()[: arguments.num_devices(devices)]
     devices = list(np.ravel(np.asarray(devices, object)))
     if not devices or not all(isinstance(device, jax.Device) for device in devices):
         raise TypeError(

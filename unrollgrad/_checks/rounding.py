@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.types import Theta
 
 _MOST = 100_000  # coordinates of a leaf that are looked at
@@ -27,7 +27,7 @@ def check(sigma: Any, theta: Theta) -> None:
         sigma: A pytree prefix of theta.
         theta: Outer parameters.
     """
-    full = checks.broadcast_sigma(sigma, theta)
+    full = arguments.broadcast_sigma(sigma, theta)
     named = jax.tree_util.tree_leaves_with_path(theta)
     worst, at = 1.0, None
     for (path, x), s in zip(named, jax.tree.leaves(full), strict=True):

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unrollgrad import checks, moments, problem_checks, staggering, varying
-from unrollgrad.curriculum import CurriculumState
-from unrollgrad.mesh import axis_size, placed
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import mesh_axes
+from unrollgrad._workers import mean_and_variance, staggering
+from unrollgrad._workers.curriculum import CurriculumState
+from unrollgrad._workers.mesh import axis_size, placed
 from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
 
 _NO_DATA = (
@@ -117,7 +119,7 @@ def average(
             f"`estimator` must be a GradientEstimator such as ug.pes(problem, ...); got a "
             f"{type(estimator).__name__}."
         )
-    num_workers = checks.positive_int("num_workers", num_workers)
+    num_workers = arguments.positive_int("num_workers", num_workers)
     _check_one_of("nonfinite", nonfinite, ("drop", "propagate"))
     _check_one_of("stagger", stagger, ("lockstep", "breakstep", "burn_in"))
     truncation = estimator.truncation
@@ -162,7 +164,7 @@ def average(
         episode = after.episode._replace(t=jnp.where(good, after.episode.t, 0))
         if stagger == "breakstep":
             episode = staggering.end_first(state.episode, episode)
-        return moments.of(each, finite, good), after._replace(episode=episode)
+        return mean_and_variance.of(each, finite, good), after._replace(episode=episode)
 
     def numbers() -> jax.Array:
         """The numbers of this device's workers, in chunks."""
@@ -175,32 +177,32 @@ def average(
     def step_all(key, theta, state, data):
         def chunk(total, inputs):
             some, state = step(key, theta, *inputs)
-            return moments.merge(total, some), state
+            return mean_and_variance.merge(total, some), state
 
         chunks = (numbers(), _split(state, num_chunks), _split(data, num_chunks))
         shapes, _ = jax.eval_shape(step, key, theta, *jax.tree.map(lambda x: x[0], chunks))
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        nothing = varying.like(shapes, nothing)
+        nothing = mesh_axes.like(shapes, nothing)
         total, state = jax.lax.scan(chunk, nothing, chunks)
         if mesh is not None:
-            total = moments.over_devices(total, axis, jax.random.fold_in(key, _SIGNS))
+            total = mean_and_variance.over_devices(total, axis, jax.random.fold_in(key, _SIGNS))
         counts = total.count, total.num_nonfinite_losses
-        return moments.estimate(total, theta), counts, _join(state)
+        return mean_and_variance.estimate(total, theta), counts, _join(state)
 
     whole, split = PartitionSpec(), PartitionSpec(axis)
     run_begin = _compiled(begin_all, mesh, (whole, whole), split)
     run_step = _compiled(step_all, mesh, (whole, whole, split, split), (whole, whole, split))
 
     def init(key: Key, theta: Theta) -> WorkerState:
-        key, theta = checks.typed_key(key), checks.floating_theta(theta)
+        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         # Outside jit first: what theta's values say against it cannot be seen in a trace.
         one = jax.eval_shape(lambda key: estimator.init(key, theta), key)
         _check_one_worker(one, stagger)
         return run_begin(key, theta)
 
     def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
-        key, theta = checks.typed_key(key), checks.floating_theta(theta)
-        checks.check_data(data, num_workers, "num_workers", what="worker")
+        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
+        arguments.check_data(data, num_workers, "num_workers", what="worker")
         _check_state(state, num_workers)
         if data is not None and stagger == "burn_in":
             raise ValueError(_NO_DATA)
@@ -282,14 +284,14 @@ def _workers_per_device(num_workers: int, mesh: Mesh, axis: str) -> int:
 
 
 def _check_batch_size(batch_size: int, own: int, num_workers: int) -> int:
-    batch_size = checks.positive_int("batch_size", batch_size)
+    batch_size = arguments.positive_int("batch_size", batch_size)
     if own % batch_size:
         which = f"the {own} workers"
         if own != num_workers:
             which += f" of one device (num_workers={num_workers} over {num_workers // own} devices)"
         raise ValueError(
             f"`batch_size` must divide {which}; got batch_size={batch_size}. Use one of "
-            f"{problem_checks.divisors(own)}."
+            f"{inner_loop.divisors(own)}."
         )
     return batch_size
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unrollgrad import checks
-from unrollgrad.extras import need
-from unrollgrad.mesh import on_any_process
+from unrollgrad._checks import arguments
+from unrollgrad._core.optional_packages import need
+from unrollgrad._workers.mesh import on_any_process
 
 KEPT = 2
 """The newest that are kept, besides the best."""
@@ -250,7 +250,7 @@ def about(tree: Any, key: Any, config: Any) -> dict[str, Any]:
             "them: ug.average(..., mesh=ug.make_worker_mesh())."
         )
     leaves = {
-        jax.tree_util.keystr(path): checks.describe(x)
+        jax.tree_util.keystr(path): arguments.describe(x)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
     return {

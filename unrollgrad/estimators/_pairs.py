@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, resolution, unroll
-from unrollgrad.noise import Noise, gaussian, sample, wide
+from unrollgrad._checks import arguments, rounding
+from unrollgrad._core import unroll
+from unrollgrad._core.dtypes import wide
+from unrollgrad.noise import Noise, gaussian, sample
 from unrollgrad.types import Estimate, Info, Key, Segment, State, Theta
 
 
@@ -25,7 +27,7 @@ class Pairs(NamedTuple):
 
     def check(self, theta: Theta) -> None:
         """Raises ValueError if sigma does not fit theta, or would not move it."""
-        resolution.check(self.sigma, theta)
+        rounding.check(self.sigma, theta)
 
 
 def pairs(sigma: Any, num_pairs: int, noise: Noise | None = None) -> Pairs:
@@ -35,8 +37,8 @@ def pairs(sigma: Any, num_pairs: int, noise: Noise | None = None) -> Pairs:
         TypeError: If an argument is of another kind.
         ValueError: If sigma or num_pairs is not positive.
     """
-    checks.check_sigma(sigma)
-    checks.positive_int(
+    arguments.check_sigma(sigma)
+    arguments.positive_int(
         "num_pairs",
         num_pairs,
         " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas.",
@@ -61,7 +63,7 @@ def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
         both = [_round(center + eps, x.dtype), _round(center - eps, x.dtype)]
         return jnp.stack(both, axis=1).astype(x.dtype)
 
-    return jax.tree.map(perturb, theta, checks.broadcast_sigma(pairs.sigma, theta), unit)
+    return jax.tree.map(perturb, theta, arguments.broadcast_sigma(pairs.sigma, theta), unit)
 
 
 def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
@@ -87,7 +89,7 @@ def difference(thetas: Theta, sigma: Any) -> Theta:
         both = both.astype(wide(both.dtype))
         return (both[:, 0] - both[:, 1]) / (2 * jnp.asarray(s, both.dtype))
 
-    return jax.tree.map(leaf, checks.broadcast_sigma(sigma, thetas), thetas)
+    return jax.tree.map(leaf, arguments.broadcast_sigma(sigma, thetas), thetas)
 
 
 def _round(x: jax.Array, dtype: Any) -> jax.Array:
@@ -181,7 +183,7 @@ def estimate(
             g = g - weighted_mean(half_difference(window.start), b)
         return (g / jnp.asarray(s, g.dtype)).astype(x.dtype)
 
-    grad = jax.tree.map(leaf, theta, checks.broadcast_sigma(sigma, theta), weight, before)
+    grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), weight, before)
     loss = jnp.mean(jax.vmap(jax.vmap(unroll.Window.loss))(window))
     return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
 

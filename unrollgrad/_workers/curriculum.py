@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, varying
+from unrollgrad._checks import arguments
+from unrollgrad._core import mesh_axes
 from unrollgrad.types import Episode, Estimate, GradientEstimator, Key, MadeBy, Theta, WorkerState
 
 _TAG = 0x63757272  # the keys of a stage's first state are those of no worker
@@ -80,11 +81,11 @@ def curriculum(
         return [jax.eval_shape(e.init, key, theta) for e in estimators]
 
     def init(key: Key, theta: Theta) -> CurriculumState:
-        key = checks.typed_key(key)
+        key = arguments.typed_key(key)
         stages = shapes(key, theta)
         _check_same_shapes(stages)
         state = estimators[0].init(key, theta)
-        calls = varying.over(varying.axes(state.episode.t), jnp.zeros((), jnp.int32))
+        calls = mesh_axes.over(mesh_axes.axes(state.episode.t), jnp.zeros((), jnp.int32))
         return CurriculumState(state.episode, calls, _carried(state), _made_by(stages, boundaries))
 
     def estimate(key: Key, theta: Theta, state: CurriculumState, *, data: Any = None):
@@ -93,10 +94,10 @@ def curriculum(
                 "a curriculum takes no `data`: its stages may need different lengths of it. Sample "
                 "batches in `step` (training_problem's `sample_batch`)."
             )
-        key, theta = checks.typed_key(key), checks.floating_theta(theta)
-        checks.check_worker_state(state, jax.eval_shape(init, key, theta))
-        names = varying.axes((key, theta, state))
-        key, theta, state = varying.over(names, (key, theta, state))
+        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
+        arguments.check_worker_state(state, jax.eval_shape(init, key, theta))
+        names = mesh_axes.axes((key, theta, state))
+        key, theta, state = mesh_axes.over(names, (key, theta, state))
         begins = jnp.asarray(boundaries, jnp.int32)
 
         def stage(number: int, like: WorkerState) -> Callable[..., Any]:
@@ -106,13 +107,13 @@ def curriculum(
 
                 def begin():
                     fresh = estimators[number].init(jax.random.fold_in(key, _TAG), theta)
-                    return varying.over(names, fresh)
+                    return mesh_axes.over(names, fresh)
 
                 own = carry_on()
                 if number > 0:
                     own = jax.lax.cond(state.calls == boundaries[number - 1], begin, carry_on)
                 out, own = estimators[number].estimate(key, theta, own)
-                return varying.over(names, (out, own.episode, _carried(own)))
+                return mesh_axes.over(names, (out, own.episode, _carried(own)))
 
             return run
 
@@ -140,7 +141,7 @@ def _checked(
                 f"`estimators[{i}]` must be a GradientEstimator such as ug.average(ug.pes(problem, "
                 f"...), 64); got a {type(estimator).__name__}."
             )
-    boundaries = [checks.positive_int(f"boundaries[{i}]", b) for i, b in enumerate(boundaries)]
+    boundaries = [arguments.positive_int(f"boundaries[{i}]", b) for i, b in enumerate(boundaries)]
     if len(boundaries) != len(estimators) - 1:
         raise ValueError(
             "`boundaries` must be one fewer than the stages, the calls at which the second, third, "
@@ -171,7 +172,7 @@ def _restored(like: WorkerState, state: CurriculumState) -> WorkerState:
 
 def _check_same_shapes(stages: list[WorkerState]) -> None:
     for i, other in enumerate(stages[1:], start=1):
-        if lines := checks.leaf_differences(stages[0], other):
+        if lines := arguments.leaf_differences(stages[0], other):
             raise ValueError(
                 "the stages of a curriculum must have worker states of the same shapes, since one "
                 f"state serves them all; `estimators[{i}]` differs from `estimators[0]`:\n"
@@ -182,7 +183,7 @@ def _check_same_shapes(stages: list[WorkerState]) -> None:
 
 def _check_same_estimates(estimates: list[Estimate]) -> None:
     for i, other in enumerate(estimates[1:], start=1):
-        if lines := checks.leaf_differences(estimates[0], other, "estimate"):
+        if lines := arguments.leaf_differences(estimates[0], other, "estimate"):
             raise ValueError(
                 "the stages of a curriculum must return the same kind of estimate; "
                 f"`estimators[{i}]` differs from `estimators[0]`:\n"

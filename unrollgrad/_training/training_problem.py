@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad import checks, inner_optimizers, problem_checks
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._training import inner_optimizers
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
 
 
@@ -99,7 +100,7 @@ def training_problem(
     float16 = functools.cache(functools.partial(inner_optimizers.warn_of_float16, optimizer))
 
     def init(key: Key, theta: Theta) -> TrainingState:
-        params = checks.strong_state(init_params(key), made_by="init_params")
+        params = arguments.strong_state(init_params(key), made_by="init_params")
         trained = _floating(params)
         float16(inner_optimizers.shapes(theta), inner_optimizers.shapes(trained))
         return TrainingState(params, inner_optimizers.init(optimizer, theta, trained))
@@ -120,7 +121,7 @@ def training_problem(
 
         def inner(params):
             value = loss(theta, whole(params), batch, key_loss)
-            checks.check_loss("loss", value)
+            arguments.check_loss("loss", value)
             return value
 
         value, grad = jax.value_and_grad(inner)(params)
@@ -147,7 +148,7 @@ def _floating(params: Any) -> Any:
     """The leaves that are trained; None in place of the others."""
 
     def leaf(x):
-        return x if jnp.issubdtype(checks.dtype_of(x), jnp.inexact) else None
+        return x if jnp.issubdtype(arguments.dtype_of(x), jnp.inexact) else None
 
     return jax.tree.map(leaf, params)
 
@@ -184,12 +185,12 @@ def final_loss(
         >>> round(float(ug.episode_loss(final, jax.random.key(0), theta)), 3)
         8.0
     """
-    problem_checks.static_horizon(problem, "final_loss")
+    inner_loop.static_horizon(problem, "final_loss")
 
     def step(key: Key, theta: Theta, state: State, t: Any, *data: Any):
         result = problem.step(key, theta, state, t, *data)
         if not (isinstance(result, tuple) and len(result) == 2):
-            return result  # refused with its own message, in ``problem_checks.check_step``
+            return result  # refused with its own message, in ``inner_loop.check_step``
         return result[0], jnp.zeros_like(result[1])
 
     return problem._replace(step=step, evaluate=evaluate)

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unrollgrad import checkpoints, checks
-from unrollgrad.interrupts import stop_requests
-from unrollgrad.mesh import on_any_process, placed
-from unrollgrad.prefetch import prefetched
-from unrollgrad.progress import progress_bar
+from unrollgrad._checks import arguments
+from unrollgrad._core.progress import progress_bar
+from unrollgrad._fit import checkpoints
+from unrollgrad._fit.data_thread import prefetched
+from unrollgrad._fit.interrupts import stop_requests
+from unrollgrad._workers.mesh import on_any_process, placed
 from unrollgrad.types import GradientEstimator, Key, Theta, WorkerState
 
 _INIT, _EVALUATE = 0x696E6974, 0x6576616C  # folded into the key, numbers that no step has
@@ -148,12 +149,12 @@ def fit(
         (200,)
     """
     _check(estimator, optimizer, data)
-    num_steps = checks.positive_int("num_steps", num_steps)
-    size = checks.positive_int("steps_per_dispatch", steps_per_dispatch)
+    num_steps = arguments.positive_int("num_steps", num_steps)
+    size = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
     every = 10 * size
     if checkpoint_every is not None:
-        every = checks.positive_int("checkpoint_every", checkpoint_every)
-    key, theta, config = checks.typed_key(key), checks.floating_theta(theta), _as_json(config)
+        every = arguments.positive_int("checkpoint_every", checkpoint_every)
+    key, theta, config = arguments.typed_key(key), arguments.floating_theta(theta), _as_json(config)
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         run = _Run(_begin(estimator, theta, optimizer, key), 0, [], [])
         about = {} if store is None else checkpoints.about(run.carry, key, config)
@@ -279,7 +280,7 @@ def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key)
     whole = NamedSharding(meshes.pop(), PartitionSpec()) if meshes else None
 
     def own(x):
-        x = jnp.copy(checks.strong(x))
+        x = jnp.copy(arguments.strong(x))
         return x if whole is None else placed(x, whole)
 
     theta, opt_state = jax.tree.map(own, (theta, optimizer.init(theta)))

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from unrollgrad import extras
+from unrollgrad._core import optional_packages
 
 _shown: list[Any] = []
 
@@ -21,7 +21,7 @@ def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float]
         yield lambda text, done: None
         return
     try:
-        rich: Any = extras.need("rich.progress", "rich")
+        rich: Any = optional_packages.need("rich.progress", "rich")
     except ImportError:
         yield lambda text, done: None
         return
@@ -33,7 +33,7 @@ def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float]
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
     ]
-    console = extras.need("rich.console", "rich").Console(stderr=True)
+    console = optional_packages.need("rich.console", "rich").Console(stderr=True)
     with rich.Progress(*columns, console=console) as bar:
         task = bar.add_task("compiling", total=total, rate="")
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, problem_checks, unroll
-from unrollgrad.estimators import backprop, pairs
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import unroll
+from unrollgrad._core.dtypes import wide
+from unrollgrad.estimators import _pairs, backprop
+from unrollgrad.estimators._persistence import Persistence, Persistent
 from unrollgrad.estimators._window import made_by, nothing, windowed
-from unrollgrad.estimators.persistence import Persistence, Persistent
-from unrollgrad.noise import wide
 from unrollgrad.types import Estimate, GradientEstimator, Info, State, Theta, UnrolledProblem
 
 
@@ -80,7 +81,7 @@ def pes_analytic(
         Vicol et al., Unbiased gradient estimation in unrolled computation graphs with persistent
         evolution strategies, ICML 2021, arXiv:2112.13835 ("PES + Analytic").
     """
-    many = pairs.pairs(sigma, num_pairs)
+    many = _pairs.pairs(sigma, num_pairs)
     return _analytic("pes_analytic", lambda noise: noise.now, problem, truncation, many)
 
 
@@ -124,14 +125,14 @@ def pes_analytic_replacement(
     References:
         The code released with Vicol et al., ICML 2021, arXiv:2112.13835.
     """
-    many = pairs.pairs(sigma, num_pairs)
+    many = _pairs.pairs(sigma, num_pairs)
     name = "pes_analytic_replacement"
     return _analytic(name, lambda noise: noise.before, problem, truncation, many)
 
 
 def _analytic(name, weigh, problem, truncation, many) -> GradientEstimator:
     """Both forms; ``weigh`` says which of the ``persistence.Weights`` weighs the differences."""
-    truncation = problem_checks.check_truncation(problem, truncation)
+    truncation = inner_loop.check_truncation(problem, truncation)
     persistence = Persistence(problem, many, truncation)
 
     def begin(episode, theta):
@@ -145,12 +146,12 @@ def _analytic(name, weigh, problem, truncation, many) -> GradientEstimator:
         own, state = backprop.gradient(name, loss, theta, truncation)
         weight = weigh(noise)
         steps = (2 * many.num_pairs + 1) * truncation
-        out = pairs.estimate(result, many.sigma, theta, weight, noise.before, steps)
+        out = _pairs.estimate(result, many.sigma, theta, weight, noise.before, steps)
         expected = _products(noise.unit, own.grad)
 
         def leaf(g, p, w):
             wide_p = p.astype(w.dtype)
-            return (g.astype(w.dtype) + wide_p - pairs.weighted_mean(expected, w)).astype(g.dtype)
+            return (g.astype(w.dtype) + wide_p - _pairs.weighted_mean(expected, w)).astype(g.dtype)
 
         grad = jax.tree.map(leaf, out.grad, own.grad, weight)
         return Estimate(grad, out.loss, out.info), Analytic(persistent, state)
@@ -213,8 +214,8 @@ def reparameterized_es(
         Metz et al., Understanding and correcting pathologies in the training of learned optimizers,
         ICML 2019, arXiv:1810.10180 (there every sample weighs itself too: slightly biased).
     """
-    problem_checks.static_horizon(problem, "reparameterized_es")
-    many = pairs.pairs(sigma, num_pairs)
+    inner_loop.static_horizon(problem, "reparameterized_es")
+    many = _pairs.pairs(sigma, num_pairs)
     if num_pairs < 3:
         raise ValueError(
             f"`num_pairs` must be at least 3, since each pair is weighed by the spread of the "
@@ -222,7 +223,7 @@ def reparameterized_es(
         )
 
     def window(segment, theta, carried):
-        thetas = pairs.draw(many, theta, unroll.noise_key(segment.episode, 0))
+        thetas = _pairs.draw(many, theta, unroll.noise_key(segment.episode, 0))
         loss = backprop.window(segment, None)
 
         def one(theta):
@@ -230,7 +231,7 @@ def reparameterized_es(
             return out.loss, out.grad
 
         losses, grads = jax.vmap(jax.vmap(one))(thetas)
-        unit = pairs.realised(thetas, sigma, losses)
+        unit = _pairs.realised(thetas, sigma, losses)
         halves = (losses[:, 0] - losses[:, 1]) / 2
 
         def leaf(x, s, u, r):
@@ -238,7 +239,7 @@ def reparameterized_es(
             e = u * _like(halves.astype(u.dtype), u) / jnp.asarray(s, u.dtype)
             return _merged(e, r).astype(x.dtype)
 
-        grad = jax.tree.map(leaf, theta, checks.broadcast_sigma(sigma, theta), unit, grads)
+        grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), unit, grads)
         info = Info(jnp.int32(2 * num_pairs * segment.num_steps))
         return Estimate(grad, jnp.mean(losses), info), None
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, unroll
-from unrollgrad.estimators import pairs
-from unrollgrad.noise import wide
+from unrollgrad._checks import arguments
+from unrollgrad._core import unroll
+from unrollgrad._core.dtypes import wide
+from unrollgrad.estimators import _pairs
 from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
 
 
@@ -37,7 +38,7 @@ def check_period(noise_period: int | None, truncation: int) -> int | None:
     """
     if noise_period is None:
         return None
-    noise_period = checks.positive_int("noise_period", noise_period)
+    noise_period = arguments.positive_int("noise_period", noise_period)
     if noise_period % truncation:
         raise ValueError(
             "`noise_period` must be a multiple of `truncation`; got "
@@ -103,7 +104,7 @@ class Persistence(NamedTuple):
     """
 
     problem: UnrolledProblem
-    pairs: pairs.Pairs
+    pairs: _pairs.Pairs
     noise_period: int | None
 
     def begin(self, episode: Episode, theta: Theta) -> Persistent:
@@ -119,7 +120,7 @@ class Persistence(NamedTuple):
         if self.problem.evaluate is not None:
             loss = unroll.evaluate_shape(self.problem, episode, theta, state)
             evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
-        return Persistent(pairs.spread(state, num_pairs), accumulated, evaluated)
+        return Persistent(_pairs.spread(state, num_pairs), accumulated, evaluated)
 
     def run(
         self, segment: Segment, theta: Theta, carried: Persistent
@@ -127,8 +128,8 @@ class Persistence(NamedTuple):
         """Runs one window of every pair: the window, its weights, and what is carried on."""
         t, sigma = segment.episode.t, self.pairs.sigma
         key = noise_key(segment.episode, self.noise_period)
-        thetas = pairs.draw(self.pairs, theta, key)
-        window = pairs.run(segment, thetas, carried.states, carried.evaluated)
-        unit = pairs.realised(thetas, sigma, window.losses)
+        thetas = _pairs.draw(self.pairs, theta, key)
+        window = _pairs.run(segment, thetas, carried.states, carried.evaluated)
+        unit = _pairs.realised(thetas, sigma, window.losses)
         noise = accumulate(t, segment.num_steps, self.noise_period, carried.accumulated, unit)
         return window, noise, Persistent(window.state, noise.accumulated, window.end)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.types import Theta
 
 Optimizer = Callable[[Theta, Any], optax.GradientTransformation]
@@ -44,7 +44,7 @@ def init(optimizer: Optimizer, theta: Theta, params: Any) -> Any:
         state = optimizer(theta, jnp.int32(0)).init(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         injected = jax.tree_util.GetAttrKey("hyperparams") in path
-        if injected and checks.dtype_of(leaf) in (jnp.bfloat16, jnp.float16):
+        if injected and arguments.dtype_of(leaf) in (jnp.bfloat16, jnp.float16):
             name = getattr(path[-1], "key", path[-1])
             raise ValueError(
                 f"the inner optimizer keeps its hyperparameter {name!r} in {leaf.dtype} (opt_state"
@@ -84,7 +84,7 @@ def _renewed(state: Any, fresh: Any) -> Any:
         return state  # refused by name, in ``problem_checks.check_step``
 
     def number(old, new):
-        return jnp.asarray(new, checks.dtype_of(old))
+        return jnp.asarray(new, arguments.dtype_of(old))
 
     def node(old, new):
         if not _is_injected(old):
@@ -102,8 +102,8 @@ def _keep_dtypes(old: Any, new: Any) -> Any:
         return new  # refused by name, in ``problem_checks.check_step``
 
     def leaf(old, new):
-        floating = jnp.issubdtype(checks.dtype_of(old), jnp.floating)
-        return jnp.asarray(new, checks.dtype_of(old)) if floating else new
+        floating = jnp.issubdtype(arguments.dtype_of(old), jnp.floating)
+        return jnp.asarray(new, arguments.dtype_of(old)) if floating else new
 
     return jax.tree.map(leaf, old, new)
 
@@ -136,7 +136,7 @@ class Shapes(NamedTuple):
 def shapes(tree: Any) -> Shapes:
     """Those of a tree of arrays."""
     leaves, structure = jax.tree.flatten(tree)
-    return Shapes(structure, tuple((np.shape(x), np.dtype(checks.dtype_of(x))) for x in leaves))
+    return Shapes(structure, tuple((np.shape(x), np.dtype(arguments.dtype_of(x))) for x in leaves))
 
 
 def when_differentiated(updates: Any, report: Callable[[], None]) -> Any:
@@ -152,7 +152,7 @@ def when_differentiated(updates: Any, report: Callable[[], None]) -> Any:
         return primals[0], tangents[0]
 
     def leaf(x):
-        return same(x) if jnp.issubdtype(checks.dtype_of(x), jnp.floating) else x
+        return same(x) if jnp.issubdtype(arguments.dtype_of(x), jnp.floating) else x
 
     return jax.tree.map(leaf, updates)
 
@@ -302,7 +302,7 @@ def _trial(
             extra = {"value": jnp.float32(1.0), "value_fn": lambda params: jnp.float32(1.0)}
             state = _joined(floats, rest)
             updates, new = update(optimizer, theta, t, grad, state, params, **extra)
-            floats, others = _split(jax.tree.map(checks.strong, new))
+            floats, others = _split(jax.tree.map(arguments.strong, new))
             return (updates, floats), others
 
         if differentiate:
@@ -317,7 +317,7 @@ def _trial(
         return carry, (_finite(out[0]), derivatives)
 
     def episode(gradients):
-        state = jax.tree.map(checks.strong, optimizer(theta, jnp.int32(0)).init(params))
+        state = jax.tree.map(arguments.strong, optimizer(theta, jnp.int32(0)).init(params))
         return jax.lax.scan(step, (state, params), (jnp.arange(_STEPS), gradients))[1]
 
     return jax.vmap(episode)(gradients)
@@ -336,7 +336,7 @@ def _split(tree: Any) -> tuple[Any, Any]:
     """The floating leaves and the others, None in place of those that are elsewhere."""
 
     def is_floating(x):
-        return jnp.issubdtype(checks.dtype_of(x), jnp.floating)
+        return jnp.issubdtype(arguments.dtype_of(x), jnp.floating)
 
     return (
         jax.tree.map(lambda x: x if is_floating(x) else None, tree),

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unrollgrad import checks, problem_checks, varying
+from unrollgrad._checks import arguments, inner_loop
+from unrollgrad._core import mesh_axes
 from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
 
 Remat = Literal["step", "sqrt"] | int | None
@@ -36,15 +37,17 @@ def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
     horizon = problem.horizon
     if callable(horizon):
         horizon = horizon(jax.random.fold_in(key, _HORIZON))
-        if not jnp.issubdtype(checks.dtype_of(horizon), jnp.integer) or jnp.shape(horizon) != ():
+        if not jnp.issubdtype(arguments.dtype_of(horizon), jnp.integer) or jnp.shape(horizon) != ():
             raise TypeError(
                 "`problem.horizon(key)` must return a whole number; got "
-                f"{checks.describe(horizon)}. Round it and cast it to int32."
+                f"{arguments.describe(horizon)}. Round it and cast it to int32."
             )
         windows = -(-jnp.asarray(horizon, jnp.int32) // truncation)
         horizon = truncation * jnp.maximum(windows, 1)
-    episode = Episode(key, jnp.zeros((), jnp.int32), checks.strong(jnp.asarray(horizon, jnp.int32)))
-    return varying.over(varying.axes(key), episode)
+    episode = Episode(
+        key, jnp.zeros((), jnp.int32), arguments.strong(jnp.asarray(horizon, jnp.int32))
+    )
+    return mesh_axes.over(mesh_axes.axes(key), episode)
 
 
 def continue_or_begin(
@@ -64,8 +67,8 @@ def advance(episode: Episode, truncation: int) -> Episode:
 def initial_state(problem: UnrolledProblem, episode: Episode, theta: Theta) -> State:
     """The state in which the episode begins."""
     key = jax.random.fold_in(episode.key, _INIT)
-    state = checks.strong_state(problem.init(key, theta), made_by="init")
-    return varying.over(varying.axes((key, theta)), state)
+    state = arguments.strong_state(problem.init(key, theta), made_by="init")
+    return mesh_axes.over(mesh_axes.axes((key, theta)), state)
 
 
 def evaluate(problem: UnrolledProblem, episode: Episode, theta: Theta, state: State) -> jax.Array:
@@ -107,7 +110,7 @@ def one_step(
     """Step ``t`` with its own key: the state after it, and its loss, at least float32."""
     extra = () if batch is None else (batch,)
     state, loss = problem.step(key, theta, state, t, *extra)
-    return checks.strong_state(state, made_by="step"), _as_loss(loss)
+    return arguments.strong_state(state, made_by="step"), _as_loss(loss)
 
 
 def scan(
@@ -154,7 +157,7 @@ def _remade(body: Any) -> Any:
 def reset(episode: Episode, begin: Callable[[Episode], Any], carried: Any) -> Any:
     """``begin(episode)`` where the episode is at its start, ``carried`` elsewhere."""
     first = episode.t == 0
-    if varying.axes(first):
+    if mesh_axes.axes(first):
         # In shard_map no `cond`: under vmap JAX makes it a select of all it closes over, which then
         # vary over devices where the branch was traced with constants, and fails (jax 0.10).
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin(episode), carried)
@@ -168,7 +171,7 @@ def reset_forwards(episode: Episode, begin: Callable[[Episode], Any], carried: A
     ``begin`` only if one of the episodes is at its start, where a ``cond`` would run it always.
     """
     first = episode.t == 0
-    if varying.axes(first):
+    if mesh_axes.axes(first):
         return reset(episode, begin, carried)
 
     def turn(carry):
@@ -246,7 +249,7 @@ def window(
 
 def weigh(segment: Segment, evaluated: Any) -> Any:
     """T/K times what was evaluated at an end of the segment: an episode has T/K windows."""
-    horizon = problem_checks.static_horizon(segment.problem, "problem.evaluate")
+    horizon = inner_loop.static_horizon(segment.problem, "problem.evaluate")
     return jax.tree.map(lambda x: horizon / segment.num_steps * x, evaluated)
 
 
@@ -280,10 +283,10 @@ def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any 
         >>> round(float(ug.episode_loss(problem, jax.random.key(0), theta)), 3)
         9.948
     """
-    horizon = problem_checks.static_horizon(problem, "episode_loss")
-    key, theta = checks.typed_key(key), checks.floating_theta(theta)
-    checks.check_data(data, horizon, "horizon")
-    problem_checks.check_step(problem, key, theta, data)
+    horizon = inner_loop.static_horizon(problem, "episode_loss")
+    key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
+    arguments.check_data(data, horizon, "horizon")
+    inner_loop.check_step(problem, key, theta, data)
     segment = Segment(problem, new_episode(problem, key, horizon), horizon, data)
     return window(segment, theta, None).loss()
 

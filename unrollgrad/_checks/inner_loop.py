@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unrollgrad import checks
+from unrollgrad._checks import arguments
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
 
 
@@ -37,7 +37,7 @@ def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
             "sampler. Set a whole number with problem._replace(horizon=...), or use an estimator "
             "with a `truncation`, such as pes or tbptt."
         )
-    return checks.positive_int("problem.horizon", problem.horizon)
+    return arguments.positive_int("problem.horizon", problem.horizon)
 
 
 def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
@@ -47,7 +47,7 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
         ValueError: If it does not divide a static horizon, or if ``evaluate`` meets a sampled one.
     """
     check_problem(problem)
-    truncation = checks.positive_int("truncation", truncation)
+    truncation = arguments.positive_int("truncation", truncation)
     if callable(problem.horizon):
         if problem.evaluate is not None:
             raise ValueError(
@@ -56,7 +56,7 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
                 "evaluation with problem._replace(evaluate=None)."
             )
         return truncation
-    horizon = checks.positive_int("problem.horizon", problem.horizon)
+    horizon = arguments.positive_int("problem.horizon", problem.horizon)
     if horizon % truncation:
         raise ValueError(
             f"`truncation` must divide `problem.horizon`; got truncation={truncation} and "
@@ -107,7 +107,9 @@ def check_step(
 
     def first_step(key, theta, t, data):
         # The barrier gives each leaf of the state a name of its own in the trace, constants too.
-        state = jax.lax.optimization_barrier(checks.strong_state(problem.init(key, theta), "init"))
+        state = jax.lax.optimization_barrier(
+            arguments.strong_state(problem.init(key, theta), "init")
+        )
         extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
         _check_takes(problem.step, key, theta, state, 0, *extra)
         return state, problem.step(key, theta, state, t, *extra)
@@ -120,13 +122,13 @@ def check_step(
                 f"{jax.tree.structure(result)}."
             )
         after, loss = result
-        after = checks.strong_state(after, "step")
+        after = arguments.strong_state(after, "step")
         _check_same(before, after)
-        checks.check_loss("step", loss)
+        arguments.check_loss("step", loss)
         losses = [loss]
         if problem.evaluate is not None:
             losses.append(problem.evaluate(key, theta, before))
-            checks.check_loss("evaluate", losses[-1])
+            arguments.check_loss("evaluate", losses[-1])
         return before, after, losses
 
     trace, (before, *_) = jax.make_jaxpr(checked, return_shape=True)(key, theta, jnp.int32(0), data)
@@ -150,7 +152,7 @@ def _check_takes(step: Any, *arguments: Any) -> None:
 
 
 def _check_same(before: State, after: State) -> None:
-    differences = checks.state_differences(before, after)
+    differences = arguments.state_differences(before, after)
     if differences:
         raise TypeError(
             "`step` must return a state with the structure, shapes and dtypes that it was given "

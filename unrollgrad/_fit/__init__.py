@@ -1,0 +1,1 @@
+"""The outer loop: dispatches, data, checkpoints, interruptions."""

@@ -1,0 +1,1 @@
+"""Inner training as a problem, and what inner optimizers do under differentiation."""

@@ -1,0 +1,191 @@
+"""The registry of estimators, which feeds the tests, the command line and the README."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from unrollgrad.estimators.backprop import bptt, tbptt
+from unrollgrad.estimators.evolution import es_single, full_es, gpes, pes, truncated_es
+from unrollgrad.estimators.forward import dodge, forward_mode
+from unrollgrad.estimators.hybrid import pes_analytic, pes_analytic_replacement, reparameterized_es
+from unrollgrad.estimators.uoro import uoro
+from unrollgrad.types import GradientEstimator, UnrolledProblem
+
+
+class Row(NamedTuple):
+    """What the README says of an estimator, and how to build it from common settings.
+
+    Attributes:
+        factory: ``factory(problem, *, ...)``.
+        unbiased_for: What its mean over an episode's windows is the gradient of; "biased" if none.
+        variance: Per pair, of the mean over an episode's n windows, for quadratic losses; P is
+            dim(theta), g the gradient.
+        passes: Forward passes over a window for N pairs: ``info.inner_steps`` of one worker is
+            ``passes(num_pairs)`` times the steps of a call.
+        time: Inner steps per call for N pairs; K the truncation, T the horizon, B the cost of a
+            backward step.
+        memory: At its peak beyond the problem's own, in states S and thetas P; random bits count.
+        paper: Where it comes from.
+        reverse_mode: Whether it differentiates ``step`` in reverse mode.
+        least_pairs: The fewest pairs that it takes.
+    """
+
+    factory: Callable[..., GradientEstimator]
+    unbiased_for: str
+    variance: str
+    passes: Callable[[int], int]
+    time: str
+    memory: str
+    paper: str
+    reverse_mode: bool = False
+    least_pairs: int = 1
+
+    def takes(self, setting: str) -> bool:
+        """Whether the factory has this keyword."""
+        return setting in inspect.signature(self.factory).parameters
+
+    def build(self, problem: UnrolledProblem, **settings: Any) -> GradientEstimator:
+        """Calls the factory with the settings that it takes; pairs are by default the fewest."""
+        if self.least_pairs > 1:
+            settings = {"num_pairs": self.least_pairs, **settings}
+        return self.factory(problem, **{k: v for k, v in settings.items() if self.takes(k)})
+
+
+def _both_signs(num_pairs: int) -> int:
+    return 2 * num_pairs
+
+
+def _both_signs_and_mean(num_pairs: int) -> int:
+    return 2 * num_pairs + 1
+
+
+def _once(num_pairs: int) -> int:
+    return 1
+
+
+REGISTRY: dict[str, Row] = {
+    "full_es": Row(
+        full_es,
+        unbiased_for="smoothed J",
+        variance="(P+1)‖g‖²",
+        passes=_both_signs,
+        time="2NT",
+        memory="2NS + 3NP",
+        paper="Salimans et al. 2017",
+    ),
+    "truncated_es": Row(
+        truncated_es,
+        unbiased_for="biased",
+        variance="(P+1)/n × mean over windows of ‖own g‖²",
+        passes=_both_signs_and_mean,
+        time="(2N+1)K",
+        memory="(2N+1)S + 3NP",
+        paper="Metz et al. 2019",
+    ),
+    "pes": Row(
+        pes,
+        unbiased_for="smoothed J",
+        variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
+        passes=_both_signs,
+        time="2NK",
+        memory="2NS + 4NP",
+        paper="Vicol et al. 2021",
+    ),
+    "es_single": Row(
+        es_single,
+        unbiased_for="smoothed J",
+        variance="(P+1)‖g‖²",
+        passes=_both_signs,
+        time="2NK",
+        memory="2NS + 3NP",
+        paper="Vicol et al. 2023; Li et al. 2023 (NRES)",
+    ),
+    "gpes": Row(
+        gpes,
+        unbiased_for="smoothed J",
+        variance="usually between pes and es_single",
+        passes=_both_signs,
+        time="2NK",
+        memory="2NS + 4NP",
+        paper="Li et al. 2023",
+    ),
+    "bptt": Row(
+        bptt,
+        unbiased_for="J",
+        variance="of the data alone",
+        passes=_once,
+        time="T(1+B)",
+        memory="TS",
+        paper="Werbos 1990",
+        reverse_mode=True,
+    ),
+    "tbptt": Row(
+        tbptt,
+        unbiased_for="biased",
+        variance="of the data alone",
+        passes=_once,
+        time="K(1+B)",
+        memory="KS",
+        paper="Williams & Peng 1990",
+        reverse_mode=True,
+    ),
+    "forward_mode": Row(
+        forward_mode,
+        unbiased_for="J",
+        variance="of the data alone",
+        passes=_once,
+        time="K(1+P)",
+        memory="P(S + P), and P times what a step computes",
+        paper="Williams & Zipser 1989 (RTRL)",
+    ),
+    "dodge": Row(
+        dodge,
+        unbiased_for="J",
+        variance="(P−1)‖g‖² with one direction per episode",
+        passes=_once,
+        time="2K",
+        memory="2S + 2P",
+        paper="Silver et al. 2022",
+    ),
+    "uoro": Row(
+        uoro,
+        unbiased_for="J",
+        variance="high, no closed form",
+        passes=_once,
+        time="K(2+2B)",
+        memory="2S + 2P",
+        paper="Tallec & Ollivier 2018",
+        reverse_mode=True,
+    ),
+    "pes_analytic": Row(
+        pes_analytic,
+        unbiased_for="smoothed J",
+        variance="of one window: as pes, less what its own noise causes",
+        passes=_both_signs_and_mean,
+        time="(2N+1+B)K",
+        memory="(2N+1+K)S + 5NP",
+        paper="Vicol et al. 2021",
+        reverse_mode=True,
+    ),
+    "pes_analytic_replacement": Row(
+        pes_analytic_replacement,
+        unbiased_for="J up to O(σ²)",
+        variance="below that of pes_analytic",
+        passes=_both_signs_and_mean,
+        time="(2N+1+B)K",
+        memory="(2N+1+K)S + 5NP",
+        paper="Vicol et al. 2021, as released",
+        reverse_mode=True,
+    ),
+    "reparameterized_es": Row(
+        reparameterized_es,
+        unbiased_for="smoothed J",
+        variance="about the lower of full_es's and backpropagation's, if not few samples explode",
+        passes=lambda num_pairs: 2 * max(num_pairs, 3),
+        time="2NT(1+B)",
+        memory="2NTS + 5NP",
+        paper="Metz et al. 2019",
+        reverse_mode=True,
+        least_pairs=3,
+    ),
+}
