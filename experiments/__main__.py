@@ -1,6 +1,8 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
 import dataclasses
+import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
@@ -9,94 +11,37 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import (
-    apo_autoencoder,
-    apo_cost,
-    apo_learning_rate,
-    apo_regression,
-    apo_rosenbrock,
-    benchmark,
-    control,
-    copy_task,
-    data_cleaning,
-    distillation,
-    evaluate_optimizer,
-    fit_overhead,
-    global_lr,
-    hypergradient_cost,
-    hypergradient_quality,
-    influence_balancing,
-    l2_regression,
-    learned_optimizer,
-    long_run_variance,
-    lorenz,
-    lr_schedule,
-    many_hyperparameters,
-    mixed_mode,
-    overfit_validation,
-    remat,
-    report,
-    results,
-    telescoping,
-    toy_regression,
-    train,
-    variance,
-    variance_lstm,
-    warm_vs_cold,
-)
-from experiments import experiment as framework
-from experiments.experiment import SCALES, Experiment
+import experiments
+from experiments._framework import experiment as framework
+from experiments._framework import report, results
+from experiments._framework.experiment import SCALES, Experiment
+from experiments._framework.processes import Processes, join
 from experiments.problems import PROBLEMS
-from experiments.processes import Processes, join
 from unrollgrad import running
 
-EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (
-        variance,
-        train,
-        influence_balancing,
-        toy_regression,
-        lorenz,
-        l2_regression,
-        variance_lstm,
-        long_run_variance,
-        lr_schedule,
-        telescoping,
-        global_lr,
-        control,
-        copy_task,
-        many_hyperparameters,
-        learned_optimizer,
-        evaluate_optimizer,
-        hypergradient_quality,
-        overfit_validation,
-        data_cleaning,
-        distillation,
-        warm_vs_cold,
-        apo_learning_rate,
-        apo_regression,
-        apo_autoencoder,
-        apo_rosenbrock,
-        benchmark,
-        fit_overhead,
-        remat,
-        mixed_mode,
-        hypergradient_cost,
-        apo_cost,
-    )
-}
+
+def by_topic() -> dict[str, dict[str, Experiment]]:
+    """The experiments, by folder: every module there that has an ``EXPERIMENT``."""
+    found: dict[str, dict[str, Experiment]] = {}
+    for module in pkgutil.walk_packages(experiments.__path__, "experiments."):
+        topic = module.name.split(".")[1]
+        if topic.startswith("_"):
+            continue
+        if one := getattr(importlib.import_module(module.name), "EXPERIMENT", None):
+            found.setdefault(topic, {})[one.name] = one
+    return found
+
+
+TOPICS = by_topic()
+EXPERIMENTS = {name: one for topic in TOPICS.values() for name, one in topic.items()}
 
 
 def listing() -> None:
-    """List the experiments, and the problems that `variance` and `train` know."""
+    """List the experiments by topic, and the problems that `variance` and `train` know."""
     console = running.console()
-    for title, lines in {
-        "experiments": {name: e.about for name, e in EXPERIMENTS.items()},
-        "problems (variance, train --problem NAME)": {
-            name: c.about for name, c in PROBLEMS.items()
-        },
-    }.items():
+    topics = {topic: {n: e.about for n, e in found.items()} for topic, found in TOPICS.items()}
+    problems = {name: case.about for name, case in PROBLEMS.items()}
+    for title, lines in {**topics, "problems (variance, train --problem NAME)": problems}.items():
         table = running.need("rich.table", "rich").Table(
             title=title, title_justify="left", box=None
         )

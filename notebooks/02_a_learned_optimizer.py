@@ -31,7 +31,7 @@ from flax import nnx
 
 import unrollgrad as ug
 
-here = Path(ug.__file__).parents[1] / "experiments" / "learned_optimizers" / "trained"
+here = Path(ug.__file__).parents[1] / "experiments" / "learned" / "trained"
 
 # %% [markdown]
 # ## Three lines

@@ -10,7 +10,7 @@ from tests import stored
 from unrollgrad.estimators import REGISTRY
 
 ROOT = Path(__file__).parents[1]
-TRAINED = ROOT / "experiments" / "learned_optimizers" / "trained"
+TRAINED = ROOT / "experiments" / "learned" / "trained"
 HEADER = "| estimator | unbiased for | variance | inner steps per call | memory | paper |"
 
 

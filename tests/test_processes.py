@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import results, variance
-from experiments.processes import Processes, join
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments._framework.processes import Processes, join
+from experiments.tools import variance
 from tests import one_process
 from tests.helpers import raises
 

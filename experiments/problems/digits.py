@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import unrollgrad as ug
-from experiments import data
+from experiments.problems import data
 from unrollgrad.problems import Example
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.data import Images, Split
+from experiments.problems.data import Images, Split
 
 CLASSES = 10
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from experiments.training import trajectory
+from experiments._framework.training import trajectory
 
 
 def train(estimator, theta, optimizer, num_updates):

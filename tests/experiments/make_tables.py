@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import results
 from experiments.__main__ import EXPERIMENTS
-from experiments.results import Record, Summary
+from experiments._framework import results
+from experiments._framework.results import Record, Summary
 
 TABLES = Path(__file__).with_name("tables")
 SEEDS = 2

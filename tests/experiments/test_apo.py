@@ -8,16 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import (
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.apo import (
     apo_autoencoder,
-    apo_cost,
     apo_learning_rate,
     apo_regression,
     apo_rosenbrock,
     proximal_training,
-    results,
 )
-from experiments import experiment as framework
+from experiments.cost import apo_cost
 from tests.stored import expect
 from unrollgrad import apo
 

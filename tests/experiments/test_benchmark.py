@@ -9,8 +9,9 @@ import pytest
 
 import unrollgrad as ug
 from experiments import __main__ as command
-from experiments import benchmark, benchmark_figure, floors, results, timing, workloads
-from experiments import experiment as framework
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.cost import benchmark, benchmark_figure, floors, timing, workloads
 from unrollgrad.estimators import REGISTRY
 
 WORKLOAD = workloads.Workload(ug.problems.lorenz, 4, 3, 6, 0.1)

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from experiments import control, results, tuning
-from experiments import experiment as framework
+from experiments._framework import experiment as framework
+from experiments._framework import results, tuning
+from experiments.estimators import control
 from experiments.problems.swimmer import swimmer
 from tests.helpers import raises
 from tests.stored import expect

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from experiments import copy_task, results
-from experiments import experiment as framework
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import copy_task
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments

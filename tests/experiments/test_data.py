@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
-from experiments import data
+from experiments.problems import data
 
 
 def idx(array, magic):

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data_cleaning, results
-from experiments import experiment as framework
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.bilevel import data_cleaning
 
 pytestmark = pytest.mark.experiments
 

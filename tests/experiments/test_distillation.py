@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data_cleaning, distillation, results
-from experiments import experiment as framework
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.bilevel import data_cleaning, distillation
 
 pytestmark = pytest.mark.experiments
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import experiment as framework
-from experiments import fit_overhead, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.cost import fit_overhead
 
 pytestmark = pytest.mark.experiments
 

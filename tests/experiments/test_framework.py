@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import __main__ as cli
-from experiments import experiment as framework
-from experiments import results
-from experiments.experiment import SCALES, Claim, Experiment
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments._framework.experiment import SCALES, Claim, Experiment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from experiments import experiment as framework
-from experiments import global_lr, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import global_lr
 from tests.stored import expect
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import hypergradient_cost, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.cost import hypergradient_cost
 
 pytestmark = pytest.mark.experiments
 

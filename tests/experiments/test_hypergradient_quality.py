@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import hypergradient_quality as quality
-from experiments import results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.bilevel import hypergradient_quality as quality
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import experiment as framework
-from experiments import influence_balancing, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import influence_balancing
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments

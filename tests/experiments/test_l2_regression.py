@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import l2_regression, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import l2_regression
 from experiments.problems import ridge
 from tests.stored import expect
 

@@ -11,10 +11,10 @@ import pytest
 
 import unrollgrad as ug
 from experiments import __main__ as cli
-from experiments import evaluate_optimizer, learned_optimizer, results
-from experiments import experiment as framework
-from experiments.learned_optimizers import tasks
-from experiments.learned_optimizers.mixture import mean_of
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.learned import evaluate_optimizer, learned_optimizer, tasks
+from experiments.learned.mixture import mean_of
 from tests.helpers import raises
 from tests.stored import expect
 from unrollgrad.learned_optimizers import Architecture

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from experiments import experiment as framework
-from experiments import long_run_variance, results
-from experiments.staggered_variance import staggered_variance
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import long_run_variance
+from experiments.estimators.staggered_variance import staggered_variance
 from tests.stored import expect
 from unrollgrad.problems import theory
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 import unrollgrad as ug
-from experiments import experiment as framework
-from experiments import lorenz, results
-from experiments.results import Summary
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments._framework.results import Summary
+from experiments.estimators import lorenz
 from tests.stored import expect
 
 

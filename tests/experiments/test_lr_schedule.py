@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import heat_map, lr_schedule, results
+from experiments._framework import experiment as framework
+from experiments._framework import heat_map, results
+from experiments.estimators import lr_schedule
 from experiments.problems import image_mlp
 from tests.stored import expect
 

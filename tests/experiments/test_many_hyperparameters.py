@@ -9,9 +9,9 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from experiments import experiment as framework
-from experiments import many_hyperparameters as many
-from experiments import results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import many_hyperparameters as many
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments

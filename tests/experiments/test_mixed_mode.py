@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import experiment as framework
-from experiments import mixed_gradient, mixed_mode, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.cost import mixed_gradient, mixed_mode
 
 pytestmark = pytest.mark.experiments
 

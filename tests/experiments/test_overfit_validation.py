@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import overfit_validation as overfit
-from experiments import results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.bilevel import overfit_validation as overfit
 
 
 @pytest.mark.experiments

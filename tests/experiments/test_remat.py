@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import experiment as framework
-from experiments import remat, results
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.cost import remat
 
 pytestmark = pytest.mark.experiments
 

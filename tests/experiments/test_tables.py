@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import EXPERIMENTS
-from experiments.results import Record, Summary
+from experiments._framework.results import Record, Summary
 from tests.experiments.make_tables import TABLES, find, lines_of
 from tests.helpers import counted
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, results, telescoping
-from experiments import experiment as framework
-from experiments.problems import image_mlp
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import telescoping
+from experiments.problems import data, image_mlp
 from tests.stored import expect
 
 

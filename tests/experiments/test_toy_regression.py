@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import experiment as framework
-from experiments import results, toy_regression
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import toy_regression
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from experiments import __main__ as cli
-from experiments import experiment as framework
-from experiments import results, train
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.tools import train
 from tests.helpers import KINDS, raises
 from unrollgrad._fit import checkpoints
 

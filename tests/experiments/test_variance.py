@@ -12,9 +12,10 @@ import pytest
 
 import unrollgrad as ug
 from experiments import __main__ as cli
-from experiments import experiment as framework
-from experiments import results, variance
+from experiments._framework import experiment as framework
+from experiments._framework import results
 from experiments.problems import PROBLEMS
+from experiments.tools import variance
 from tests.stored import expect
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import results, variance_lstm, variance_lstm_figure
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.estimators import variance_lstm, variance_lstm_figure
 from experiments.problems.text_lstm import VOCABULARY, encode
 from tests.stored import expect
 

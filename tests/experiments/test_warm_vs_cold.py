@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import experiment as framework
-from experiments import results, warm_vs_cold
+from experiments._framework import experiment as framework
+from experiments._framework import results
+from experiments.bilevel import warm_vs_cold
 
 
 @pytest.mark.experiments

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from experiments.window_influence import window_influence
+from experiments.estimators.window_influence import window_influence
 from unrollgrad.problems import theory
 
 EXAMPLE = ug.problems.linear_recurrence(

@@ -1,0 +1,119 @@
+"""The curves of experiments that train theta with several estimators, and their last points."""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments._framework.experiment import Claim
+from experiments._framework.results import Record, Summary
+
+DASHED = ("tbptt", "bptt", "truncated_es", "uoro", "dodge", "forward_mode")
+"""Estimators that need another line than their neighbours in a picture."""
+
+
+def curves(
+    records: list[Record], metric: str, x: str = "step"
+) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """(x, metric) along each run, by estimator and seed; x is "step" or another metric."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for r in records:
+        if r.metric in (metric, x):
+            line = found.setdefault((r.labels["estimator"], r.seed), {})
+            line.setdefault(r.metric, []).append(r.value)
+            if r.metric == metric:
+                line.setdefault("step", []).append(float("nan") if r.step is None else r.step)
+    out: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    for (name, seed), line in found.items():
+        if metric in line:
+            out.setdefault(name, {})[seed] = np.array(line[x]), np.array(line[metric])
+    return out
+
+
+def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None:
+    """A line for each estimator, the mean over its seeds, in a band of their standard error."""
+    for i, (name, runs) in enumerate(curves(records, metric, x).items()):
+        length = min(len(y) for _, y in runs.values())  # of a run that was interrupted, fewer
+        values = np.array([y[:length] for _, y in runs.values()])
+        at = next(iter(runs.values()))[0][:length]
+        mean = values.mean(axis=0)
+        style = "--" if name in DASHED else "-"
+        axis.plot(at, mean, style, color=f"C{i % 10}", label=name)
+        if len(values) > 1:
+            se = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+            axis.fill_between(at, mean - se, mean + se, color=f"C{i % 10}", alpha=0.2, lw=0)
+    labels = {"step": "outer updates", "inner_steps": "inner steps"}
+    axis.set(xlabel=labels.get(x, x))
+    axis.grid(alpha=0.3)
+
+
+def last(records: list[Record], metric: str) -> dict[str, list[float]]:
+    """The metric at the end of every run, by estimator, one for each seed."""
+    found = curves(records, metric)
+    return {name: [float(y[-1]) for _, y in runs.values()] for name, runs in found.items()}
+
+
+def show_last(records: list[Record], metric: str, what: str) -> None:
+    """Prints the metric at the end of every run."""
+    for name, values in last(records, metric).items():
+        print(f"{name:>16}  {what}, by seed: " + "  ".join(f"{v:.3g}" for v in values))
+
+
+def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, float] | None:
+    """Of the metric at the end; None where it was not measured or is not finite. SE 0: one seed."""
+    found = summary.find(metric, estimator=estimator)
+    if found is None or found["mean"] is None:
+        return None
+    return found["mean"], found["se"] or 0.0
+
+
+def text(mean: float, se: float) -> str:
+    """As a claim says it."""
+    return f"{mean:.3g}" + (f" ± {se:.1g}" if se else "")
+
+
+def compare(
+    summary: Summary,
+    metric: str,
+    name: str,
+    relation: Literal["<", ">"],
+    other: str,
+    says: str,
+    source: str,
+    what: str = "",
+    errors: float | None = None,
+    other_metric: str | None = None,
+) -> Claim:
+    """That two estimators' metrics at the end differ so, by more than both standard errors.
+
+    Args:
+        summary: Where they are found; a mean that is null there counts as infinite.
+        metric: At the end of the runs.
+        name: The estimator whose number is named first.
+        relation: What it is to the other's.
+        other: The other estimator.
+        says: The claim.
+        source: Where it stands.
+        what: Before the first number.
+        errors: By more than so many standard errors of the difference instead.
+        other_metric: The other's, where that is not the same.
+    """
+    mine = summary.find(metric, estimator=name)
+    theirs = summary.find(other_metric or metric, estimator=other)
+    if mine is None or theirs is None:
+        return Claim(says, source, "not run", None)
+    ours = f"{what}{_text_of(mine)} against {_text_of(theirs)}"
+    if mine["n"] == 1:
+        return Claim(says, source, ours, None)
+    low, high = (mine, theirs) if relation == "<" else (theirs, mine)
+    if low["mean"] is None or high["mean"] is None:
+        return Claim(says, source, ours, low["mean"] is not None)
+    apart = high["mean"] - low["mean"]
+    if errors is None:
+        return Claim(says, source, ours, apart > low["se"] + high["se"])
+    return Claim(says, source, ours, apart > errors * float(np.hypot(low["se"], high["se"])))
+
+
+def _text_of(found: dict[str, Any]) -> str:
+    if found["mean"] is None:
+        return "not finite in some seed"
+    return text(found["mean"], found["se"] or 0.0)

@@ -1,0 +1,176 @@
+"""What an experiment is, and how one runs: seeds, files, interruptions."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments._framework import results
+from experiments._framework.processes import from_process_0
+from experiments._framework.results import Record, Summary
+from unrollgrad import running
+from unrollgrad.running import progress_bar, stop_requests
+
+SCALES = ("smoke", "cpu", "paper")
+"""smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
+
+
+Write = Callable[[dict[str, Any]], None]
+Progress = Callable[[str, float], None]
+
+
+class Claim(NamedTuple):
+    """What a paper (or the theory) says, and what came out here.
+
+    Attributes:
+        says: The claim.
+        source: Where it stands.
+        ours: What was measured, with its standard error.
+        holds: Whether it came out; None where this run cannot tell.
+    """
+
+    says: str
+    source: str
+    ours: str
+    holds: bool | None
+
+
+class Experiment(NamedTuple):
+    """One figure or table.
+
+    Attributes:
+        name: On the command line.
+        about: One line.
+        settings: A frozen dataclass with fields ``scale``, ``seeds`` and ``out`` among others.
+        scales: Settings by scale: "smoke", "cpu", "paper".
+        labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
+        run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` with what is
+            computed as soon as it is: a dict of the labels, perhaps ``step``, and numbers by
+            metric; and ``progress(text, fraction)`` in between. What it keeps in the results'
+            folder it finds there again if the settings have a ``resume``.
+        draw: ``draw(records, config)`` returns a matplotlib figure, from the CSV alone.
+        show: ``show(records)`` prints the result.
+        claims: ``claims(summary)`` compares a recorded result with the papers.
+        fill: ``fill(settings)`` puts what depends on other settings in place of None.
+        title: ``title(settings)``, the name of the results' folder; ``name`` by default.
+    """
+
+    name: str
+    about: str
+    settings: type
+    scales: dict[str, Any]
+    labels: tuple[str, ...]
+    run: Callable[[Any, int, Path, Write, Progress], None]
+    draw: Callable[[list[Record], dict[str, Any]], Any]
+    show: Callable[[list[Record]], None]
+    claims: Callable[[Summary], list[Claim]]
+    fill: Callable[[Any], Any] = lambda settings: settings
+    title: Callable[[Any], str] | None = None
+
+
+def execute(experiment: Experiment, settings: Any) -> Path | None:
+    """Runs all seeds and leaves everything in a new folder, whatever happens on the way.
+
+    The folder holds ``config.json``, ``metrics.csv`` (written while it runs),
+    ``summary.json`` and ``figure.png``. Interrupted or failed, it keeps what was computed, and the
+    summary says so. With ``settings.resume`` it is the folder of before, and lines that it has are
+    not written again. Of several processes all compute, and only process 0 writes and prints; the
+    others return None.
+
+    Raises:
+        ValueError: Without seeds, with one twice, or if nothing was computed.
+        OSError: If the folder cannot be made.
+    """
+    settings, seeds = experiment.fill(settings), tuple(settings.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
+    if jax.process_index() > 0:
+        folder = Path(from_process_0(""))
+        for seed in seeds:
+            experiment.run(settings, seed, folder, lambda numbers: None, lambda text, done: None)
+        return None
+    resume: Path | None = getattr(settings, "resume", None)
+    title = experiment.title(settings) if experiment.title else experiment.name
+    folder = resume or results.new_folder(settings.out, title)
+    with contextlib.ExitStack() as stack:
+        if hasattr(settings, "resume"):  # before anything is written into a folder that is in use
+            stack.enter_context(running.lock(folder / "checkpoints"))
+        return _run(experiment, settings, seeds, Path(from_process_0(str(folder))))
+
+
+def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: Path) -> Path:
+    begun, compiled = time.perf_counter(), results.compile_seconds()
+    revision = results.git_revision()
+    resume: Path | None = getattr(settings, "resume", None)
+    config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
+    written = {k: _as_json(v) for k, v in config.items()}
+    results.write_json(folder / "config.json", {k: v for k, v in written.items() if k != "resume"})
+    status, goes_on = "complete", hasattr(settings, "resume")
+    try:
+        with (
+            results.writer(folder, experiment.labels) as write,
+            progress_bar(1.0) as progress,
+            stop_requests() as stop,
+        ):
+            for i, seed in enumerate(seeds):
+
+                def report(text: str, fraction: float, i: int = i) -> None:
+                    progress(text, (i + fraction) / len(seeds))
+                    if stop:
+                        raise KeyboardInterrupt
+
+                experiment.run(settings, seed, folder, functools.partial(write, seed), report)
+                if stop and i + 1 < len(seeds):
+                    raise KeyboardInterrupt
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = "interrupted" if interrupted else f"failed: {error}"
+        goes_on = goes_on and not isinstance(error, ArithmeticError)  # it would fail again
+        raise
+    finally:
+        seconds = time.perf_counter() - begun
+        records = results.read(folder)
+        if records:
+            results.write_summary(
+                folder,
+                config,
+                records,
+                status,
+                seconds,
+                results.compile_seconds() - compiled,
+                revision,
+            )
+            redraw(experiment, folder)
+            if status != "complete":
+                print(f"what was computed is in {folder}", file=sys.stderr)
+                if goes_on:
+                    again = f"python -m experiments {experiment.name} --resume {folder}"
+                    print(f"to go on: {again}", file=sys.stderr)
+        elif resume is None:
+            results.remove(folder)  # nothing was computed
+    if not records:
+        raise ValueError("nothing was computed: the settings leave nothing to do.")
+    experiment.show(records)
+    print(f"{seconds:.0f} s; table and picture are in {folder}")
+    return folder
+
+
+def _as_json(value: Any) -> Any:
+    """Paths as text, in tuples too."""
+    if isinstance(value, tuple):
+        return [_as_json(x) for x in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def redraw(experiment: Experiment, folder: Path) -> Path:
+    """Draws ``figure.png`` from the folder's CSV."""
+    figure = experiment.draw(results.read(folder), results.read_json(folder / "config.json"))
+    path = folder / "figure.png"
+    figure.savefig(path, dpi=150)
+    return path

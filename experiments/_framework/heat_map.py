@@ -1,0 +1,142 @@
+"""J on a grid of two outer parameters, and the ways that estimators take across it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import unrollgrad as ug
+from experiments._framework import curves
+from experiments._framework.experiment import Claim, Write
+from experiments._framework.results import Record, Summary
+from unrollgrad.types import Key, UnrolledProblem
+
+GRID = "grid"
+"""In place of an estimator's name, on the lines of the grid."""
+
+NAMES = ("log_theta0", "log_theta1")
+
+
+def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[jax.Array], jax.Array]:
+    """``J(thetas)`` of stacked thetas, the mean over the same episodes for each, jitted.
+
+    Args:
+        problem: Its theta is one array.
+        keys: Of the episodes.
+
+    Returns:
+        From (count, *shape of theta) to (count,).
+    """
+
+    @jax.jit
+    def losses(thetas):
+        def all_thetas(key):
+            return jax.vmap(lambda theta: ug.episode_loss(problem, key, theta))(thetas)
+
+        return jnp.mean(jax.vmap(all_thetas)(keys), axis=0)
+
+    return losses
+
+
+def write_grid(
+    loss: Callable[[jax.Array], jax.Array],
+    ranges: Sequence[tuple[float, float]],
+    cells: Sequence[int],
+    write: Write,
+) -> None:
+    """Writes J on a grid, and the least of it as ``minimum``.
+
+    Args:
+        loss: J of thetas, which are logarithms.
+        ranges: The first and the last value of each of the two parameters.
+        cells: How many values of each, in equal ratios.
+        write: The experiment's.
+    """
+    axes = [np.log(np.geomspace(*ends, n)) for ends, n in zip(ranges, cells, strict=True)]
+    thetas = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+    values = np.asarray(loss(jnp.asarray(thetas, jnp.float32)))
+    for i, (theta, value) in enumerate(zip(thetas, values, strict=True)):
+        write({"estimator": GRID, "step": i, "J": value, **named(theta)})
+    write({"estimator": GRID, "minimum": np.nanmin(values)})
+
+
+def named(theta: Any) -> dict[str, Any]:
+    """Theta's two numbers, as the lines of a run have them."""
+    return dict(zip(NAMES, theta, strict=True))
+
+
+def minimum(summary: Summary, **labels: str) -> float | None:
+    """The least J of the grid."""
+    found = summary.find("minimum", estimator=GRID, **labels)
+    return found["mean"] if found else None
+
+
+def ends_near(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
+    """That this estimator's J ends at most a share above the grid's minimum, if both are there."""
+    says = f"{name} ends within {share:.0%} of the grid's minimum"
+    return _claim(summary, name, says, source, lambda far, se: far + se <= share, labels)
+
+
+def ends_far(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
+    """That it ends at least a share above it."""
+    says = f"{name} ends at least {share:.0%} above the grid's minimum"
+    return _claim(summary, name, says, source, lambda far, se: far - se >= share, labels)
+
+
+def _claim(
+    summary: Summary,
+    name: str,
+    says: str,
+    source: str,
+    holds: Callable[[float, float], bool],
+    labels: dict[str, str],
+) -> list[Claim]:
+    least, found = minimum(summary, **labels), summary.find("J", estimator=name, **labels)
+    if least is None or found is None:
+        return []
+    mean, se = found["mean"], found["se"]
+    if mean is None:  # null in strict JSON: it was not finite
+        return [Claim(says, source, "J is not finite", holds(math.inf, 0.0))]
+    far = (mean - least) / abs(least)
+    ours = f"J = {curves.text(mean, se or 0.0)}, {far:+.1%} from {least:.3g}"
+    return [Claim(says, source, ours, None if se is None else holds(far, se / abs(least)))]
+
+
+def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> None:
+    """The grid as colours, and the first seed's way of every estimator from the common start.
+
+    Args:
+        axis: Of matplotlib.
+        records: Of one grid.
+        names: Of theta's two numbers, which are drawn as they are and not as their logarithms.
+        label: Of the colours.
+    """
+    x, y, value = (_lines(records, name) for name in (*NAMES, "J"))
+    shape = len(np.unique(x[GRID])), len(np.unique(y[GRID]))
+    grid = [np.asarray(found.pop(GRID)).reshape(shape) for found in (x, y, value)]
+    mesh = axis.pcolormesh(
+        np.exp(grid[0]), np.exp(grid[1]), grid[2], shading="nearest", cmap="Greys", rasterized=True
+    )
+    for i, name in enumerate(x):
+        style = "--" if name in curves.DASHED else "-"
+        across, up = np.exp(x[name]), np.exp(y[name])
+        axis.plot(across, up, style, color=f"C{i}", lw=1.2, label=name)
+        axis.plot(across[-1], up[-1], "o", color=f"C{i}", mec="black", ms=7)
+    first = next(iter(x))
+    axis.plot(np.exp(x[first][0]), np.exp(y[first][0]), "k*", ms=11, label="start")
+    axis.set(xscale="log", yscale="log", xlabel=names[0], ylabel=names[1])
+    axis.figure.colorbar(mesh, ax=axis, label=label)
+
+
+def runs(records: list[Record]) -> list[Record]:
+    """Without the grid."""
+    return [r for r in records if r.labels["estimator"] != GRID]
+
+
+def _lines(records: list[Record], metric: str) -> dict[str, np.ndarray]:
+    """The metric along the first seed's run, by estimator."""
+    found = curves.curves(records, metric)
+    return {name: next(iter(runs.values()))[1] for name, runs in found.items()}

@@ -1,0 +1,238 @@
+"""The folder of a run: how it is written and read."""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unrollgrad.diagnostics.report import environment, metrics, write_json
+
+__all__ = ["Record", "Summary", "compile_seconds", "new_folder", "read", "write_json", "writer"]
+
+ROOT = Path(__file__).parents[2]
+
+
+class Record(NamedTuple):
+    """One line of ``metrics.csv``.
+
+    Attributes:
+        seed: Of the run.
+        step: Along a run; None where there is no such thing.
+        labels: What tells its series apart, such as the estimator.
+        metric: What the number is.
+        value: The number.
+    """
+
+    seed: int
+    step: int | None
+    labels: dict[str, str]
+    metric: str
+    value: float
+
+
+class Summary(NamedTuple):
+    """``summary.json``.
+
+    Attributes:
+        results: Dicts with the labels, ``metric``, ``mean``, ``se`` and ``n`` over the seeds, at
+            the last step of each series.
+        about: Everything else: experiment, config, status, seconds, environment.
+    """
+
+    results: list[dict[str, Any]]
+    about: dict[str, Any]
+
+    def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
+        """The result of this metric and these labels, if there is one."""
+        wanted = {"metric": metric, **labels}
+        found = [r for r in self.results if all(r.get(k) == v for k, v in wanted.items())]
+        return found[0] if found else None
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """Makes ``out/name-DATE-TIME``, before anything is computed.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(100):
+        folder = out / f"{name}-{stamp}{f'-{attempt}' if attempt else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+        else:
+            return folder
+    raise FileExistsError(f"100 folders named {folder}")
+
+
+def remove(folder: Path) -> None:
+    """Removes a run's folder."""
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def writer(
+    folder: Path, labels: tuple[str, ...]
+) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """Yields ``write(seed, numbers)``, which appends to ``metrics.csv`` and flushes.
+
+    Lines that are there, from a run that goes on, are not written again.
+    """
+    path = folder / "metrics.csv"
+    header = ["seed", "step", *labels, "metric", "value"]
+    there = path.read_bytes() if path.exists() else b""
+    there = there[: there.rfind(b"\n") + 1]  # a run that was killed may leave half a line
+    if not there:
+        there = (",".join(header) + "\r\n").encode()
+    path.write_bytes(there)
+    known = {tuple(line[:-1]) for line in csv.reader(io.StringIO(there.decode(), newline=""))}
+    with open(path, "a", newline="") as file:
+
+        def write(seed: int, numbers: dict[str, Any]) -> None:
+            step = numbers.get("step", "")
+            series = [numbers[label] for label in labels]
+            rest = {k: v for k, v in numbers.items() if k not in ("step", *labels)}
+            text = io.StringIO()  # written at once: an interruption leaves whole groups of lines
+            lines = csv.writer(text)
+            for metric, value in metrics(rest).items():
+                line = [*map(str, [seed, step, *series]), metric]
+                if tuple(line) not in known:
+                    lines.writerow([*line, float(value)])
+            file.write(text.getvalue())
+            file.flush()
+
+        yield write
+
+
+def read(folder: Path) -> list[Record]:
+    """Reads ``metrics.csv``.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+    """
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no folder of results: it has no metrics.csv.")
+    with open(path, newline="") as file:
+        return [
+            Record(
+                seed=int(line.pop("seed")),
+                step=int(step) if (step := line.pop("step")) else None,
+                metric=line.pop("metric"),
+                value=float(line.pop("value")),
+                labels=line,
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one of the folder's JSON files.
+
+    Raises:
+        ValueError: If it is damaged, with its name.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+
+
+def write_summary(
+    folder: Path,
+    config: dict[str, Any],
+    records: list[Record],
+    status: str,
+    seconds: float,
+    compiling: float,
+    revision: str | None,
+) -> None:
+    """Writes ``summary.json``; ``revision`` is that of the code as the run began."""
+    about = {
+        "experiment": config["experiment"],
+        "scale": config["scale"],
+        "seeds": list(config["seeds"]),
+        "status": status,
+        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "seconds": round(seconds, 1),
+        "compile_seconds": round(compiling, 1),
+        "run_seconds": round(seconds - compiling, 1),
+        "environment": {**environment(), "git_revision": revision},
+    }
+    write_json(folder / "summary.json", {**about, "results": summarise(records)})
+
+
+def read_summary(folder: Path) -> Summary:
+    """Reads ``summary.json`` and ``config.json``."""
+    about = read_json(folder / "summary.json")
+    about["config"] = read_json(folder / "config.json")
+    return Summary(about.pop("results"), about)
+
+
+def summarise(records: list[Record]) -> list[dict[str, Any]]:
+    """Mean, standard error (None for one seed) and n over seeds, at each series' last step."""
+
+    def series(record):
+        return (*record.labels.values(), record.metric)
+
+    out = []
+    order = {key: i for i, key in enumerate(dict.fromkeys(map(series, records)))}
+    records = sorted(records, key=lambda r: order[series(r)])
+    for _, group in itertools.groupby(records, key=series):
+        group = list(group)
+        last = {r.seed: r for r in sorted(group, key=lambda r: r.step or 0)}
+        values = np.array([r.value for r in last.values()])
+        n = len(values)
+        with np.errstate(invalid="ignore"):  # the SNR without spread is infinite
+            se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+            mean = float(values.mean())
+        here = {**group[0].labels, "metric": group[0].metric}
+        out.append({**here, "mean": mean, "se": se, "n": n})
+    return out
+
+
+def git_revision() -> str | None:
+    """The commit, with "+" where files differ from it; None outside a repository."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+_compiling = 0.0
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in lowering and compiling so far, without tracing."""
+    return _compiling
+
+
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    global _compiling
+    # Traces are nested in one another: their sum would count some of the time twice.
+    if event.startswith("/jax/core/compile/") and "trace" not in event:
+        _compiling += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)

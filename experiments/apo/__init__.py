@@ -1,0 +1,1 @@
+"""Amortized proximal optimization."""

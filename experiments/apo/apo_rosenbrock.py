@@ -1,0 +1,213 @@
+"""``apo_rosenbrock``: the paths of two parameters in a curved valley."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from unrollgrad import apo
+from unrollgrad.running import need
+
+APO_RATE, APO_DENSE, NEWTON = "APO learning rate", "APO preconditioner", "Newton, proximal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Minimising (1 - x)² + 100 (y - x²)² from one point, without noise.
+
+    Gradient descent and Adam at the best of nine rates, APO's learning rate for gradient descent,
+    APO's dense preconditioner, and Newton's method on the preconditioner's objective. The outputs
+    of the discrepancy are the residuals (1 - x, 10 (y - x²)) √2; there is no distance in weights.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    start: tuple[float, float] = (-1.0, 1.5)
+    """Where all begin, up to a normal perturbation of 0.05 that the seed draws."""
+    initial_rates: tuple[float, float] = (1e-3, 1e-3)
+    """Of the learning rate, and of the preconditioner, which begins as that times the identity."""
+    lambda_fsd: tuple[float, float] = (1.0, 10.0)
+    """Weight of the squared error between the residuals before and after a step, of the two."""
+    meta_rates: tuple[float, float] = (0.03, 0.03)
+    """Of their meta-optimizers, RMSprop."""
+    num_steps: int = 400
+    """Of every method; APO takes a meta-step in each."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each draws where it begins."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(scale="smoke", num_steps=100, seeds=(0,)),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_steps=800),
+}
+
+
+def residuals(point: jax.Array, _: Any = None) -> jax.Array:
+    """Half of their squared length is the function."""
+    x, y = point
+    return jnp.sqrt(2.0) * jnp.stack([1 - x, 10 * (y - x**2)])
+
+
+def rosenbrock(point: jax.Array, _: Any = None) -> jax.Array:
+    """The function; its minimum is 0 at (1, 1)."""
+    return jnp.sum(residuals(point) ** 2) / 2
+
+
+def path(optimizer: optax.GradientTransformation, start: jax.Array, num_steps: int) -> jax.Array:
+    """All points, the first one included."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(carry, _):
+        point, state = carry
+        updates, state = optimizer.update(
+            jax.grad(rosenbrock)(point),
+            state,
+            point,
+            loss=rosenbrock,
+            predict=residuals,
+            batch=0.0,
+            other_batch=0.0,
+        )
+        point = optax.apply_updates(point, updates)
+        return (point, state), point
+
+    _, points = jax.lax.scan(step, (start, optimizer.init(start)), length=num_steps)
+    return jnp.concatenate([start[None], points])
+
+
+def newton(lambda_fsd: float) -> optax.GradientTransformation:
+    """Steps along -(H + lambda_fsd G)^-1 g, what the dense preconditioner is to become."""
+
+    def update(updates, params):
+        jacobian = jax.jacobian(residuals)(params)
+        matrix = jax.hessian(rosenbrock)(params) + lambda_fsd * jacobian.T @ jacobian
+        return -jnp.linalg.solve(matrix, updates)
+
+    return optax.stateless(update)
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes every path and the function along it."""
+    noise = jax.random.normal(jax.random.key(seed), (2,))
+    start = jnp.asarray(settings.start) + 0.05 * noise
+    rate, dense = (
+        make(
+            first,
+            lambda_fsd=weight,
+            lambda_wsd=0.0,
+            discrepancy=apo.squared_error,
+            meta_optimizer=optax.rmsprop(meta_rate, eps=1e-30),
+            meta_interval=1,
+        )
+        for make, first, weight, meta_rate in zip(
+            (
+                functools.partial(apo.learning_rate, optax.sgd),
+                functools.partial(apo.preconditioner, structure=apo.dense()),
+            ),
+            settings.initial_rates,
+            settings.lambda_fsd,
+            settings.meta_rates,
+            strict=True,
+        )
+    )
+    with jax.enable_x64(True):
+        start = start.astype(jnp.float64)
+        paths = {
+            "gradient descent at its best rate": _best(
+                optax.sgd, np.geomspace(1e-4, 1e-2, 9), start, settings
+            ),
+            "Adam at its best rate": _best(optax.adam, np.geomspace(1e-3, 1, 9), start, settings),
+            APO_RATE: path(rate, start, settings.num_steps),
+            APO_DENSE: path(dense, start, settings.num_steps),
+            NEWTON: path(newton(settings.lambda_fsd[1]), start, settings.num_steps),
+        }
+        for i, (method, points) in enumerate(paths.items()):
+            progress(method, i / len(paths))
+            values = jax.vmap(rosenbrock)(points)
+            for j, ((x, y), value) in enumerate(zip(points.tolist(), values.tolist(), strict=True)):
+                write({"method": method, "step": j, "x": x, "y": y, "loss": value})
+
+
+def _best(maker: Any, rates: np.ndarray, start: jax.Array, settings: Settings) -> jax.Array:
+    """The path that ends lowest."""
+    paths = jax.vmap(lambda rate: path(maker(rate), start, settings.num_steps))(jnp.asarray(rates))
+    ends = jax.vmap(rosenbrock)(paths[:, -1])
+    return paths[jnp.argmin(jnp.where(jnp.isfinite(ends), ends, jnp.inf))]
+
+
+def _line(records: list[Record], method: str, seed: int, metric: str) -> list[float]:
+    return [
+        r.value for r in records if (r.labels["method"], r.seed, r.metric) == (method, seed, metric)
+    ]
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """The first seed's paths over the function's contours; the function against steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x, y = np.meshgrid(np.linspace(-1.6, 1.6, 200), np.linspace(-0.6, 2.2, 200))
+    values = (1 - x) ** 2 + 100 * (y - x**2) ** 2
+    left.contour(x, y, values, levels=np.geomspace(0.1, 1000, 9), colors="0.8", linewidths=0.8)
+    left.plot(1, 1, "k*", markersize=10)
+    seeds = list(dict.fromkeys(r.seed for r in records))
+    for i, method in enumerate(dict.fromkeys(r.labels["method"] for r in records)):
+        points = [_line(records, method, seeds[0], metric) for metric in "xy"]
+        left.plot(*points, ".-", color=f"C{i}", markersize=3, linewidth=0.8, label=method)
+        for seed in seeds:
+            right.plot(_line(records, method, seed, "loss"), color=f"C{i}", alpha=0.8)
+    left.set(xlabel="x", ylabel="y", xlim=(-1.6, 1.6), ylim=(-0.6, 2.2))
+    right.set(xlabel="steps", ylabel="function, each seed", yscale="log")
+    right.set_ylim(bottom=1e-9)
+    right.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints where each method ends."""
+    for method in dict.fromkeys(r.labels["method"] for r in records):
+        ends = [
+            _line(records, method, s, "loss")[-1] for s in dict.fromkeys(r.seed for r in records)
+        ]
+        print(f"{method:>34}: {', '.join(f'{value:.2g}' for value in ends)}")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """The preconditioner ends below the others that know first derivatives only."""
+    ends = {r["method"]: r for r in summary.results if r["metric"] == "loss"}
+    text = ", ".join(
+        f"{method} {r['mean']:.1e}" + (f" ± {r['se']:.0e}" if r["se"] is not None else "")
+        for method, r in ends.items()
+    )
+    return [
+        Claim(
+            f"the preconditioner ends below {' and '.join(others)}",
+            "Bae et al. 2022 (a picture)",
+            text,
+            all(ends[APO_DENSE]["mean"] < ends[method]["mean"] for method in others),
+        )
+        for others in (("gradient descent at its best rate", APO_RATE), ("Adam at its best rate",))
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="apo_rosenbrock",
+    about="Paths of APO, gradient descent, Adam and Newton's method in Rosenbrock's valley.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("method",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

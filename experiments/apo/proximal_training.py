@@ -1,0 +1,105 @@
+"""Inner training as the APO experiments do it: a task, an optimizer, whole runs in one scan."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments._framework.results import Summary
+from unrollgrad import apo
+from unrollgrad.types import Key
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        init: ``init(key) -> params``.
+        sample: ``sample(key) -> batch``.
+        predict: ``predict(params, batch) -> outputs``.
+        loss: ``loss(params, batch) -> scalar``.
+        evaluate: ``evaluate(params) -> scalar``, the loss on all data.
+    """
+
+    init: Callable[[Key], Any]
+    sample: Callable[[Key], Any]
+    predict: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], jax.Array]
+    evaluate: Callable[[Any], jax.Array]
+
+
+def train(
+    task: Task, optimizer: optax.GradientTransformation, key: Key, num_steps: int, points: int
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Trains from fresh weights; every step draws two batches, the second for the discrepancy.
+
+    Returns:
+        The weights; and after every ``num_steps / points`` steps the loss on all data, and the
+        learning rate that APO has found (NaN where none is adapted).
+
+    Raises:
+        ValueError: If ``points`` does not divide ``num_steps``.
+    """
+    if num_steps % points:
+        raise ValueError(f"`points` must divide `num_steps`={num_steps}; got points={points}.")
+    optimizer = optax.with_extra_args_support(optimizer)
+    key_params, key_batches = jax.random.split(key)
+
+    def step(carry, key):
+        params, state = carry
+        batch, other_batch = map(task.sample, jax.random.split(key))
+        gradient = jax.grad(task.loss)(params, batch)
+        updates, state = optimizer.update(
+            gradient,
+            state,
+            params,
+            loss=task.loss,
+            predict=task.predict,
+            batch=batch,
+            other_batch=other_batch,
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    def stretch(carry, keys):
+        (params, state), _ = jax.lax.scan(step, carry, keys)
+        return (params, state), (task.evaluate(params), _rate(state))
+
+    params = task.init(key_params)
+    keys = jax.random.split(key_batches, (points, num_steps // points))
+    (params, _), (losses, rates) = jax.lax.scan(stretch, (params, optimizer.init(params)), keys)
+    return params, losses, rates
+
+
+def last_tenth(losses: jax.Array) -> jax.Array:
+    """The mean over the last tenth of the points: the end of training, with less of its noise."""
+    return jnp.mean(losses[..., -max(1, losses.shape[-1] // 10) :], axis=-1)
+
+
+def best(finals: dict[str, float]) -> str:
+    """The rate with the lowest number, one that is not finite last."""
+    return min(finals, key=lambda rate: finals[rate] if math.isfinite(finals[rate]) else math.inf)
+
+
+def best_results(summary: Summary, metric: str, *labels: str) -> dict[Any, dict[str, Any]]:
+    """The result with the lowest mean of each series, by the values of these labels.
+
+    Of a series without any finite mean it is one whose mean is None, as in ``summary.json``.
+    """
+    out: dict[Any, dict[str, Any]] = {}
+    for result in summary.results:
+        if result["metric"] == metric:
+            series = tuple(result[label] for label in labels)
+            series = series[0] if len(series) == 1 else series
+            mean, held = result["mean"], out.get(series, {"mean": None})["mean"]
+            if series not in out or (mean is not None and (held is None or mean < held)):
+                out[series] = result
+    return out
+
+
+def _rate(state: Any) -> jax.Array:
+    if isinstance(state, apo.ApoState) and "learning_rate" in state.hyperparams:
+        return state.hyperparams["learning_rate"]
+    return jnp.full((), jnp.nan)

@@ -1,0 +1,1 @@
+"""Hypergradients through an optimum: quality, cleaning, distillation, warm starts."""

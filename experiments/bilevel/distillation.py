@@ -1,0 +1,289 @@
+"""``distillation``: ten images, learned so that a classifier trained on them knows the digits."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.bilevel.data_cleaning import (
+    Data,
+    accuracy,
+    cross_entropies,
+    digits,
+    minimise,
+    points,
+    zeros,
+)
+from unrollgrad import bilevel, implicit
+from unrollgrad.running import need
+
+SOLVERS: dict[str, Callable[[int], lx.AbstractLinearSolver]] = {
+    "identity": lambda steps: implicit.identity(),
+    "CG": lambda steps: lx.CG(rtol=1e-3, atol=1e-3, max_steps=steps),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Dataset distillation: one learned image for each digit, with a linear classifier.
+
+    The inner loss is the cross-entropy on the ten images and exp(-4) |w|^2, five steps of Adam on
+    it with a warm start for each outer step of RMSprop; the images begin at zero. All this is the
+    paper's; its data are MNIST and batches of 100, here it is all of ``num_train`` images of
+    scikit-learn's digits, at every scale.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    solvers: tuple[Literal["identity", "CG"], ...] = ("identity", "CG")
+    """What stands for the inverse Hessian. The paper's is the identity."""
+    num_train: int = 1200
+    """Real images of the outer loss; the rest of the 1797 are held out."""
+    log_decay: float = -4.0
+    """Of the squared weights of the classifier."""
+    inner_steps: int = 5
+    """Per outer step, from where the last one ended."""
+    inner_rate: float = 0.05
+    """Of the inner Adam."""
+    cg_steps: int = 20
+    """At most, of each hypergradient's conjugate gradients."""
+    num_steps: int = 1000
+    """Outer steps."""
+    outer_rate: float = 1e-2
+    """Of the outer RMSprop."""
+    num_draws: int = 20
+    """Times that ten random real images are drawn."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each draws the two sets."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(scale="smoke", num_steps=120, num_draws=4, seeds=(0,)),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_steps=10_000, seeds=tuple(range(10))),
+}
+
+POINTS = 20
+"""Points of each curve."""
+
+FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+"""By which the class means are multiplied; the best on the real training images is reported.
+
+Learned images choose their scale too. It has the effect of another decay.
+"""
+
+REFERENCES = {"class means": "C2", "random images": "C3"}
+"""What the curves are compared with, and its colour."""
+
+
+def inner(params: Any, images: jax.Array, log_decay: float) -> jax.Array:
+    """The loss of a classifier on one image for each digit."""
+    fit = jnp.mean(cross_entropies(params, Data(images, jnp.arange(10))))
+    return fit + math.exp(log_decay) * optax.tree.norm(params, squared=True)
+
+
+def distil(settings: Settings, train: Data, solver: str) -> bilevel.BilevelResult:
+    """Learns the images, from zero."""
+
+    def loss(params, theta):
+        return inner(params, theta, settings.log_decay)
+
+    def outer(params, theta):
+        return jnp.mean(cross_entropies(params, train))
+
+    return bilevel.solve(
+        loss,
+        implicit.hypergradient(outer, loss, solver=SOLVERS[solver](settings.cg_steps)),
+        zeros(),
+        jnp.zeros((10, 64)),
+        inner_optimizer=optax.adam(settings.inner_rate),
+        inner_steps=settings.inner_steps,
+        outer_optimizer=optax.rmsprop(settings.outer_rate),
+        num_steps=settings.num_steps,
+        every=_every(settings.num_steps),
+    )
+
+
+def class_means(data: Data) -> jax.Array:
+    """The mean image of each digit."""
+    which = jax.nn.one_hot(data.labels, 10, axis=0)
+    return which @ data.images / jnp.sum(which, 1, keepdims=True)
+
+
+def random_images(key: jax.Array, data: Data) -> jax.Array:
+    """A random image of each digit."""
+    order = jax.random.permutation(key, len(data.labels))
+    shuffled = data.labels[order]
+    first = jnp.argmax(shuffled == jnp.arange(10)[:, None], 1)
+    return data.images[order[first]]
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes accuracies on held-out images of classifiers trained anew, and the images."""
+    split, draws = jax.random.split(jax.random.key(seed))
+    train, test = digits(split, settings.num_train)
+
+    @jax.jit
+    def evaluate(sets):
+        def one(images):
+            params = minimise(lambda p: inner(p, images, settings.log_decay), 100)
+            return accuracy(params, test), jnp.mean(cross_entropies(params, train))
+
+        return jax.lax.map(one, sets)
+
+    def put(series, **numbers):
+        write({"series": series, "image": "", **numbers})
+
+    def put_images(series, images):
+        if seed == settings.seeds[0]:
+            for label, image in enumerate(images):
+                for i, pixel in enumerate(image):
+                    numbers = {"step": i, "pixel": float(pixel)}
+                    write({"series": series, "image": str(label), **numbers})
+
+    progress("references", 0.0)
+    means = class_means(train)
+    scaled = jnp.array(FACTORS)[:, None, None] * means
+    keys = jax.random.split(draws, settings.num_draws)
+    random = jax.vmap(lambda key: random_images(key, train))(keys)
+    accuracies, losses = map(np.asarray, evaluate(jnp.concatenate([scaled, random])))
+    references = {
+        "class means": float(accuracies[np.argmin(losses[: len(FACTORS)])]),
+        "random images": float(np.mean(accuracies[len(FACTORS) :])),
+    }
+    for name, value in references.items():
+        put(name, accuracy=value)
+    put_images("class means", means)
+    every = _every(settings.num_steps)
+    for i, name in enumerate(settings.solvers):
+        progress(name, (i + 1) / (len(settings.solvers) + 1))
+        result = distil(settings, train, name)
+        accuracies, losses = evaluate(result.thetas)
+        warm = jax.vmap(lambda params: accuracy(params, test))(result.paths)
+        for j in range(len(accuracies)):
+            put(
+                name,
+                step=(j + 1) * every,
+                accuracy=float(accuracies[j]),
+                outer_loss=float(losses[j]),
+                accuracy_warm=float(warm[j]),
+            )
+        end = float(accuracies[-1])
+        put(
+            f"{name}, gain",
+            over_random=end - references["random images"],
+            over_means=end - references["class means"],
+        )
+        put_images(name, result.thetas[-1])
+
+
+def _every(num_steps: int) -> int:
+    return next(n for n in range(max(num_steps // POINTS, 1), num_steps + 1) if num_steps % n == 0)
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """The images, and accuracies against outer steps.
+
+    Learned images are shown through sigmoid(5 x), with and without what all ten have in common.
+    """
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 9), layout="constrained")
+    pixels = [r for r in records if r.metric == "pixel"]
+    rows = {}
+    for name in dict.fromkeys(r.labels["series"] for r in pixels):
+        found = [r.value for r in pixels if r.labels["series"] == name]
+        images = np.array(found).reshape(10, 8, 8)
+        if name == "class means":
+            rows[name] = images
+        else:
+            rows[name] = _squashed(images)
+            rows[f"{name},\nless mean"] = _squashed(images - images.mean(0))
+    above, below = figure.subfigures(2, 1, height_ratios=(len(rows) or 1, 3.5))
+    if rows:
+        grid = above.subplots(len(rows), 10, squeeze=False)
+        for line, (name, images) in zip(grid, rows.items(), strict=True):
+            for axis, image in zip(line, images, strict=True):
+                axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+                axis.set(xticks=(), yticks=())
+            line[0].set_ylabel(name)
+    axis = below.subplots()
+    found = [r for r in records if r.metric == "accuracy"]
+    for i, name in enumerate(config["solvers"]):
+        lines = [r for r in found if r.labels["series"] == name]
+        for j, seed in enumerate(dict.fromkeys(r.seed for r in lines)):
+            line = [r for r in lines if r.seed == seed]
+            places, values = [r.step for r in line], [100 * r.value for r in line]
+            label = f"distilled, {name}" if j == 0 else None
+            axis.plot(places, values, color=f"C{i}", alpha=0.8, label=label)
+    for name, color in REFERENCES.items():
+        values = [100 * r.value for r in found if r.labels["series"] == name]
+        if values:
+            mean = float(np.mean(values))
+            axis.axhline(mean, color=color, linestyle="--", label=f"{name} (mean)")
+    axis.set(xlabel="outer steps", ylabel="held-out accuracy, trained anew, %")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _squashed(images: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-5 * images))
+
+
+def show(records: list[Record]) -> None:
+    """Prints the accuracies at the end, by kind of images."""
+    for name in dict.fromkeys(r.labels["series"] for r in records):
+        for metric in ("accuracy", "accuracy_warm", "over_random", "over_means"):
+            found = [r for r in records if r.labels["series"] == name and r.metric == metric]
+            values = list({r.seed: r.value for r in found}.values())
+            if values:
+                n = len(values)
+                se = f" ± {np.std(values, ddof=1) / n**0.5:.4f}" if n > 1 else ""
+                print(f"{name:>20} {metric:>14}: {np.mean(values):.4f}{se}")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Distilled images beat random real ones; and whether they beat class means."""
+    out = []
+    comparisons = {
+        "over_random": ("ten random real images", "random images"),
+        "over_means": ("the ten class means at their best scale", "class means"),
+    }
+    for name in SOLVERS:
+        ours = summary.find("accuracy", series=name)
+        for metric, (says, other) in comparisons.items():
+            gain = summary.find(metric, series=f"{name}, gain")
+            theirs = summary.find("accuracy", series=other)
+            if ours and gain and theirs:
+                out.append(
+                    Claim(
+                        f"ten images distilled with {name} train a better classifier than {says}",
+                        "Lorraine et al. 2020 (pictures only: no number of theirs)",
+                        f"{points(ours)} against {points(theirs)} %: {points(gain)} points",
+                        gain["mean"] > 2 * gain["se"] if gain["se"] is not None else None,
+                    )
+                )
+    return out
+
+
+EXPERIMENT = Experiment(
+    name="distillation",
+    about="Ten images, learned so that a classifier trained on them knows the digits.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("series", "image"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

@@ -1,0 +1,312 @@
+"""``hypergradient_quality``: how far approximate hypergradients are from the exact one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+from sklearn import datasets
+
+import unrollgrad as ug
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from unrollgrad.running import need
+
+WEIGHTS = 11
+"""Ten features and a bias."""
+
+CG, IDENTITY = "CG", "identity"
+AUTO, GIVEN = "Neumann, 1 / lambda_max", "Neumann, inner rate"
+MINIMUM, WARM = "unrolled, from the minimum", "unrolled, from a warm start"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Linear regression with a decay rate for each weight: the exact hypergradient is known.
+
+    The data are scikit-learn's diabetes, since the paper's Boston housing is no longer there:
+    features and targets standardized, with a column of ones. All is in float64.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    terms: tuple[int, ...] = (*range(1, 13), 14, 16, 20, 25, 32, 40, 50, 100, 200, 400, 800)
+    """Terms of Neumann, steps of CG and unrolling, rows of Nystrom (as many as weights)."""
+    rate: float = 0.05
+    """Of inner gradient descent. The largest curvature is about 8."""
+    rhos: tuple[float, ...] = (0.1, 1e-3)
+    """Dampings of Nystrom. The smallest curvature is about 0.02."""
+    log_decay: float = -7.0
+    """Theta, the same for all weights."""
+    warm_up: int = 20
+    """Inner steps, from zero to the warm start: far from the minimum."""
+    validation: float = 0.1
+    """Share of validation rows."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each is a split of the data."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(scale="smoke", terms=(1, WEIGHTS), seeds=(0, 1)),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", terms=(*range(1, 51), 100, 200, 400, 800)),
+}
+
+
+class Data(NamedTuple):
+    """Rows and targets; one target per row, as one prediction."""
+
+    rows: jax.Array
+    targets: jax.Array
+    validation_rows: jax.Array
+    validation_targets: jax.Array
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes how far every method is from the exact hypergradient, by its number of terms.
+
+    gain is the cosine less that of the fewest terms; fall, how far it has been below an earlier one
+    at most; apart, the distance to Neumann with the inner rate.
+    """
+    with jax.enable_x64(True):
+        data = diabetes(jax.random.key(seed), settings.validation)
+        theta = jnp.full(WEIGHTS, settings.log_decay)
+        at_minimum, warm = minimum(data, theta), _descend(settings, data, theta)
+        exact = _hypergradient("dense", 0)(data, at_minimum, theta, 0.0)
+        kinds = dict(_kinds(settings))
+        found: dict[tuple[str, int], jax.Array] = {}
+        for i, (method, (kind, number)) in enumerate(kinds.items()):
+            progress(method, i / len(kinds))
+            cosines: list[float] = []
+            for terms in _terms(settings, kind):
+                params = warm if method == WARM else at_minimum
+                grad = _hypergradient(kind, terms)(data, params, theta, number)
+                found[method, terms] = grad
+                numbers = compare(grad, exact)
+                cosines.append(numbers["cosine"])
+                numbers["gain"] = cosines[-1] - cosines[0]
+                numbers["fall"] = float(np.max(np.maximum.accumulate(cosines) - cosines))
+                if method == MINIMUM:
+                    numbers["apart"] = compare(grad, found[GIVEN, terms])["distance"]
+                write({"method": method, "terms": terms, **numbers})
+
+
+def diabetes(key: jax.Array, validation: float) -> Data:
+    """A random split of scikit-learn's data, standardized by the training rows."""
+    rows, targets = map(jnp.asarray, datasets.load_diabetes(return_X_y=True))
+    order = jax.random.permutation(key, len(rows))
+    held_out, train = jnp.split(order, [int(validation * len(rows))])
+
+    def standardized(x):
+        return (x - x[train].mean(0)) / x[train].std(0)
+
+    rows = jnp.concatenate([standardized(rows), jnp.ones((len(rows), 1))], axis=1)
+    targets = standardized(targets)
+    return Data(rows[train], targets[train], rows[held_out], targets[held_out])
+
+
+def losses(data: Data) -> tuple[Callable, Callable]:
+    """Inner and outer: mean squared errors, the inner one with sum_i exp(theta_i) w_i^2."""
+
+    def inner(params, theta):
+        errors = data.rows @ params - data.targets
+        return jnp.mean(errors**2) + jnp.sum(jnp.exp(theta) * params**2)
+
+    def outer(params, theta):
+        return jnp.mean((data.validation_rows @ params - data.validation_targets) ** 2)
+
+    return inner, outer
+
+
+def minimum(data: Data, theta: jax.Array) -> jax.Array:
+    """Of inner, by the normal equations."""
+    rows, n = data.rows, len(data.rows)
+    normal = rows.T @ rows / n + jnp.diag(jnp.exp(theta))
+    return jnp.linalg.solve(normal, rows.T @ data.targets / n)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _descend(settings: Settings, data: Data, theta: jax.Array) -> jax.Array:
+    inner, _ = losses(data)
+
+    def turn(params, _):
+        return params - settings.rate * jax.grad(inner)(params, theta), None
+
+    params, _ = jax.lax.scan(turn, jnp.zeros(WEIGHTS), length=settings.warm_up)
+    return params
+
+
+def _kinds(settings: Settings) -> Iterator[tuple[str, tuple[str, float]]]:
+    """By method: its kind, and its step size or damping."""
+    yield CG, ("cg", 0.0)
+    yield AUTO, ("auto", 0.0)
+    yield GIVEN, ("neumann", settings.rate)
+    yield MINIMUM, ("unrolled", settings.rate)
+    yield WARM, ("unrolled", settings.rate)
+    for rho in settings.rhos:
+        yield f"Nystrom, rho = {rho:g}", ("nystrom", rho)
+    yield IDENTITY, ("identity", 1.0)
+
+
+def _terms(settings: Settings, kind: str) -> tuple[int, ...]:
+    if kind == "identity":
+        return (1,)
+    return tuple(k for k in settings.terms if kind != "nystrom" or k <= WEIGHTS)
+
+
+@functools.cache
+def _hypergradient(kind: str, terms: int) -> Callable[..., jax.Array]:
+    """Compiled once for all splits, step sizes and dampings."""
+
+    @jax.jit
+    def f(data, params, theta, number):
+        inner, outer = losses(data)
+        if kind == "unrolled":
+            sgd = optax.sgd(number)
+            return ug.bilevel.unrolled(outer, inner, optimizer=sgd, num_steps=terms)(
+                params, theta
+            ).grad
+        solver = {
+            "dense": lambda: ug.implicit.dense(),
+            "cg": lambda: lx.CG(rtol=0.0, atol=0.0, max_steps=terms),
+            "auto": lambda: ug.implicit.neumann(terms),
+            "neumann": lambda: ug.implicit.neumann(terms, number),
+            "nystrom": lambda: ug.implicit.nystrom(terms, number),
+            "identity": lambda: ug.implicit.identity(number),
+        }[kind]()
+        return ug.implicit.hypergradient(outer, inner, solver=solver)(params, theta).grad
+
+    return f
+
+
+def compare(grad: jax.Array, exact: jax.Array) -> dict[str, float]:
+    """The cosine, 1 less it (without cancellation), and the distance relative to exact's norm."""
+    size, wanted = jnp.linalg.norm(grad), jnp.linalg.norm(exact)
+    gap = jnp.sum((grad / size - exact / wanted) ** 2) / 2
+    distance = jnp.linalg.norm(grad - exact) / wanted
+    return {"cosine": float(1 - gap), "cosine_gap": float(gap), "distance": float(distance)}
+
+
+def _curves(records: list[Record], metric: str) -> dict[str, dict[int, list[float]]]:
+    """Values over the seeds, by method and terms."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for r in records:
+        if r.metric == metric:
+            curve = found.setdefault(r.labels["method"], {})
+            curve.setdefault(int(r.labels["terms"]), []).append(r.value)
+    return found
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """1 less the cosine, and the distance, against the number of terms: means and all seeds."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = {"cosine_gap": "1 - cosine similarity", "distance": "relative L2 distance"}
+    lowest = 1e-16  # rounding; a logarithm has no zero
+    for axis, (metric, name) in zip(axes, names.items(), strict=True):
+        curves = _curves(records, metric)
+        last = max(k for curve in curves.values() for k in curve)
+        for i, (method, curve) in enumerate(curves.items()):
+            ks = sorted(curve)
+            values = [[max(v, lowest) for v in curve[k]] for k in ks]
+            if method == IDENTITY:
+                ks, values = [1, last], values * 2
+            style = "--" if method == MINIMUM else ":" if method == IDENTITY else "-"
+            seeds = zip(*values, strict=True)
+            for line in seeds:
+                axis.plot(ks, line, color=f"C{i}", linestyle=style, linewidth=0.6, alpha=0.3)
+            mean = [sum(v) / len(v) for v in values]
+            axis.plot(ks, mean, color=f"C{i}", linestyle=style, linewidth=1.8, label=method)
+        axis.axvline(WEIGHTS, color="black", linewidth=0.6, alpha=0.5)
+        axis.set(xscale="log", yscale="log", xlabel="terms (the thin line: as many as weights)")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(1e-8, 3)  # CG goes on to rounding
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints cosine and distance at some numbers of terms, means over the splits."""
+    cosines, distances = _curves(records, "cosine"), _curves(records, "distance")
+    for method, curve in cosines.items():
+        chosen = [k for k in (1, 5, WEIGHTS, 50, max(curve)) if k in curve]
+        cells = [
+            f"{k}: {_mean(curve[k]):.3f}, {_mean(distances[method][k]):.2g}"
+            for k in dict.fromkeys(chosen)
+        ]
+        print(f"{method:>28}  terms: cosine, distance  {'   '.join(cells)}")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """CG is exact at the number of weights, Neumann's cosine rises, unrolling is Neumann."""
+
+    def of(metric, method, terms):
+        return summary.find(metric, method=method, terms=str(terms))
+
+    def text(found, digits=".3f"):
+        return format(found["mean"], digits) + (f" ± {found['se']:.1g}" if found["se"] else "")
+
+    out = []
+    paper, theory = "Lorraine et al. 2020 (second-hand)", "theory"
+    if found := of("distance", CG, WEIGHTS):
+        says = "CG with as many steps as weights is exact: distance below 1e-6"
+        ours = f"{WEIGHTS} steps: {text(found, '.1e')}"
+        out.append(Claim(says, theory, ours, found["mean"] < 1e-6))
+    terms = sorted(summary.about["config"]["terms"])
+    for method in (AUTO, GIVEN):
+        curve = {k: found for k in terms if (found := of("cosine", method, k))}
+        if len(curve) < 2:
+            continue
+        ends = dict.fromkeys((max(k for k in curve if k <= 50), max(curve)))
+        gains = {k: found for k in ends if (found := of("gain", method, k))}
+        fall = of("fall", method, max(curve))
+        if not (gains and fall):
+            continue
+        points = [f"{min(curve)}: {text(curve[min(curve)])}"]
+        points += [f"{k}: {text(curve[k])} (a gain of {text(gains[k])})" for k in gains]
+        says = f"{method}: the cosine rises with the number of terms"
+        known = all(gain["se"] is not None for gain in gains.values())
+        holds = all(g["mean"] > 2 * g["se"] for g in gains.values()) if known else None
+        out.append(Claim(says, paper, ", ".join(points), holds))
+        says = f"{method}: it rises with every further term on every split"
+        ours = f"it falls by {text(fall)} on the way: mean of each split's largest fall"
+        out.append(Claim(says, "a stricter reading, ours", ours, fall["mean"] < 1e-9))
+    neumann, conjugate = of("cosine", GIVEN, 5), of("cosine", CG, 5)
+    if neumann and conjugate:
+        says = "5 Neumann terms are as good in direction as 5 steps of CG, or better"
+        ours = f"cosine {text(neumann)} and {text(conjugate)} (their CG had not the Hessian)"
+        out.append(Claim(says, paper, ours, neumann["mean"] >= conjugate["mean"]))
+    apart = [of("apart", MINIMUM, k) for k in terms]
+    if all(apart):
+        worst = max(a["mean"] for a in apart if a)
+        says = "unrolling from the minimum is Neumann with the inner rate"
+        ours = f"apart by {worst:.1e} at most, relative; {len(terms)} numbers of terms"
+        out.append(Claim(says, theory, ours, worst < 1e-10))
+    return out
+
+
+EXPERIMENT = Experiment(
+    name="hypergradient_quality",
+    about="Cosine and distance to the exact hypergradient against the number of terms.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("method", "terms"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

@@ -1,0 +1,338 @@
+"""``benchmark``: time and memory of every estimator beside its unrolls alone, on this machine."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments._framework.experiment import Experiment, Progress, Write
+from experiments.cost import floors, hypergradient_cost, timing
+from experiments.cost.benchmark_figure import claims, draw, show
+from experiments.cost.workloads import NAMES, Workload, leaky_sum, workloads
+from unrollgrad.estimators import REGISTRY
+
+USUAL = tuple(n for n in REGISTRY if n not in ("forward_mode", "pes_analytic_replacement"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Time, memory and compile time of estimators, beside the floor: the same unrolls alone.
+
+    The floor is one jitted vmap and scan of the same particles and inner steps, a mean pass
+    counted, with perturbed thetas that are given; for bptt and tbptt the bare value_and_grad of the
+    same windows. Estimator and floor run in turn, whole episodes; medians and quartiles of the
+    ratios; episodes for which the device's memory is too small are named. Memory counts a worker's
+    state twice, as it goes in and as it comes out, where fit overwrites it. "tiny" is influence
+    balancing, "medium" the schedule of a 784-100-10 MLP at batch 100, "learned optimizer" all
+    weights of a small optimizer, "meta-training" those of a larger one on tasks that every episode
+    draws anew, "large" the schedule of a transformer; two stand a second time, in windows of one
+    step ("K=1"). Then sweeps: workers, devices, truncation and horizon (what compiling takes),
+    theta's size (memory), and implicit hypergradients beside bare Hessian products.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else, and the size of "large"."""
+    workloads: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
+    """What is unrolled."""
+    estimators: tuple[Literal[tuple(REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
+    """By name. Left out by default: forward_mode, which pays for each number in theta, and
+    pes_analytic_replacement, which runs what pes_analytic runs."""
+    particles: int | None = None
+    """Trajectories side by side, both signs of all pairs. Default: the workload's, at --scale
+    paper 4096 of all but "large"."""
+    num_pairs: int = 1
+    """Antithetic pairs of a worker."""
+    workers: tuple[int, ...] = (1, 8, 64, 512)
+    """Of one pair, on "learned optimizer". Each sweep may be empty."""
+    devices: tuple[int, ...] = (1,)
+    """Over how many 512 workers on "tiny" are spread; more than there are CPUs are made."""
+    truncations: tuple[int, ...] = (10, 100, 1000)
+    """On "tiny"; and horizons of ten times as much."""
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Of theta and state, where a step computes next to nothing."""
+    products: tuple[int, ...] = (10, 40)
+    """With the Hessian, of implicit hypergradients."""
+    num_repeats: int = 11
+    """Runs of each program."""
+    num_compilations: int = 3
+    """Of each program, after a first that is not counted."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a whole measurement."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        workloads=("medium",),
+        estimators=("es_single", "tbptt"),
+        particles=4,
+        workers=(1, 8),
+        truncations=(2,),
+        sizes=(10, 100),
+        products=(2,),
+        num_repeats=1,
+        num_compilations=1,
+    ),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", workers=(8, 64, 512, 4096)),
+}
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes every repeat's seconds and ratio, and their medians."""
+    parts = {
+        "estimators": _estimators,
+        "workers": _workers,
+        "devices": _devices,
+        "truncation": _truncations,
+        "horizon": _horizons,
+        "size": _sizes,
+        "products": _products,
+    }
+    for i, (part, cells) in enumerate(parts.items()):
+        for labels, measure in cells(settings, jax.random.key(seed)):
+            labels = {"part": part, **labels}
+            text = " ".join(map(str, labels.values()))
+
+            def at(fraction: float, text: str = text, i: int = i) -> None:
+                progress(text, (i + fraction) / len(parts))
+
+            at(0.0)
+            for numbers in measure(at):
+                write({**labels, **numbers})
+
+
+Cell = tuple[dict[str, Any], Callable[[Callable[[float], None]], Iterator[dict[str, Any]]]]
+
+
+def _estimators(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    known = workloads(settings.scale)
+    for name in settings.workloads:
+        workload = known[name]
+        particles = settings.particles or workload.particles
+        for estimator in settings.estimators:
+            make = functools.partial(
+                floors.case,
+                workload,
+                estimator,
+                key,
+                particles=particles,
+                num_pairs=settings.num_pairs,
+            )
+            labels = {"workload": name, "estimator": estimator, "number": particles}
+            yield labels, functools.partial(_beside, settings, labels, make)
+
+
+def _workers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    name = "tiny" if settings.scale == "smoke" else "learned optimizer"
+    workload = workloads(settings.scale)[name]
+    for estimator in ("es_single", "pes"):
+        for number in settings.workers:
+            make = functools.partial(floors.case, workload, estimator, key, particles=2 * number)
+            labels = {"workload": name, "estimator": estimator, "number": number}
+            yield labels, functools.partial(_beside, settings, labels, make)
+
+
+def _devices(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    workload = workloads(settings.scale)["tiny"]
+    for number in settings.devices:
+        make = functools.partial(
+            floors.case, workload, "es_single", key, particles=1024, devices=number
+        )
+        labels = {"workload": "tiny", "estimator": "es_single", "number": number}
+        yield labels, functools.partial(_beside, settings, labels, make)
+
+
+def _truncations(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    tiny = workloads(settings.scale)["tiny"]
+    for estimator in ("es_single", "pes", "tbptt"):
+        for number in settings.truncations:
+            workload = tiny._replace(truncation=number, windows=2)
+            make = functools.partial(floors.case, workload, estimator, key, particles=16)
+            labels = {"workload": "tiny", "estimator": estimator, "number": number}
+            yield labels, functools.partial(_beside, settings, labels, make)
+
+
+def _horizons(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    tiny = workloads(settings.scale)["tiny"]
+    for number in settings.truncations:
+        workload = tiny._replace(windows=10 * number // tiny.truncation)
+        make = functools.partial(floors.case, workload, "pes", key, particles=16)
+        labels = {"workload": "tiny", "estimator": "pes", "number": 10 * number}
+        yield labels, functools.partial(_beside, settings, labels, make)
+
+
+def _sizes(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    for estimator in ("es_single", "pes"):
+        for number in settings.sizes:
+            measure = functools.partial(_memory, settings, estimator, key, number)
+            yield {"workload": "leaky sum", "estimator": estimator, "number": number}, measure
+
+
+def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    width = 4 if settings.scale == "smoke" else 512
+    problem = hypergradient_cost.problem(key, width, width // 2, 100)
+    for number in settings.products:
+        kinds = hypergradient_cost.kinds(problem, number)
+        for name in (kind for kind in kinds if kind != "floor"):
+            programs: dict[str, Callable[[], Any]] = {
+                kind: functools.partial(jax.jit(kinds[kind]), problem.params, problem.theta)
+                for kind in (name, "floor")
+            }
+            labels = {"workload": "implicit", "estimator": name, "number": number}
+            yield labels, functools.partial(_ratios, programs, settings.num_repeats)
+
+
+_COMPILED: dict[tuple[Any, ...], dict[str, timing.Compiled]] = {}
+
+
+def _beside(
+    settings: Settings,
+    labels: dict[str, Any],
+    make: functools.partial[floors.Case],
+    progress: Callable[[float], None],
+) -> Iterator[dict[str, Any]]:
+    """An episode of an estimator and of its floor, in turn; or that memory is too small for it."""
+    try:
+        yield from _episodes(settings, labels, make, progress)
+    except jax.errors.JaxRuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        yield {"out_of_memory": 1.0, "floor_fits": float(_fits(make))}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return "resource_exhausted" in text and ("memory" in text or "allocat" in text)
+
+
+def _fits(make: functools.partial[floors.Case]) -> bool:
+    """Whether the floor alone does."""
+    case = make()
+    try:
+        jax.block_until_ready(timing.compiled(case.floor, *case.floor_args).call(*case.floor_args))
+    except jax.errors.JaxRuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _episodes(
+    settings: Settings,
+    labels: dict[str, Any],
+    make: functools.partial[floors.Case],
+    progress: Callable[[float], None],
+) -> Iterator[dict[str, Any]]:
+    case = make()
+    workload: Workload = make.args[0]
+    what = *labels.values(), workload.truncation, workload.windows
+    name = settings.scale, settings.num_compilations, *what, *sorted(make.keywords.items())
+    if name not in _COMPILED:  # else by a seed before: seeds are in the arguments alone
+        _COMPILED[name] = timing.compiled_in_turn(
+            {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
+            settings.num_compilations,
+        )
+        for kind, program in _COMPILED[name].items():
+            yield {
+                f"{kind}_compile_seconds": program.seconds,
+                f"{kind}_mebibytes": program.mebibytes,
+            }
+    programs: dict[str, Callable[[], Any]] = {
+        "estimator": functools.partial(_COMPILED[name]["estimator"].call, *case.args),
+        "floor": functools.partial(_COMPILED[name]["floor"].call, *case.floor_args),
+    }
+    for numbers in _ratios(programs, settings.num_repeats, progress):
+        if "median_seconds" in numbers:
+            seconds = numbers["median_seconds"] / case.num_calls
+            numbers["estimates_per_second"] = case.num_workers / seconds
+            numbers["microseconds_per_step"] = 1e6 * seconds / case.num_steps
+        yield numbers
+
+
+def _ratios(
+    programs: dict[str, Callable[[], Any]], num_repeats: int, progress: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
+    """Of the program that is not the floor: every repeat, then medians and quartiles."""
+    (name,) = set(programs) - {"floor"}
+    times = []
+    for repeat, seconds in timing.in_turn(programs, num_repeats, progress):
+        times.append((seconds[name], seconds[name] / seconds["floor"]))
+        yield {"step": repeat, "seconds": times[-1][0], "ratio": times[-1][1]}
+    seconds, ratios = np.array(times).T
+    low, median, high = (float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75)))
+    yield {
+        "median_ratio": median,
+        "lower_ratio": low,
+        "upper_ratio": high,
+        "median_seconds": float(np.median(seconds)),
+    }
+
+
+def _memory(
+    settings: Settings, name: str, key: jax.Array, size: int, progress: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
+    """The peak of one call, its state donated, per pair and in copies of theta."""
+    num_pairs = 16
+    problem, theta = leaky_sum(20, size)
+    estimator = REGISTRY[name].build(problem, truncation=10, sigma=0.1, num_pairs=num_pairs)
+    state = jax.tree.map(jnp.copy, estimator.init(key, theta))  # to be donated
+    args = key, theta, state
+    program = timing.compiled(estimator.estimate, *args, donate=(2,))
+    yield {"copies_per_pair": program.mebibytes * 2**20 / (theta.nbytes * num_pairs)}
+
+    carried = [state]
+
+    def call():
+        out, carried[0] = program.call(key, theta, carried[0])
+        return out
+
+    times = [s["call"] for _, s in timing.in_turn({"call": call}, settings.num_repeats, progress)]
+    yield {"median_seconds": float(np.median(times))}
+
+
+def _fill(settings: Settings) -> Settings:
+    """Raises for numbers that are none, before anything is measured."""
+    numbers = {
+        "--particles": [] if settings.particles is None else [settings.particles],
+        "--num-pairs": [settings.num_pairs],
+        "--num-repeats": [settings.num_repeats],
+        "--num-compilations": [settings.num_compilations],
+        "--workers": settings.workers,
+        "--devices": settings.devices,
+        "--truncations": settings.truncations,
+        "--sizes": settings.sizes,
+        "--products": settings.products,
+    }
+    for flag, values in numbers.items():
+        for value in values:
+            if value < 1:
+                raise ValueError(f"`{flag}` must be at least 1; got {value}.")
+    for devices in settings.devices:
+        if 512 % devices:
+            raise ValueError(
+                f"`--devices` must divide the 512 workers that are spread; got {devices}. Use a "
+                "power of two."
+            )
+    return settings
+
+
+EXPERIMENT = Experiment(
+    name="benchmark",
+    about="Time and memory of every estimator beside its unrolls alone, on this machine.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("part", "workload", "estimator", "number"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+    fill=_fill,
+)

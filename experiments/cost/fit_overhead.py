@@ -1,0 +1,155 @@
+"""``fit_overhead``: what ``fit`` costs beyond a bare scan of the same updates."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.cost import timing
+from unrollgrad.running import need
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Seconds per outer step of `fit` and of a bare jitted scan over the same updates.
+
+    PES with windows of one step on influence balancing, 100 steps per dispatch: a step is some 20
+    microseconds, so that whatever is done around it shows. Both in turn; the first, which compiles,
+    does not count.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    num_updates: int = 20_000
+    """Outer steps of one run, a multiple of 100."""
+    num_repeats: int = 7
+    """Runs of each kind."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a whole measurement."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(scale="smoke", num_updates=200, num_repeats=2),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_updates=100_000),
+}
+
+PER_DISPATCH = 100
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes every repeat's microseconds per step, and their ratio."""
+    problem, theta = ug.problems.influence_balancing(horizon=100)
+    pes = {"truncation": 1, "sigma": 0.1}
+    layouts = {
+        "500 pairs of one worker": ug.pes(problem, **pes, num_pairs=500),
+        "64 workers": ug.average(ug.pes(problem, **pes), 64),
+    }
+    key, optimizer = jax.random.key(seed), optax.sgd(1e-4)
+    for i, (name, estimator) in enumerate(layouts.items()):
+        programs = {
+            "bare": _bare(estimator, optimizer, theta, key, settings.num_updates),
+            "fit": _fit(estimator, optimizer, theta, key, settings.num_updates),
+        }
+
+        def at(fraction: float, name: str = name, i: int = i) -> None:
+            progress(name, (i + fraction) / len(layouts))
+
+        for repeat, seconds in timing.in_turn(programs, settings.num_repeats, at):
+            micros = {
+                f"{kind}_microseconds": 1e6 * s / settings.num_updates
+                for kind, s in seconds.items()
+            }
+            ratio = seconds["fit"] / seconds["bare"]
+            write({"layout": name, "step": repeat, **micros, "ratio": ratio})
+
+
+def _fit(estimator: Any, optimizer: Any, theta: Any, key: jax.Array, num: int) -> Callable:
+    return lambda: ug.fit(
+        estimator, theta, optimizer, num_steps=num, key=key, steps_per_dispatch=PER_DISPATCH
+    )
+
+
+def _bare(estimator: Any, optimizer: Any, theta: Any, key: jax.Array, num: int) -> Callable:
+    @jax.jit
+    def stretch(carry, first):
+        def update(carry, i):
+            theta, opt_state, state = carry
+            estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
+            updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
+            theta = optax.apply_updates(theta, updates)
+            return (theta, opt_state, state), (estimate.loss, optax.tree.norm(estimate.grad))
+
+        return jax.lax.scan(update, carry, first + np.arange(PER_DISPATCH))
+
+    def program():
+        carry = theta, optimizer.init(theta), estimator.init(key, theta)
+        for first in range(0, num, PER_DISPATCH):
+            carry, records = stretch(carry, first)
+            jax.device_get(records)
+        return jax.block_until_ready(carry)
+
+    return program
+
+
+def _medians(records: list[Record], metric: str) -> dict[str, float]:
+    layouts = dict.fromkeys(r.labels["layout"] for r in records)
+    return {
+        layout: float(
+            np.median(
+                [r.value for r in records if r.labels["layout"] == layout and r.metric == metric]
+            )
+        )
+        for layout in layouts
+    }
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """Every repeat's ratio."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for layout, median in _medians(records, "ratio").items():
+        mine = [r for r in records if r.metric == "ratio" and r.labels["layout"] == layout]
+        axis.plot([r.value for r in mine], "o", label=f"{layout}: median {median:.2f}")
+    axis.axhline(1.1, color="k", linestyle=":", label="10 % more")
+    axis.set(xlabel="repeat", ylabel="time of fit / time of a bare scan", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the medians."""
+    micros = {kind: _medians(records, f"{kind}_microseconds") for kind in ("bare", "fit")}
+    for layout, ratio in _medians(records, "ratio").items():
+        print(
+            f"{layout:>24}: bare scan {micros['bare'][layout]:.1f} us per step, "
+            f"fit {micros['fit'][layout]:.1f} us, ratio {ratio:.2f}"
+        )
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """None: no paper speaks of it."""
+    return []
+
+
+EXPERIMENT = Experiment(
+    name="fit_overhead",
+    about="What fit costs beyond a bare scan of the same updates.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("layout",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

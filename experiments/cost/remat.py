@@ -1,0 +1,186 @@
+"""``remat``: what backpropagation through inner training takes, in memory and time."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.cost import timing
+from unrollgrad.running import need
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Temporary memory and time of `bptt(remat=...)`.
+
+    Once through 20 steps of SGD on an MLP, and once through longer and longer training of a small
+    one. Memory is XLA's plan for temporaries; time the median of runs in turn.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    width: int = 256
+    """Units in each layer."""
+    layers: int = 6
+    """Layers of the MLP."""
+    batch: int = 512
+    """Rows in a batch."""
+    horizon: int = 20
+    """Inner steps."""
+    horizons: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Inner steps of the small one: 2 layers of 32, batch 32."""
+    num_repeats: int = 5
+    """Runs of each kind."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a whole measurement."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke", width=8, layers=2, batch=8, horizon=4, horizons=(4, 16), num_repeats=1
+    ),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", width=1024, batch=4096),
+}
+
+KINDS: dict[str, Any] = {"none": None, "step": "step", "sqrt": "sqrt", "2 states": 2}
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes MiB and seconds of every kind, and MiB against the horizon."""
+    key = jax.random.key(seed)
+    programs, mebibytes = {}, {}
+    for i, (name, remat) in enumerate(KINDS.items()):
+        progress(f"compiling {name}", 0.3 * i / len(KINDS))
+        problem, theta = _training(
+            key, settings.horizon, settings.width, settings.layers, settings.batch
+        )
+        programs[name], mebibytes[name] = _compiled(problem, theta, remat, key)
+    times: dict[str, list[float]] = {name: [] for name in KINDS}
+    turns = timing.in_turn(
+        programs, settings.num_repeats, lambda f: progress("running", 0.3 + 0.5 * f)
+    )
+    for _, seconds in turns:
+        for name, value in seconds.items():
+            times[name].append(value)
+    for name, values in times.items():
+        numbers = {"mebibytes": mebibytes[name], "seconds": float(np.median(values))}
+        write({"workload": "mlp", "remat": name, **numbers})
+    for i, horizon in enumerate(settings.horizons):
+        progress(f"{horizon} steps", 0.8 + 0.2 * i / len(settings.horizons))
+        for name in ("none", "step", "sqrt"):
+            problem, theta = _training(key, horizon, 32, 2, 32)
+            _, size = _compiled(problem, theta, KINDS[name], key)
+            write({"workload": "small", "remat": name, "step": horizon, "mebibytes": size})
+
+
+def _training(key: jax.Array, horizon: int, width: int, layers: int, batch: int) -> Any:
+    rows = jax.random.normal(key, (batch, width))
+
+    def loss(theta, params, batch, key):
+        for w in params:
+            batch = jnp.tanh(batch @ w)
+        return jnp.mean(batch**2)
+
+    def init_params(key):
+        keys = jax.random.split(key, layers)
+        return [jax.random.normal(k, (width, width)) / width**0.5 for k in keys]
+
+    problem = ug.training_problem(
+        loss=loss,
+        init_params=init_params,
+        optimizer=lambda theta, t: optax.sgd(jnp.exp(theta)),
+        sample_batch=lambda key: rows,
+        horizon=horizon,
+    )
+    return problem, jnp.float32(-2.0)
+
+
+def _compiled(problem: Any, theta: Any, remat: Any, key: jax.Array) -> tuple[Callable, float]:
+    """One gradient, ready to run, and the mebibytes of its temporaries."""
+    estimator = ug.bptt(problem, remat=remat)
+    args = key, theta, estimator.init(key, theta)
+    compiled = timing.compiled(estimator.estimate, *args)
+    return functools.partial(compiled.call, *args), compiled.temporaries / 2**20
+
+
+def _table(records: list[Record], metric: str) -> dict[str, float]:
+    """Of the large MLP: the mean over seeds by kind."""
+    found: dict[str, list[float]] = {}
+    for r in records:
+        if r.labels["workload"] == "mlp" and r.metric == metric:
+            found.setdefault(r.labels["remat"], []).append(r.value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _slopes(records: list[Record]) -> dict[str, float]:
+    """Of the small one: the log-log slope of memory in the horizon, by kind."""
+    out = {}
+    for name in dict.fromkeys(r.labels["remat"] for r in records if r.step is not None):
+        mine = [r for r in records if r.step is not None and r.labels["remat"] == name]
+        steps, sizes = [r.step or 0 for r in mine], [r.value for r in mine]
+        out[name] = float(np.polyfit(np.log(steps), np.log(sizes), 1)[0])
+    return out
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """Memory against time, and memory against the horizon."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes, seconds = _table(records, "mebibytes"), _table(records, "seconds")
+    for name, size in sizes.items():
+        left.plot(seconds[name], size, "o")
+        left.annotate(name, (seconds[name], size), textcoords="offset points", xytext=(6, 4))
+    left.set(xlabel="seconds", ylabel="MiB of temporaries", yscale="log")
+    left.set_xlim(0, 1.3 * max(seconds.values()))
+    left.set_title(f"{config['layers']} x {config['width']}, {config['horizon']} steps")
+    for name, slope in _slopes(records).items():
+        mine = [r for r in records if r.step is not None and r.labels["remat"] == name]
+        x, y = [r.step for r in mine], [r.value for r in mine]
+        right.loglog(x, y, "o-", label=f"{name}: slope {slope:.2f}")
+    right.set(xlabel="inner steps", ylabel="MiB of temporaries", title="2 x 32")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints both."""
+    sizes, seconds = _table(records, "mebibytes"), _table(records, "seconds")
+    for name, size in sizes.items():
+        print(
+            f"remat {name:>8}: {size:8.1f} MiB ({size / sizes['none']:.2f}), "
+            f"{seconds[name]:.2f} s ({seconds[name] / seconds['none']:.2f})"
+        )
+    for name, slope in _slopes(records).items():
+        print(f"memory grows like horizon^{slope:.2f} with remat {name}")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """None: no paper gives numbers for these workloads."""
+    return []
+
+
+EXPERIMENT = Experiment(
+    name="remat",
+    about="Memory and time of backpropagation that recomputes.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("workload", "remat"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

@@ -1,0 +1,1 @@
+"""The figures of the papers on estimators through an unrolled loop."""

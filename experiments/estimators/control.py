@@ -1,0 +1,322 @@
+"""``control``: a linear policy learned with evolution strategies, whole episodes or windows.
+
+A swimmer of our own is in place of the papers' (MuJoCo's), minus its velocity in place of a return.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, training, tuning
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.problems.swimmer import swimmer
+from unrollgrad.running import need
+from unrollgrad.types import GradientEstimator
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A linear policy learns to swim: how many environment steps does each estimator need?
+
+    As with the papers' Swimmer a window is a tenth of an episode, the policy begins at zero and all
+    methods have the same pairs, so that one update of full ES costs ten of the others.
+    ``full_es_few`` is full ES at its best: so few pairs that an update costs what the others' does.
+    ``nres`` is ES-Single with a worker for every pair, staggered.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper: the environment steps and pairs of NRES's figure."""
+    problem: Literal["swimmer", "cart_pole"] = "swimmer"
+    """What is controlled. cart_pole: that of ug.problems.control, which full ES learns in about
+    four updates (--horizon 100 --truncation 10 --sigma 3 --clip 0.1 --budget 50000
+    --rates 10 30 100 300 1000 3000)."""
+    compared: tuple[Literal["full_es_few", "truncated_es", "pes", "es_single", "nres"], ...] = (
+        "full_es_few",
+        "truncated_es",
+        "pes",
+        "es_single",
+        "nres",
+    )
+    """Which methods are compared with full ES."""
+    horizon: int = 1000
+    """Environment steps in an episode."""
+    truncation: int = 100
+    """Environment steps in a window."""
+    num_pairs: int = 10
+    """Antithetic pairs, a multiple of the windows in an episode."""
+    sigma: float = 0.1
+    """Standard deviation of the perturbation."""
+    budget: int = 500_000
+    """Environment steps of each run: 25 updates of full ES, as in PES's figure."""
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """Learning rates of SGD on the clipped gradient; each method gets its best."""
+    clip: float = 1.0
+    """The norm to which all methods' gradients are clipped."""
+    tuning_runs: int = 3
+    """Runs of every rate of every method, on keys of their own, to choose it."""
+    episodes: int = 32
+    """Held-out episodes on which J is measured, at no cost in environment steps."""
+    seeds: tuple[int, ...] = (3, 5, 7, 11, 13, 23)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        compared=("truncated_es", "es_single"),
+        problem="cart_pole",
+        horizon=100,
+        truncation=10,
+        sigma=3.0,
+        clip=0.1,
+        budget=20_000,
+        rates=(100.0,),
+        episodes=16,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_pairs=30, budget=1_200_000),
+}
+
+PROBLEMS = {"swimmer": swimmer, "cart_pole": ug.problems.control}
+
+POINTS = 50
+"""Points of each curve."""
+
+TOLERANCE = 0.01
+"""A method is there when it has all but this part of what full ES gains in the whole run."""
+
+TUNING, HELD_OUT = 1_000_000, 1_000_001
+"""Seeds of keys that no run has."""
+
+
+def filled(settings: Settings) -> Settings:
+    """The settings.
+
+    Raises:
+        ValueError: If ``full_es_few`` cannot have as many steps per update as the others.
+    """
+    if settings.num_pairs * settings.truncation % settings.horizon:
+        raise ValueError(
+            f"`--num-pairs` must be a multiple of the {settings.horizon // settings.truncation} "
+            f"windows in an episode; got {settings.num_pairs}."
+        )
+    return settings
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes J along each method's run, then the steps it took to full ES's J."""
+    progress("choosing learning rates", 0.0)
+    prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    lines = []
+
+    def keep(numbers):
+        lines.append(numbers)
+        write(numbers)
+
+    training.side_by_side(
+        prepared.methods,
+        jax.random.key(seed),
+        prepared.theta,
+        prepared.evaluate,
+        POINTS,
+        keep,
+        progress,
+    )
+    full = lines_of(lines, "full_es")
+    target = full[-1][1] + TOLERANCE * (full[0][1] - full[-1][1])
+    for name, rate in prepared.rates.items():
+        steps = steps_to(target, lines_of(lines, name))
+        window = settings.horizon if name.startswith("full_es") else settings.truncation
+        in_a_row = steps / prepared.costs[name] * window
+        half = loss_at(settings.budget / 2, lines_of(lines, name))
+        write(
+            {
+                "estimator": name,
+                "steps": steps,
+                "steps_in_a_row": in_a_row,
+                "rate": rate,
+                "loss_at_half": half,
+            }
+        )
+
+
+def lines_of(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(inner steps, J) along the run of one method."""
+    return [(x["inner_steps"], float(x["loss"])) for x in lines if x["estimator"] == name]
+
+
+def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
+    """The inner steps after which J is first at most ``target``; infinite if it never is."""
+    return next((float(steps) for steps, loss in curve if loss <= target), math.inf)
+
+
+def loss_at(steps: float, curve: list[tuple[int, float]]) -> float:
+    """The last J that was measured up to ``steps``."""
+    return [loss for taken, loss in curve if taken <= steps][-1]
+
+
+class Prepared(NamedTuple):
+    """What all seeds share: methods by name, their rates, and the steps of one update."""
+
+    theta: jax.Array
+    methods: dict[str, training.Method]
+    rates: dict[str, float]
+    costs: dict[str, int]
+    evaluate: Any
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> Prepared:
+    problem, theta = PROBLEMS[settings.problem](settings.horizon)
+
+    def mean_loss(seed, theta):
+        episodes = jax.random.split(jax.random.key(seed), settings.episodes)
+        return jnp.mean(jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(episodes))
+
+    def score(theta):
+        # Rates are chosen by the mean along a run; where J is a loss, by that of its logarithm.
+        loss = mean_loss(TUNING, theta)
+        return loss if settings.problem == "cart_pole" else jnp.exp(loss)
+
+    methods, rates, costs = {}, {}, {}
+    for name, (estimator, cost) in estimators(settings, problem).items():
+        num_updates = settings.budget // cost
+        every = max(1, num_updates // POINTS)
+        rates[name] = tuning.best_rate(
+            estimator,
+            functools.partial(optimizer, clip=settings.clip),
+            settings.rates,
+            jax.random.split(jax.random.key(TUNING), settings.tuning_runs),
+            theta,
+            num_updates // every * every,
+            every,
+            score,
+        )
+        methods[name] = training.Method(
+            estimator, optimizer(rates[name], settings.clip), num_updates
+        )
+        costs[name] = cost
+    return Prepared(
+        theta, methods, rates, costs, jax.jit(lambda theta: {"loss": mean_loss(HELD_OUT, theta)})
+    )
+
+
+def estimators(
+    settings: Settings, problem: ug.UnrolledProblem
+) -> dict[str, tuple[GradientEstimator, int]]:
+    """The methods, and the environment steps of one of their calls."""
+    pairs, sigma = settings.num_pairs, settings.sigma
+    few = pairs * settings.truncation // settings.horizon
+    rest = {"truncation": settings.truncation, "sigma": sigma, "num_pairs": pairs}
+    windows = {
+        name: (
+            ug.REGISTRY[name].build(problem, **rest),
+            ug.REGISTRY[name].passes(pairs) * settings.truncation,
+        )
+        for name in ("truncated_es", "pes", "es_single")
+    }
+    one = ug.es_single(problem, truncation=settings.truncation, sigma=sigma)
+    whole = 2 * settings.horizon
+    all_of_them = {
+        "full_es": (ug.full_es(problem, sigma=sigma, num_pairs=pairs), pairs * whole),
+        "full_es_few": (ug.full_es(problem, sigma=sigma, num_pairs=few), few * whole),
+        **windows,
+        "nres": (ug.average(one, pairs, stagger="breakstep"), windows["es_single"][1]),
+    }
+    return {name: all_of_them[name] for name in ("full_es", *settings.compared)}
+
+
+def optimizer(rate: Any, clip: float) -> optax.GradientTransformation:
+    """SGD on the clipped gradient, which may be long where an episode goes wild."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """J of the policy on held-out episodes against environment steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    curves.plot(axis, records, "loss", x="inner_steps")
+    problem = config.get("problem", "cart_pole")
+    axis.set(
+        yscale="log" if problem == "cart_pole" else "linear",
+        xlabel="environment steps",
+        ylabel="J, the mean loss of a step" + (": minus velocity" if problem == "swimmer" else ""),
+        title=f"a linear policy, {problem}: windows of {config['truncation']} in "
+        f"{config['horizon']} steps",
+    )
+    axis.legend(title="mean ± SE over seeds")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last J of every run and the steps to full ES's."""
+    curves.show_last(records, "loss", "J at the end")
+    curves.show_last(records, "steps", "steps to full ES's J")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Windows of PES and ES-Single take fewer steps than whole episodes; truncated ES is stuck.
+
+    Once seed by seed, where a run of full ES that has not got anywhere is soon caught up with, and
+    once by the means over the seeds.
+    """
+    compared = (
+        ("pes", "full_es", "Vicol et al. 2021, Swimmer"),
+        ("es_single", "full_es", "Vicol et al. 2023, Swimmer"),
+        ("nres", "full_es", "Li et al. 2023, Swimmer"),
+        ("pes", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+        ("es_single", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+        ("nres", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+    )
+    out = [_fewer(summary, "steps", *names) for names in compared]
+    out.append(_fewer(summary, "steps_in_a_row", "nres", "full_es_few", "Li et al. 2023, Swimmer"))
+    out += [
+        curves.compare(
+            summary,
+            "loss_at_half",
+            name,
+            "<",
+            "full_es",
+            f"{name} is below full ES's last J after half of the environment steps (means)",
+            source,
+            "J ",
+            errors=2,
+            other_metric="loss",
+        )
+        for name, other, source in compared
+        if other == "full_es" and summary.find("loss_at_half", estimator=name)
+    ]
+    says, source = "truncated_es stays worse than full_es", "Vicol et al. 2021"
+    stuck = curves.compare(summary, "loss", "truncated_es", ">", "full_es", says, source, "J ")
+    return [*out, stuck]
+
+
+def _fewer(summary: Summary, metric: str, name: str, other: str, source: str) -> Claim:
+    what = {"steps": "environment steps", "steps_in_a_row": "environment steps in a row"}[metric]
+    says = f"{name} reaches full ES's J in fewer {what} than {other}"
+    return curves.compare(summary, metric, name, "<", other, says, source)
+
+
+EXPERIMENT = Experiment(
+    name="control",
+    about="A linear policy learned from whole episodes or from windows: environment steps.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    fill=filled,
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

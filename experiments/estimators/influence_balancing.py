@@ -1,0 +1,145 @@
+"""``influence_balancing``: where short truncations go the wrong way (Vicol et al. 2021)."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, training
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from unrollgrad.running import need
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One parameter of a linear system, trained online with each estimator: does it arrive?
+
+    The loss of theta is that of the state after 500 steps, as published.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. cpu has the published settings already."""
+    estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
+        "pes",
+        "es_single",
+        "truncated_es",
+        "tbptt",
+    )
+    """Which estimators."""
+    num_updates: int = 3000
+    """Outer updates, one inner step each."""
+    num_pairs: int = 500
+    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    sigma: float = 0.1
+    """Standard deviation of the perturbation."""
+    learning_rate: float = 1e-4
+    """Of SGD."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(scale="smoke", num_updates=600, num_pairs=100, seeds=(0,)),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", seeds=(0, 1, 2, 3, 4)),
+}
+
+POINTS = 60
+"""Points of each curve."""
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes the loss along each estimator's run."""
+    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    key = jax.random.key(seed)
+    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
+    problem, theta = ug.problems.influence_balancing(horizon=settings.num_updates)
+    common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}
+    optimizer = optax.sgd(settings.learning_rate)
+    names: tuple[str, ...] = settings.estimators
+    return theta, {
+        name: training.Method(
+            ug.REGISTRY[name].build(problem, **common), optimizer, settings.num_updates
+        )
+        for name in names
+    }
+
+
+@jax.jit
+def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
+    problem, _ = ug.problems.influence_balancing(horizon=500)
+    final = ug.final_loss(problem, lambda key, theta, s: 0.5 * (s[0] - 1) ** 2)
+    return {"theta": theta, "loss": ug.episode_loss(final, jax.random.key(0), theta)}
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """The loss against updates, a line per estimator and seed."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, runs) in enumerate(curves.curves(records, "loss").items()):
+        for j, (steps, losses) in enumerate(runs.values()):
+            style = "--" if name in curves.DASHED else "-"
+            axis.plot(steps, losses, style, color=f"C{i}", label=name if j == 0 else None)
+    axis.set(
+        yscale="log",
+        xlabel="outer updates (one inner step each)",
+        ylabel="loss after 500 steps",
+        title="influence balancing, truncation 1",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last loss of every run."""
+    curves.show_last(records, "loss", "loss at the end")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """PES and ES-Single arrive, truncated estimators walk away."""
+    out = []
+    source = "Vicol et al. 2021, 2023"
+    start = 8.0
+    for name, arrives in {
+        "pes": True,
+        "es_single": True,
+        "truncated_es": False,
+        "tbptt": False,
+    }.items():
+        found = summary.find("loss", estimator=name)
+        if found is None:
+            continue
+        mean, se = found["mean"], found["se"]
+        if mean is None:  # null in strict JSON: it was not finite
+            ours, holds = f"loss {start:.0f} → not finite", not arrives
+        else:
+            ours = f"loss {start:.0f} → {mean:.2g}" + (f" ± {se:.1g}" if se else "")
+            holds = mean < 1e-2 * start if arrives else mean > start
+        says = f"{name} {'reaches the optimum' if arrives else 'moves away from it'}"
+        out.append(Claim(says, source, ours, holds))
+    return out
+
+
+EXPERIMENT = Experiment(
+    name="influence_balancing",
+    about="A linear system on which truncated estimators go the wrong way.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

@@ -1,0 +1,180 @@
+"""The picture, the numbers and the claims of ``long_run_variance``."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from experiments._framework.experiment import Claim
+from experiments._framework.results import Record, Summary
+from unrollgrad.running import need
+
+RECURRENCES = ("aligned", "independent", "conflicting")
+
+
+UPDATES = ("1", "n", "20n")
+"""The numbers of updates, by name."""
+
+
+def _table(records: list[Record]) -> dict[tuple[str, str, str], dict[str, np.ndarray]]:
+    """By problem, estimator and updates, each metric's numbers by seed."""
+    out: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for r in records:
+        key = r.labels["problem"], r.labels["estimator"], r.labels["updates"]
+        out.setdefault(key, {}).setdefault(r.metric, []).append(r.value)
+    return {k: {m: np.array(x) for m, x in metrics.items()} for k, metrics in out.items()}
+
+
+def _pooled(metrics: dict[str, np.ndarray]) -> tuple[float, float]:
+    """The mean variance over seeds, and its standard error, which is that of all samples."""
+    errors = metrics["variance_se"]
+    return float(metrics["variance"].mean()), float(np.sqrt(np.sum(errors**2)) / len(errors))
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """A panel per problem, a line per estimator; crosses are closed forms."""
+    problems = config["problems"]
+    columns = min(3, len(problems))
+    rows = -(-len(problems) // columns)
+    figure = need("matplotlib.figure", "matplotlib").Figure(
+        figsize=(1 + 3.3 * columns, 1 + 3.3 * rows), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(problems) :]:
+        axis.remove()
+    table = _table(records)
+    for axis, problem in zip(axes.flat, problems, strict=False):
+        _panel(axis, table, problem, config)
+    figure.supylabel("variance of the mean of U updates, per episode-pair spent, / |g|²")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _panel(axis: Any, table: Any, problem: str, config: dict[str, Any]) -> None:
+    windows = config["num_windows"]
+    places = dict(zip(UPDATES, (1, windows, 20 * windows), strict=True))
+    for i, name in enumerate(config["estimators"]):
+        shift = 1.13 ** (i - 2.5)  # lines on each other could not be told apart
+        here = {u: table[problem, name, u] for u in UPDATES if (problem, name, u) in table}
+        at = [places[u] * shift for u in here]
+        means, errors = np.array([_pooled(x) for x in here.values()]).reshape(-1, 2).T
+        style = "--" if "staggered" in name or name == "nres" else "-"
+        axis.errorbar(
+            at, means, errors, fmt="o" + style, color=f"C{i}", ms=4, capsize=3, label=name
+        )
+        known = [x["exact"].mean() for x in here.values() if "exact" in x]
+        if known:
+            axis.plot(at, known, "kx", ms=6, label=None if i else "closed form")
+    axis.set(xscale="log", yscale="log", xlabel="U, consecutive updates", title=problem)
+    axis.set_xticks(list(places.values()), ["1", "n", "20 n"])
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(which="both", labelsize=8)
+    axis.grid(alpha=0.3)
+
+
+def show(records: list[Record]) -> None:
+    """Prints the variances, and in brackets the closed forms."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for (problem, name, updates), metrics in _table(records).items():
+        mean, se = _pooled(metrics)
+        text = f"{updates}: {mean:.3g} ± {se:.1g}"
+        text += f" ({metrics['exact'].mean():.3g})" if "exact" in metrics else ""
+        lines.setdefault((problem, name), []).append(text)
+    print("variance of the mean of U updates, per episode-pair, / |g|^2 (closed form)")
+    for (problem, name), parts in lines.items():
+        print(f"{problem:>12} {name:>13}  " + "   ".join(parts))
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """NRES and ES-Single are full ES in the long run; PES is less or more, as gradients agree."""
+    config = summary.about["config"]
+    windows, measured = config["num_windows"], config["estimators"]
+    ranges = {"aligned": (0.0, 1.0), "independent": (windows / 4, math.inf)}
+    ranges["conflicting"] = ranges["independent"]
+    out = []
+    for problem in config["problems"]:
+        if problem in RECURRENCES:
+            out.append(_exact_claim(summary, problem))
+        if "full_es" in measured:
+            out += [_same_claim(summary, problem, name) for name in EQUAL if name in measured]
+            out += [
+                _pes_claim(summary, problem, name, *ranges[problem])
+                for name in ("pes", "pes staggered")
+                if name in measured and problem in ranges
+            ]
+    return out
+
+
+SOURCE = "theory, for quadratic losses"
+
+BLIND = 0.3
+"""A ratio known to less than this fraction says nothing."""
+
+EQUAL = ("es_single", "nres")
+"""Whose long-run variance is that of full ES."""
+
+CUT = 1 / 20
+"""A worker of nres that begins inside an episode sees the ends of two instead of a whole one."""
+
+
+def _value(summary: Summary, problem: str, name: str, updates: str) -> tuple[float, float]:
+    """The variance, and its standard error from the samples of all seeds."""
+    numbers = []
+    for metric in ("variance", "variance_se"):
+        found = summary.find(metric, problem=problem, estimator=name, updates=updates)
+        numbers.append(math.nan if found is None or found["mean"] is None else found["mean"])
+    return numbers[0], numbers[1] / math.sqrt(len(summary.about["seeds"]))
+
+
+def _ratio(summary: Summary, problem: str, name: str) -> tuple[float, float]:
+    """The long-run variance over full ES's, and its standard error."""
+    (a, a_se), (b, b_se) = (_value(summary, problem, x, "20n") for x in (name, "full_es"))
+    return a / b, a / b * math.hypot(a_se / a, b_se / b)
+
+
+def _exact_claim(summary: Summary, problem: str) -> Claim:
+    away, errors = {}, []
+    for name in summary.about["config"]["estimators"]:
+        for updates in UPDATES:
+            labels = {"problem": problem, "estimator": name, "updates": updates}
+            exact = summary.find("exact", **labels)
+            if exact is not None:
+                value, se = _value(summary, problem, name, updates)
+                away[f"{name} at U = {updates}"] = (value - exact["mean"]) / se
+                errors.append(se / exact["mean"])
+    worst = max(away, key=lambda k: abs(away[k]))
+    return Claim(
+        f"{problem}: all {len(away)} variances are those of the closed forms, within four standard "
+        "errors",
+        SOURCE,
+        f"at most {abs(away[worst]):.2g} of them away ({worst}); errors of "
+        f"{100 * min(errors):.1g} to {100 * max(errors):.1g} %",
+        None if max(errors) > BLIND else abs(away[worst]) <= 4,
+    )
+
+
+def _same_claim(summary: Summary, problem: str, name: str) -> Claim:
+    ratio, se = _ratio(summary, problem, name)
+    end = CUT if name == "nres" else 0.0
+    besides = f" and the {100 * end:.0f} % of the one episode in 20 that is cut" if end else ""
+    return Claim(
+        f"{problem}: in the long run {name} has full_es's variance per episode-pair, within three "
+        f"standard errors{besides}",
+        SOURCE,
+        f"{ratio:.3g} ± {se:.1g} times",
+        None if se > BLIND * ratio else abs(ratio - 1) <= 3 * se + end,
+    )
+
+
+def _pes_claim(summary: Summary, problem: str, name: str, low: float, high: float) -> Claim:
+    ratio, se = _ratio(summary, problem, name)
+    what = "less than full_es's" if high == 1.0 else f"at least {low:.3g} = n/4 times full_es's"
+    return Claim(
+        f"{problem}: in the long run {name}'s variance per episode-pair is {what}",
+        SOURCE,
+        f"{ratio:.3g} ± {se:.1g} times",
+        None if se > BLIND * ratio else low <= ratio - 2 * se and ratio + 2 * se <= high,
+    )

@@ -1,0 +1,278 @@
+"""``lr_schedule``: a learning rate's start and decay, tuned inside one training run."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, heat_map, training
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.problems import data, image_mlp
+from unrollgrad.running import need
+from unrollgrad.types import UnrolledProblem
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Two numbers of a learning-rate schedule are trained online with each estimator.
+
+    An MLP learns images by SGD with momentum 0.9 and the rate theta0 / (1 + t / T)^theta1 in step t
+    of T; theta is the logarithms of theta0 and theta1. J is the mean over the steps of the training
+    loss, or minus the validation accuracy, which has no gradient, on another batch.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    objective: tuple[Literal["loss", "accuracy"], ...] = ("loss", "accuracy")
+    """What is minimised: each of these in turn."""
+    estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
+        "pes",
+        "es_single",
+        "truncated_es",
+        "tbptt",
+    )
+    """Which estimators."""
+    data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
+    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    data_dir: Path | None = None
+    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    hidden: tuple[int, ...] = (16,)
+    """Units of the MLP's hidden layers."""
+    batch_size: int = 8
+    """Images in a batch for training."""
+    evaluation_size: int = 16
+    """Images in a batch for J."""
+    horizon: int = 1000
+    """Inner steps in an episode (T)."""
+    truncation: int = 10
+    """Inner steps in a window (K)."""
+    start: tuple[float, float] = (0.003, 30.0)
+    """theta0 and theta1 to begin with."""
+    num_updates: int = 2000
+    """Outer updates, one window each."""
+    num_pairs: int = 30
+    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    sigma: float = 0.1
+    """Standard deviation of the perturbation."""
+    learning_rate: float = 0.01
+    """Of Adam, at the beginning."""
+    last_rate: float = 0.0
+    """What it falls to along a cosine, as a fraction; 1 is the papers' constant rate."""
+    cells: tuple[int, int] = (11, 9)
+    """Values of theta0 and of theta1 on the grid behind the picture."""
+    episodes: int = 4
+    """Episodes whose mean is J, on the grid and along the runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        objective=("accuracy",),
+        estimators=("es_single", "tbptt"),
+        hidden=(4,),
+        horizon=40,
+        num_updates=12,
+        num_pairs=2,
+        cells=(2, 3),
+        episodes=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        data="mnist",
+        hidden=(100, 100),
+        batch_size=100,
+        evaluation_size=100,
+        horizon=5000,
+        num_updates=5000,
+        num_pairs=500,
+        last_rate=1.0,
+        cells=(31, 25),
+        seeds=(0, 1, 2, 3),
+    ),
+}
+
+POINTS = 25
+"""Points of each curve."""
+
+RANGES = ((1e-3, 1.0), (0.3, 100.0))
+"""Of theta0 and theta1 on the grid."""
+
+
+NEAR = 0.05
+"""How far above the grid's minimum J may end, as a fraction of it, to be near."""
+
+FAR = 0.3
+"""And from where on it is far."""
+
+
+class Task(NamedTuple):
+    """What all seeds share.
+
+    Attributes:
+        loss: J of thetas.
+        evaluate: J and the two numbers of a theta.
+        methods: By name.
+    """
+
+    loss: Any
+    evaluate: Any
+    methods: dict[str, training.Method]
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes J on the grid, once, and along each estimator's run."""
+    shared = dataclasses.replace(settings, seeds=(), out=Path())
+    for i, objective in enumerate(settings.objective):
+
+        def write_here(numbers: dict[str, Any], objective: str = objective) -> None:
+            write({"objective": objective, **numbers})
+
+        def progress_here(text: str, done: float, i: int = i, objective: str = objective) -> None:
+            progress(f"{objective}: {text}", (i + done) / len(settings.objective))
+
+        task = _prepare(shared, objective)
+        if seed == settings.seeds[0]:
+            progress_here(heat_map.GRID, 0.0)
+            heat_map.write_grid(task.loss, RANGES, settings.cells, write_here)
+        key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
+        training.side_by_side(
+            task.methods, key, theta, task.evaluate, POINTS, write_here, progress_here
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _prepare(settings: Settings, objective: str) -> Task:
+    problem = schedule_problem(settings, objective)
+    rate = optax.cosine_decay_schedule(
+        settings.learning_rate, settings.num_updates, settings.last_rate
+    )
+    common = {
+        "truncation": settings.truncation,
+        "sigma": settings.sigma,
+        "num_pairs": settings.num_pairs,
+    }
+    names: tuple[str, ...] = settings.estimators
+    methods = {
+        name: training.Method(
+            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_updates
+        )
+        for name in names
+    }
+    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    loss = heat_map.mean_loss(problem, keys)
+
+    def evaluate(theta):
+        return {"J": loss(theta[None])[0], **heat_map.named(theta)}
+
+    return Task(loss, evaluate, methods)
+
+
+def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
+    """The MLP's training, whose step loss is the objective on a batch of its own."""
+    images = data.load(settings.data, settings.data_dir)
+    held_out = objective == "accuracy"
+    draw = image_mlp.sampler(
+        images.validation if held_out else images.train, settings.evaluation_size
+    )
+
+    def meta_loss(theta, params, key):
+        if held_out:
+            return -image_mlp.accuracy(params, draw(key))
+        return image_mlp.cross_entropy(params, draw(key))
+
+    return ug.training_problem(
+        **image_mlp.task(images, settings.hidden, settings.batch_size),
+        meta_loss=meta_loss,
+        optimizer=lambda theta, t: image_mlp.decaying_sgd(theta, t, settings.horizon),
+        horizon=settings.horizon,
+    )
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """For each objective J over theta with the runs on it, and J along the runs."""
+    objectives = list(dict.fromkeys(r.labels["objective"] for r in records))
+    figure = need("matplotlib.figure", "matplotlib").Figure(
+        figsize=(11, 4.5 * len(objectives)), layout="constrained"
+    )
+    says = {"loss": "mean training loss", "accuracy": "minus mean validation accuracy"}
+    rows = figure.subplots(len(objectives), 2, squeeze=False)
+    for (left, right), objective in zip(rows, objectives, strict=True):
+        here = [r for r in records if r.labels["objective"] == objective]
+        heat_map.draw(left, here, (r"$\theta_0$", r"$\theta_1$"), f"J: {says[objective]}")
+        curves.plot(right, heat_map.runs(here), "J")
+        for r in here:
+            if r.metric == "minimum":
+                right.axhline(r.value, color="black", ls=":", label="minimum of the grid")
+        right.set(ylabel="J", title=f"{says[objective]}, truncation {config['truncation']}")
+        right.legend()
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints J at the end of every run."""
+    for objective in dict.fromkeys(r.labels["objective"] for r in records):
+        here = [r for r in records if r.labels["objective"] == objective]
+        least = [r.value for r in here if r.metric == "minimum"]
+        print(f"{objective}: the minimum of the grid is " + "".join(f"{v:.3g}" for v in least))
+        curves.show_last(heat_map.runs(here), "J", "J at the end")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """PES and ES-Single end near the best of the grid, short-sighted estimators do not."""
+    papers = "Vicol et al. 2021, 2023"
+    out = []
+    for objective in ("loss", "accuracy"):
+        found = [
+            *heat_map.ends_near(summary, "pes", NEAR, papers, objective=objective),
+            *heat_map.ends_near(summary, "es_single", NEAR, papers, objective=objective),
+        ]
+        if objective == "loss":
+            found += heat_map.ends_far(summary, "truncated_es", FAR, papers, objective=objective)
+            found += heat_map.ends_far(summary, "tbptt", FAR, papers, objective=objective)
+        else:
+            found += _unmoved(summary)
+        out += [claim._replace(says=f"{objective}: {claim.says}") for claim in found]
+    return out
+
+
+def _unmoved(summary: Summary) -> list[Claim]:
+    """That backpropagation finds no slope in the accuracy."""
+    labels = {"objective": "accuracy", "estimator": "tbptt"}
+    ends = [f["mean"] for name in heat_map.NAMES if (f := summary.find(name, **labels))]
+    if not ends:
+        return []
+    moved = float(np.max(np.abs(ends - np.log(summary.about["config"]["start"]))))
+    return [
+        Claim(
+            "tbptt does not move theta at all",
+            "accuracy is a step function",
+            f"the mean log theta moved by {moved:.2g}",
+            moved < 1e-6,
+        )
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="lr_schedule",
+    about="The start and decay of a learning rate: truncated estimators are short-sighted.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("objective", "estimator"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

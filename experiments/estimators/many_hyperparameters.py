@@ -1,0 +1,315 @@
+"""``many_hyperparameters``: 29 of an MLP's training, evolution strategies against random search."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, training, tuning
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.problems import data
+from unrollgrad.running import need
+from unrollgrad.types import Key, Theta
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A learning rate and a momentum for every tensor, a width for every hidden layer.
+
+    An MLP of five hidden layers learns digits; theta is 12 log learning rates, 12 logits of momenta
+    and 5 logits of the share of units that are used. J is the mean validation loss along training.
+    A run's best theta so far is told by fresh trainings that are not counted; random search finds
+    its own by one training of each theta that it draws, as the methods begin at, and pays for it.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper: the widths, windows, pairs and steps published."""
+    estimators: tuple[Literal["es_single", "pes", "truncated_es"], ...] = (
+        "es_single",
+        "pes",
+        "truncated_es",
+    )
+    """Which estimators; random search is always there."""
+    width: int = 16
+    """Units of a hidden layer, of which a share is used."""
+    batch_size: int = 16
+    """Images of a training and of a validation batch."""
+    horizon: int = 200
+    """Training steps."""
+    truncation: int = 10
+    """Training steps in a window."""
+    num_pairs: int = 5
+    """Antithetic pairs: half of the papers' particles."""
+    sigma: float = 0.3
+    """Standard deviation of the perturbation, as published."""
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    """Learning rates of Adam; each estimator gets the best of them on a run of its own."""
+    budget: int = 150_000
+    """Training steps of each run."""
+    trainings: int = 10
+    """Fresh trainings that tell how good a theta is, as published."""
+    seeds: tuple[int, ...] = (3, 5, 7)
+    """Each is a whole run, from its own theta."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("es_single",),
+        width=4,
+        batch_size=4,
+        horizon=20,
+        rates=(0.1,),
+        budget=4_000,
+        trainings=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        width=100,
+        batch_size=100,
+        horizon=1000,
+        rates=(0.003, 0.01, 0.03),
+        budget=3_000_000,
+        seeds=(3, 5, 7, 11),
+    ),
+}
+
+LAYERS = 5
+"""Hidden ones."""
+
+POINTS = 20
+"""Points of each curve."""
+
+TUNING, HELD_OUT = 1_000_000, 1_000_001
+"""Seeds of keys that no run has."""
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes J along each method's run, and the lowest so far."""
+    progress("choosing learning rates", 0.0)
+    prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    key, key_theta, key_search = jax.random.split(jax.random.key(seed), 3)
+    lowest: dict[str, float] = {}
+
+    def keep(numbers):
+        name = numbers["estimator"]
+        lowest[name] = min(lowest.get(name, float("inf")), float(numbers["loss"]))
+        write({**numbers, "best": lowest[name]})
+
+    theta = draw_theta(key_theta)
+    training.side_by_side(prepared.methods, key, theta, prepared.evaluate, POINTS, keep, progress)
+    for tried, theta in prepared.search(key_search):
+        steps = {"step": tried, "inner_steps": tried * settings.horizon}
+        keep({"estimator": "random_search", **steps, **prepared.evaluate(theta)})
+
+
+class Prepared(NamedTuple):
+    """What all seeds share.
+
+    Attributes:
+        methods: By name.
+        evaluate: Of a theta, J on fresh trainings.
+        search: From a key to pairs of (thetas tried, the best of them) along a random search.
+    """
+
+    methods: dict[str, training.Method]
+    evaluate: Callable[[Theta], dict[str, Any]]
+    search: Callable[[Key], list[tuple[int, Theta]]]
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> Prepared:
+    problem = make_problem(settings)
+    fresh = jax.random.split(jax.random.key(HELD_OUT), settings.trainings)
+
+    @jax.jit
+    def loss(theta):
+        return jnp.mean(jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(fresh))
+
+    key, key_theta = jax.random.split(jax.random.key(TUNING))
+    theta = draw_theta(key_theta)
+    common = {"sigma": settings.sigma, "num_pairs": settings.num_pairs}
+    methods = {}
+    names: tuple[str, ...] = settings.estimators
+    for name in names:
+        row = ug.REGISTRY[name]
+        estimator = row.build(problem, truncation=settings.truncation, **common)
+        num_updates = settings.budget // (row.passes(settings.num_pairs) * settings.truncation)
+        every = num_updates // POINTS
+        rate = tuning.best_rate(
+            estimator, optax.adam, settings.rates, key[None], theta, POINTS * every, every, loss
+        )
+        methods[name] = training.Method(estimator, optax.adam(rate), num_updates)
+    return Prepared(
+        methods,
+        jax.jit(lambda theta: {"loss": loss(theta)}),
+        functools.partial(random_search, problem, settings.budget // settings.horizon),
+    )
+
+
+def random_search(problem: ug.UnrolledProblem, count: int, key: Key) -> list[tuple[int, Theta]]:
+    """Tries ``count`` thetas by one episode each.
+
+    Returns:
+        After each of POINTS parts of them, how many were tried and the best one.
+    """
+    thetas, losses = _tried(problem, count, key)
+    ends = [count * (i + 1) // POINTS for i in range(POINTS)]
+    best = [int(jnp.argmin(losses[:end])) for end in ends]
+    return [
+        (end, jax.tree.map(lambda x, i=i: x[i], thetas)) for end, i in zip(ends, best, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tried(problem: ug.UnrolledProblem, count: int, key: Key) -> tuple[Theta, jax.Array]:
+    def one(i):
+        key_theta, key_episode = jax.random.split(jax.random.fold_in(key, i))
+        theta = draw_theta(key_theta)
+        return theta, ug.episode_loss(problem, key_episode, theta)
+
+    return jax.lax.map(one, jnp.arange(count), batch_size=50)
+
+
+def draw_theta(key: Key) -> Theta:
+    """As published: log-uniform rates, uniform momenta and shares of units, unconstrained."""
+    keys = jax.random.split(key, 3)
+    tensors = 2 * (LAYERS + 1)
+    log_rates = jax.random.uniform(keys[0], (tensors,), minval=jnp.log(1e-4), maxval=jnp.log(1e-2))
+    momenta = jax.random.uniform(keys[1], (tensors,), minval=0.01, maxval=0.9)
+    shares = jax.random.uniform(keys[2], (LAYERS,), minval=0.2, maxval=0.8)
+    return {
+        "log_rate": log_rates,
+        "momentum_logit": jax.scipy.special.logit(momenta),
+        "share_logit": jax.scipy.special.logit(shares),
+    }
+
+
+def sgd_by_tensor(log_rate: jax.Array, momentum_logit: jax.Array) -> optax.GradientTransformation:
+    """SGD with momentum, a rate and a momentum for each tensor in the order of the leaves."""
+
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates, state, params=None):
+        treedef = jax.tree.structure(updates)
+        rates = treedef.unflatten(list(jnp.exp(log_rate)))
+        momenta = treedef.unflatten(list(jax.nn.sigmoid(momentum_logit)))
+        state = jax.tree.map(lambda m, v, g: m * v + g, momenta, state, updates)
+        return jax.tree.map(lambda rate, v: -rate * v, rates, state), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def logits(params: list[dict[str, jax.Array]], share_logit: jax.Array, x: jax.Array) -> jax.Array:
+    """An MLP of which a hidden layer's units from floor(share x width) on are masked."""
+    *hidden, out = params
+    for layer, share in zip(hidden, jax.nn.sigmoid(share_logit), strict=True):
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        width = x.shape[-1]
+        x = jnp.where(jnp.arange(width) < jnp.floor(share * width), x, 0.0)
+    return x @ out["kernel"] + out["bias"]
+
+
+def make_problem(settings: Settings) -> ug.UnrolledProblem:
+    """Training on digits; a validation loss counts 1.5 ln 10 at most, also where it is NaN."""
+    images = data.load("digits")
+    sizes = [64, *LAYERS * [settings.width], 10]
+
+    def init_params(key):
+        counts = [n * m for n, m in itertools.pairwise(sizes)]
+        normal = jax.random.normal(key, (sum(counts),))  # one draw compiles faster than six
+        parts = jnp.split(normal, list(itertools.accumulate(counts[:-1])))
+        return [
+            {"kernel": jnp.sqrt(2 / n) * part.reshape(n, m), "bias": jnp.zeros(m)}
+            for (n, m), part in zip(itertools.pairwise(sizes), parts, strict=True)
+        ]
+
+    def draw(split, key):
+        rows = jax.random.randint(key, (settings.batch_size,), 0, len(split.labels))
+        return jnp.asarray(split.images)[rows], jnp.asarray(split.labels)[rows]
+
+    def cross_entropy(theta, params, batch, key):
+        found = logits(params, theta["share_logit"], batch[0])
+        return optax.softmax_cross_entropy_with_integer_labels(found, batch[1]).mean()
+
+    def meta_loss(theta, params, key):
+        loss = cross_entropy(theta, params, draw(images.validation, key), key)
+        most = 1.5 * jnp.log(10.0)
+        return jnp.where(loss < most, loss, most)
+
+    return ug.training_problem(
+        loss=cross_entropy,
+        init_params=init_params,
+        optimizer=lambda theta, t: sgd_by_tensor(theta["log_rate"], theta["momentum_logit"]),
+        sample_batch=functools.partial(draw, images.train),
+        meta_loss=meta_loss,
+        horizon=settings.horizon,
+    )
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """The best J so far against training steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    curves.plot(axis, records, "best", x="inner_steps")
+    axis.set(
+        xlabel="training steps",
+        ylabel="best J so far, the mean validation loss",
+        title=f"{4 * (LAYERS + 1) + LAYERS} hyperparameters of an MLP on digits",
+    )
+    axis.legend(title="mean ± SE over seeds")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the best J of every run."""
+    curves.show_last(records, "best", "best J")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Persistent estimators beat random search and truncation at equal training steps."""
+    pairs = (
+        ("es_single", "random_search", "Vicol et al. 2023"),
+        ("pes", "random_search", "Vicol et al. 2021"),
+        ("pes", "truncated_es", "Vicol et al. 2021"),
+        ("es_single", "pes", "Vicol et al. 2023"),
+    )
+    return [
+        curves.compare(
+            summary,
+            "best",
+            name,
+            "<",
+            other,
+            f"{name} finds a lower J than {other} at equal training steps",
+            source,
+            "J ",
+        )
+        for name, other, source in pairs
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="many_hyperparameters",
+    about="29 hyperparameters of an MLP: evolution strategies against random search.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

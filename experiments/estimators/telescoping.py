@@ -1,0 +1,239 @@
+"""``telescoping``: the loss at the end of training, minimised window by window."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, heat_map, training
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from experiments.problems import data, image_mlp
+from unrollgrad.running import need
+from unrollgrad.types import UnrolledProblem
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Two numbers of a learning-rate schedule are trained for the loss at the end of an episode.
+
+    The MLP and the schedule are those of lr_schedule. J is the training loss of the last weights on
+    a fixed batch, which windows see as a telescoping sum of what it changed in each.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    estimators: tuple[Literal["pes", "es_single", "truncated_es", "full_es"], ...] = (
+        "pes",
+        "es_single",
+        "truncated_es",
+        "full_es",
+    )
+    """Which estimators."""
+    data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
+    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    data_dir: Path | None = None
+    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    hidden: tuple[int, ...] = (16,)
+    """Units of the MLP's hidden layers."""
+    batch_size: int = 8
+    """Images in a batch for training."""
+    fixed_size: int = 200
+    """Training images of the fixed batch."""
+    horizon: int = 200
+    """Inner steps in an episode (T)."""
+    truncation: int = 10
+    """Inner steps in a window (K)."""
+    start: tuple[float, float] = (0.003, 30.0)
+    """theta0 and theta1 to begin with."""
+    num_updates: int = 2000
+    """Outer updates of one window; full_es makes as many fewer as its episodes are longer."""
+    num_pairs: int = 20
+    """Antithetic pairs: half of the papers' particles."""
+    sigma: float = 0.1
+    """Standard deviation of the perturbation."""
+    learning_rate: float = 0.02
+    """Of Adam, for windows, at the beginning."""
+    full_es_rate: float = 0.3
+    """The same for whole episodes."""
+    last_rate: float = 0.0
+    """What it falls to along a cosine, as a fraction."""
+    cells: tuple[int, int] = (11, 9)
+    """Values of theta0 and of theta1 on the grid behind the picture."""
+    episodes: int = 4
+    """Episodes whose mean is J, on the grid and along the runs."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("pes", "es_single"),
+        hidden=(4,),
+        fixed_size=20,
+        horizon=20,
+        num_updates=8,
+        num_pairs=2,
+        cells=(2, 3),
+        episodes=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        data="fashion_mnist",
+        hidden=(100, 100),
+        batch_size=100,
+        fixed_size=1000,
+        horizon=5000,
+        num_updates=5000,
+        num_pairs=500,
+        learning_rate=0.01,
+        full_es_rate=0.1,
+        last_rate=1.0,
+        cells=(31, 25),
+        seeds=(0, 1, 2, 3),
+    ),
+}
+"""Horizon, rates and particles of the paper are not published: those of lr_schedule."""
+
+POINTS = 25
+"""Points of each curve."""
+
+RANGES = ((1e-3, 1.0), (0.3, 100.0))
+"""Of theta0 and theta1 on the grid."""
+
+NEAR = 0.3
+"""How far above the grid's minimum J may end, as a fraction of it, to be near: it is about 0.1."""
+
+FAR = 1.0
+"""And from where on it is far."""
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes J on the grid, once, along each estimator's run, and how rough its way was."""
+    loss, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    if seed == settings.seeds[0]:
+        progress(heat_map.GRID, 0.0)
+        heat_map.write_grid(loss, RANGES, settings.cells, write)
+    ways: dict[str, list[list[float]]] = {name: [] for name in methods}
+
+    def write_and_keep(numbers: dict[str, Any]) -> None:
+        ways[numbers["estimator"]].append([float(numbers[name]) for name in heat_map.NAMES])
+        write(numbers)
+
+    def evaluate(theta):
+        return {"J": loss(theta[None])[0], **heat_map.named(theta)}
+
+    key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
+    training.side_by_side(methods, key, theta, evaluate, POINTS, write_and_keep, progress)
+    for name, way in ways.items():
+        write({"estimator": name, "roughness": roughness(np.array(way))})
+
+
+def roughness(way: np.ndarray) -> float:
+    """The root mean square of the changes of direction and speed along a way, (points, dim)."""
+    return float(np.sqrt(np.mean(np.sum(np.diff(way, n=2, axis=0) ** 2, axis=1))))
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
+    problem = final_problem(settings)
+    common = {
+        "truncation": settings.truncation,
+        "sigma": settings.sigma,
+        "num_pairs": settings.num_pairs,
+    }
+    names: tuple[str, ...] = settings.estimators
+    methods = {}
+    for name in names:
+        whole = name == "full_es"
+        count = settings.num_updates * (settings.truncation if whole else 1)
+        count = max(1, count // (settings.horizon if whole else 1))
+        rate = settings.full_es_rate if whole else settings.learning_rate
+        schedule = optax.cosine_decay_schedule(rate, count, settings.last_rate)
+        estimator = ug.REGISTRY[name].build(problem, **common)
+        methods[name] = training.Method(estimator, optax.adam(schedule), count)
+    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    return heat_map.mean_loss(problem, keys), methods
+
+
+def final_problem(settings: Settings) -> UnrolledProblem:
+    """The MLP's training, whose only loss is that of the last weights on the fixed batch."""
+    images = data.load(settings.data, settings.data_dir)
+    count = settings.fixed_size
+    fixed = jnp.asarray(images.train.images[:count]), jnp.asarray(images.train.labels[:count])
+    problem = ug.training_problem(
+        **image_mlp.task(images, settings.hidden, settings.batch_size),
+        meta_loss=lambda theta, params, key: jnp.float32(0),
+        optimizer=lambda theta, t: image_mlp.decaying_sgd(theta, t, settings.horizon),
+        horizon=settings.horizon,
+    )
+    return ug.final_loss(
+        problem, lambda key, theta, state: image_mlp.cross_entropy(state.params, fixed)
+    )
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """J over theta with the runs on it, and J along the runs."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    heat_map.draw(left, records, (r"$\theta_0$", r"$\theta_1$"), "J: training loss at the end")
+    curves.plot(right, heat_map.runs(records), "J", "inner_steps")
+    for r in records:
+        if r.metric == "minimum":
+            right.axhline(r.value, color="black", ls=":", label="minimum of the grid")
+    right.set(ylabel="J", title=f"loss after {config['horizon']} steps", yscale="log")
+    right.legend()
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints J at the end of every run."""
+    for r in records:
+        if r.metric == "minimum":
+            print(f"the minimum of the grid is {r.value:.3g}")
+    curves.show_last(heat_map.runs(records), "J", "J at the end")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Persistent estimators find the best loss at the end; truncated ES looks one window ahead."""
+    theory = "the sum over windows is the loss at the end"
+    return [
+        *heat_map.ends_near(summary, "pes", NEAR, theory),
+        *heat_map.ends_near(summary, "es_single", NEAR, theory),
+        *heat_map.ends_near(summary, "full_es", NEAR, theory),
+        *heat_map.ends_far(summary, "truncated_es", FAR, "Vicol et al. 2023"),
+        curves.compare(
+            summary,
+            "roughness",
+            "es_single",
+            "<",
+            "pes",
+            "es_single's way is smoother than pes's",
+            "Vicol et al. 2023",
+            "roughness ",
+        ),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="telescoping",
+    about="The loss at the end of training as a sum over windows of what it changed in each.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

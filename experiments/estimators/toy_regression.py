@@ -1,0 +1,205 @@
+"""``toy_regression``: a loss surface on which only far-sighted, smoothed gradients arrive."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, training
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary
+from unrollgrad.running import need
+
+ARRIVES = {
+    "tbptt": False,
+    "bptt": False,
+    "forward_mode": False,
+    "uoro": False,
+    "truncated_es": False,
+    "pes": True,
+    "es_single": True,
+    "full_es": True,
+}
+"""Whether the papers say that an estimator reaches the basin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Two learning rates of gradient descent on a wiggly function: who reaches the basin?
+
+    The loss is the sum over an episode of 100 steps, as published. It is 2488 where theta begins
+    and 552 at the least point of a fine grid; the plateau in between ends in cliffs and wiggles.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. cpu has half of the published updates."""
+    estimators: tuple[Literal[tuple(ARRIVES)], ...] = tuple(ARRIVES)  # type: ignore[valid-type]
+    """Which estimators."""
+    num_updates: int = 10_000
+    """Outer updates of one window each. Estimators that need whole episodes (bptt, full_es) make a
+    tenth of that, with as many inner steps."""
+    num_pairs: int = 50
+    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    sigma: float = 0.3
+    """Standard deviation of the perturbation."""
+    sigma_truncated: float = 1.0
+    """The same for truncated_es, which stays on the plateau with less."""
+    learning_rate: float = 1e-2
+    """Of Adam with b1 = 0.99."""
+    grid: int = 100
+    """Points along each side of the loss surface in the picture."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run. bptt, tbptt and forward_mode draw nothing: theirs are equal."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("tbptt", "es_single"),
+        num_updates=600,
+        num_pairs=20,
+        learning_rate=0.1,
+        grid=8,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_updates=20_000, seeds=(0, 1, 2, 3, 4)),
+}
+
+POINTS = 50
+"""Points of each curve."""
+HORIZON, TRUNCATION = 100, 10
+REACH = 5.0
+"""The picture shows thetas from minus this to this."""
+BASIN = 600.0
+"""A loss below it is in the basin."""
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes the loss surface, once, and theta and its loss along each estimator's run."""
+    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    if seed == settings.seeds[0]:
+        for i, loss in enumerate(surface(settings.grid).ravel()):
+            write({"estimator": "surface", "step": i, "surface": round(float(loss), 1)})
+    key = jax.random.key(seed)
+    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
+    problem, theta = ug.problems.toy_regression(HORIZON)
+    optimizer = optax.adam(settings.learning_rate, b1=0.99)
+
+    def method(name: str) -> training.Method:
+        sigma = settings.sigma_truncated if name == "truncated_es" else settings.sigma
+        estimator = ug.REGISTRY[name].build(
+            problem, truncation=TRUNCATION, sigma=sigma, num_pairs=settings.num_pairs
+        )
+        windows = 1 if estimator.truncation else HORIZON // TRUNCATION
+        return training.Method(estimator, optimizer, settings.num_updates // windows)
+
+    return theta, {name: method(name) for name in settings.estimators}
+
+
+def summed_loss(theta: jax.Array) -> jax.Array:
+    """The sum of the step losses of an episode."""
+    problem, _ = ug.problems.toy_regression(HORIZON)
+    return HORIZON * ug.episode_loss(problem, jax.random.key(0), theta)
+
+
+@jax.jit
+def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
+    return {"loss": summed_loss(theta), "theta0": theta[0], "theta1": theta[1]}
+
+
+def surface(side: int) -> np.ndarray:
+    """The summed loss on a grid of thetas; the first index is that of theta[1]."""
+    at = jnp.linspace(-REACH, REACH, side)
+    rows = jax.vmap(jax.vmap(lambda y, x: summed_loss(jnp.stack([x, y])), (None, 0)), (0, None))
+    return np.asarray(jax.jit(rows)(at, at))
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """The first seed's ways over the loss surface; and the loss against updates."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(13, 5.5), layout="constrained")
+    ways, lines = figure.subplots(1, 2)
+    _draw_ways(figure, ways, records, config["grid"])
+    curves.plot(lines, records, "loss")
+    lines.axhline(BASIN, color="black", lw=0.8, ls=":")
+    lines.set(
+        xscale="log",
+        yscale="log",
+        xlabel="outer updates (of bptt and full_es: whole episodes)",
+        ylabel="summed loss of an episode",
+        title="loss of theta: mean and standard error over seeds",
+    )
+    lines.legend(loc="lower left")
+    return figure
+
+
+def _draw_ways(figure: Any, axis: Any, records: list[Record], side: int) -> None:
+    """The surface, as far as it was computed, and theta along each estimator's first run."""
+    losses = np.full(side * side, np.nan)
+    for r in records:
+        if r.metric == "surface" and r.step is not None:
+            losses[r.step] = r.value
+    norm = need("matplotlib.colors", "matplotlib").LogNorm(5e2, 1e4)
+    at = np.linspace(-REACH, REACH, side)
+    image = axis.pcolormesh(at, at, losses.reshape(side, side), norm=norm, cmap="Greys")
+    figure.colorbar(image, ax=axis, label="summed loss of an episode")
+    ends = curves.curves(records, "theta1", x="theta0")
+    for i, (name, runs) in enumerate(ends.items()):
+        x, y = next(iter(runs.values()))
+        style = "--" if name in curves.DASHED else "-"
+        axis.plot(x, y, style, color=f"C{i % 10}", lw=1.2, label=name)
+        axis.plot(x[-1], y[-1], "o", color=f"C{i % 10}", mec="white", ms=8)
+    axis.set(
+        xlabel="theta[0], log rate at the start",
+        ylabel="theta[1], log rate at the end",
+        title="ways of theta from (-4, -4), to the dots",
+        xlim=(-REACH, REACH),
+        ylim=(-REACH, REACH),
+    )
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last loss of every run."""
+    curves.show_last(records, "loss", "summed loss at the end")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """Unbiased evolution strategies reach the basin, all others do not."""
+    out = []
+    for name, arrives in ARRIVES.items():
+        if summary.find("loss", estimator=name) is None:
+            continue
+        found = curves.mean_and_se(summary, "loss", name)
+        says = f"{name} {'reaches' if arrives else 'does not reach'} the basin (below {BASIN:.0f})"
+        ours, holds = "loss at the end not finite", not arrives
+        if found is not None:
+            mean, se = found
+            ours = f"loss 2488 → {mean:.0f}" + (f" ± {se:.1g}" if se else "")
+            holds = mean + 2 * se < BASIN if arrives else mean - 2 * se > BASIN
+        out.append(Claim(says, "Vicol et al. 2021, 2023", ours, holds))
+    return out
+
+
+EXPERIMENT = Experiment(
+    name="toy_regression",
+    about="A loss surface of cliffs and wiggles, and the ways of theta over it.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

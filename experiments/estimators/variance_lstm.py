@@ -1,0 +1,271 @@
+"""``variance_lstm``: variance against the number of unrolls, on three texts (Vicol et al. 2021)."""
+
+import argparse
+import dataclasses
+import functools
+import inspect
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+
+import unrollgrad as ug
+from experiments._framework.experiment import Experiment, Progress, Write
+from experiments.estimators.variance_lstm_figure import OTHER_SIGMA, claims, draw, show
+from experiments.estimators.window_influence import window_influence
+from experiments.problems.text_lstm import LSTM, VOCABULARY, encode, zero_carry
+from unrollgrad.diagnostics import statistics
+from unrollgrad.problems import theory
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Does the variance grow with the number of unrolls? An LSTM on three texts, theta frozen.
+
+    A sample is the mean of one antithetic pair's estimates over the windows of one episode, which
+    always begins at the same place of the same text. Its variance, the trace of the covariance, is
+    divided by the squared norm of the gradient. Beside it stands the closed form for losses that
+    are quadratic in theta, evaluated on window gradients that reverse mode gives exactly.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper: the published settings."""
+    corpus: Path | None = None
+    """The file of the real text. Default: the source of the standard library's argparse."""
+    estimators: tuple[Literal["pes", "gpes", "es_single"], ...] = ("pes", "gpes", "es_single")
+    """Which estimators."""
+    horizon: int = 200
+    """Characters in an episode."""
+    num_unrolls: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    """Windows per episode, divisors of the horizon."""
+    exact_unrolls: int = 100
+    """The closed form is evaluated up to here, for the numbers that divide it: it takes as many
+    backward passes, and memory for its square times the weights."""
+    num_samples: int = 500
+    """Antithetic pairs, each through a whole episode."""
+    sigma: float = 1e-3
+    """Standard deviation of the perturbation."""
+    noise_periods: int = 5
+    """Draws of noise per episode of gpes, where they are at the beginnings of windows."""
+    embed: int = 5
+    """Size of the embedding."""
+    hidden: int = 5
+    """Units of the LSTM."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws new weights, another place of the corpus, other characters and other noise."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("pes", "es_single"),
+        horizon=20,
+        num_unrolls=(1, 20),
+        exact_unrolls=20,
+        num_samples=300,
+        noise_periods=2,
+        embed=2,
+        hidden=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        horizon=1000,
+        num_unrolls=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+        num_samples=25_000,
+    ),
+}
+
+BATCH = 50
+"""Pairs that run at the same time."""
+
+
+class _Sizes(NamedTuple):
+    """What decides the shape of a program."""
+
+    horizon: int
+    embed: int
+    hidden: int
+    num_samples: int
+
+
+def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes a variance, and what it should be, per text, estimator and number of unrolls.
+
+    Raises:
+        ValueError: If the horizon is no multiple of a number of unrolls, or the corpus too short.
+    """
+    wrong = [n for n in (*settings.num_unrolls, settings.noise_periods) if settings.horizon % n]
+    if wrong:
+        raise ValueError(f"`horizon` is {settings.horizon}, which {wrong} do not divide.")
+    corpus = inspect.getsource(argparse) if settings.corpus is None else _read(settings.corpus)
+    sizes = _Sizes(settings.horizon, settings.embed, settings.hidden, settings.num_samples)
+    theta = initial_theta(settings.embed, settings.hidden, seed)
+    symbols = texts(corpus, settings.horizon, seed)
+    for i, (text, characters) in enumerate(symbols.items()):
+        progress(text, i / len(symbols))
+        data = jnp.asarray(characters[:-1]), jnp.asarray(characters[1:])
+        influence = window_influence(
+            reader(settings.horizon, settings.embed, settings.hidden),
+            jax.random.key(0),  # nothing is drawn
+            theta,
+            settings.exact_unrolls,
+            data,
+        )
+        square = float(np.sum(theory.gradient(influence) ** 2))
+        for part, name in enumerate(settings.estimators):
+            found = {}
+            for j, unrolls in enumerate(_unrolls(settings, name)):
+                key = jax.random.fold_in(jax.random.key(seed), i * settings.horizon + unrolls)
+                samples = functools.partial(
+                    _samples, name, sizes, unrolls, settings.noise_periods, key, theta, data
+                )
+                squares = statistics.squares(_flat(samples(settings.sigma))) / square
+                found[unrolls] = numbers = {
+                    "variance": float(np.mean(squares)),
+                    "variance_se": statistics.standard_error(squares),
+                }
+                if settings.exact_unrolls % unrolls == 0:
+                    numbers |= _exact(settings, name, influence, unrolls, square)
+                    numbers["ratio"] = numbers["variance"] / numbers["exact"]
+                if name == "pes" and unrolls == max(settings.num_unrolls):
+                    other = _flat(samples(OTHER_SIGMA * settings.sigma))
+                    numbers["other_sigma"] = statistics.total_variance(other) / square
+                write({"text": text, "estimator": name, "unrolls": unrolls, **numbers})
+                done = part + (j + 1) / len(settings.num_unrolls)
+                progress(f"{text}: {name}", (i + done / len(settings.estimators)) / len(symbols))
+            if len(found) > 1:
+                slope = _slope({n: x["variance"] for n, x in found.items()})
+                write({"text": text, "estimator": name, "unrolls": "all", "slope": slope})
+
+
+def _read(corpus: Path) -> str:
+    text = corpus.read_text(errors="replace")
+    if len(text) < 2:
+        raise ValueError(f"`corpus` must have at least 2 characters; {corpus} has {len(text)}.")
+    return text
+
+
+def texts(corpus: str, horizon: int, seed: int) -> dict[str, np.ndarray]:
+    """The three texts as symbols, one more than the horizon: the last is only predicted."""
+    draws = np.random.default_rng(seed)
+    place = draws.integers(len(corpus))
+    real = encode(corpus)[(place + np.arange(horizon + 1)) % len(corpus)]
+    random = draws.integers(VOCABULARY, size=horizon + 1, dtype=np.int32)
+    return {"real": real, "random": random, "repeated": np.full_like(real, real[0])}
+
+
+def initial_theta(embed: int, hidden: int, seed: int) -> jax.Array:
+    """The LSTM's weights as flax draws them, as one vector."""
+    return _vector(_lstm(embed, hidden, seed))[0]
+
+
+@functools.cache
+def reader(horizon: int, embed: int, hidden: int) -> ug.UnrolledProblem:
+    """The LSTM of ``text_lstm`` on one text that comes as data: (symbols, the following ones)."""
+    model = _lstm(embed, hidden, seed=0)
+    graph, unravel = nnx.graphdef(model), _vector(model)[1]
+
+    def step(key, theta, carry, t, batch):
+        symbol, following = batch
+        carry, logits = nnx.merge(graph, unravel(theta))(carry, symbol[None])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, following[None])
+        return carry, losses.mean()
+
+    return ug.UnrolledProblem(lambda key, theta: zero_carry(theta, 1, hidden), step, horizon)
+
+
+def _lstm(embed: int, hidden: int, seed: int) -> LSTM:
+    return LSTM(VOCABULARY, embed, hidden, VOCABULARY, rngs=nnx.Rngs(seed))
+
+
+def _vector(model: LSTM) -> tuple[jax.Array, Any]:
+    """One leaf's noise compiles many times faster than that of fourteen."""
+    return ravel_pytree(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def _unrolls(settings: Settings, name: str) -> list[int]:
+    """The numbers of unrolls that the estimator is measured at."""
+    return [n for n in settings.num_unrolls if name != "gpes" or n % settings.noise_periods == 0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _samples(
+    name: str,
+    sizes: _Sizes,
+    unrolls: int,
+    noise_periods: int,
+    key: jax.Array,
+    theta: Any,
+    data: Any,
+    sigma: Any,
+) -> Any:
+    """Every sample's mean estimate over the windows of its episode, stacked."""
+    truncation = sizes.horizon // unrolls
+    estimator = ug.REGISTRY[name].build(
+        reader(sizes.horizon, sizes.embed, sizes.hidden),
+        truncation=truncation,
+        sigma=sigma,
+        noise_period=sizes.horizon // noise_periods,
+        num_pairs=1,
+    )
+    windows = jax.tree.map(lambda x: x.reshape(unrolls, truncation, *x.shape[1:]), data)
+
+    def sample(key):
+        def call(carry, inputs):
+            state, total = carry
+            i, window = inputs
+            estimate, state = estimator.estimate(
+                jax.random.fold_in(key, i), theta, state, data=window
+            )
+            return (state, jax.tree.map(jnp.add, total, estimate.grad)), None
+
+        begin = estimator.init(key, theta), jax.tree.map(jnp.zeros_like, theta)
+        (_, total), _ = jax.lax.scan(call, begin, (jnp.arange(unrolls), windows))
+        return jax.tree.map(lambda x: x / unrolls, total)
+
+    return jax.lax.map(sample, jax.random.split(key, sizes.num_samples), batch_size=BATCH)
+
+
+def _flat(tree: Any) -> np.ndarray:
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+
+
+def _exact(
+    settings: Settings, name: str, influence: np.ndarray, unrolls: int, square: float
+) -> dict[str, float]:
+    """The closed form, divided by the gradient's square."""
+    truncation = settings.exact_unrolls // unrolls
+    period = {
+        "pes": truncation,
+        "gpes": settings.exact_unrolls // settings.noise_periods,
+        "es_single": None,
+    }[name]
+    return {"exact": theory.episode_variance(influence, truncation, period) / square}
+
+
+def _slope(variances: dict[int, float]) -> float:
+    """Of log variance over log unrolls, by least squares."""
+    return float(np.polyfit(np.log(list(variances)), np.log(list(variances.values())), 1)[0])
+
+
+EXPERIMENT = Experiment(
+    name="variance_lstm",
+    about="Variance against the number of unrolls: an LSTM on three texts, and the closed form.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("text", "estimator", "unrolls"),
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

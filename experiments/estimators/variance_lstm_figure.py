@@ -1,0 +1,186 @@
+"""The picture, the numbers and the claims of ``variance_lstm``."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from experiments._framework.curves import text as plus_minus
+from experiments._framework.experiment import Claim
+from experiments._framework.results import Record, Summary
+from unrollgrad.running import need
+
+TEXTS = {
+    "real": "an excerpt of the corpus",
+    "random": "uniformly random characters",
+    "repeated": "one repeated character",
+}
+"""What the LSTM reads: window gradients that are as they are, that conflict, that agree."""
+
+
+OTHER_SIGMA = 3.0
+"""Times sigma, to see that sigma does not matter."""
+
+
+def _series(records: list[Record], metric: str) -> dict[tuple[str, str], dict[int, list[float]]]:
+    """The metric by (text, estimator) and number of unrolls, a number for each seed."""
+    out: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for r in records:
+        if r.metric == metric:
+            line = out.setdefault((r.labels["text"], r.labels["estimator"]), {})
+            line.setdefault(int(r.labels["unrolls"]), []).append(r.value)
+    return out
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """A panel per text: measured points with standard errors over seeds, the closed form as lines.
+
+    The mean over seeds of both.
+    """
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, len(TEXTS), sharey=True)
+    variances, exact = _series(records, "variance"), _series(records, "exact")
+    for axis, (text, about) in zip(axes, TEXTS.items(), strict=True):
+        for i, name in enumerate(config["estimators"]):
+            line = variances.get((text, name), {})
+            means = [np.mean(x) for x in line.values()]
+            errors = [
+                np.std(x, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0 for x in line.values()
+            ]
+            axis.errorbar(
+                list(line), means, errors, fmt="os^"[i], color=f"C{i}", ms=5, capsize=3, label=name
+            )
+            line = exact.get((text, name), {})
+            axis.plot(list(line), [np.mean(x) for x in line.values()], color=f"C{i}", lw=1)
+        axis.set(xscale="log", yscale="log", xlabel="unrolls per episode, n = T/K", title=about)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="variance of an episode's mean / |g|²")
+    axes[0].legend(title="measured; lines: closed form")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the variances, and in brackets the closed form, means over seeds."""
+    variances, exact = _series(records, "variance"), _series(records, "exact")
+    for (text, name), line in variances.items():
+        known = exact.get((text, name), {})
+        parts = [
+            f"{n}: {np.mean(x):.4g}" + (f" ({np.mean(known[n]):.4g})" if n in known else "")
+            for n, x in line.items()
+        ]
+        print(
+            f"{text:>9} {name:>10}  variance / |g|^2 by unrolls (closed form)  " + "  ".join(parts)
+        )
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """ES-Single does not depend on the unrolls; PES follows its closed form, and crosses it."""
+    found = [
+        *(_slope_claim(summary, text) for text in TEXTS),
+        *(_exact_claim(summary, text, name) for name in ("pes", "gpes") for text in TEXTS),
+        *(_order_claim(summary, text, above) for text, above in ABOVE.items()),
+        _dip_claim(summary),
+        _sigma_claim(summary),
+    ]
+    return [claim for claim in found if claim is not None]
+
+
+ABOVE = {"random": True, "repeated": False}
+"""Whether pes's variance is above es_single's with many unrolls."""
+
+
+def _slope_claim(summary: Summary, text: str) -> Claim | None:
+    found = summary.find("slope", text=text, estimator="es_single", unrolls="all")
+    if found is None:
+        return None
+    mean, se = found["mean"], found["se"]
+    return Claim(
+        f"{text} text: es_single's variance does not depend on the number of unrolls",
+        "Vicol et al. 2023, Fig. 1 and Prop. 3.2",
+        f"slope of log variance over log unrolls {plus_minus(mean, se or 0.0)}",
+        None if se is None else abs(mean) + 2 * se < 0.1,
+    )
+
+
+def _exact_claim(summary: Summary, text: str, name: str) -> Claim | None:
+    ratios = {
+        int(r["unrolls"]): r["mean"]
+        for r in summary.results
+        if (r["text"], r["estimator"], r["metric"]) == (text, name, "ratio")
+    }
+    if not ratios:
+        return None
+    low, high = min(ratios.values()), max(ratios.values())
+    pairs = summary.about["config"]["num_samples"] * len(summary.about["seeds"])
+    blind = 3 * math.sqrt(2 / pairs) > 0.15  # what a closed form's ratio may be off by chance
+    return Claim(
+        f"{text} text: {name}'s variance is within 15 % of the exact formula on measured window "
+        "gradients",
+        "theory, for quadratic losses",
+        f"{low:.3g} to {high:.3g} times it, at {min(ratios)} to {max(ratios)} unrolls",
+        None if blind else 0.85 <= low and high <= 1.15,
+    )
+
+
+def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
+    largest = str(max(summary.about["config"]["num_unrolls"]))
+    pes = summary.find("variance", text=text, estimator="pes", unrolls=largest)
+    single = summary.find("variance", text=text, estimator="es_single", unrolls=largest)
+    if pes is None or single is None:
+        return None
+    holds = None
+    if pes["se"] is not None:
+        away = (pes["mean"] - single["mean"]) * (1 if above else -1)
+        holds = away > 2 * math.hypot(pes["se"], single["se"])
+    values = [plus_minus(x["mean"], x["se"] or 0.0) for x in (pes, single)]
+    return Claim(
+        f"{text} text: with {largest} unrolls pes's variance is {'above' if above else 'below'} "
+        "es_single's",
+        "Vicol et al. 2023, Fig. 1",
+        " against ".join(values),
+        holds,
+    )
+
+
+def _dip_claim(summary: Summary) -> Claim | None:
+    ratios = {}
+    for unrolls in sorted(summary.about["config"]["num_unrolls"]):
+        labels = {"text": "real", "unrolls": str(unrolls)}
+        pes = summary.find("variance", estimator="pes", **labels)
+        single = summary.find("variance", estimator="es_single", **labels)
+        if pes and single:
+            relative = [(x["se"] or 0.0) / x["mean"] for x in (pes, single)]
+            ratio = pes["mean"] / single["mean"]
+            ratios[unrolls] = ratio, ratio * math.hypot(*relative)
+    if not ratios:
+        return None
+    least, most = min(ratios, key=lambda n: ratios[n][0]), max(ratios)
+    (low, low_se), (high, high_se) = ratios[least], ratios[most]
+    one_seed = len(summary.about["seeds"]) < 2
+    return Claim(
+        "real text: with more unrolls pes's variance first falls below es_single's, then grows "
+        "above it",
+        "Vicol et al. 2023, Fig. 1",
+        f"{plus_minus(low, low_se)} times it with {least} unrolls, {plus_minus(high, high_se)} "
+        f"with {most}",
+        None if one_seed else low + 2 * low_se < 1 < high - 2 * high_se,
+    )
+
+
+def _sigma_claim(summary: Summary) -> Claim | None:
+    changes = []
+    for r in summary.results:
+        if r["metric"] == "other_sigma":
+            labels = {k: r[k] for k in ("text", "estimator", "unrolls")}
+            same = summary.find("variance", **labels)
+            changes += [] if same is None else [r["mean"] / same["mean"] - 1]
+    if not changes:
+        return None
+    worst = float(changes[np.argmax(np.abs(changes))])
+    return Claim(
+        "neither smoothing nor rounding shows in the variances: "
+        f"{OTHER_SIGMA:.0f} times sigma gives the same within 2 %",
+        "Vicol et al. 2021 (sigma 0.001)",
+        f"{100 * worst:+.2g} % at most, pes with the most unrolls and the same noise",
+        abs(worst) < 0.02,
+    )

@@ -1,0 +1,1 @@
+"""Learned optimizers: meta-training and evaluation."""

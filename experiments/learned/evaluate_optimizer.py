@@ -1,0 +1,348 @@
+"""``evaluate_optimizer``: learned optimizers on held-out tasks, beside tuned ones made by hand."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary, summarise
+from experiments.learned import tasks
+from unrollgrad.learned_optimizers import Architecture
+from unrollgrad.running import console, need, positive_int
+
+TRAINED = Path(__file__).parent / "trained"
+"""Optimizers that come with the repository."""
+
+LENGTHS = (1, 2, 5)
+"""Of training, in horizons of meta-training."""
+
+OVER_BEST = "loss at 1x / that of the best of Adam's rates"
+OVER_MEDIAN = "loss at 2x / the median of Adam's rates"
+
+POINTS = 10
+"""Of each curve, for each horizon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How well do learned optimizers train tasks that they have not seen, and for longer?
+
+    Every seed draws held-out tasks of each family and trains them with every optimizer for 1, 2 and
+    5 times the horizon of meta-training. SGD, SGD with momentum 0.9 and Adam have a tuning budget
+    of `--num-rates` log-spaced constant rates, and each is judged by its best one, which is chosen
+    at the horizon on these very tasks. The loss is that of all of a task's training data, which no
+    meta-training or meta-validation has seen; a guess has 1.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else."""
+    files: tuple[Path, ...] = ()
+    """Of learned optimizers. Default: those of the repository."""
+    families: tuple[Literal[tuple(tasks.FAMILIES)], ...] = (  # type: ignore[valid-type]
+        "mlp",
+        "conv",
+        "lstm",
+    )
+    """Of tasks."""
+    horizon: int | None = None
+    """Inner steps that the optimizers were meta-trained for. Default: as the files say."""
+    num_tasks: int = 8
+    """Of each family and seed."""
+    num_rates: int = 15
+    """Of each optimizer made by hand."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each has tasks of its own."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(scale="smoke", families=("mlp",), num_tasks=2, num_rates=3, seeds=(0, 1)),
+    "cpu": Settings(),
+    "paper": Settings(scale="paper", num_tasks=32),
+}
+
+
+class ByHand(NamedTuple):
+    """An optimizer with a rate to tune.
+
+    Attributes:
+        make: From a rate to the optimizer.
+        lowest: Of the rates.
+        highest: Of the rates.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    lowest: float
+    highest: float
+
+
+BY_HAND = {
+    "SGD": ByHand(optax.sgd, 1e-3, 10.0),
+    "momentum": ByHand(lambda rate: optax.sgd(rate, momentum=0.9), 1e-4, 1.0),
+    "Adam": ByHand(optax.adam, 1e-4, 1.0),
+}
+
+_HELD_OUT = 2**21  # plus the seed: tasks that neither meta-training nor meta-validation has
+
+
+def filled(settings: Settings) -> Settings:
+    """The settings with the repository's files in place of none.
+
+    Raises:
+        ValueError: If a number is not positive, or there is no file, or files have the same name or
+            say different horizons.
+        FileNotFoundError: If a file is not there.
+    """
+    for name in ("num_tasks", "num_rates"):
+        positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
+    files = settings.files or tuple(sorted(TRAINED.glob("*.npz")))
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names) or not names or any(map(_by_hand, names)):
+        raise ValueError(
+            f"`--files` must be learned optimizers with different names, none that begins with one "
+            f"of {', '.join(BY_HAND)}; got {names}."
+        )
+    horizons = {f.stem: ug.learned_optimizers.read(f).notes.get("horizon") for f in files}
+    horizon = settings.horizon
+    if horizon is None:
+        if len(set(horizons.values())) > 1 or None in horizons.values():
+            raise ValueError(
+                f"the files say different horizons of meta-training, or none: {horizons}. Give "
+                "--horizon, or test them one by one."
+            )
+        (horizon,) = set(horizons.values())
+    if horizon is None or horizon < 1 or horizon % POINTS:
+        raise ValueError(f"`--horizon` must be a multiple of {POINTS}; got {horizon}.")
+    return dataclasses.replace(settings, files=files, horizon=horizon)
+
+
+def _by_hand(label: str) -> str | None:
+    """Which optimizer made by hand a label belongs to."""
+    return next((name for name in BY_HAND if label.split(" ")[0] == name), None)
+
+
+def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes the loss along every optimizer's training, and after 1, 2 and 5 horizons.
+
+    Of a learned one also what it is over the best of Adam's rates on the same tasks, after one
+    horizon, and over the median of those that are finite, after two.
+    """
+    key = jax.random.key(_HELD_OUT + seed)
+    learned = {file.stem: ug.learned_optimizers.read(file) for file in settings.files}
+    every = settings.horizon // POINTS
+    parts = len(settings.families) * (len(BY_HAND) + len(learned))
+    for i, family in enumerate(settings.families):
+        adam = np.zeros(0)
+        for j, name in enumerate([*BY_HAND, *learned]):
+            progress(f"{family}, {name}", (i * (len(BY_HAND) + len(learned)) + j) / parts)
+            if name in BY_HAND:
+                rates = grid(name, settings.num_rates)
+                make, thetas = BY_HAND[name].make, jnp.asarray(rates)
+                labels = [f"{name} {rate:.3g}" for rate in rates]
+            else:
+                make = built(settings.files[j - len(BY_HAND)])
+                thetas = jax.tree.map(lambda x: x[None], learned[name].theta)
+                labels = [name]
+            losses = np.asarray(trained(family, make, key, settings.num_tasks, every, thetas))
+            if name == "Adam":
+                adam = np.where(np.isfinite(losses), losses, np.inf)
+            for label, curve in zip(labels, losses, strict=True):
+                series = {"family": family, "optimizer": label}
+                for point, loss in enumerate(curve):
+                    write({**series, "step": point * every, "loss": loss})
+                for length in LENGTHS:
+                    step = length * settings.horizon
+                    loss = curve[length * POINTS]
+                    write({**series, "step": step, f"loss at {length}x": loss})
+                if name in learned:
+                    # Rates that diverged do not make a median easier to be below.
+                    first, second = adam[:, POINTS], adam[:, 2 * POINTS]
+                    best, median = (
+                        how(x[np.isfinite(x)]) if np.isfinite(x).any() else np.nan
+                        for how, x in ((np.min, first), (np.median, second))
+                    )
+                    write({**series, OVER_BEST: curve[POINTS] / best})
+                    write({**series, OVER_MEDIAN: curve[2 * POINTS] / median})
+
+
+def grid(name: str, count: int) -> list[float]:
+    """The rates that an optimizer made by hand may choose from."""
+    return [float(r) for r in np.geomspace(BY_HAND[name].lowest, BY_HAND[name].highest, count)]
+
+
+@functools.lru_cache(maxsize=64)
+def built(file: Path) -> Callable[[Any], optax.GradientTransformation]:
+    """From theta to the optimizer; the same for all seeds, so that it compiles once."""
+    return ug.learned_optimizers.read(file).build().transform
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4))
+def trained(family: str, make: Any, key: Any, num_tasks: int, every: int, thetas: Any) -> Any:
+    """The mean loss over held-out tasks of all thetas: (thetas, points), the beginning first."""
+    held_out = tasks.FAMILIES[family](part="test")
+    problem = tasks.problem(held_out, Architecture(lambda key: None, make), 0)
+
+    def one(theta, key):
+        key_init, key_steps = jax.random.split(key)
+
+        def stretch(state, first):
+            state, _ = tasks.train(problem, key_steps, theta, state, first, every)
+            return state, held_out.whole(state.params, state.task)
+
+        state = problem.init(key_init, theta)
+        begin = held_out.whole(state.params, state.task)
+        _, losses = jax.lax.scan(stretch, state, every * jnp.arange(POINTS * max(LENGTHS)))
+        return jnp.concatenate([begin[None], losses])
+
+    keys = jax.random.split(key, num_tasks)
+    every_task = jax.vmap(one, in_axes=(None, 0))
+    return jax.lax.map(lambda theta: jnp.mean(every_task(theta, keys), axis=0), thetas)
+
+
+def _losses(results: list[dict[str, Any]], family: str, name: str, length: int) -> dict[str, float]:
+    """Means of one optimizer's rates by label, infinite where they are not finite."""
+    return {
+        r["optimizer"]: np.inf if r["mean"] is None or not np.isfinite(r["mean"]) else r["mean"]
+        for r in results
+        if r["family"] == family
+        and r["metric"] == f"loss at {length}x"
+        and _by_hand(r["optimizer"]) == name
+    }
+
+
+def best_rate(results: list[dict[str, Any]], family: str, name: str) -> str | None:
+    """The label of the rate with the least loss after one horizon."""
+    losses = _losses(results, family, name, 1)
+    return min(losses, key=lambda label: losses[label]) if losses else None
+
+
+def shown(results: list[dict[str, Any]], family: str) -> list[str]:
+    """The optimizers of the table: each made by hand at its best rate, and the learned ones."""
+    names = [r["optimizer"] for r in results if r["family"] == family]
+    learned = [n for n in dict.fromkeys(names) if not _by_hand(n)]
+    tuned = [best_rate(results, family, name) for name in BY_HAND]
+    return [*filter(None, tuned), *learned]
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """A panel for each family: the loss of those in the table, and of all of Adam's rates."""
+    results = _at_lengths(records)
+    families = list(dict.fromkeys(r["family"] for r in results))
+    figure = need("matplotlib.figure", "matplotlib").Figure(
+        figsize=(5 * len(families), 5), layout="constrained"
+    )
+    axes = figure.subplots(1, len(families), squeeze=False)[0]
+    for axis, family in zip(axes, families, strict=True):
+        lines: dict[str, dict[int, list[float]]] = {}
+        for r in records:
+            if r.labels["family"] == family and r.metric == "loss" and r.step is not None:
+                points = lines.setdefault(r.labels["optimizer"], {})
+                points.setdefault(r.step, []).append(r.value)
+        for label, points in lines.items():
+            if _by_hand(label) == "Adam":
+                axis.plot(list(points), [np.mean(v) for v in points.values()], color="0.85", lw=0.8)
+        for i, label in enumerate(shown(results, family)):
+            points = lines[label]
+            mean = np.array([np.mean(v) for v in points.values()])
+            style = "--" if _by_hand(label) else "-"
+            axis.plot(list(points), mean, style, color=f"C{i}", label=label)
+            counts = [len(v) for v in points.values()]
+            if min(counts) > 1:
+                se = [np.std(v, ddof=1) / np.sqrt(len(v)) for v in points.values()]
+                axis.fill_between(
+                    list(points), mean - se, mean + se, color=f"C{i}", alpha=0.2, lw=0
+                )
+        for length in LENGTHS:
+            axis.axvline(length * config["horizon"], color="0.5", lw=0.5)
+        low = min(min(map(np.mean, lines[n].values())) for n in shown(results, family))
+        axis.set(yscale="log", xlabel="inner steps", title=family, ylim=(0.5 * low, 3))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, title="made by hand: at its best rate")
+    axes[0].set_ylabel("training loss, a guess has 1")
+    figure.suptitle(
+        "held-out tasks, mean ± SE over seeds; grey: Adam's rates; lines: 1, 2 and 5 horizons"
+    )
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the table: losses after 1, 2 and 5 horizons, mean ± SE over seeds."""
+    results = _at_lengths(records)
+    table_of = need("rich.table", "rich").Table
+    for family in dict.fromkeys(r["family"] for r in results):
+        table = table_of(title=f"{family}: training loss", title_justify="left", box=None)
+        table.add_column("optimizer")
+        for length in LENGTHS:
+            table.add_column(f"{length}x", justify="right")
+        for label in shown(results, family):
+            table.add_row(label, *(_cell(results, family, label, n) for n in LENGTHS))
+        medians = [
+            float(np.median(list(_losses(results, family, "Adam", length).values())))
+            for length in LENGTHS
+        ]
+        table.add_row("median of Adam's rates", *(f"{m:.3g}" for m in medians))
+        console().print(table)
+
+
+def _cell(results: list[dict[str, Any]], family: str, label: str, length: int) -> str:
+    found = Summary(results, {}).find(f"loss at {length}x", family=family, optimizer=label)
+    if found is None or found["mean"] is None or not np.isfinite(found["mean"]):
+        return "not finite"
+    return curves.text(found["mean"], found["se"] or 0.0)
+
+
+def _at_lengths(records: list[Record]) -> list[dict[str, Any]]:
+    """Means over seeds after 1, 2 and 5 horizons."""
+    return summarise([r for r in records if r.metric.startswith("loss at")])
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """For every family and learned optimizer: better than Adam at its best rate, by two errors."""
+    out = []
+    for family in dict.fromkeys(r["family"] for r in summary.results):
+        for name in dict.fromkeys(r["optimizer"] for r in summary.results):
+            found = [
+                summary.find(m, family=family, optimizer=name) for m in (OVER_BEST, OVER_MEDIAN)
+            ]
+            if None in found:
+                continue
+            pairs = [(f["mean"], f["se"]) for f in found if f is not None]
+            known = all(mean is not None and se is not None for mean, se in pairs)
+            texts = [
+                curves.text(mean, se or 0.0) if mean is not None else "not finite"
+                for mean, se in pairs
+            ]
+            out.append(
+                Claim(
+                    f"{family}, {name}: training loss at the horizon below that of the best of "
+                    "Adam's rates, at twice the horizon below their median",
+                    "our own, after Metz et al. 2019",
+                    f"{texts[0]} and {texts[1]} times as much",
+                    all(mean + 2 * se < 1 for mean, se in pairs) if known else None,
+                )
+            )
+    return out
+
+
+EXPERIMENT = Experiment(
+    name="evaluate_optimizer",
+    about="Learned optimizers on held-out tasks, for longer, beside tuned SGD, momentum, Adam.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("family", "optimizer"),
+    fill=filled,
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+)

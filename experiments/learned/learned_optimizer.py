@@ -1,0 +1,370 @@
+"""``learned_optimizer``: an optimizer is meta-trained with each estimator, at equal inner steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import unrollgrad as ug
+from experiments._framework import curves, resuming
+from experiments._framework.experiment import Claim, Experiment, Progress, Write
+from experiments._framework.results import Record, Summary, read_json
+from experiments.learned import tasks
+from experiments.learned.mixture import mean_of
+from unrollgrad.learned_optimizers import ARCHITECTURES
+from unrollgrad.learned_optimizers.schedules import KNOTS
+from unrollgrad.running import need, positive_int
+from unrollgrad.types import GradientEstimator, Theta
+
+Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Meta-train an optimizer: which estimator gets it furthest in the same inner steps?
+
+    Every episode draws a task of a family (MLPs on images, conv nets, LSTMs on text) and a length,
+    log-uniform between `--shortest` and `--horizon`. The meta-loss is the mean training loss on the
+    way, a guess's being 1. Meta-validation, in which a fixed set of held-out tasks is trained for
+    `--horizon` steps, lies between dispatches. Every run's optimizer is written into the results'
+    folder, to be loaded by ug.learned_optimizers.load or tested by `evaluate_optimizer`. Ctrl-C and
+    SIGTERM save first; `--resume FOLDER` goes on, also after a kill and with more `--inner-steps`
+    or `--seeds`.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. paper: the published MLP and horizons, for an accelerator."""
+    estimator: tuple[Estimator, ...] = ("es_single", "pes", "truncated_es", "tbptt")
+    """Which estimators, one after another."""
+    architecture: Literal[tuple(ARCHITECTURES)] = "mlp"  # type: ignore[valid-type]
+    """What is learned: a schedule of SGD or Adam, or a network that updates every weight."""
+    families: tuple[Literal[tuple(tasks.FAMILIES)], ...] = ("mlp",)  # type: ignore[valid-type]
+    """Of tasks; several have workers each, and count the same."""
+    horizon: int = 200
+    """Inner steps of the longest episodes, and of meta-validation."""
+    shortest: int = 50
+    """Inner steps of the shortest episodes."""
+    truncation: int = 10
+    """Inner steps per window (K)."""
+    num_workers: int = 16
+    """Of each family, of one antithetic pair each; tbptt has twice as many."""
+    stagger: Literal["lockstep", "breakstep", "burn_in"] = "burn_in"
+    """Where in their episodes the workers begin: all at the start, or spread over it."""
+    sigma: float | None = None
+    """Standard deviation of the perturbation. Default: 0.1 for schedules, 0.03 for networks (at
+    --scale paper 0.01 for both)."""
+    outer_rate: float | None = None
+    """Adam's learning rate. Default: 0.03 for schedules, 0.01 for networks (at --scale paper
+    0.0003 for both)."""
+    clip: float = 1.0
+    """The gradient's norm is cut to this."""
+    inner_steps: int = 600_000
+    """Of each estimator, those before a --resume included."""
+    steps_per_point: int = 30_000
+    """Inner steps between the points of a curve, where theta is validated and saved."""
+    num_validation: int = 16
+    """Held-out tasks of each family."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is a whole run."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its settings."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimator=("es_single", "truncated_es"),
+        architecture="scheduled_adam",
+        horizon=8,
+        shortest=4,
+        truncation=2,
+        num_workers=2,
+        inner_steps=96,
+        steps_per_point=48,
+        num_validation=2,
+        seeds=(0,),
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        families=("mlp", "conv", "lstm"),
+        horizon=2000,
+        shortest=100,
+        truncation=50,
+        num_workers=64,
+        outer_rate=3e-4,
+        sigma=0.01,
+        inner_steps=2_000_000_000,
+        steps_per_point=20_000_000,
+        num_validation=128,
+    ),
+}
+
+SMALL = {
+    "decays": (0.5, 0.9, 0.99),
+    "times": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+    "hidden": (16, 16),
+    "step": 0.01,
+    "magnitude": 0.1,
+}
+"""Of the networks, at all scales but "paper": quicker to run, and quicker to learn."""
+
+MAY_CHANGE = ("inner_steps", "seeds", "out", "resume")
+"""Settings that may differ in a run that goes on."""
+
+_VALIDATION = 2**20  # a seed that no run has
+
+
+def filled(settings: Settings) -> Settings:
+    """The settings with the architecture's defaults in place of None.
+
+    Raises:
+        ValueError: If a number is not positive, the horizons do not fit, or those of a run that is
+            to go on are not the same, with the differences.
+    """
+    for name in ("num_workers", "inner_steps", "steps_per_point", "num_validation", "truncation"):
+        positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
+    if not 1 <= settings.shortest <= settings.horizon:
+        raise ValueError(
+            f"`--shortest` must lie between 1 and --horizon={settings.horizon}; got "
+            f"{settings.shortest}."
+        )
+    sigma, rate = (0.1, 0.03) if _is_schedule(settings) else (0.03, 0.01)
+    settings = dataclasses.replace(
+        settings,
+        sigma=sigma if settings.sigma is None else settings.sigma,
+        outer_rate=rate if settings.outer_rate is None else settings.outer_rate,
+    )
+    if settings.resume is not None:
+        before = read_json(settings.resume / "config.json")
+        resuming.check_same(settings, before, MAY_CHANGE, "inner_steps")
+    return settings
+
+
+def _is_schedule(settings: Settings) -> bool:
+    return settings.architecture.startswith("scheduled")
+
+
+def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress) -> None:
+    """Writes meta-validation along each estimator's run, and its optimizer into the folder.
+
+    Raises:
+        KeyboardInterrupt: If a signal ended it early; everything is saved by then.
+    """
+    arguments = arguments_of(settings)
+    about = {**resuming.fixed(settings, MAY_CHANGE), "arguments": arguments}
+    evaluate = validation(
+        settings.families,
+        settings.architecture,
+        tuple(arguments.items()),
+        settings.horizon,
+        settings.num_validation,
+    )
+    key = jax.random.key(seed)
+    begin = ARCHITECTURES[settings.architecture](**arguments).init(key)
+    for i, name in enumerate(settings.estimator):
+        estimator, cost = workers(settings, name)
+        num_updates = max(1, settings.inner_steps // cost)
+        progress(name, i / len(settings.estimator))
+
+        def written(step, theta, found, name=name, cost=cost):
+            kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
+            write({"estimator": name, "step": step, "inner_steps": step * cost, **kept})
+
+        def callback(step, theta, found, i=i, name=name, num_updates=num_updates, tell=written):
+            tell(step, theta, found)
+            fraction = (i + step / num_updates) / len(settings.estimator)
+            progress(f"{name}, meta-loss {float(found['meta_loss']):.4g}", fraction)
+
+        written(0, begin, evaluate(key, begin))
+        result = ug.fit(
+            estimator,
+            begin,
+            outer_optimizer(settings.outer_rate, settings.clip),
+            num_steps=num_updates,
+            key=key,
+            steps_per_dispatch=max(1, settings.steps_per_point // cost),
+            evaluate=evaluate,
+            callback=callback,
+            checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
+            checkpoint_every=1,
+            config=about,
+        )
+        if len(result.history["loss"]) < num_updates:
+            raise KeyboardInterrupt
+        ug.learned_optimizers.save(
+            folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
+            result.theta,
+            architecture=settings.architecture,
+            settings=arguments,
+            notes=about | {"seed": seed, "estimator": name, "inner_steps": num_updates * cost},
+        )
+
+
+def arguments_of(settings: Settings) -> dict[str, Any]:
+    """Of the architecture. A schedule has no knot beyond the horizon, where nothing trains it."""
+    if _is_schedule(settings):
+        before = tuple(knot for knot in KNOTS if knot < settings.horizon)
+        return {"knots": (*before, settings.horizon)}
+    return {} if settings.scale == "paper" else SMALL
+
+
+@functools.lru_cache(maxsize=1)
+def outer_optimizer(rate: float, clip: float) -> optax.GradientTransformation:
+    """Adam on gradients whose norm is cut."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
+
+
+@functools.lru_cache(maxsize=8)
+def _workers(
+    name: str,
+    families: tuple[str, ...],
+    architecture: str,
+    arguments: tuple[tuple[str, Any], ...],
+    lengths: tuple[int, int],
+    truncation: int,
+    num_workers: int,
+    stagger: str,
+    sigma: float,
+) -> GradientEstimator:
+    rule = ARCHITECTURES[architecture](**dict(arguments))
+
+    def length(key):
+        log = jnp.log(jnp.asarray(lengths, jnp.float32))
+        drawn = jnp.exp(jax.random.uniform(key, minval=log[0], maxval=log[1]))
+        return jnp.round(drawn).astype(jnp.int32)
+
+    horizon = lengths[1] if lengths[0] == lengths[1] else length
+    count = 2 * num_workers if name == "tbptt" else num_workers
+    row = ug.REGISTRY[name]
+    return mean_of(
+        [
+            ug.average(
+                row.build(
+                    tasks.problem(tasks.FAMILIES[family](), rule, horizon),
+                    truncation=truncation,
+                    sigma=sigma,
+                ),
+                count,
+                stagger=stagger,
+            )
+            for family in families
+        ]
+    )
+
+
+def workers(settings: Any, name: str) -> tuple[GradientEstimator, int]:
+    """The estimator, the same for all seeds, and the inner steps of one call."""
+    estimator = _workers(
+        name,
+        settings.families,
+        settings.architecture,
+        tuple(arguments_of(settings).items()),
+        (settings.shortest, settings.horizon),
+        settings.truncation,
+        settings.num_workers,
+        settings.stagger,
+        settings.sigma,
+    )
+    passes = 2 if name == "tbptt" else ug.REGISTRY[name].passes(1)
+    each = passes * settings.num_workers * settings.truncation
+    return estimator, each * len(settings.families)
+
+
+@functools.lru_cache(maxsize=4)
+def validation(
+    families: tuple[str, ...],
+    architecture: str,
+    arguments: tuple[tuple[str, Any], ...],
+    horizon: int,
+    count: int,
+) -> Callable[[Any, Theta], dict[str, Any]]:
+    """``evaluate(key, theta)``: held-out tasks, the same at all times, trained for the horizon.
+
+    ``meta_loss`` is the mean step loss, over the way and the families; ``final_loss`` the loss on
+    all of a task's data at the end.
+    """
+    rule = ARCHITECTURES[architecture](**dict(arguments))
+    keys = jax.random.split(jax.random.key(_VALIDATION), count)
+    held_out = [tasks.FAMILIES[family](part="validation") for family in families]
+
+    def trained(family: tasks.Family, theta: Theta, key: Any) -> tuple[Any, Any]:
+        problem = tasks.problem(family, rule, horizon)
+        key_init, key_steps = jax.random.split(key)
+        state = problem.init(key_init, theta)
+        end, loss = tasks.train(problem, key_steps, theta, state, 0, horizon)
+        return loss, family.whole(end.params, end.task)
+
+    @jax.jit
+    def evaluate(key, theta):
+        found = [jax.vmap(functools.partial(trained, f, theta))(keys) for f in held_out]
+        meta, final = (jnp.mean(jnp.stack(x)) for x in zip(*found, strict=True))
+        return {"meta_loss": meta, "final_loss": final}
+
+    return evaluate
+
+
+def draw(records: list[Record], config: dict[str, Any]) -> Any:
+    """Meta-loss and final loss against inner steps."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.5), layout="constrained")
+    titles = {
+        "meta_loss": f"mean training loss over {config['horizon']} steps",
+        "final_loss": f"training loss after {config['horizon']} steps",
+    }
+    axes = figure.subplots(1, 2)
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        curves.plot(axis, records, metric, x="inner_steps")
+        axis.set(yscale="log", title=title, ylabel="a guess has 1")
+        axis.locator_params(axis="x", nbins=5)
+    axes[0].legend(title=f"mean ± SE of {len({r.seed for r in records})} seeds")
+    families = ", ".join(config["families"])
+    figure.suptitle(f"{config['architecture']}, meta-trained on {families}: held-out tasks")
+    return figure
+
+
+def show(records: list[Record]) -> None:
+    """Prints the last meta-loss of every run."""
+    curves.show_last(records, "meta_loss", "meta-loss at the end")
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """The persistent estimators end below the truncated ones, of those that ran."""
+    ran = {r["estimator"] for r in summary.results}
+    source = "Vicol et al. 2021 and 2023, learned optimizers"
+    return [
+        curves.compare(
+            summary,
+            "meta_loss",
+            name,
+            "<",
+            other,
+            f"{name} ends at a lower meta-loss than {other} at equal inner steps",
+            source,
+            errors=2,
+        )
+        for other in ("truncated_es", "tbptt")
+        for name in ("es_single", "pes")
+        if {name, other} <= ran
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="learned_optimizer",
+    about="An optimizer is meta-trained with each estimator; --resume goes on.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("estimator",),
+    fill=filled,
+    run=run,
+    draw=draw,
+    show=show,
+    claims=claims,
+    title=lambda settings: f"learned_optimizer-{settings.architecture}",
+)

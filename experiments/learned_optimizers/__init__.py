@@ -1,1 +1,0 @@
-"""What learned optimizers are trained and tested on; ``ug.learned_optimizers`` is what they are."""

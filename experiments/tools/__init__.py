@@ -1,0 +1,1 @@
+"""Tools for any problem: measure estimators, train an outer loop."""

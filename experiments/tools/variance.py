@@ -1,0 +1,332 @@
+"""``variance``: gradient estimators side by side, at several places of a training run."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.experimental import multihost_utils
+
+import unrollgrad as ug
+from experiments._framework import training
+from experiments._framework.experiment import Claim, Experiment
+from experiments._framework.results import Record, Summary
+from experiments.problems import PROBLEMS, with_defaults
+from unrollgrad.diagnostics.report import draw, print_table, row_of
+from unrollgrad.diagnostics.statistics import pooled, root_se
+
+PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
+"""Places of a training run, as a fraction of its updates."""
+
+
+USUAL = ("full_es", "truncated_es", "pes", "es_single", "gpes", "bptt", "tbptt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Compare gradient estimators on one problem: bias, variance and cost at frozen theta.
+
+    A sample is one episode of every worker, averaged. The reference is the mean of other samples;
+    where it is bptt, the exact gradient of each episode's loss, the smoothing of evolution
+    strategies, O(sigma^2), counts as bias. Prints a table and writes it, with a picture.
+    """
+
+    scale: Literal["smoke", "cpu", "paper"] = "cpu"
+    """Defaults of everything else. smoke: seconds. cpu: two minutes. paper: for an accelerator."""
+    problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
+    """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
+    estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
+    """Which estimators, in which order. Default: those that are told apart most often."""
+    thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]
+    """Where to measure: at the start, in the middle or at the end of training theta."""
+    num_updates: int = 100
+    """Outer updates from start to end, by Adam on the reference's gradient."""
+    num_workers: int = 6
+    """Workers of one antithetic pair each. Rounded up so that the others can have as many as cost
+    the same (to a multiple of 3 with truncated_es)."""
+    equal: Literal["inner_steps", "workers"] = "inner_steps"
+    """What the estimators have in common. inner_steps: the cheaper have more workers."""
+    num_samples: int = 48
+    """Independent samples per estimator."""
+    num_chains: int = 6
+    """Samples that run on for 20 episodes, for the long-run variance; 0: none."""
+    sigma: float | None = None
+    """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
+    truncation: int | None = None
+    """Inner steps per window (K). Default: the problem's."""
+    noise_period: int | None = None
+    """Inner steps between the draws of gpes. Default: two windows."""
+    horizon: int | None = None
+    """Inner steps per episode (T). Default: the problem's."""
+    reference: Literal["bptt", "full_es"] | None = None
+    """Whose mean counts as the truth: bptt, the gradient of J itself, or full_es, that of the
+    smoothed J. Default: the problem's (full_es where backpropagation explodes)."""
+    matmul_precision: Literal["highest", "high", "default"] = "highest"
+    """Of all matrix products. Less than highest swallows small differences of losses."""
+    devices: int | None = None
+    """Devices that share the samples, those of all processes together. Default: all that there are;
+    a CPU is one, unless you say how many it shall be."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is a whole repetition, training of theta included."""
+    out: Path = Path("results")
+    """Results go to a new folder in here."""
+
+
+SCALES = {
+    "smoke": Settings(
+        scale="smoke",
+        estimators=("pes", "bptt"),  # bptt is the reference too, and compiles once
+        horizon=8,
+        truncation=4,
+        num_workers=2,
+        num_samples=4,
+        num_chains=3,
+        num_updates=2,
+    ),
+    "cpu": Settings(),
+    "paper": Settings(
+        scale="paper",
+        problem="text_lstm",
+        horizon=1000,
+        truncation=100,
+        sigma=1e-3,
+        num_workers=500,
+        num_samples=50,
+        num_chains=10,
+        thetas=("start", "middle", "end"),
+        num_updates=1000,
+        seeds=(0, 1, 2),
+    ),
+}
+
+
+def filled(settings: Settings) -> Settings:
+    """The settings with the problem's defaults in place of None."""
+    return with_defaults(settings, reference=PROBLEMS[settings.problem].reference)
+
+
+def run(
+    settings: Any,
+    seed: int,
+    folder: Path,
+    write: Callable[[dict[str, Any]], None],
+    progress: Callable[[str, float], None],
+) -> None:
+    """Writes a row per place and estimator, as soon as it is measured; settings are ``filled``."""
+    names = list(dict.fromkeys(settings.estimators))
+    problem, theta, workers, optimizer = _prepare(settings)
+    reference = workers[settings.reference]
+    key_train, key = jax.random.split(jax.random.key(seed))
+    progress("training theta", 0.0)
+    thetas = _thetas(settings, reference, optimizer, theta, key_train)
+
+    order = [" reference", *names]
+    for i, (place, theta) in enumerate(thetas.items()):
+
+        def report(name: str, part: int, of: int, i: int = i, place: str = place) -> None:
+            done = order.index(name) + part / of
+            progress(f"{place}: {name.strip()}", (i + done / len(order)) / len(thetas))
+
+        def on_row(row: dict[str, Any], place: str = place) -> None:
+            numbers = {k: v for k, v in row.items() if k != "name"}
+            write({"theta": place, "estimator": row["name"], **numbers})
+
+        ug.diagnostics.compare(
+            problem,
+            theta,
+            {name: workers[name] for name in names},
+            reference=reference,
+            num_samples=settings.num_samples,
+            num_chains=settings.num_chains,
+            batch_size=settings.devices,  # the workers are batch enough, and it compiles fastest
+            devices=settings.devices,
+            matmul_precision=settings.matmul_precision,
+            key=jax.random.fold_in(key, zlib.crc32(place.encode())),
+            progress=report,
+            on_row=on_row,
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(
+    settings: Any,
+) -> tuple[ug.UnrolledProblem, Any, dict[str, ug.GradientEstimator], optax.GradientTransformation]:
+    """Problem, theta, workers, outer optimizer: the same for all seeds, so that they compile once.
+
+    The estimators and the reference have as many workers as the comparison asks for.
+    """
+    choice = PROBLEMS[settings.problem]
+    problem, theta, *_ = choice.make(settings.horizon)
+    common = {
+        "truncation": settings.truncation,
+        "sigma": settings.sigma,
+        "noise_period": settings.noise_period,
+    }
+    names: dict[str, None] = dict.fromkeys([*settings.estimators, settings.reference])
+    passes = {name: ug.REGISTRY[name].passes(1) for name in names}
+    if settings.equal == "workers":
+        passes = dict.fromkeys(names, 2)
+    equal = math.lcm(*passes.values())
+    if settings.num_workers < 1:
+        raise ValueError(f"`num_workers` must be at least 1; got {settings.num_workers}.")
+    episodes = -(-2 * settings.num_workers // equal) * equal
+    workers = {
+        name: ug.average(ug.REGISTRY[name].build(problem, **common), episodes // passes[name])
+        for name in names
+    }
+    schedule = optax.cosine_decay_schedule(choice.outer_rate, max(settings.num_updates, 1))
+    return problem, theta, workers, optax.adam(schedule)
+
+
+def _thetas(
+    settings: Any,
+    estimator: ug.GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    theta: Any,
+    key: jax.Array,
+) -> dict[str, Any]:
+    """Theta at the places that are asked for."""
+    if set(settings.thetas) == {"start"}:
+        return {"start": theta}
+    # An update is one estimate: a whole episode of bptt or full_es.
+    with jax.default_matmul_precision(settings.matmul_precision):
+        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_updates)
+    if jax.process_count() > 1:  # each has trained its own, and on a GPU sums may differ
+        path = multihost_utils.broadcast_one_to_all(path)
+
+    def at(fraction):
+        return jax.tree.map(lambda x: x[round(fraction * settings.num_updates)], path)
+
+    return {place: at(PLACES[place]) for place in dict.fromkeys(settings.thetas)}
+
+
+def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
+    """Rows as ``compare`` makes them, pooled over seeds, by the place of theta."""
+    flat: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for r in records:
+        estimators = flat.setdefault(r.labels["theta"], {})
+        seeds = estimators.setdefault(r.labels["estimator"], {})
+        seeds.setdefault(r.seed, {})[r.metric] = r.value
+    return {
+        place: [
+            pooled([row_of(name, numbers) for numbers in seeds.values()])
+            for name, seeds in estimators.items()
+        ]
+        for place, estimators in flat.items()
+    }
+
+
+def draw_records(records: list[Record], config: dict[str, Any]) -> Any:
+    """A line of panels per place, as ``Comparison.plot``."""
+    return draw({f"{config['problem']}, {place}": r for place, r in rows(records).items()})
+
+
+def show(records: list[Record]) -> None:
+    """Prints a table per place."""
+    groups = rows(records)
+    for place, group in groups.items():
+        print_table(group, title=f"theta: {place}" if len(groups) > 1 else None)
+
+
+def claims(summary: Summary) -> list[Claim]:
+    """What the papers say of bias and of long-run variance, at every place of theta."""
+    config = summary.about["config"]
+    return [
+        claim
+        for place in config["thetas"]
+        for claim in [
+            *_claims_of_bias(summary, place, config),
+            *_claims_of_long_run(summary, place, config),
+        ]
+    ]
+
+
+BLIND = 0.3
+"""Of |g|: a bias below it may be missed by a run that counts as having seen none."""
+
+
+def _claims_of_bias(summary: Summary, place: str, config: dict[str, Any]) -> list[Claim]:
+    out = []
+    expected = {name: row.unbiased_for for name, row in ug.REGISTRY.items()}
+    for name, unbiased_for in expected.items():
+        if unbiased_for not in ("J", "smoothed J", "biased"):
+            continue
+        biased = unbiased_for == "biased"
+        square, error = (
+            _number(summary, m, place, name) for m in ("squared_bias", "squared_bias_se")
+        )
+        norm = _number(summary, "reference_norm", place, name)
+        if square is None or error is None or not norm:
+            continue
+        error /= math.sqrt(len(config["seeds"]))
+        bias, se = math.sqrt(max(square, 0.0)) / norm, root_se(square, error) / norm
+        seen, blind = bias > 3 * se, bias + 2 * se > BLIND
+        ours = f"at the {place}: bias {bias:.2g} ± {se:.2g} of the gradient's norm"
+        smoothed = ug.REGISTRY[name].unbiased_for == "smoothed J"
+        if biased:
+            holds = True if seen else None if blind else False
+        elif not seen:
+            holds = None if blind else True
+        elif smoothed and config["reference"] == "bptt":
+            holds = None
+            ours += f", the smoothing with sigma {config['sigma']} included"
+        else:
+            holds = False
+        what = "biased" if biased else f"unbiased for {'the smoothed J' if smoothed else 'J'}"
+        out.append(Claim(f"{name} is {what}", "Vicol et al. 2021, 2023", ours, holds))
+    return out
+
+
+def _claims_of_long_run(summary: Summary, place: str, config: dict[str, Any]) -> list[Claim]:
+    windows = config["horizon"] // config["truncation"]
+    updates = {"full_es": 20, "es_single": 20 * windows, "pes": 20 * windows}
+    values = {}
+    for name, u in updates.items():
+        value = _number(summary, f"variance_of_mean[{u}]", place, name)
+        se = _number(summary, f"variance_of_mean_se[{u}]", place, name)
+        if value and se is not None:
+            values[name] = value, se / math.sqrt(len(config["seeds"])) / value
+    out = []
+    for name, other, says, low, high in [
+        ("es_single", "full_es", "in the long run es_single has full_es's variance", 1.0, 1.0),
+        (
+            "pes",
+            "es_single",
+            "in the long run pes has between half and n times es_single's variance",
+            0.5,
+            float(windows),
+        ),
+    ]:
+        if name in values and other in values:
+            (a, a_se), (b, b_se) = values[name], values[other]
+            ratio, se = a / b, a / b * math.hypot(a_se, b_se)
+            inside = low - 3 * se <= ratio <= high + 3 * se
+            holds = None if inside and se > BLIND * ratio else inside
+            ours = f"at the {place}: {ratio:.2g} ± {se:.2g} times, n = {windows}"
+            out.append(Claim(says, "theory, for quadratic losses", ours, holds))
+    return out
+
+
+def _number(summary: Summary, metric: str, place: str, name: str) -> float | None:
+    found = summary.find(metric, theta=place, estimator=name)
+    return None if found is None else found["mean"]
+
+
+EXPERIMENT = Experiment(
+    name="variance",
+    about="Gradient estimators side by side: bias, variance over U updates, cost.",
+    settings=Settings,
+    scales=SCALES,
+    labels=("theta", "estimator"),
+    fill=filled,
+    run=run,
+    draw=draw_records,
+    show=show,
+    claims=claims,
+    title=lambda settings: f"variance-{settings.problem}",
+)
