@@ -36,6 +36,9 @@ TOPICS = by_topic()
 EXPERIMENTS = {name: one for topic in TOPICS.values() for name, one in topic.items()}
 
 
+RECORDED = Path("experiments/results")
+
+
 def listing() -> None:
     """List the experiments by topic, and the problems that `variance` and `train` know."""
     console = running.console()
@@ -57,23 +60,33 @@ def plot(folder: Annotated[Path, tyro.conf.Positional]) -> None:
         folder: A folder of results.
     """
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no folder of results: it has no config.json.")
+        raise FileNotFoundError(f"{folder} is not a folder of results: it has no config.json.")
     name = results.read_json(folder / "config.json").get("experiment")
     if name not in EXPERIMENTS:
         raise ValueError(f"{folder} is of an experiment that is not known here: {name!r}.")
     print(framework.redraw(EXPERIMENTS[name], folder))
 
 
-def write_report(
-    folder: Path = Path("experiments/results"), out: Path = Path("experiments/RESULTS.md")
-) -> None:
+def record(folder: Annotated[Path, tyro.conf.Positional], variant: str = "") -> None:
+    """Keep a finished run as the recorded one, in place of the one before.
+
+    Args:
+        folder: The folder of the run.
+        variant: What tells this record from the experiment's main one, such as `cart_pole`.
+    """
+    title = re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", folder.name)
+    kept = results.record(folder, RECORDED, f"{title}-{variant}" if variant else title)
+    print(f"{kept}; now: python -m experiments report")
+
+
+def write_report(folder: Path = RECORDED, out: Path = Path("experiments/RESULTS.md")) -> None:
     """Write RESULTS.md from recorded results: claims, numbers, seeds, device, time, pictures.
 
     Args:
-        folder: Where the recorded folders are; record one with `--out experiments/results`.
+        folder: Where the recorded folders are; `record` puts one there.
         out: The file to write.
     """
-    print(report.write(EXPERIMENTS, folder, out))
+    print(report.write(TOPICS, folder, out))
 
 
 def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
@@ -152,6 +165,7 @@ def main(arguments: list[str]) -> None:
         app.command(name=name)(command(experiment, default))
     app.command(name="list")(listing)
     app.command(name="plot")(plot)
+    app.command(name="record")(record)
     app.command(name="report")(write_report)
     app.cli(
         args=arguments,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
 from unrollgrad import running
 from unrollgrad.running import progress_bar, stop_requests
+
+MOST_BYTES = 100_000
+"""Of a picture; a clone brings those of all records."""
 
 SCALES = ("smoke", "cpu", "paper")
 """smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
@@ -172,5 +176,20 @@ def redraw(experiment: Experiment, folder: Path) -> Path:
     """Draws ``figure.png`` from the folder's CSV."""
     figure = experiment.draw(results.read(folder), results.read_json(folder / "config.json"))
     path = folder / "figure.png"
-    figure.savefig(path, dpi=150)
+    path.write_bytes(_small_picture(figure))
     return path
+
+
+def _small_picture(figure: Any) -> bytes:
+    """A PNG in a palette of 128 colours, with fewer dots an inch where it would be too large."""
+    from PIL import Image
+
+    picture = b""
+    for dpi in (150, 120, 100, 80):
+        full, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(full, dpi=dpi)
+        Image.open(full).convert("RGB").quantize(128).save(small, "png", optimize=True)
+        picture = small.getvalue()
+        if len(picture) <= MOST_BYTES:
+            break
+    return picture

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments._framework import results
 from experiments._framework.experiment import Claim, Experiment
@@ -12,48 +13,99 @@ HEAD = """# Results
 
 Written by `python -m experiments report` from the folders beside it; do not edit. A number is the
 mean over seeds ± its standard error (that of a bias or variance is over the samples of each seed's
-run). **does not reproduce** marks what did not come out here.
+run). A claim that **does not reproduce** did not come out here; details are below the tables.
 """
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}
+OWN = "our target"
 
 
-def write(experiments: Mapping[str, Experiment], folder: Path, path: Path) -> Path:
-    """Writes ``path`` from every folder of results in ``folder``.
+class Recorded(NamedTuple):
+    """A recorded run.
+
+    Attributes:
+        name: The name of its folder.
+        topic: The topic of its experiment; "other" if the experiment is not known.
+        about: The experiment in one line.
+        summary: What the run left.
+        claims: What the papers say against what came out.
+        picture: The picture's path, relative to the report.
+    """
+
+    name: str
+    topic: str
+    about: str
+    summary: Summary
+    claims: list[Claim]
+    picture: str
+
+
+def write(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> Path:
+    """Writes ``path`` from every folder of results in ``folder``: tables by topic, then details.
 
     Raises:
         FileNotFoundError: If there are none.
     """
     found = sorted(p.parent for p in folder.glob("*/summary.json"))
     if not found:
-        raise FileNotFoundError(
-            f"no results in {folder}: run an experiment with --out {folder} first."
-        )
+        raise FileNotFoundError(f"no results in {folder}: run an experiment and `record` it first.")
+    runs = [_read(topics, one, path) for one in found]
+    names = [*topics, "other"]
+    runs.sort(key=lambda run: (names.index(run.topic), run.name))
     parts = [HEAD]
-    for one in found:
-        try:
-            summary = results.read_summary(one)
-        except ValueError as error:
-            raise ValueError(f"{one}/summary.json cannot be read: {error}.") from error
-        experiment = experiments.get(summary.about["experiment"])
-        picture = Path(os.path.relpath(one, path.parent)).as_posix()
-        parts.append(section(one.name, summary, experiment, picture))
+    for topic in dict.fromkeys(run.topic for run in runs):
+        rows = [_overview(run) for run in runs if run.topic == topic]
+        head = ["| experiment | source | verdict | what it shows |", "|---|---|---|---|"]
+        parts.append("\n".join([f"## {topic}", "", *head, *rows, ""]))
+    parts += [section(run) for run in runs]
     path.write_text("\n".join(parts))
     return path
 
 
-def section(name: str, summary: Summary, experiment: Experiment | None, picture: str) -> str:
-    """One experiment's part of the report."""
-    about = summary.about
+def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> Recorded:
+    try:
+        summary = results.read_summary(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder}/summary.json cannot be read: {error}.") from error
+    name = summary.about["experiment"]
+    picture = Path(os.path.relpath(folder, path.parent)).as_posix() + "/figure.png"
+    for topic, experiments in topics.items():
+        if one := experiments.get(name):
+            return Recorded(folder.name, topic, one.about, summary, one.claims(summary), picture)
+    return Recorded(folder.name, "other", "", summary, [], picture)
+
+
+def verdict(claims: list[Claim]) -> str:
+    """All claims in a word: reproduced, in part, not, or cannot tell; our own targets are met."""
+    if not claims:
+        return "measured, no claim"
+    own = all(claim.source.startswith(OWN) for claim in claims)
+    told = [claim.holds for claim in claims if claim.holds is not None]
+    if not told:
+        return "cannot tell"
+    if all(told):
+        return "own target, met" if own else "reproduced"
+    if not any(told):
+        return "**own target, not met**" if own else "**not reproduced**"
+    return f"{'own target, met' if own else 'reproduced'} in part ({sum(told)} of {len(told)})"
+
+
+def _overview(run: Recorded) -> str:
+    sources = "; ".join(dict.fromkeys(claim.source for claim in run.claims))
+    return _row(f"[{run.name}](#{run.name.lower()})", sources, verdict(run.claims), run.about)
+
+
+def section(run: Recorded) -> str:
+    """One run's part of the report."""
+    about = run.summary.about
     environment = about["environment"]
     revision = (environment.get("git_revision") or "unknown")[:10]
-    lines = [f"## {name}", ""]
+    lines = [f"## {run.name}", ""]
     if about["status"] != "complete":
         lines += [f"**Not complete: {about['status']}.**", ""]
-    claims: list[Claim] = [] if experiment is None else experiment.claims(summary)
-    if claims:
+    if run.claims:
         lines += ["| claim | source | ours | holds |", "|---|---|---|---|"]
-        lines += [_row(c.says, c.source, c.ours, MARKS[c.holds]) for c in claims]
+        lines += [_row(c.says, c.source, c.ours, MARKS[c.holds]) for c in run.claims]
         lines.append("")
     seeds = ", ".join(map(str, about["seeds"]))
     lines += [
@@ -64,7 +116,7 @@ def section(name: str, summary: Summary, experiment: Experiment | None, picture:
         "",
         f"    {about['command']}",
         "",
-        f"![{name}]({picture}/figure.png)",
+        f"![{run.name}]({run.picture})",
         "",
     ]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -81,6 +82,27 @@ def new_folder(out: Path, name: str) -> Path:
     raise FileExistsError(f"100 folders named {folder}")
 
 
+def record(folder: Path, out: Path, title: str) -> Path:
+    """Copies a finished run to ``out/title``, its table compressed, in place of the one before.
+
+    Raises:
+        ValueError: If the run is not complete.
+    """
+    status = read_summary(folder).about["status"]
+    if status != "complete":
+        raise ValueError(f"{folder} is not complete ({status}); only complete runs are recorded.")
+    recorded = out / title
+    if recorded.resolve() == folder.resolve():
+        raise ValueError(f"{folder} is recorded already. Pass the folder of a run.")
+    shutil.rmtree(recorded, ignore_errors=True)
+    kept = shutil.ignore_patterns("metrics.csv", "checkpoints")
+    shutil.copytree(folder, recorded, ignore=kept)
+    if (table := folder / "metrics.csv").is_file():
+        packed = gzip.compress(table.read_bytes(), mtime=0)  # the same bytes for the same table
+        (recorded / "metrics.csv.gz").write_bytes(packed)
+    return recorded
+
+
 def remove(folder: Path) -> None:
     """Removes a run's folder."""
     shutil.rmtree(folder)
@@ -121,15 +143,16 @@ def writer(
 
 
 def read(folder: Path) -> list[Record]:
-    """Reads ``metrics.csv``.
+    """Reads ``metrics.csv``, or ``metrics.csv.gz`` of a recorded run.
 
     Raises:
-        FileNotFoundError: If the folder has none.
+        FileNotFoundError: If the folder has neither.
     """
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no folder of results: it has no metrics.csv.")
-    with open(path, newline="") as file:
+    path, packed = folder / "metrics.csv", folder / "metrics.csv.gz"
+    if not path.is_file() and not packed.is_file():
+        raise FileNotFoundError(f"{folder} is not a folder of results: it has no metrics.csv.")
+    opened = open(path, newline="") if path.is_file() else gzip.open(packed, "rt", newline="")
+    with opened as file:
         return [
             Record(
                 seed=int(line.pop("seed")),
