@@ -133,7 +133,7 @@ def resumed(arguments: list[str]) -> Any:
         return None
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no folder of results: it has no config.json.")
+        raise FileNotFoundError(f"{folder} is not a folder of results: it has no config.json.")
     config = results.read_json(path)
     name = config.pop("experiment", None)
     fields = {field.name for field in dataclasses.fields(EXPERIMENTS[arguments[0]].settings)}

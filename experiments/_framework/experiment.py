@@ -176,11 +176,11 @@ def redraw(experiment: Experiment, folder: Path) -> Path:
     """Draws ``figure.png`` from the folder's CSV."""
     figure = experiment.draw(results.read(folder), results.read_json(folder / "config.json"))
     path = folder / "figure.png"
-    path.write_bytes(_small_picture(figure))
+    path.write_bytes(small_picture(figure))
     return path
 
 
-def _small_picture(figure: Any) -> bytes:
+def small_picture(figure: Any) -> bytes:
     """A PNG in a palette of 128 colours, with fewer dots an inch where it would be too large."""
     from PIL import Image
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments import __main__ as cli
 from experiments._framework import experiment as framework
-from experiments._framework import results
+from experiments._framework import report, results
 from experiments._framework.experiment import SCALES, Claim, Experiment
 
 
@@ -164,15 +164,70 @@ def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
     (folder / "metrics.csv").write_text("\n".join(lines[:3]))
     cli.main(["plot", str(folder)])
     assert (folder / "figure.png").read_bytes() != picture
-    with pytest.raises(FileNotFoundError, match="is no folder of results"):
+    with pytest.raises(FileNotFoundError, match="is not a folder of results"):
         cli.main(["plot", str(tmp_path)])
     monkeypatch.delitem(cli.EXPERIMENTS, "toy")
     with pytest.raises(ValueError, match="an experiment that is not known here: 'toy'"):
         cli.main(["plot", str(folder)])
 
 
+def test_a_record_replaces_the_one_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "RECORDED", tmp_path / "records")
+    for seeds in [(3, 4), (5,)]:
+        folder = framework.execute(TOY, Settings(seeds=seeds, out=tmp_path / "results"))
+        cli.main(["record", str(folder), "--variant", "again"])
+        kept = only_folder(tmp_path / "records")
+        assert kept.name == "toy-again"
+        names = ["config.json", "figure.png", "metrics.csv.gz", "summary.json"]
+        assert sorted(p.name for p in kept.iterdir()) == names
+        assert results.read(kept) == results.read(folder)
+        assert {r.seed for r in results.read(kept)} == set(seeds)
+    picture = (kept / "figure.png").read_bytes()
+    (kept / "figure.png").unlink()
+    framework.redraw(TOY, kept)
+    assert (kept / "figure.png").read_bytes() == picture
+    with pytest.raises(ValueError, match="is recorded already"):
+        cli.main(["record", str(kept)[: -len("-again")] + "-again"])
+    with pytest.raises(KeyboardInterrupt):
+        framework.execute(TOY, Settings(fail="interrupt 4", out=tmp_path / "broken"))
+    with pytest.raises(ValueError, match=r"is not complete \(interrupted\)"):
+        cli.main(["record", str(only_folder(tmp_path / "broken"))])
+    assert only_folder(tmp_path / "records") == kept
+
+
+def test_a_large_picture_is_made_small():
+    figure = Figure(figsize=(15, 10))
+    noise = np.random.default_rng(0).normal(size=(100, 100))
+    for axes in figure.subplots(3, 4).flat:
+        axes.plot(noise)
+    small = framework.small_picture(figure)
+    assert small.startswith(b"\x89PNG")
+    assert len(small) < 1_000_000
+    simple = Figure()
+    simple.subplots().plot([1, 2])
+    assert len(framework.small_picture(simple)) < framework.MOST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("sources", "holds", "word"),
+    [
+        ("AB", (True, True), "reproduced"),
+        ("AB", (True, None), "reproduced"),
+        ("AB", (True, False), "reproduced in part (1 of 2)"),
+        ("AB", (False, None), "**not reproduced**"),
+        ("AB", (None, None), "cannot tell"),
+        (["our target"] * 2, (True, True), "own target, met"),
+        (["our target"] * 2, (False, False), "**own target, not met**"),
+        ([], (), "measured, no claim"),
+    ],
+)
+def test_a_verdict_is_all_claims_in_a_word(sources, holds, word):
+    claims_of = [Claim("", source, "", held) for source, held in zip(sources, holds, strict=True)]
+    assert report.verdict(claims_of) == word
+
+
 def test_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(cli.EXPERIMENTS, "toy", TOY)
+    monkeypatch.setitem(cli.TOPICS, "toys", {"toy": TOY})
     recorded, out = tmp_path / "results", tmp_path / "RESULTS.md"
     with pytest.raises(FileNotFoundError, match="no results in"):
         cli.main(["report", "--folder", str(recorded), "--out", str(out)])
@@ -182,6 +237,11 @@ def test_report(tmp_path, monkeypatch, capsys):
     cli.main(["report", "--folder", str(recorded), "--out", str(out)])
     text = out.read_text()
     assert text.count("## toy-") == 2
+    row = f"| [{done.name}](#{done.name}) | A 2020; B 2021; C 2022 | reproduced in part (1 of 2) |"
+    assert (
+        f"## toys\n\n| experiment | source | verdict | what it shows |\n|---|---|---|---|\n{row}"
+        in text
+    )
     assert "| a falls | A 2020 | 13.5 | **does not reproduce** |" in text
     assert "| a is 13.5 | B 2021 | 13.5 | yes |" in text
     assert r"| who knows | C 2022 | \|g\| = ? | cannot tell |" in text

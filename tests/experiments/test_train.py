@@ -89,7 +89,7 @@ def test_what_cannot_go_on(tmp_path):
     ]:
         with raises(ValueError, "`--resume` goes on with what was begun", said, "Leave these"):
             cli.main(["train", "--resume", str(folder), *flags])
-    with raises(FileNotFoundError, "is no folder of results"):
+    with raises(FileNotFoundError, "is not a folder of results"):
         cli.main(["train", "--resume", str(tmp_path)])
     assert (folder / "config.json").read_text() == before
     settings = cli.resumed(["train", "--resume", str(folder)])
