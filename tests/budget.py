@@ -27,8 +27,8 @@ BUDGET = {
 }
 """Programs that the tests of a folder may compile in one default run.
 
-About a tenth above what was counted: which file finds a primitive compiled already depends on the
-files that ran before it in the same process.
+A tenth above what was counted, and at least ten: which file finds a primitive compiled already
+depends on the files that ran before it in the same process.
 """
 
 DEAREST = 10
@@ -38,7 +38,8 @@ DEAREST = 10
 def register(config):
     """Counts in this process; the process that prints adds up what the others report.
 
-    The budget is that of the default run, of the whole or a part of it.
+    The budget is that of the default run, of the whole or a part of it; with another ``-m`` the
+    programs are counted and nothing is compared.
     """
     config.pluginmanager.register(_Counter(), "programs-counter")
     if not hasattr(config, "workerinput"):
@@ -73,8 +74,9 @@ class _Summary:
 
     def pytest_runtest_logreport(self, report):
         cost = self.tests[report.nodeid]
-        cost[0] += report.programs
-        cost[1] += report.cpu
+        # The report of a process that crashed was made elsewhere and has no count.
+        cost[0] += getattr(report, "programs", 0)
+        cost[1] += getattr(report, "cpu", 0.0)
 
     def folders(self):
         """Programs and CPU seconds of every folder of tests, and of what is doctested."""

@@ -1,11 +1,11 @@
-"""Plants mistakes in the library, one at a time, and asks whether the default run catches them.
+"""Plants mistakes in the library, one at a time, and asks whether the tests catch them.
 
-    python tests/mutations.py              # all of them, about a minute each
+    python tests/mutations.py              # all of them, half a minute each
     python tests/mutations.py sign psum    # those whose names contain one of the words
 
-Every mutation is planted in a copy of the checkout, and the file of tests that should notice runs
-there until the first failure. A mutation that survives is a hole in the tests, and the exit status
-is 1.
+Every mutation is planted in a copy of the checkout, and the file of the default run that should
+notice it runs there until the first failure; without a mutation it must pass. A mutation that
+survives is a hole in the tests, and the exit status is 1.
 """
 
 import os
@@ -207,6 +207,21 @@ MUTATIONS = [
         "tests/implicit/test_hypergradient.py",
     ),
     Mutation(
+        "one leaf's gradient is zero in uoro",
+        "estimators/uoro.py",
+        "lambda d, r: d.astype(r.dtype) + slope.astype(r.dtype) * r, direct, at.right",
+        "lambda d, r: (d.astype(r.dtype) + slope.astype(r.dtype) * r) * (r.ndim > 0), direct,"
+        " at.right",
+        CONTRACT,
+    ),
+    Mutation(
+        "empty leaves of a state under average",
+        "_workers/average.py",
+        "x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])",
+        "x.reshape(-1, *x.shape[2:])",
+        CONTRACT,
+    ),
+    Mutation(
         "control variate of pes_analytic dropped",
         "estimators/hybrid.py",
         "+ wide_p - _pairs.weighted_mean(expected, w)).astype",
@@ -230,40 +245,54 @@ def check_places(mutations: list[Mutation]) -> None:
             raise ValueError(f"{mutation.name}: {mutation.file} has its text not exactly once")
 
 
-def first_failure(mutation: Mutation, copy: Path) -> str | None:
-    """The test that noticed, or None."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", mutation.tests]
+def run(tests: str, copy: Path) -> tuple[bool, str]:
+    """Whether the file of tests passes in the copy, and its first failure.
+
+    Raises:
+        RuntimeError: If the tests did not run.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", tests]
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600
+        )
+    except subprocess.TimeoutExpired:
+        return False, "it did not end within ten minutes"
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{mutation.name}: pytest did not run:\n{done.stdout[-3000:]}")
-    return failed[0].split(" - ")[0] if failed else None
+    if done.returncode == 0:
+        return True, ""
+    if not failed:
+        raise RuntimeError(f"pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return False, failed[0]
 
 
 def main(words: list[str]) -> int:
     """Plants the chosen mutations and prints what caught them; 1 if one survived."""
     chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
     check_places(chosen)
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    files = [f for f in tracked.stdout.splitlines() if not f.startswith("experiments/results/")]
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for file in files:
-            (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, copy / file)
+            if (ROOT / file).is_file() and not file.startswith("experiments/results/"):
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, copy / file)
+        for tests in dict.fromkeys(mutation.tests for mutation in chosen):
+            passed, failure = run(tests, copy)
+            if not passed:
+                raise RuntimeError(f"{tests} fails before anything is planted: {failure}")
         for mutation in chosen:
             began = time.monotonic()
             original = (copy / LIBRARY / mutation.file).read_text()
             plant(mutation, copy)
-            caught = first_failure(mutation, copy)
+            passed, failure = run(mutation.tests, copy)
             (copy / LIBRARY / mutation.file).write_text(original)
-            survived += caught is None
-            print(
-                f"{mutation.name}: {caught or 'SURVIVED'} ({time.monotonic() - began:.0f} s)",
-                flush=True,
-            )
+            survived += passed
+            seconds = time.monotonic() - began
+            print(f"{mutation.name}: {failure or 'SURVIVED'} ({seconds:.0f} s)", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} mutations caught")
     return int(survived > 0)
 

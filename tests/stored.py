@@ -1,4 +1,4 @@
-"""The numbers of the smoke runs, stored: ``expected.json``."""
+"""Stored numbers, of the smoke runs and of the trained optimizers: ``expected.json``."""
 
 import json
 import os

@@ -229,6 +229,7 @@ def test_killed_at_random_moments_and_with_a_full_disk(tmp_path):
             time.sleep(draws.uniform(0, 0.1))
             while kill % 2 and process.poll() is None and not half_written(tmp_path):
                 time.sleep(0.0005)
+            assert process.poll() is None, "the run ended before it was killed: make it longer"
             process.kill()
         _, errors = process.communicate(timeout=120)
         assert process.returncode == (-signal.SIGKILL if kill < kills else 0), errors

@@ -24,9 +24,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import KINDS, build, call_steps, counted, numbers, quadratic, rows, types
+from tests.helpers import build, call_steps, counted, numbers, quadratic, rows, types
 from unrollgrad._core import unroll
-from unrollgrad.estimators import REGISTRY
+from unrollgrad.estimators import REGISTRY, _pairs
 from unrollgrad.types import Segment
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
@@ -35,6 +35,12 @@ WINDOWS = HORIZON // TRUNCATION
 DATA = np.random.default_rng(0).normal(size=(WORKERS, HORIZON, 3)).astype(np.float32)
 
 every = pytest.mark.parametrize("name", rows())
+
+
+def taking(setting, same_code):
+    """Parameters: the rows that take the setting, but for those that run the code of another."""
+    names = [name for name, row in REGISTRY.items() if row.takes(setting)]
+    return pytest.mark.parametrize("name", rows(n for n in names if n not in same_code))
 
 
 def kitchen_sink(count=None) -> ug.UnrolledProblem:
@@ -62,7 +68,8 @@ def kitchen_sink(count=None) -> ug.UnrolledProblem:
         # Not normal draws: how XLA rounds those may depend on the program around them (jax 0.12).
         drawn = jax.random.uniform(key, (3,))
         rate, (pull, _), _ = theta["rates"]
-        x = state["x"] - jnp.exp(rate) * (state["x"] - drawn - 0.3 * batch) + pull.sum()
+        pulled = 0.3 * pull[0] - 0.6 * pull[1]
+        x = state["x"] - jnp.exp(5 * rate) * (state["x"] - drawn - batch) + pulled
         new = {
             "x": x,
             "half": 0.5 * state["half"] + theta["start"],
@@ -73,7 +80,8 @@ def kitchen_sink(count=None) -> ug.UnrolledProblem:
             "drawn": state["drawn"].at[t].set(drawn),
             "empty": state["empty"],
         }
-        return new, jnp.mean((x - 1) ** 2) + jnp.sum(state["half"].astype(jnp.float32)) / 5
+        order = t * jnp.mean(batch) / 5  # each slice at its own step makes another loss
+        return new, jnp.mean((x - 2) ** 2) + jnp.sum(state["half"].astype(jnp.float32)) / 2 + order
 
     def evaluate(key, theta, state):
         return jnp.mean(state["x"] ** 2) / 20
@@ -84,7 +92,7 @@ def kitchen_sink(count=None) -> ug.UnrolledProblem:
 def theta_of_all_kinds():
     """Nested containers, None, scalars, and a leaf in half precision."""
     return {
-        "rates": (jnp.float32(-1.0), [jnp.array([0.1, -0.2]), None], ()),
+        "rates": (jnp.float32(-0.2), [jnp.array([0.1, -0.2]), None], ()),
         "start": jnp.zeros(3, jnp.bfloat16),
     }
 
@@ -111,11 +119,20 @@ class Alone(NamedTuple):
 
 
 class Sharded(NamedTuple):
-    """The mean of many workers on eight devices: the first calls, and the compiled text."""
+    """The mean of many workers on eight devices: the first calls, and what ran them."""
 
     mesh: Any
+    theta: Any
     calls: list[Call]
-    text: str
+    compiled: Any
+
+    def firsts(self):
+        """The gradients of the first windows of ``EPISODES`` further episodes of every worker."""
+        call = self.calls[0]
+        return [
+            self.compiled(key, self.theta, call.before, data=call.data)[0].grad
+            for key in episode_keys()[0]
+        ]
 
 
 class Ran(NamedTuple):
@@ -139,8 +156,9 @@ def data_of(call, estimator, workers: Any = slice(None)):
     return DATA[workers, begin : begin + k]
 
 
-CALLS = 2
-"""Windows that are compared between the mesh and the lone workers."""
+CALLS, EPISODES = 2, 16
+"""Windows that are compared between the mesh and the lone workers, and episodes of each worker
+over which the gradient is averaged."""
 
 
 @functools.cache
@@ -150,6 +168,14 @@ def keys():
     fold = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
     workers = np.arange(WORKERS, dtype=np.int32)
     return calls, [list(fold(k, workers)) for k in [*calls[:CALLS], KEY]]
+
+
+@functools.cache
+def episode_keys():
+    """The keys of further calls, and those of the workers' episodes that they begin."""
+    calls = [jax.random.fold_in(OTHER, i) for i in range(EPISODES)]
+    fold = jax.jit(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None)))
+    return calls, fold(jnp.stack(calls), np.arange(WORKERS, dtype=np.int32))
 
 
 def run_alone(name):
@@ -193,7 +219,7 @@ def run_sharded(name):
             lambda new, old: new if new.size else jax.device_put(new, old.sharding), after, state
         )
     assert compiled is not None
-    return Sharded(mesh, done, compiled.as_text())
+    return Sharded(mesh, theta, done, compiled)
 
 
 @functools.cache
@@ -208,28 +234,37 @@ def ran(name) -> Ran:
 
 
 @functools.cache
-def truth(num_steps: int):
-    """Of every worker's first episode, by the whole loop: losses, gradients, draws.
+def whole_loop():
+    """Every worker's first episode by the whole loop: its loss, and what its steps drew."""
+    problem, theta = kitchen_sink(), theta_of_all_kinds()
 
-    Up to ``num_steps``: the first window contributes its mean loss, and the evaluation at its end
-    as often as an episode has windows.
+    def one(key, data):
+        segment = Segment(problem, unroll.new_episode(problem, key, HORIZON), HORIZON, data)
+        state = unroll.initial_state(problem, segment.episode, theta)
+        after, _ = unroll.unroll(segment, theta, state)
+        return ug.episode_loss(problem, key, theta, data=data), after["drawn"]
+
+    return jax.jit(jax.vmap(one))(jnp.stack(keys()[1][0]), DATA)
+
+
+@functools.cache
+def exact_gradient(num_steps: int):
+    """By backpropagation: the mean over the episodes of ``episode_keys``, of their first window.
+
+    A window contributes its mean loss, and the evaluation at its end as often as an episode has
+    windows.
     """
     problem, theta = kitchen_sink(), theta_of_all_kinds()
     evaluate, scale = problem.evaluate, HORIZON // num_steps
     first = problem._replace(horizon=num_steps, evaluate=lambda *args: scale * evaluate(*args))
 
-    def one(key, data):
-        def loss(theta):
+    def loss(theta, keys):
+        def one(key, data):
             return ug.episode_loss(first, key, theta, data=data)
 
-        episode = unroll.new_episode(problem, key, HORIZON)
-        state = unroll.initial_state(problem, episode, theta)
-        segment = Segment(first, episode, num_steps, data)
-        after, _ = unroll.unroll(segment, theta, state)
-        return (*jax.value_and_grad(loss)(theta), after["drawn"], after["n"])
+        return jnp.mean(jax.vmap(lambda keys: jax.vmap(one)(keys, DATA[:, :num_steps]))(keys))
 
-    episodes = jnp.stack(keys()[1][0])
-    return jax.jit(jax.vmap(one))(episodes, DATA[:, :num_steps])
+    return numbers(jax.jit(jax.grad(loss))(theta, episode_keys()[1]))
 
 
 def in_state(state, name):
@@ -249,7 +284,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 
 @every
 def test_a_row_costs_four_programs(name):
-    """``init`` and ``estimate``, alone and on a mesh; nothing compiles after the first call."""
+    """``init`` and ``estimate``, alone, where 72 calls compile nothing more, and on a mesh."""
     assert ran(name).programs == [2, 2]
 
 
@@ -376,13 +411,15 @@ def test_inner_steps_are_those_that_run(name):
 def test_steps_are_those_of_the_whole_loop(name):
     """Truncated or not, with streamed data: the same keys, slices and losses as the plain loop."""
     alone = ran(name).alone
-    losses, _, drawn, _ = truth(HORIZON)
+    losses, drawn = whole_loop()
     rows = np.asarray(drawn).reshape(-1, 3)
     assert len(np.unique(rows, axis=0)) == len(rows)  # every step of every worker draws its own
     for w, calls in enumerate(alone.others[:4]):
         for place, call in enumerate(calls):
             steps = (place + 1) * TRUNCATION
-            for leaf in in_state(call.after, "drawn"):
+            found = in_state(call.after, "drawn")
+            assert bool(found) == (alone.estimator.truncation is not None)
+            for leaf in found:
                 seen = np.asarray(leaf).reshape(-1, HORIZON, 3)
                 for each in seen:
                     np.testing.assert_array_equal(each[:steps], drawn[w, :steps])
@@ -400,25 +437,28 @@ def test_steps_are_those_of_the_whole_loop(name):
 @functools.cache
 def first_loss():
     """The loss of the lone worker's first episode, by the whole loop."""
-    loss = jax.jit(
-        lambda key: ug.episode_loss(kitchen_sink(), key, theta_of_all_kinds(), data=DATA[0])
-    )
-    return float(loss(keys()[0][0]))
+    problem, theta = kitchen_sink(), theta_of_all_kinds()
+    loss = jax.jit(lambda data: ug.episode_loss(problem, keys()[0][0], theta, data=data))
+    first = float(loss(DATA[0]))
+    for wrong in [DATA[0][::-1], np.roll(DATA[0], 1, axis=0), DATA[1]]:  # they are told apart
+        assert abs(float(loss(wrong)) - first) > 0.02 * first
+    return first
 
 
 @every
 def test_the_gradient_of_the_first_window(name):
-    """All estimators agree there: the mean over workers is near that of backpropagation.
+    """All estimators agree there: every leaf of the mean is near that of backpropagation.
 
-    The normalisation is tested to a factor; what is exact is in the tests of statistics.
+    A leaf that is dropped is off by all of its norm, a wrong sign by twice that, a missing 1/K by
+    four times; what is exact is in the tests of statistics.
     """
     alone, sharded, _ = ran(name)
-    _, exact, _, _ = truth(call_steps(alone.estimator, kitchen_sink()))
-    exact = [np.mean(np.asarray(g, np.float64), axis=0) for g in jax.tree.leaves(exact)]
-    got = [np.asarray(g, np.float64) for g in jax.tree.leaves(sharded.calls[0].estimate.grad)]
-    norm = np.sqrt(sum(np.sum(g**2) for g in exact))
-    gap = np.sqrt(sum(np.sum((g - e) ** 2) for g, e in zip(got, exact, strict=True)))
-    assert gap < 0.6 * norm
+    exact = exact_gradient(call_steps(alone.estimator, kitchen_sink()))
+    got = mean([numbers(grad) for grad in sharded.firsts()])
+    named = jax.tree_util.tree_leaves_with_path(exact)
+    for (path, wanted), leaf in zip(named, jax.tree.leaves(got), strict=True):
+        gap = np.linalg.norm(leaf - wanted) / np.linalg.norm(wanted)
+        assert gap < 0.3, jax.tree_util.keystr(path)
 
 
 def mean(estimates):
@@ -441,12 +481,25 @@ def test_a_mesh_gives_the_mean_of_lone_workers(name):
         assert_close(call.estimate.loss, loss, rtol=1e-5)
         assert int(call.estimate.info.num_nonfinite) == 0
         states = [c.after for c in each]
+        assert bool(in_state(call.after, "drawn")) == (alone.estimator.truncation is not None)
         for leaf in ("drawn", "n", "seen", "key"):
             wanted = zip(*(in_state(numbers(state), leaf) for state in states), strict=True)
             for a, b in zip(in_state(numbers(call.after), leaf), wanted, strict=True):
                 np.testing.assert_array_equal(a, np.stack(b))
         episodes = [numbers(state.episode) for state in states]
         assert_equal(call.after.episode, jax.tree.map(lambda *x: np.stack(x), *episodes))
+
+
+@every
+def test_a_saved_state_of_many_workers_continues_bit_for_bit(name):
+    """From numpy arrays, put where they belong, and pickled, in the executable that ran."""
+    sharded = ran(name).sharded
+    call = sharded.calls[1]
+    restored = restored_from_host(call.before, call.before)
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), restored, call.before)
+    for again in [placed, pickle.loads(pickle.dumps(call.before))]:
+        out = sharded.compiled(call.key, sharded.theta, again, data=call.data)
+        assert_equal((call.estimate, call.after), out)
 
 
 @every
@@ -459,8 +512,8 @@ def test_a_mesh_shards_states_and_reduces_once(name):
         for leaf in filter(jnp.size, jax.tree.leaves(call.after)):
             assert leaf.sharding.is_equivalent_to(workers, leaf.ndim)
     other = "all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
-    assert len(re.findall(r" all-reduce(?:-start)?\(", sharded.text)) == 1
-    assert len(re.findall(other, sharded.text)) == 0
+    assert len(re.findall(r" all-reduce(?:-start)?\(", sharded.compiled.as_text())) == 1
+    assert len(re.findall(other, sharded.compiled.as_text())) == 0
 
 
 @every
@@ -549,10 +602,10 @@ def training(model):
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@every
 @pytest.mark.parametrize("model", MODELS)
 def test_params_of_equinox_and_flax(model, name):
-    """They come back as the classes they were; three kinds of estimator run with them."""
+    """They come back as the classes they were; gpes runs with flax, two others with equinox."""
     estimator, theta = build(name, training(model)), jnp.float32(-3.0)
     state = jax.eval_shape(estimator.init, KEY, theta)
     estimate, after = jax.eval_shape(estimator.estimate, KEY, theta, state)
@@ -565,9 +618,7 @@ def test_params_of_equinox_and_flax(model, name):
         assert float(grad) != 0
 
 
-@pytest.mark.parametrize(
-    "name", ["full_es", "truncated_es", "gpes", "pes_analytic", "reparameterized_es"]
-)
+@taking("sigma", same_code=["pes", "es_single", "pes_analytic_replacement"])
 def test_sigma_may_be_traced_and_a_prefix(name):
     """A tree of traced sigmas, all alike, is the number; another one for a leaf moves that leaf."""
     alone = ran(name).alone
@@ -594,6 +645,18 @@ def test_sigma_may_be_traced_and_a_prefix(name):
     assert moved > max(10 * rounding, 1e-4)
 
 
+def test_sigma_may_be_a_tree_of_numbers():
+    problem, theta = quadratic()
+    grads = []
+    for start in [None, 0.1, np.full(3, 0.1)]:
+        sigma = 0.1 if start is None else {"log_rate": 0.1, "start": start}
+        estimator = ug.pes(problem, truncation=5, sigma=sigma)
+        state = jax.jit(estimator.init)(KEY, theta)
+        grads.append(estimator.estimate(OTHER, theta, state)[0].grad)
+    assert_equal(grads[0], grads[1])
+    assert_close(grads[0], grads[2])
+
+
 def test_sigma_may_change_inside_an_episode():
     """The accumulator is in units of sigma: another one does not change what is in it."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=4, memory=1.0)
@@ -618,7 +681,7 @@ def test_a_sampled_horizon_of_a_narrow_dtype(dtype):
     assert int(begin(KEY, theta).episode.horizon) == 150
 
 
-@pytest.mark.parametrize("name", ["full_es", "truncated_es", "gpes", "es_single"])
+@taking("noise", same_code=["pes"])
 def test_bf16_uses_the_realised_difference(name, optimized):
     """On a linear loss the estimate is exact given the perturbation that bf16 really made.
 
@@ -633,7 +696,8 @@ def test_bf16_uses_the_realised_difference(name, optimized):
     problem = ug.UnrolledProblem(lambda key, theta: jnp.zeros(()), step, 1)
     sigma = 0.02  # bf16 near 1 resolves 1/128 above and 1/256 below: most of eps is rounded
     estimator = build(name, problem, truncation=1, noise_period=1, sigma=sigma, num_pairs=1)
-    estimate, _ = estimator.estimate(OTHER, theta, jax.jit(estimator.init)(KEY, theta))
+    run = jax.jit(lambda: estimator.estimate(OTHER, theta, estimator.init(KEY, theta))[0])
+    estimate = run()
     noise = jax.random.fold_in(jax.random.fold_in(OTHER, 2), 0)
     unit = np.asarray(ug.noise.gaussian().sample(noise, (), theta, 1)[0], np.float32)
     up = (1 + sigma * unit).astype(jnp.bfloat16).astype(np.float32)
@@ -645,6 +709,15 @@ def test_bf16_uses_the_realised_difference(name, optimized):
     intended = unit * (slope @ realised)
     assert np.abs(realised - unit).max() > 0.05
     assert not np.allclose(grad, intended, rtol=1e-2, atol=1e-2)
+    # XLA may drop a cast there and back, where it sees one; never this.
+    assert "reduce_precision[exponent_bits=8 mantissa_bits=7]" in str(jax.make_jaxpr(run)())
+
+
+def test_the_difference_of_bf16_signs_has_more_than_8_bits():
+    both = jnp.asarray([[[256.0, 1.0], [-0.00390625, 3.0]]], jnp.bfloat16)  # (pairs, signs, 2)
+    difference = _pairs.difference(both, 0.5)
+    assert difference.dtype == jnp.float32
+    np.testing.assert_array_equal(difference, [[256.00390625, -2.0]])
 
 
 @pytest.mark.parametrize("name", ["full_es", "truncated_es", "es_single"])

@@ -246,16 +246,13 @@ def check_worker_state(state: Any, like: Any) -> None:
             f"`key` is of dtype {like.episode.key.dtype} but the worker state holds {held.dtype}; "
             "use one PRNG implementation throughout."
         )
-    # Only `episode` is required of a state; who made it is said by those that carry `made_by`.
-    theirs, ours = (getattr(s, "made_by", None) for s in (state, like))
-    named = ours is not None and hasattr(like, "_replace")
-    differences = state_differences(like._replace(made_by=theirs) if named else like, state)
-    if differences or theirs != ours:
+    theirs = getattr(state, "made_by", None)
+    differences = state_differences(like._replace(made_by=theirs), state)
+    if differences or theirs != like.made_by:
         origin = f"was made by {theirs}" if theirs else f"is a {type(state).__name__}"
         details = f" Expected -> got:\n{differences}\n" if differences else " "
         raise TypeError(
-            f"`state` is not this estimator's for this theta: it {origin}; this is "
-            f"{ours or f'a {type(like).__name__}'}."
+            f"`state` is not this estimator's for this theta: it {origin}; this is {like.made_by}."
             f"{details}Make it with `estimator.init(key, theta)` of the same estimator."
         )
 
