@@ -8,15 +8,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import chex
 import jax
 
-Key = jax.Array
+Key = chex.PRNGKey
 """A typed PRNG key (``jax.random.key``). Raw ``uint32`` keys are accepted at the door."""
 
-Theta = Any
+Theta = chex.ArrayTree
 """Outer parameters: any pytree of floating leaves."""
 
-State = Any
+State = chex.ArrayTree
 """Inner state: any pytree of arrays; ints, bools and typed keys may be among the leaves."""
 
 WorkerState = Any
@@ -44,10 +45,10 @@ class UnrolledProblem(NamedTuple):
             episode. It needs a static horizon.
     """
 
-    init: Callable[[Key, Theta], State]
-    step: Callable[..., tuple[State, Any]]
-    horizon: int | Callable[[Key], Any]
-    evaluate: Callable[[Key, Theta, State], Any] | None = None
+    init: Callable[..., Any]
+    step: Callable[..., tuple[Any, chex.Numeric]]
+    horizon: int | Callable[[Key], chex.Numeric]
+    evaluate: Callable[..., chex.Numeric] | None = None
 
 
 class Info(NamedTuple):
@@ -88,7 +89,7 @@ class Estimate(NamedTuple):
         info: ``Info``, or ``AverageInfo`` from ``average``.
     """
 
-    grad: Theta
+    grad: Any
     loss: jax.Array
     info: Info | AverageInfo
 
@@ -120,7 +121,7 @@ class Segment(NamedTuple):
     problem: UnrolledProblem
     episode: Episode
     num_steps: int
-    data: Any = None
+    data: chex.ArrayTree | None = None
 
 
 @jax.tree_util.register_static
@@ -135,7 +136,7 @@ class MadeBy:
     """
 
     estimator: str
-    settings: tuple[tuple[str, Any], ...]
+    settings: tuple[tuple[str, object], ...]
 
     def __str__(self):
         return f"{self.estimator}({', '.join(f'{k}={v}' for k, v in self.settings)})"
@@ -159,7 +160,7 @@ class EstimateFn(Protocol):
     """The call of an estimator: ``estimate(key, theta, state, *, data=None)``."""
 
     def __call__(
-        self, key: Key, theta: Theta, state: WorkerState, *, data: Any = None
+        self, key: Key, theta: Theta, state: WorkerState, *, data: chex.ArrayTree | None = None
     ) -> tuple[Estimate, WorkerState]:
         """Estimates from one window and moves the worker on."""
         ...
