@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
-from unrollgrad.bilevel.unrolled import InnerOptimizer, descend, resolve_optimizer
+from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta, descend
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta
 
@@ -34,27 +34,19 @@ class BilevelResult(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What one outer step hands to the next: theta and the inner and outer optimizers' progress.
+    """What one outer step hands to the next."""
 
-    Attributes:
-        theta: Outer parameters.
-        inner: Inner parameters and the state of their optimizer.
-        outer_state: State of the outer optimizer.
-        v: The last linear solution, or None.
-        before: Theta before its last update.
-    """
-
-    theta: Theta
-    inner: tuple[chex.ArrayTree, chex.ArrayTree]
+    theta: optax.Params
+    inner: tuple[ArrayTree, optax.OptState]  # params, and the state of their optimizer
     outer_state: optax.OptState
-    v: chex.ArrayTree | None
-    before: Theta
+    v: ArrayTree | None
+    before: optax.Params  # theta before its last update
 
 
 def solve(
-    inner: Callable[..., chex.Numeric],
+    inner: Callable[..., Numeric],
     hypergradient: Callable[..., HyperGradient],
-    params: chex.ArrayTree,
+    params: ArrayTree,
     theta: Theta,
     *,
     inner_optimizer: InnerOptimizer,
@@ -115,7 +107,7 @@ def solve(
     """
     if start not in ("cold", "warm"):
         raise ValueError(f'`start` must be "cold" or "warm"; got {start!r}.')
-    num_steps = arguments.positive_int("num_steps", num_steps)
+    optimizer, num_steps = by_theta(inner_optimizer), arguments.positive_int("num_steps", num_steps)
     every = arguments.positive_int("every", every)
     if not isinstance(inner_steps, int) or inner_steps < 0:
         raise ValueError(f"`inner_steps` must be a whole number, 0 or more; got {inner_steps!r}.")
@@ -127,11 +119,11 @@ def solve(
 
     @jax.jit
     def run(params, theta):
-        begin = params, resolve_optimizer(inner_optimizer, theta).init(params)
+        begin = params, optimizer(theta, 0).init(params)
 
         def outer_step(at, _):
             def inner_step(state, _):
-                return descend(inner, inner_optimizer, at.theta, *state), None
+                return descend(inner, optimizer, at.theta, *state), None
 
             state = begin if start == "cold" else at.inner
             trained, _ = jax.lax.scan(inner_step, state, length=inner_steps)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad._core.unroll import Remat
@@ -19,8 +19,8 @@ InnerOptimizer = optax.GradientTransformation | Callable[..., optax.GradientTran
 
 
 def unrolled(
-    outer: Callable[..., chex.Numeric],
-    inner: Callable[..., chex.Numeric],
+    outer: Callable[..., Numeric],
+    inner: Callable[..., Numeric],
     *,
     optimizer: InnerOptimizer,
     num_steps: int,
@@ -57,16 +57,16 @@ def unrolled(
         >>> print(f"{f(1.0, 0.5).grad:.4f}")  # d/drate (1 - rate)^4 / 2
         -0.2500
     """
-    num_steps = arguments.positive_int("num_steps", num_steps)
+    chosen, num_steps = by_theta(optimizer), arguments.positive_int("num_steps", num_steps)
 
-    def f(params: chex.ArrayTree, theta: Theta, v0: None = None) -> HyperGradient:
+    def f(params: ArrayTree, theta: Theta, v0: None = None) -> HyperGradient:
         params = trees.check_floating("params", params)
 
         def init(key, theta):
-            return params, resolve_optimizer(optimizer, theta).init(params)
+            return params, chosen(theta, 0).init(params)
 
         def step(key, theta, state, t):
-            return descend(inner, optimizer, theta, *state), jnp.zeros(())
+            return descend(inner, chosen, theta, *state), jnp.zeros(())
 
         def evaluate(key, theta, state):
             return outer(state[0], theta)
@@ -80,20 +80,18 @@ def unrolled(
 
 
 def descend(
-    inner: Callable[..., chex.Numeric],
-    optimizer: InnerOptimizer,
+    inner: Callable[..., Numeric],
+    optimizer: inner_optimizers.Optimizer,
     theta: Theta,
-    params: chex.ArrayTree,
-    opt_state: chex.ArrayTree,
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    params: optax.Params,
+    opt_state: optax.OptState,
+) -> tuple[optax.Params, optax.OptState]:
     """One inner step, with this theta's hyperparameters: the next params and optimizer state."""
     grad = jax.grad(inner)(params, theta)
-    updates, opt_state = inner_optimizers.update(
-        lambda theta, t: resolve_optimizer(optimizer, theta), theta, 0, grad, opt_state, params
-    )
+    updates, opt_state = inner_optimizers.update(optimizer, theta, 0, grad, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
-def resolve_optimizer(optimizer: InnerOptimizer, theta: Theta) -> optax.GradientTransformation:
-    """The optimizer for this theta."""
-    return optimizer(theta) if callable(optimizer) else optimizer
+def by_theta(optimizer: InnerOptimizer) -> inner_optimizers.Optimizer:
+    """The optimizer as a function of theta and of the step, which it ignores."""
+    return lambda theta, t: optimizer(theta) if callable(optimizer) else optimizer

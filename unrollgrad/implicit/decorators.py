@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
+from chex import ArrayTree, Numeric
 from jax.custom_derivatives import SymbolicZero
 
 from unrollgrad._checks import arguments
@@ -19,7 +19,7 @@ Solve = Callable[..., Any]
 
 
 def root(
-    optimality: Callable[..., chex.ArrayTree],
+    optimality: Callable[..., ArrayTree],
     *,
     solver: lx.AbstractLinearSolver | None = None,
     has_aux: bool = False,
@@ -74,7 +74,7 @@ def root(
 
 
 def fixed_point(
-    step: Callable[..., chex.ArrayTree],
+    step: Callable[..., ArrayTree],
     *,
     solver: lx.AbstractLinearSolver | None = None,
     has_aux: bool = False,
@@ -88,10 +88,7 @@ def fixed_point(
     Args:
         step: ``step(params, *args, **kwargs)``, which returns a tree like params.
         solver: As in ``root``.
-        has_aux: As in ``root``.
-
-    Raises:
-        TypeError: As in ``root``.
+        has_aux: As in ``root``, which raises the same errors.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -114,7 +111,7 @@ def fixed_point(
 
 
 def argmin(
-    objective: Callable[..., chex.Numeric],
+    objective: Callable[..., Numeric],
     *,
     solver: lx.AbstractLinearSolver | None = None,
     has_aux: bool = False,
@@ -128,10 +125,7 @@ def argmin(
     Args:
         objective: ``objective(params, *args, **kwargs) -> scalar``.
         solver: As in ``root``, but the default is ``lineax.CG``, which needs positive curvature.
-        has_aux: As in ``root``.
-
-    Raises:
-        TypeError: As in ``root``.
+        has_aux: As in ``root``, which raises the same errors.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -150,7 +144,7 @@ def argmin(
 
 
 def one_step(
-    step: Callable[..., chex.ArrayTree], *, num_steps: int = 1, has_aux: bool = False
+    step: Callable[..., ArrayTree], *, num_steps: int = 1, has_aux: bool = False
 ) -> Callable[[Solve], Solve]:
     """Decorates ``solve(init, *args) -> params``: differentiated through a few more steps only.
 
@@ -194,13 +188,8 @@ def one_step(
     return _decorator(has_aux, finish)
 
 
-def _decorator(has_aux: bool, finish: Callable[..., chex.ArrayTree]) -> Callable[[Solve], Solve]:
-    """Decorates a solver: its results are constants, and its params become those of ``finish``.
-
-    Args:
-        has_aux: Whether the solver returns ``(params, aux)``.
-        finish: ``finish(params, args, kwargs) -> params``, which adds the derivative.
-    """
+def _decorator(has_aux: bool, finish: Callable[..., ArrayTree]) -> Callable[[Solve], Solve]:
+    """Decorates a solver: ``finish(params, args, kwargs)`` adds the derivative of its params."""
 
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)
@@ -224,19 +213,12 @@ def _is_array(x: object) -> bool:
 
 
 class _Equation(NamedTuple):
-    """The equation that a decorated solver solves.
+    """The equation ``residual(params, *args, **kwargs) = 0``, and how its derivative is solved."""
 
-    Attributes:
-        name: The argument by which the user gave it, for error messages.
-        residual: ``residual(params, *args, **kwargs)``, a tree like params; 0 at the solution.
-        solver: Solves the linear systems; None for the default.
-        tags: lineax's tags of A, the derivative of the residual with respect to params.
-    """
-
-    name: str
-    residual: Callable[..., chex.ArrayTree]
+    name: str  # of the user's function, for error messages
+    residual: Callable[..., ArrayTree]
     solver: lx.AbstractLinearSolver | None
-    tags: object = ()
+    tags: object = ()  # lineax's, of A = d residual / d params
 
 
 def _implicit(equation: _Equation, has_aux: bool) -> Callable[[Solve], Solve]:
@@ -262,13 +244,12 @@ def _implicit(equation: _Equation, has_aux: bool) -> Callable[[Solve], Solve]:
 
 
 def _trace(
-    equation: _Equation, params: chex.ArrayTree, args: tuple, kwargs: dict
+    equation: _Equation, params: ArrayTree, args: tuple, kwargs: dict
 ) -> tuple[Callable[..., list[jax.Array]], list[jax.Array]]:
-    """The residual as a function of arrays alone.
+    """The residual as a function ``f(unknowns, *inputs)`` of arrays alone, and its inputs.
 
-    Returns:
-        ``residual(unknowns, *inputs)`` from and to a list like the leaves of params, and the
-        inputs: the arrays in the arguments, and those in the closure of the user's function.
+    The unknowns are the leaves of params; the inputs are the arrays in the arguments, and those
+    that the user's function closes over.
     """
     unknowns, structure = jax.tree.flatten(params)
     leaves, rebuild = jax.tree.flatten((args, kwargs))
@@ -298,14 +279,7 @@ def _tangents(
     at: tuple,
     tangents: Sequence[jax.Array | SymbolicZero],
 ) -> list[jax.Array]:
-    """Minus A^-1 times the residual's derivative along the inputs' tangents.
-
-    Args:
-        equation: The equation.
-        residual: Its residual, from ``_trace``.
-        at: The unknowns and the inputs.
-        tangents: The tangents of the inputs.
-    """
+    """-A^-1 (d residual / d inputs) tangents, with the unknowns and the inputs in ``at``."""
     unknowns, *inputs = at
     moving = {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)}
     if not moving:
@@ -340,7 +314,7 @@ def _default(leaves: list[jax.Array], tags: object) -> lx.AbstractLinearSolver:
     return lx.GMRES(rtol=tolerance, atol=tolerance, max_steps=steps, restart=min(size, 200))
 
 
-def _check_like(name: str, params: chex.ArrayTree, out: chex.ArrayTree) -> None:
+def _check_like(name: str, params: ArrayTree, out: ArrayTree) -> None:
     """Raises TypeError unless ``out`` has the structure and shapes of params."""
     if difference := arguments.shape_difference(params, out):
         raise TypeError(

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import trees
 from unrollgrad.implicit.linear import Solution, solve
@@ -45,21 +45,12 @@ class HypergradientError(ArithmeticError):
 
 
 class Case(NamedTuple):
-    """One hypergradient's linear system (H + damping) q = a, where it was taken, and its solution.
+    """The linear system (H + damping) q = a of a hypergradient, and its solution."""
 
-    Attributes:
-        gradient: d inner / d params.
-        curvature: H.
-        operator: H + damping.
-        vector: a.
-        solver: The solver.
-        solution: The outcome of the solve.
-    """
-
-    gradient: chex.ArrayTree
-    curvature: lx.AbstractLinearOperator
-    operator: lx.AbstractLinearOperator
-    vector: chex.ArrayTree
+    gradient: ArrayTree  # d inner / d params
+    curvature: lx.AbstractLinearOperator  # H
+    operator: lx.AbstractLinearOperator  # H + damping
+    vector: ArrayTree  # a
     solver: lx.AbstractLinearSolver
     solution: Solution
 
@@ -81,7 +72,7 @@ def examine(case: Case) -> HypergradientInfo:
     )
 
 
-def _asymmetry(operator: lx.AbstractLinearOperator, like: chex.ArrayTree) -> jax.Array:
+def _asymmetry(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array:
     keys = jax.random.split(jax.random.key(1), _PROBES)
     vectors = [optax.tree.random_like(key, like) for key in keys]
     images = [operator.mv(v) for v in vectors]
@@ -93,11 +84,8 @@ def _asymmetry(operator: lx.AbstractLinearOperator, like: chex.ArrayTree) -> jax
     return jnp.sqrt(skew / jnp.where(whole > 0, whole, 1))
 
 
-def _spectrum(operator: lx.AbstractLinearOperator, like: chex.ArrayTree) -> jax.Array:
-    """Ritz values, ascending: the ends approach those of the spectrum from inside.
-
-    Lanczos steps from a random vector, with three vectors in memory.
-    """
+def _spectrum(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array:
+    """Curvatures from Lanczos steps, ascending: the ends approach the spectrum's from inside."""
     steps = min(_LANCZOS_STEPS, optax.tree.size(like))
     v = optax.tree.random_like(jax.random.key(2), like)
     v = trees.scale(1 / optax.tree.norm(v), v)
@@ -119,7 +107,7 @@ def _spectrum(operator: lx.AbstractLinearOperator, like: chex.ArrayTree) -> jax.
     return jnp.linalg.eigvalsh(jnp.diag(alphas) + off_diagonal)
 
 
-def check(case: Case, info: HypergradientInfo, inner_loss: chex.Numeric) -> None:
+def check(case: Case, info: HypergradientInfo, inner_loss: Numeric) -> None:
     """Raises HypergradientError, with the likely cause and a remedy; needs concrete values."""
     dtypes = {x.dtype for x in jax.tree.leaves(case.gradient)}
     tolerance = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5
@@ -158,7 +146,7 @@ def check(case: Case, info: HypergradientInfo, inner_loss: chex.Numeric) -> None
         raise HypergradientError("; ".join(problems))
 
 
-def _left_to_gain(case: Case, inner_loss: chex.Numeric) -> float:
+def _left_to_gain(case: Case, inner_loss: Numeric) -> float:
     """g^T H^-1 g / 2 as a share of the inner loss, by conjugate gradients."""
     gradient = trees.widen(case.gradient)
     cg = lx.CG(rtol=1e-3, atol=1e-3, max_steps=100)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import lineax as lx
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad.implicit import health, linear, operators, trees
@@ -25,17 +25,17 @@ class HyperGradient(NamedTuple):
 
     grad: Any
     outer_loss: jax.Array
-    v: chex.ArrayTree | None
+    v: ArrayTree | None
     info: health.HypergradientInfo | None
 
 
 def hypergradient(
-    outer: Callable[..., chex.Numeric],
-    inner: Callable[..., chex.Numeric],
+    outer: Callable[..., Numeric],
+    inner: Callable[..., Numeric],
     *,
     solver: lx.AbstractLinearSolver,
-    damping: chex.Numeric = 0.0,
-    mixed: Callable[..., chex.Numeric] | None = None,
+    damping: Numeric = 0.0,
+    mixed: Callable[..., Numeric] | None = None,
     curvature: Callable[..., lx.AbstractLinearOperator] | None = None,
     check: bool = False,
 ) -> Callable[..., HyperGradient]:
@@ -109,7 +109,7 @@ def hypergradient(
         raise ValueError(f"`damping` must not be negative; got {damping}.")
     mixed = inner if mixed is None else mixed
 
-    def f(params: chex.ArrayTree, theta: Theta, v0: chex.ArrayTree | None = None) -> HyperGradient:
+    def f(params: ArrayTree, theta: Theta, v0: ArrayTree | None = None) -> HyperGradient:
         params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
         for name, loss in {"outer": outer, "inner": inner, "mixed": mixed}.items():
             arguments.check_loss(name, jax.eval_shape(loss, params, theta))

@@ -10,45 +10,33 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import operators, trees
 from unrollgrad.implicit.trees import T
 
 
 class Solution(NamedTuple):
-    """The outcome of a linear solve.
+    """The outcome of a linear solve; ``num_steps`` is 0 for a direct solver."""
 
-    Attributes:
-        value: x.
-        result: One of ``lineax.RESULTS``.
-        num_steps: Steps of the solver; 0 for a direct one.
-    """
-
-    value: chex.ArrayTree
+    value: ArrayTree
     result: lx.RESULTS
     num_steps: jax.Array
 
 
 def solve(
     operator: lx.AbstractLinearOperator,
-    vector: chex.ArrayTree,
+    vector: ArrayTree,
     solver: lx.AbstractLinearSolver,
-    start: chex.ArrayTree | None = None,
+    start: ArrayTree | None = None,
 ) -> Solution:
-    """Solves ``operator x = vector``.
+    """Solves ``operator x = vector`` for a tree of one floating dtype, from ``start`` or zero.
 
     The solver gets a vector of norm 1, so that its tolerances are relative to the vector's norm.
-
-    Args:
-        operator: A lineax operator.
-        vector: A tree of one floating dtype.
-        solver: A lineax solver.
-        start: Where an iterative solver begins; zero by default.
     """
     size = optax.tree.norm(vector)
     unit = jnp.where(size > 0, size, 1)
@@ -69,8 +57,8 @@ def solve(
 
 
 def _factor(
-    operator: lx.AbstractLinearOperator, right: chex.ArrayTree, solver: lx.AbstractLinearSolver
-) -> chex.Numeric:
+    operator: lx.AbstractLinearOperator, right: ArrayTree, solver: lx.AbstractLinearSolver
+) -> Numeric:
     """The factor of the matrix for a solver with absolute thresholds; 1 for the others.
 
     ``lineax.CG`` returns NaN where a curvature is below 100 d times the machine epsilon, in
@@ -90,7 +78,7 @@ def _factor(
 
 
 def differentiable_solve(
-    matvec: Callable[..., chex.ArrayTree],
+    matvec: Callable[..., ArrayTree],
     vector: T,
     solver: lx.AbstractLinearSolver,
     seen: Sequence[jax.Array],
@@ -100,26 +88,17 @@ def differentiable_solve(
 
     jax transposes a linear solve only where *all* of its right-hand side is linear in what is
     differentiated. ``unseen`` zeros tie the leaves together, so that none is constant where another
-    is not: one zero is added to the vector, and 1 plus another multiplies the matrix.
-
-    Args:
-        matvec: A linear function from vectors like ``vector`` to such vectors.
-        vector: A tree of one floating dtype.
-        solver: A lineax solver.
-        seen: The arrays in the closure of ``matvec`` that may be differentiated.
-        tags: lineax's tags of the matrix.
+    is not: one zero is added to the vector, and 1 plus another multiplies the matrix. ``seen`` are
+    the arrays in the closure of ``matvec`` that may be differentiated, ``tags`` are lineax's.
     """
     nothing = unseen(jax.tree.leaves(vector))
     one = 1 + unseen(seen)
-
-    def bound(x):
-        return trees.scale(one, matvec(x))
 
     def run(matvec, vector):
         return solve(operators.function(matvec, vector, tags), vector, solver).value
 
     vector = jax.tree.map(lambda x: x + nothing.astype(x.dtype), vector)
-    return jax.lax.custom_linear_solve(bound, vector, run, run)
+    return jax.lax.custom_linear_solve(lambda x: trees.scale(one, matvec(x)), vector, run, run)
 
 
 def unseen(leaves: Sequence[jax.Array]) -> jax.Array:

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import lineax as lx
+from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import trees
 from unrollgrad.types import Theta
 
 
 def hessian(
-    inner: Callable[..., chex.Numeric], params: chex.ArrayTree, theta: Theta
-) -> tuple[chex.ArrayTree, lx.AbstractLinearOperator]:
+    inner: Callable[..., Numeric], params: ArrayTree, theta: Theta
+) -> tuple[ArrayTree, lx.AbstractLinearOperator]:
     """The gradient of ``inner`` with respect to params, and the Hessian.
 
     The gradient is linearised once, so that a product costs no more than its linear part.
@@ -22,7 +22,7 @@ def hessian(
 
 
 def gauss_newton(
-    predict: Callable[..., chex.ArrayTree], loss: Callable[..., chex.Numeric]
+    predict: Callable[..., ArrayTree], loss: Callable[..., Numeric]
 ) -> Callable[..., lx.AbstractLinearOperator]:
     """The generalised Gauss-Newton matrix J^T L J, for ``hypergradient(curvature=...)``.
 
@@ -67,7 +67,7 @@ def gauss_newton(
 
 
 def damped(
-    operator: lx.AbstractLinearOperator, params: chex.ArrayTree, damping: chex.Numeric
+    operator: lx.AbstractLinearOperator, params: ArrayTree, damping: Numeric
 ) -> lx.AbstractLinearOperator:
     """``operator + damping``, on vectors of one dtype."""
     wide = trees.widen(params)
@@ -86,7 +86,7 @@ def symmetry(operator: lx.AbstractLinearOperator) -> object:
 
 
 def function(
-    matvec: Callable[..., chex.ArrayTree], like: chex.ArrayTree, tags: object = ()
+    matvec: Callable[..., ArrayTree], like: ArrayTree, tags: object = ()
 ) -> lx.AbstractLinearOperator:
     """The operator of a linear function on trees like ``like``.
 

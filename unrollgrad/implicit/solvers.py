@@ -6,12 +6,12 @@ of terms approximates q by intent, so it reports success.
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
+from chex import ArrayTree, Numeric
 from jax.flatten_util import ravel_pytree
 
 from unrollgrad._checks import arguments
@@ -41,9 +41,9 @@ class _MatrixFree(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
 
 class _Neumann(_MatrixFree):
     terms: int
-    step_size: chex.Numeric | str
+    step_size: Numeric | str
 
-    def compute(self, state: lx.AbstractLinearOperator, vector: chex.ArrayTree, options: dict):
+    def compute(self, state: lx.AbstractLinearOperator, vector: ArrayTree, options: dict):
         alpha = self.step_size
         if isinstance(alpha, str):
             alpha = 1 / jnp.maximum(_lambda_max(state, vector), jnp.finfo(jnp.float32).tiny)
@@ -58,7 +58,7 @@ class _Neumann(_MatrixFree):
         return q, lx.RESULTS.successful, {"num_steps": jnp.int32(self.terms)}
 
 
-def _lambda_max(operator: lx.AbstractLinearOperator, like: chex.ArrayTree) -> jax.Array:
+def _lambda_max(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array:
     """The magnitude of the eigenvalue of largest magnitude, from below, by power iteration."""
 
     def multiply(v, _):
@@ -69,9 +69,7 @@ def _lambda_max(operator: lx.AbstractLinearOperator, like: chex.ArrayTree) -> ja
     return optax.tree.norm(jax.lax.scan(multiply, v, length=_POWER_STEPS)[0])
 
 
-def neumann(
-    terms: int, step_size: chex.Numeric | Literal["auto"] = "auto"
-) -> lx.AbstractLinearSolver:
+def neumann(terms: int, step_size: Numeric | Literal["auto"] = "auto") -> lx.AbstractLinearSolver:
     """The Neumann series: q = alpha sum_{j < K} (1 - alpha H)^j a, the first ``terms`` = K terms.
 
     The series converges to H^-1 a for 0 < alpha < 2 / lambda_max. It multiplies the component of a
@@ -107,7 +105,7 @@ def neumann(
     return _Neumann(arguments.positive_int("terms", terms), _step_size(step_size))
 
 
-def identity(step_size: chex.Numeric = 1.0) -> lx.AbstractLinearSolver:
+def identity(step_size: Numeric = 1.0) -> lx.AbstractLinearSolver:
     """Approximates the inverse Hessian by alpha times the identity: q = alpha a (T1-T2).
 
     This is the first term of the Neumann series. Time: no products with H.
@@ -133,10 +131,10 @@ def identity(step_size: chex.Numeric = 1.0) -> lx.AbstractLinearSolver:
 
 class _Nystrom(_MatrixFree):
     rank: int
-    rho: chex.Numeric
+    rho: Numeric
     key: Key
 
-    def compute(self, state: lx.AbstractLinearOperator, vector: chex.ArrayTree, options: dict):
+    def compute(self, state: lx.AbstractLinearOperator, vector: ArrayTree, options: dict):
         a, unravel = ravel_pytree(vector)
         if self.rank > a.size:
             raise ValueError(f"`rank`={self.rank} is more than the {a.size} unknowns.")
@@ -155,7 +153,7 @@ class _Nystrom(_MatrixFree):
         return unravel(q.astype(a.dtype)), lx.RESULTS.successful, stats
 
 
-def nystrom(rank: int, rho: chex.Numeric, *, key: Key | None = None) -> lx.AbstractLinearSolver:
+def nystrom(rank: int, rho: Numeric, *, key: Key | None = None) -> lx.AbstractLinearSolver:
     """Takes q = (H_k + rho)^-1 a, H_k the Nystrom approximation of H from ``rank`` of its rows.
 
     Let C be the rows and M their block at the same columns. Then H_k = C^T M^-1 C, and by Woodbury
@@ -207,7 +205,7 @@ def dense(rcond: float | None = None) -> lx.AbstractLinearSolver:
     return lx.SVD(rcond)
 
 
-def _step_size(value: chex.Numeric | str) -> chex.Numeric | str:
+def _step_size(value: Numeric | str) -> Numeric | str:
     if isinstance(value, str):
         if value != "auto":
             raise ValueError(f'`step_size` must be a number or "auto"; got {value!r}.')

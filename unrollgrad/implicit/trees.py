@@ -6,16 +6,15 @@ are not here; those that are keep the dtypes of the leaves.
 
 from typing import TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 
 T = TypeVar("T")
-"""A tree with its own type, such as a list of arrays."""
 
 
 def dtype(tree: object) -> np.dtype:
@@ -29,7 +28,7 @@ def widen(tree: T) -> T:
     return jax.tree.map(lambda x: jnp.asarray(x, wide), tree)
 
 
-def narrow(tree: T, like: chex.ArrayTree) -> T:
+def narrow(tree: T, like: ArrayTree) -> T:
     """Casts each leaf to the dtype of its counterpart in ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
@@ -39,17 +38,17 @@ def dot(a: T, b: T) -> jax.Array:
     return jnp.asarray(optax.tree.vdot(a, b))
 
 
-def scale(factor: chex.Numeric, tree: T) -> T:
+def scale(factor: Numeric, tree: T) -> T:
     """``factor`` times every leaf, in the leaf's dtype."""
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
-def add(a: T, b: T, factor: chex.Numeric = 1) -> T:
+def add(a: T, b: T, factor: Numeric = 1) -> T:
     """``a + factor * b``, in the dtypes of ``a``."""
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
 
 
-def check_floating(name: str, tree: chex.ArrayTree) -> chex.ArrayTree:
+def check_floating(name: str, tree: ArrayTree) -> ArrayTree:
     """Returns the tree with strongly typed arrays as leaves; raises as ``arguments.floating``."""
     return arguments.floating(name, tree, "Let the functions close over the others.")
 
