@@ -37,8 +37,8 @@ def root(
     over them too.
 
     On jax 0.10, beware of *second* derivatives inside ``lax.scan`` or ``lax.map``: the derivative
-    of ``jax.grad`` is 0 there, since jax loses the rule, as it loses that of its own
-    ``custom_root``. jax 0.12 is right, and ``jacfwd`` of ``jacfwd`` is right on both.
+    of ``jax.grad`` is 0 there, since jax loses the rule, as it loses the rule of its
+    own ``custom_root``. jax 0.12 is right, and ``jacfwd`` of ``jacfwd`` is right on both.
 
     Time: one linear solve for each derivative; a product with A or A^T costs about one evaluation
     of optimality's derivative. Memory: one linearisation of optimality; the path is not kept.
