@@ -20,7 +20,7 @@ Theta = chex.ArrayTree
 State = chex.ArrayTree
 """Inner state: any pytree of arrays; ints, bools and typed keys may be among the leaves."""
 
-Sigma = chex.Numeric | chex.ArrayTree | Iterable["Sigma"]
+Sigma = chex.Numeric | chex.ArrayTree | Iterable[chex.Numeric]
 """Standard deviations of perturbations: a number, or a pytree prefix of theta with numbers."""
 
 WorkerState = Any

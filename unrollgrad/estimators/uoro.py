@@ -105,7 +105,7 @@ def _window(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate,
     """Runs one window; its gradient is the mean over its steps, plus what ``evaluate`` adds."""
     problem, episode = segment.problem, segment.episode
     signs = _signs(segment, mesh_axes.axes((theta, episode, carried.state, segment.data)))
-    begun = unroll.reset(episode, partial(_begin, problem, theta, signs), carried)
+    first = unroll.reset(episode, partial(_begin, problem, theta, signs), carried)
 
     def body(carry, key, t, batch):
         def step(theta, state):
@@ -116,7 +116,7 @@ def _window(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate,
         return (after, jax.tree.map(jnp.add, total, grad)), loss
 
     total = jax.tree.map(jnp.zeros_like, carried.right)
-    (after, total), losses = unroll.scan(segment, body, (begun, total))
+    (after, total), losses = unroll.scan(segment, body, (first, total))
     grad = jax.tree.map(lambda a: a / segment.num_steps, total)
     loss = jnp.mean(losses)
     if problem.evaluate is not None:
@@ -178,8 +178,8 @@ def _begin(problem: UnrolledProblem, theta: Theta, signs: Callable, episode: Epi
     floats, back, state = jax.vjp(initial, theta, has_aux=True)
     v = signs(0, floats)
     right = _widened(back(v)[0])
-    nothing = jax.tree.map(jnp.zeros_like, (v, right))
-    return RankOne(state, *_balanced(*nothing, v, right))
+    none, nothing = jax.tree.map(jnp.zeros_like, (v, right))
+    return RankOne(state, *_balanced(none, nothing, v, right))
 
 
 def _widened(tree: chex.ArrayTree) -> chex.ArrayTree:
