@@ -150,7 +150,7 @@ def cut(flat: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
-    """Groups neighbours of one dtype that fit a block: each draw is a program to compile and start."""
+    """Groups neighbours of one dtype that fit a block: every draw is a program to compile."""
     groups: list[list[jax.Array]] = []
     size = 0
     for x in leaves:

@@ -84,8 +84,7 @@ class Estimate(NamedTuple):
     """An estimate of the outer gradient.
 
     Averaged over the T/K windows of an episode, ``grad`` estimates the gradient of J and ``loss``
-    estimates J. Evolution strategies estimate both for the sigma-smoothed J, E_u[J(theta + sigma
-    u)] with Gaussian u.
+    estimates J (for evolution strategies of the smoothed J, E_u[J(theta + sigma u)]).
 
     Attributes:
         grad: A pytree with theta's structure, shapes and dtypes.

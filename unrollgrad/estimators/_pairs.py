@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from unrollgrad._checks import arguments, rounding
 from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
+from unrollgrad.estimators._window import estimate_of
 from unrollgrad.noise import Noise, gaussian, sample
-from unrollgrad.types import Estimate, Info, Key, Segment, Sigma, State, Theta
+from unrollgrad.types import Estimate, Key, Segment, Sigma, State, Theta
 
 
 class Pairs(NamedTuple):
@@ -31,15 +32,13 @@ class Pairs(NamedTuple):
         rounding.check(self.sigma, theta)
 
     def whole_episode(self, segment: Segment, theta: Theta, _: None) -> tuple[Estimate, None]:
-        """Runs the window of ``full_es``: every pair begins and ends its own episode."""
+        """Runs the window of ``full_es``: every pair through the whole episode."""
         thetas = draw(self, theta, unroll.noise_key(segment.episode, 0))
         window = run(segment, thetas, None)
         unit = realised(thetas, self.sigma, window.losses)
         return estimate(window, self.sigma, theta, unit, unit), None
 
-    def from_mean_state(
-        self, segment: Segment, theta: Theta, state: State
-    ) -> tuple[Estimate, State]:
+    def from_mean(self, segment: Segment, theta: Theta, state: State) -> tuple[Estimate, State]:
         """Runs the window of ``truncated_es``: every pair starts from the state under theta."""
         period = segment.episode.t // segment.num_steps
         thetas = draw(self, theta, unroll.noise_key(segment.episode, period))
@@ -56,11 +55,8 @@ def pairs(sigma: Sigma, num_pairs: int, noise: Noise | None = None) -> Pairs:
         ValueError: If sigma or num_pairs is not positive.
     """
     arguments.check_sigma(sigma)
-    arguments.positive_int(
-        "num_pairs",
-        num_pairs,
-        " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas.",
-    )
+    note = " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas."
+    arguments.positive_int("num_pairs", num_pairs, note)
     if noise is None:
         return Pairs(gaussian(), sigma, num_pairs)
     if isinstance(noise, tuple) and len(noise) == 2 and all(map(callable, noise)):
@@ -113,11 +109,6 @@ def _round(x: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
-def spread(state: State, num_pairs: int) -> State:
-    """Copies a state to both signs of every pair: leading axes ``(num_pairs, 2)``."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *x.shape)), state)
-
-
 def run(
     segment: Segment, thetas: Theta, states: State | None, starts: jax.Array | None = None
 ) -> unroll.Window:
@@ -154,11 +145,8 @@ def run_from_mean(
     # The pairs' thetas are cut out after the run: no second copy of them is held during the run.
     everyone, _ = jax.lax.optimization_barrier((everyone, windows.losses))
     mean = jax.tree.map(lambda x: x[-1], windows.state)
-    return (
-        jax.tree.map(of_pairs, windows._replace(state=())),
-        jax.tree.map(of_pairs, everyone),
-        mean,
-    )
+    window, thetas = jax.tree.map(of_pairs, (windows._replace(state=()), everyone))
+    return window, thetas, mean
 
 
 def estimate(
@@ -197,7 +185,7 @@ def estimate(
     grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), weight, before)
     loss = jnp.mean(jax.vmap(jax.vmap(unroll.Window.loss))(window))
     inner_steps = window.losses.size + (window.losses.shape[-1] if mean_pass else 0)
-    return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
+    return estimate_of(grad, loss, inner_steps)
 
 
 def half_difference(x: jax.Array) -> jax.Array:
@@ -208,7 +196,5 @@ def half_difference(x: jax.Array) -> jax.Array:
 def weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:
     """Averages difference times noise over the pairs."""
     # Full precision: TF32 or bfloat16 products would cost digits where the differences are small.
-    total = jnp.tensordot(
-        differences.astype(noise.dtype), noise, axes=1, precision=jax.lax.Precision.HIGHEST
-    )
-    return total / differences.shape[0]
+    differences, precision = differences.astype(noise.dtype), jax.lax.Precision.HIGHEST
+    return jnp.tensordot(differences, noise, axes=1, precision=precision) / len(differences)

@@ -100,8 +100,7 @@ class Persistence(NamedTuple):
     Attributes:
         problem: The inner loop.
         pairs: How theta is perturbed.
-        noise_period: Inner steps between draws, a multiple of the truncation; None: one draw per
-            episode.
+        noise_period: Inner steps between draws; None: one draw per episode.
     """
 
     problem: UnrolledProblem
@@ -110,18 +109,17 @@ class Persistence(NamedTuple):
 
     def begin(self, episode: Episode, theta: Theta) -> Persistent:
         """Returns pairs at the start of an episode, with an empty accumulator."""
-        num_pairs = self.pairs.num_pairs
+        num_pairs, accumulated, evaluated = self.pairs.num_pairs, None, None
         state = unroll.initial_state(self.problem, episode, theta)
-
-        def zeros(x):
-            return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
-
-        accumulated = None if self.noise_period is None else jax.tree.map(zeros, theta)
-        evaluated = None
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *x.shape)), state)
+        if self.noise_period is not None:
+            accumulated = jax.tree.map(
+                lambda x: jnp.zeros((num_pairs, *x.shape), wide(x.dtype)), theta
+            )
         if self.problem.evaluate is not None:
             loss = unroll.evaluate_shape(self.problem, episode, theta, state)
             evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
-        return Persistent(_pairs.spread(state, num_pairs), accumulated, evaluated)
+        return Persistent(states, accumulated, evaluated)
 
     def run(
         self, segment: Segment, theta: Theta, carried: Persistent

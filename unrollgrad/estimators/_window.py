@@ -10,6 +10,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, influence, inner_loop
 from unrollgrad._core import mesh_axes, unroll
@@ -17,6 +18,7 @@ from unrollgrad.types import (
     Episode,
     Estimate,
     GradientEstimator,
+    Info,
     Key,
     MadeBy,
     Segment,
@@ -34,6 +36,11 @@ def made_by(estimator: str, problem: UnrolledProblem, **settings: object) -> Mad
     inner_loop.check_problem(problem)
     horizon = "sampled" if callable(problem.horizon) else int(problem.horizon)
     return MadeBy(estimator, (*settings.items(), ("horizon", horizon)))
+
+
+def estimate_of(grad: chex.ArrayTree, loss: jax.Array, inner_steps: int) -> Estimate:
+    """Makes an estimate that cost ``inner_steps`` forward inner steps."""
+    return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
 
 
 def windowed(

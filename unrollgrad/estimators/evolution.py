@@ -100,7 +100,7 @@ def truncated_es(
     truncation = inner_loop.check_truncation(problem, truncation)
     pairs, begin = _pairs.pairs(sigma, num_pairs, noise), inner_state(problem)
     fingerprint = made_by("truncated_es", problem, truncation=truncation)
-    return windowed(problem, fingerprint, truncation, begin, pairs.from_mean_state, pairs.check)
+    return windowed(problem, fingerprint, truncation, begin, pairs.from_mean, pairs.check)
 
 
 def gpes(

@@ -1,7 +1,7 @@
 """Forward-mode estimators: the worker carries the state's derivative, so nothing is forgotten.
 
-``forward_mode`` carries all of it, ``dodge`` its product with one direction. Neither runs backwards:
-memory does not grow with the truncation.
+``forward_mode`` carries all of it, ``dodge`` its product with one direction. Neither runs
+backwards, so memory does not grow with the truncation.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,9 @@ from unrollgrad._core import mesh_axes, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.estimators import _persistence
-from unrollgrad.estimators._window import made_by, windowed
+from unrollgrad.estimators._window import estimate_of, made_by, windowed
 from unrollgrad.noise import cut, rademacher, sample
-from unrollgrad.types import (
-    Estimate,
-    GradientEstimator,
-    Info,
-    Segment,
-    State,
-    Theta,
-    UnrolledProblem,
-)
+from unrollgrad.types import GradientEstimator, Segment, State, Theta, UnrolledProblem
 
 
 class Tangents(NamedTuple):
@@ -79,9 +71,8 @@ def forward_mode(
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.forward_mode(problem, truncation=100)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.forward_mode(problem, truncation=100), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> round(float(estimate.grad), 2)
         35.72
 
@@ -108,7 +99,7 @@ def forward_mode(
         slopes = jnp.mean(along.losses, axis=-1)
         if along.end is not None and along.start is not None:
             slopes = slopes + along.end - along.start
-        out = Estimate(_unflatten(theta, slopes), result.loss(), Info(jnp.int32(truncation)))
+        out = estimate_of(_unflatten(theta, slopes), result.loss(), truncation)
         return out, Tangents(result.state, along.floats)
 
     return windowed(problem, fingerprint, truncation, begin, window)
@@ -146,9 +137,8 @@ def dodge(
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.dodge(problem, truncation=100)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.dodge(problem, truncation=100), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> round(float(estimate.grad), 2)
         35.72
 
@@ -191,7 +181,7 @@ def dodge(
             return g.astype(x.dtype)
 
         grad = jax.tree.map(leaf, theta, noise.now, noise.before)
-        out = Estimate(grad, result.loss(), Info(jnp.int32(truncation)))
+        out = estimate_of(grad, result.loss(), truncation)
         return out, Tangents(result.state, along.floats, noise.accumulated, evaluated)
 
     fingerprint = made_by("dodge", problem, truncation=truncation, noise_period=noise_period)

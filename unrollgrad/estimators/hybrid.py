@@ -17,8 +17,8 @@ from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators import _pairs, backprop
 from unrollgrad.estimators._persistence import Persistence, Persistent, Weights
-from unrollgrad.estimators._window import made_by, nothing, windowed
-from unrollgrad.types import Estimate, GradientEstimator, Info, Sigma, State, Theta, UnrolledProblem
+from unrollgrad.estimators._window import estimate_of, made_by, nothing, windowed
+from unrollgrad.types import GradientEstimator, Sigma, State, Theta, UnrolledProblem
 
 
 class Analytic(NamedTuple):
@@ -69,9 +69,8 @@ def pes_analytic(
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.pes_analytic(problem, truncation=10, sigma=0.1)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.pes_analytic(problem, truncation=10, sigma=0.1), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> int(estimate.info.inner_steps), int(state.episode.t)
         (30, 10)
 
@@ -162,9 +161,8 @@ def _products(unit: Theta, grad: Theta) -> jax.Array:
     """Computes u . p for every pair, in at least float32."""
 
     def leaf(u, p):
-        return jnp.tensordot(
-            u.reshape(len(u), -1), p.astype(u.dtype).ravel(), 1, precision=jax.lax.Precision.HIGHEST
-        )
+        u, p = u.reshape(len(u), -1), p.astype(u.dtype).ravel()
+        return jnp.tensordot(u, p, 1, precision=jax.lax.Precision.HIGHEST)
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, unit, grad)))
 
@@ -233,8 +231,7 @@ def reparameterized_es(
             return _merged(e, jnp.mean(r.astype(u.dtype), axis=1)).astype(x.dtype)
 
         grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), unit, own.grad)
-        info = Info(jnp.int32(2 * num_pairs * segment.num_steps))
-        return Estimate(grad, jnp.mean(own.loss), info), None
+        return estimate_of(grad, jnp.mean(own.loss), 2 * num_pairs * segment.num_steps), None
 
     fingerprint = made_by("reparameterized_es", problem)
     return windowed(problem, fingerprint, None, nothing, window, pairs.check)

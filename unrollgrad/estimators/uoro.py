@@ -14,12 +14,11 @@ from unrollgrad._core import mesh_axes, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, inner_product, split
 from unrollgrad.estimators import backprop
-from unrollgrad.estimators._window import made_by, windowed
+from unrollgrad.estimators._window import estimate_of, made_by, windowed
 from unrollgrad.types import (
     Episode,
     Estimate,
     GradientEstimator,
-    Info,
     Segment,
     State,
     Theta,
@@ -52,12 +51,12 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated in the same way.
 
     Variance: high, without a closed form, since the signs disturb every number of the state alike,
-    however little the loss depends on it. Adam takes a root of its small second moment: through
-    Adam (an MLP's learning rate, 12 steps) the standard deviation over |grad| was 3e7 with
-    b2 = 0.999 and eps_root = 1e-8, 2e4 with b2 = 0.9, 235 with eps_root = 1e-2 and 1.7 with both;
-    it was 1.6 for ``dodge`` in all four cases: prefer ``dodge`` for adaptive optimizers. Time: K
-    steps forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what
-    one step computes, whatever the truncation.
+    however little the loss depends on it. Prefer ``dodge`` for adaptive optimizers: Adam takes the
+    root of a small second moment, and through Adam (an MLP's learning rate, 12 steps) the standard
+    deviation over |grad| was 3e7 with b2 = 0.999 and eps_root = 1e-8, 2e4 with b2 = 0.9, 235 with
+    eps_root = 1e-2, 1.7 with both, and 1.6 in all four cases with ``dodge``. Time: K steps
+    forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what one step
+    computes, whatever the truncation.
 
     Args:
         problem: The inner loop; its step must be differentiable (it may not contain a
@@ -75,9 +74,8 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.uoro(problem, truncation=10)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.uoro(problem, truncation=10), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> int(estimate.info.inner_steps), int(state.episode.t)
         (10, 10)
 
@@ -127,7 +125,7 @@ def _window(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate,
         loss = loss + value
         grad = jax.tree.map(lambda g, e: g + e.astype(g.dtype), grad, slope)
     grad = jax.tree.map(lambda g, x: g.astype(x.dtype), grad, theta)
-    return Estimate(grad, loss, Info(jnp.int32(segment.num_steps))), after
+    return estimate_of(grad, loss, segment.num_steps), after
 
 
 def _advance(
