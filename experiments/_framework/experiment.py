@@ -15,6 +15,7 @@ import jax
 from experiments._framework import results
 from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings, ResumableSettings
 from unrollgrad import running
 from unrollgrad.running import progress_bar, stop_requests
 

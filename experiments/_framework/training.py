@@ -18,12 +18,12 @@ class Method(NamedTuple):
     Attributes:
         estimator: Of the gradient.
         optimizer: The outer optimizer.
-        num_updates: Outer updates.
+        num_steps: Outer updates.
     """
 
     estimator: GradientEstimator
     optimizer: optax.GradientTransformation
-    num_updates: int
+    num_steps: int
 
 
 def side_by_side(
@@ -49,7 +49,7 @@ def side_by_side(
         write: The experiment's.
         progress: The experiment's.
     """
-    total = sum(method.num_updates for method in methods.values())
+    total = sum(method.num_steps for method in methods.values())
     done = 0
     for name, method in methods.items():
         progress(name, done / total)
@@ -57,14 +57,14 @@ def side_by_side(
         steps = 0
         numbers = {"inner_steps": 0, **evaluate(carry[0])}
         write({"estimator": name, "step": 0, **numbers})
-        count = min(points, method.num_updates)
-        ends = [method.num_updates * (i + 1) // count for i in range(count)]
+        count = min(points, method.num_steps)
+        ends = [method.num_steps * (i + 1) // count for i in range(count)]
         for first, end in zip([0, *ends], ends, strict=False):
             carry, spent = _updates(method.estimator, method.optimizer, key, carry, first, end)
             steps += int(spent)
             write({"estimator": name, "step": end, "inner_steps": steps, **evaluate(carry[0])})
             progress(name, (done + end) / total)
-        done += method.num_updates
+        done += method.num_steps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
@@ -73,29 +73,29 @@ def trajectory(
     optimizer: optax.GradientTransformation,
     key: Key,
     theta: Theta,
-    num_updates: int,
+    num_steps: int,
     every: int = 1,
 ) -> tuple[Theta, jax.Array]:
-    """Updates theta ``num_updates`` times.
+    """Updates theta ``num_steps`` times.
 
     Args:
         estimator: Of the gradient.
         optimizer: The outer optimizer.
         key: Update i uses ``fold_in(key, i)``.
         theta: Where to begin.
-        num_updates: A multiple of ``every``.
+        num_steps: A multiple of ``every``.
         every: Updates between the thetas that are kept.
 
     Returns:
         The thetas after every ``every`` updates, stacked, the first being the beginning; and each
-        update's loss estimate, shape ``(num_updates,)``.
+        update's loss estimate, shape ``(num_steps,)``.
 
     Raises:
-        ValueError: If num_updates is negative or no multiple of ``every``.
+        ValueError: If num_steps is negative or no multiple of ``every``.
     """
-    if num_updates < 0 or num_updates % every:
+    if num_steps < 0 or num_steps % every:
         raise ValueError(
-            f"`num_updates` must be a multiple of every={every}; got num_updates={num_updates}."
+            f"`num_steps` must be a multiple of every={every}; got num_steps={num_steps}."
         )
 
     update = functools.partial(_update, estimator, optimizer, key)
@@ -105,7 +105,7 @@ def trajectory(
         return carry, (carry[0], losses)
 
     begin = _begin(estimator, optimizer, key, theta)
-    _, (thetas, losses) = jax.lax.scan(stretch, begin, jnp.arange(0, num_updates, every))
+    _, (thetas, losses) = jax.lax.scan(stretch, begin, jnp.arange(0, num_steps, every))
     kept = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), begin[0], thetas)
     return kept, losses.ravel()
 

@@ -14,6 +14,7 @@ import optax
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.bilevel.data_cleaning import (
     Data,
     accuracy,
@@ -33,7 +34,7 @@ SOLVERS: dict[str, Callable[[int], lx.AbstractLinearSolver]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Dataset distillation: one learned image for each digit, with a linear classifier.
 
     The inner loss is the cross-entropy on the ten images and exp(-4) |w|^2, five steps of Adam on
@@ -42,8 +43,6 @@ class Settings:
     scikit-learn's digits, at every scale.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     solvers: tuple[Literal["identity", "CG"], ...] = ("identity", "CG")
     """What stands for the inverse Hessian. The paper's is the identity."""
     num_train: int = 1200
@@ -52,20 +51,18 @@ class Settings:
     """Of the squared weights of the classifier."""
     inner_steps: int = 5
     """Per outer step, from where the last one ended."""
-    inner_rate: float = 0.05
+    inner_learning_rate: float = 0.05
     """Of the inner Adam."""
     cg_steps: int = 20
     """At most, of each hypergradient's conjugate gradients."""
     num_steps: int = 1000
     """Outer steps."""
-    outer_rate: float = 1e-2
+    learning_rate: float = 1e-2
     """Of the outer RMSprop."""
     num_draws: int = 20
     """Times that ten random real images are drawn."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each draws the two sets."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws the two sets."""
 
 
 SCALES = {
@@ -107,9 +104,9 @@ def distil(settings: Settings, train: Data, solver: str) -> bilevel.BilevelResul
         implicit.hypergradient(outer, loss, solver=SOLVERS[solver](settings.cg_steps)),
         zeros(),
         jnp.zeros((10, 64)),
-        inner_optimizer=optax.adam(settings.inner_rate),
+        inner_optimizer=optax.adam(settings.inner_learning_rate),
         inner_steps=settings.inner_steps,
-        outer_optimizer=optax.rmsprop(settings.outer_rate),
+        outer_optimizer=optax.rmsprop(settings.learning_rate),
         num_steps=settings.num_steps,
         every=_every(settings.num_steps),
     )

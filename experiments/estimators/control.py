@@ -17,13 +17,14 @@ import unrollgrad as ug
 from experiments._framework import curves, training, tuning
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems.swimmer import swimmer
 from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """A linear policy learns to swim: how many environment steps does each estimator need?
 
     As with the papers' Swimmer a window is a tenth of an episode, the policy begins at zero and all
@@ -33,12 +34,13 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the environment steps and pairs of NRES's figure."""
+    """Sets the defaults of all other settings. paper: the environment steps and pairs of NRES's
+    figure."""
     problem: Literal["swimmer", "cart_pole"] = "swimmer"
     """What is controlled. cart_pole: that of ug.problems.control, which full ES learns in about
     four updates (--horizon 100 --truncation 10 --sigma 3 --clip 0.1 --budget 50000
-    --rates 10 30 100 300 1000 3000)."""
-    compared: tuple[Literal["full_es_few", "truncated_es", "pes", "es_single", "nres"], ...] = (
+    --learning-rates 10 30 100 300 1000 3000)."""
+    estimators: tuple[Literal["full_es_few", "truncated_es", "pes", "es_single", "nres"], ...] = (
         "full_es_few",
         "truncated_es",
         "pes",
@@ -56,32 +58,30 @@ class Settings:
     """Standard deviation of the perturbation."""
     budget: int = 500_000
     """Environment steps of each run: 25 updates of full ES, as in PES's figure."""
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
     """Learning rates of SGD on the clipped gradient; each method gets its best."""
     clip: float = 1.0
     """The norm to which all methods' gradients are clipped."""
     tuning_runs: int = 3
     """Runs of every rate of every method, on keys of their own, to choose it."""
-    episodes: int = 32
+    num_episodes: int = 32
     """Held-out episodes on which J is measured, at no cost in environment steps."""
     seeds: tuple[int, ...] = (3, 5, 7, 11, 13, 23)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        compared=("truncated_es", "es_single"),
+        estimators=("truncated_es", "es_single"),
         problem="cart_pole",
         horizon=100,
         truncation=10,
         sigma=3.0,
         clip=0.1,
         budget=20_000,
-        rates=(100.0,),
-        episodes=16,
+        learning_rates=(100.0,),
+        num_episodes=16,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -117,7 +117,7 @@ def filled(settings: Settings) -> Settings:
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J along each method's run, then the steps it took to full ES's J."""
     progress("choosing learning rates", 0.0)
-    prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    prepared = _prepare(settings.without_run())
     lines = []
 
     def keep(numbers):
@@ -181,7 +181,7 @@ def _prepare(settings: Settings) -> Prepared:
     problem, theta = PROBLEMS[settings.problem](settings.horizon)
 
     def mean_loss(seed, theta):
-        episodes = jax.random.split(jax.random.key(seed), settings.episodes)
+        episodes = jax.random.split(jax.random.key(seed), settings.num_episodes)
         return jnp.mean(jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(episodes))
 
     def score(theta):
@@ -191,21 +191,19 @@ def _prepare(settings: Settings) -> Prepared:
 
     methods, rates, costs = {}, {}, {}
     for name, (estimator, cost) in estimators(settings, problem).items():
-        num_updates = settings.budget // cost
-        every = max(1, num_updates // POINTS)
+        num_steps = settings.budget // cost
+        every = max(1, num_steps // POINTS)
         rates[name] = tuning.best_rate(
             estimator,
             functools.partial(optimizer, clip=settings.clip),
-            settings.rates,
+            settings.learning_rates,
             jax.random.split(jax.random.key(TUNING), settings.tuning_runs),
             theta,
-            num_updates // every * every,
+            num_steps // every * every,
             every,
             score,
         )
-        methods[name] = training.Method(
-            estimator, optimizer(rates[name], settings.clip), num_updates
-        )
+        methods[name] = training.Method(estimator, optimizer(rates[name], settings.clip), num_steps)
         costs[name] = cost
     return Prepared(
         theta, methods, rates, costs, jax.jit(lambda theta: {"loss": mean_loss(HELD_OUT, theta)})
@@ -234,7 +232,7 @@ def estimators(
         **windows,
         "nres": (ug.average(one, pairs, stagger="breakstep"), windows["es_single"][1]),
     }
-    return {name: all_of_them[name] for name in ("full_es", *settings.compared)}
+    return {name: all_of_them[name] for name in ("full_es", *settings.estimators)}
 
 
 def optimizer(rate: Any, clip: float) -> optax.GradientTransformation:

@@ -15,13 +15,14 @@ import unrollgrad as ug
 from experiments._framework import curves
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems.text_lstm import LSTM, zero_carry
 from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator, Key, Theta
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """How long a binary string does an LSTM learn to repeat, with each estimator?
 
     The string grows by one symbol when the average of the cross-entropy is below 0.15 nats. All
@@ -29,7 +30,8 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the network, windows, batch and particles published."""
+    """Sets the defaults of all other settings. paper: the published network, windows, batch size
+    and particles."""
     estimators: tuple[Literal["es_single", "pes", "truncated_es", "tbptt"], ...] = (
         "es_single",
         "pes",
@@ -51,16 +53,12 @@ class Settings:
     """Inner steps in a window of the persistent estimators."""
     short: int = 4
     """Inner steps in a window of the truncated estimators."""
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
     """Learning rates of Adam; each method gets the one that comes furthest on a run of its own."""
     num_checks: int = 80
     """How often the cross-entropy is averaged, and the string may grow."""
     steps_per_check: int = 12_800
     """Inner steps between checks, of all pairs and both signs together."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
 
 
 SCALES = {
@@ -70,7 +68,7 @@ SCALES = {
         hidden=4,
         longest=4,
         num_pairs=8,
-        rates=(0.03,),
+        learning_rates=(0.03,),
         num_checks=20,
         steps_per_check=800,
         seeds=(0,),
@@ -84,7 +82,7 @@ SCALES = {
         num_pairs=500,
         truncation=1,
         short=25,
-        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         num_checks=5000,
         steps_per_check=200_000,
         seeds=(0, 1, 2, 3, 4),
@@ -126,7 +124,7 @@ class Growing(NamedTuple):
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes length and cross-entropy along each estimator's run."""
-    settings = dataclasses.replace(settings, seeds=(), out=Path())
+    settings = settings.without_run()
     for i, name in enumerate(settings.estimators):
         progress(name, i / len(settings.estimators))
         rate = best_rate(settings, name)
@@ -145,7 +143,7 @@ def best_rate(settings: Settings, name: str) -> float:
         *_, (_, run) = stages(settings, name, rate, key)
         return int(run.length), -float(run.average)
 
-    return max(settings.rates, key=score)
+    return max(settings.learning_rates, key=score)
 
 
 def stages(settings: Settings, name: str, rate: float, key: Key) -> Iterator[tuple[int, Growing]]:

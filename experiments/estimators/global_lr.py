@@ -16,13 +16,14 @@ import unrollgrad as ug
 from experiments._framework import curves, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """One learning rate of an MLP: how noisy is each window's estimate of its gradient?
 
     Theta is the logarithm of the rate of SGD with momentum 0.9, and J the mean training loss over
@@ -31,8 +32,6 @@ class Settings:
     trained.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     estimators: tuple[Literal["pes", "es_single", "gpes"], ...] = ("pes", "es_single", "gpes")
     """Which estimators."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
@@ -43,7 +42,7 @@ class Settings:
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
     """Images in a batch for training."""
-    evaluation_size: int = 16
+    evaluation_batch_size: int = 16
     """Images in a batch for J."""
     horizon: int = 500
     """Inner steps in an episode (T)."""
@@ -55,24 +54,22 @@ class Settings:
     """Antithetic pairs of a worker: half of the papers' particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
-    frozen_rate: float = 0.05
+    frozen_learning_rate: float = 0.05
     """The rate at which the noise is measured: about the best constant one of cpu."""
     num_workers: int = 200
     """Workers whose estimates are compared."""
     start: float = 0.003
     """The rate where training begins."""
-    num_updates: int = 500
+    num_steps: int = 500
     """Outer updates, one window each."""
     learning_rate: float = 0.03
     """Of Adam, constant."""
     cells: int = 16
     """Rates at which J is recorded, between 0.001 and 1."""
-    episodes: int = 4
+    num_episodes: int = 4
     """Episodes whose mean is J."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole measurement and a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement and a whole run."""
 
 
 SCALES = {
@@ -83,9 +80,9 @@ SCALES = {
         horizon=200,
         num_pairs=1,
         num_workers=20,
-        num_updates=4,
+        num_steps=4,
         cells=3,
-        episodes=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -94,10 +91,10 @@ SCALES = {
         data="mnist",
         hidden=(100, 100),
         batch_size=100,
-        evaluation_size=100,
+        evaluation_batch_size=100,
         horizon=5000,
         noise_period=500,
-        num_updates=5000,
+        num_steps=5000,
         seeds=(0, 1, 2, 3),
     ),
 }
@@ -130,7 +127,7 @@ class Task(NamedTuple):
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J of some rates, once, the noise of every window, and J along each run."""
-    task = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    task = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
         thetas = np.log(np.geomspace(*RANGE, settings.cells))
@@ -139,7 +136,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({"estimator": heat_map.GRID, "step": i, "J": value, "log_rate": theta})
         write({"estimator": heat_map.GRID, "minimum": np.nanmin(values)})
     key_noise, key_training = jax.random.split(jax.random.key(seed))
-    frozen = jnp.log(jnp.float32(settings.frozen_rate))
+    frozen = jnp.log(jnp.float32(settings.frozen_learning_rate))
     windows = settings.horizon // settings.truncation
     noise = {}
     for i, (name, method) in enumerate(task.methods.items()):
@@ -220,18 +217,18 @@ def _prepare(settings: Settings) -> Task:
         name: training.Method(
             ug.REGISTRY[name].build(problem, **common),
             optax.adam(settings.learning_rate),
-            settings.num_updates,
+            settings.num_steps,
         )
         for name in names
     }
-    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
     return Task(heat_map.mean_loss(problem, keys), methods)
 
 
 def rate_problem(settings: Settings) -> UnrolledProblem:
     """The MLP's training at a constant rate."""
     images = data.load(settings.data, settings.data_dir)
-    draw = image_mlp.sampler(images.train, settings.evaluation_size)
+    draw = image_mlp.sampler(images.train, settings.evaluation_batch_size)
     return ug.training_problem(
         **image_mlp.task(images, settings.hidden, settings.batch_size),
         meta_loss=lambda theta, params, key: image_mlp.cross_entropy(params, draw(key)),
@@ -252,7 +249,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             first = len(k) // 5
             root = sds[first] * np.sqrt(k[first:] / k[first])
             noise.plot(k[first:], root, "k:", label=r"$\propto \sqrt{k}$")
-    rate = config["frozen_rate"]
+    rate = config["frozen_learning_rate"]
     noise.set(
         xscale="log",
         yscale="log",

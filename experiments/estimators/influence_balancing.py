@@ -12,18 +12,19 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """One parameter of a linear system, trained online with each estimator: does it arrive?
 
     The loss of theta is that of the state after 500 steps, as published.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. cpu has the published settings already."""
+    """Sets the defaults of all other settings. cpu: the published settings already."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
         "pes",
         "es_single",
@@ -31,7 +32,7 @@ class Settings:
         "tbptt",
     )
     """Which estimators."""
-    num_updates: int = 3000
+    num_steps: int = 3000
     """Outer updates, one inner step each."""
     num_pairs: int = 500
     """Antithetic pairs of evolution strategies: half of the papers' particles."""
@@ -39,14 +40,10 @@ class Settings:
     """Standard deviation of the perturbation."""
     learning_rate: float = 1e-4
     """Of SGD."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
 
 
 SCALES = {
-    "smoke": Settings(scale="smoke", num_updates=600, num_pairs=100, seeds=(0,)),
+    "smoke": Settings(scale="smoke", num_steps=600, num_pairs=100, seeds=(0,)),
     "cpu": Settings(),
     "paper": Settings(scale="paper", seeds=(0, 1, 2, 3, 4)),
 }
@@ -57,20 +54,20 @@ POINTS = 60
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the loss along each estimator's run."""
-    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    theta, methods = _prepare(settings.without_run())
     key = jax.random.key(seed)
     training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
 
 
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
-    problem, theta = ug.problems.influence_balancing(horizon=settings.num_updates)
+    problem, theta = ug.problems.influence_balancing(horizon=settings.num_steps)
     common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}
     optimizer = optax.sgd(settings.learning_rate)
     names: tuple[str, ...] = settings.estimators
     return theta, {
         name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optimizer, settings.num_updates
+            ug.REGISTRY[name].build(problem, **common), optimizer, settings.num_steps
         )
         for name in names
     }

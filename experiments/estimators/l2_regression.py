@@ -13,6 +13,7 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import ridge
 from unrollgrad.running import need
 
@@ -20,7 +21,7 @@ NAMES = ("truncated_es", "pes", "pes_analytic", "es_single")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """The logarithm of L2's weight, trained while ridge regression never ends: where does it end?
 
     Each update makes one step of full-batch gradient descent, whose memory is hundreds of steps
@@ -28,7 +29,7 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. cpu has the published updates."""
+    """Sets the defaults of all other settings. cpu: the published number of updates."""
     estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
     """Which estimators."""
     starts: tuple[float, ...] = (5.0, 3.0, 1.0, -1.0, -3.0, -5.0)
@@ -36,19 +37,17 @@ class Settings:
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-3, 3e-3)
     """Of Adam, one for each estimator: 3e-3 as published, with which pes is far from done; cpu:
     1e-2 for pes. pes_analytic did no better with 1e-3 and 1e-2."""
-    num_updates: int = 50_000
+    num_steps: int = 50_000
     """Outer updates, one inner step each."""
     num_pairs: int = 2
     """Antithetic pairs: half of the papers' particles."""
     sigma: float = 0.01
     """Standard deviation of the perturbation. es_single never draws it again in an endless episode,
     which does no harm only because theta is a single number."""
-    inner_rate: float = 1e-3
+    inner_learning_rate: float = 1e-3
     """Of the gradient descent that trains the regression."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a run from every start."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a run from every start."""
 
 
 SCALES = {
@@ -57,7 +56,7 @@ SCALES = {
         estimators=("truncated_es", "es_single"),
         learning_rates=(1e-2, 1e-2),
         starts=(5.0, 3.0),
-        num_updates=2000,
+        num_steps=2000,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -78,7 +77,7 @@ SOURCE = "Vicol et al. 2021, 2023 (pictures, of UCI Yacht; the distance is ours)
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes theta and the loss where training would end, from every start."""
-    methods, evaluate = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    methods, evaluate = _prepare(settings.without_run())
     for i, start in enumerate(settings.starts):
 
         def write_here(numbers: dict[str, Any], start: float = start) -> None:
@@ -100,11 +99,11 @@ def _prepare(settings: Settings) -> tuple[dict[str, training.Method], Any]:
             f"{settings.estimators}; got {settings.learning_rates}."
         )
     data = ridge.diabetes()
-    problem = ridge.ridge(data, HORIZON, settings.inner_rate)
+    problem = ridge.ridge(data, HORIZON, settings.inner_learning_rate)
     common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}
     methods = {
         name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_updates
+            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_steps
         )
         for name, rate in zip(settings.estimators, settings.learning_rates, strict=True)
     }

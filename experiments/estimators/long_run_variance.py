@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import unrollgrad as ug
 from experiments._framework.experiment import Experiment, Progress, Write
+from experiments._framework.settings import CommonSettings
 from experiments.estimators.long_run_variance_figure import RECURRENCES, UPDATES, claims, draw, show
 from experiments.estimators.staggered_variance import staggered_variance
 from experiments.problems import PROBLEMS
@@ -18,7 +19,7 @@ from unrollgrad.problems import theory
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """The variance of the mean of U consecutive updates at frozen theta: U = 1, n and 20 n.
 
     An episode has n windows, and an update is one window (of full ES a whole episode). Everything
@@ -32,7 +33,8 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: more of the same; this is no published figure."""
+    """Sets the defaults of all other settings. paper: more windows and samples; this is not a
+    published figure."""
     problems: tuple[
         Literal["aligned", "independent", "conflicting", "text_lstm", "digits"], ...
     ] = ("aligned", "independent", "conflicting", "text_lstm", "digits")
@@ -47,7 +49,7 @@ class Settings:
     """n, windows per episode."""
     truncation: int = 5
     """Inner steps per window."""
-    noise_periods: int = 2
+    num_noise_periods: int = 2
     """Draws of noise per episode of gpes; divides the windows."""
     dim: int = 20
     """Of the recurrences' theta."""
@@ -58,9 +60,7 @@ class Settings:
     num_samples_real: int = 20
     """Chains of 20 episodes on the other problems."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws other noise and other episodes, on the same problems at the same theta."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws other noise and other episodes, on the same problems at the same theta."""
 
 
 SCALES = {
@@ -105,7 +105,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     """Writes three variances per problem and estimator, as soon as they are measured."""
     names: tuple[str, ...] = settings.problems
     for i, name in enumerate(names):
-        case = _prepare(dataclasses.replace(settings, seeds=(), out=Path()), name)
+        case = _prepare(settings.without_run(), name)
         samples = settings.num_samples if name in RECURRENCES else settings.num_samples_real
 
         def report(
@@ -171,7 +171,7 @@ def _prepare(settings: Settings, name: str) -> _Case:
     common = {
         "truncation": settings.truncation,
         "sigma": SIGMA.get(name, 1.0),
-        "noise_period": horizon // settings.noise_periods,
+        "noise_period": horizon // settings.num_noise_periods,
         "num_pairs": 1,
     }
     one = {
@@ -224,7 +224,7 @@ def closed_forms(settings: Settings, influence: np.ndarray) -> dict[str, dict[st
     n, truncation = settings.num_windows, settings.truncation
     periods = {
         "es_single": None,
-        "gpes": len(influence) // settings.noise_periods,
+        "gpes": len(influence) // settings.num_noise_periods,
         "pes": truncation,
     }
     out = {}

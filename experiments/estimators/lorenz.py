@@ -14,6 +14,7 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.problems.lorenz import TRUTH
 from unrollgrad.running import need
 
@@ -42,20 +43,21 @@ RECOVERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Two constants of the Lorenz system, fitted to a trajectory by SGD: who finds them?
 
     theta is (ln a, ln r), the loss the mean squared error of z over an episode from a fixed start.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper has the published horizon, sigma, rates and updates."""
+    """Sets the defaults of all other settings. paper: the published horizon, sigma, learning rates
+    and updates."""
     estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
     """Which methods."""
     learning_rates: tuple[float, ...] = (1e-6, 3e-4, 1e-8, 1e-7, 3e-5, 1e-4, 1e-5, 3e-5)
     """Of SGD, one for each method. cpu: the best of two to five on seed 0, a factor of 3 or 10
     apart; bptt, uoro and dodge are far off with all of them."""
-    num_updates: tuple[int, ...] = (1000, 2000, 1000, 2000, 4000, 2000, 2000, 2000)
+    num_steps: tuple[int, ...] = (1000, 2000, 1000, 2000, 4000, 2000, 2000, 2000)
     """Outer updates, one number for each method; of bptt and full_es by whole episodes."""
     decay_after: int = 1000
     """Updates after which the rate of pes is a tenth, as published."""
@@ -69,12 +71,10 @@ class Settings:
     num_workers: int = 200
     """Workers of one pair each, at staggered places of their episodes; full_es has a twentieth of
     them in pairs and bptt only one worker, as published."""
-    num_tests: int = 64
+    num_episodes: int = 64
     """Episodes from starts N(0, 1) off the fixed one, for the test loss."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run; bptt draws nothing, its runs are equal."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run; bptt draws nothing, its runs are equal."""
 
 
 SCALES = {
@@ -82,21 +82,21 @@ SCALES = {
         scale="smoke",
         estimators=("bptt", "nres"),
         learning_rates=(1e-8, 1e-4),
-        num_updates=(40, 400),
+        num_steps=(40, 400),
         horizon=300,
         sigma=0.02,
         num_workers=30,
-        num_tests=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
     "paper": Settings(
         scale="paper",
         learning_rates=(1e-8, 3e-4, 1e-13, 1e-10, 3e-5, 3e-4, 1e-5, 1e-5),
-        num_updates=(1000, 10_000, 5000, 5000, 2000, 5000, 10_000, 5000),
+        num_steps=(1000, 10_000, 5000, 5000, 2000, 5000, 10_000, 5000),
         horizon=2000,
         sigma=0.04,
-        num_tests=10_000,
+        num_episodes=10_000,
         seeds=(101, 103, 107, 109, 113),
     ),
 }
@@ -107,7 +107,7 @@ POINTS = 40
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the losses of theta and its error along each method's run, and when it was close."""
-    theta, methods, evaluate = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    theta, methods, evaluate = _prepare(settings.without_run())
     close: dict[str, dict[str, Any]] = {}
 
     def write_and_watch(numbers: dict[str, Any]) -> None:
@@ -127,19 +127,19 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method], Any]:
     problem, theta = ug.problems.lorenz(settings.horizon)
-    rates, counts = settings.learning_rates, settings.num_updates
+    rates, counts = settings.learning_rates, settings.num_steps
     if not len(settings.estimators) == len(rates) == len(counts):
         raise ValueError(
-            "`learning_rates` and `num_updates` must have a number for each of the estimators "
+            "`learning_rates` and `num_steps` must have a number for each of the estimators "
             f"{settings.estimators}; got {rates} and {counts}."
         )
     methods = {
         name: training.Method(
-            _estimator(settings, problem, name), _sgd(settings, name, rate), num_updates
+            _estimator(settings, problem, name), _sgd(settings, name, rate), num_steps
         )
-        for name, rate, num_updates in zip(settings.estimators, rates, counts, strict=True)
+        for name, rate, num_steps in zip(settings.estimators, rates, counts, strict=True)
     }
-    return theta, methods, jax.jit(functools.partial(evaluate, problem, settings.num_tests))
+    return theta, methods, jax.jit(functools.partial(evaluate, problem, settings.num_episodes))
 
 
 def _estimator(settings: Settings, problem: Any, name: str) -> Any:
@@ -160,10 +160,10 @@ def _sgd(settings: Settings, name: str, rate: float) -> optax.GradientTransforma
     return optax.sgd(rate)
 
 
-def evaluate(problem: ug.UnrolledProblem, num_tests: int, theta: jax.Array) -> dict[str, Any]:
+def evaluate(problem: ug.UnrolledProblem, num_episodes: int, theta: jax.Array) -> dict[str, Any]:
     """The constants and their largest relative error, the loss, and that from other starts."""
     found, truth = jnp.exp(theta), jnp.array(TRUTH, theta.dtype)
-    keys = jax.random.split(jax.random.key(0), num_tests)
+    keys = jax.random.split(jax.random.key(0), num_episodes)
     elsewhere = jax.vmap(lambda key: ug.episode_loss(perturbed(problem), key, theta))(keys)
     return {
         "a": found[0],

@@ -14,13 +14,14 @@ import unrollgrad as ug
 from experiments._framework import curves, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Two numbers of a learning-rate schedule are trained online with each estimator.
 
     An MLP learns images by SGD with momentum 0.9 and the rate theta0 / (1 + t / T)^theta1 in step t
@@ -28,9 +29,7 @@ class Settings:
     loss, or minus the validation accuracy, which has no gradient, on another batch.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
-    objective: tuple[Literal["loss", "accuracy"], ...] = ("loss", "accuracy")
+    objectives: tuple[Literal["loss", "accuracy"], ...] = ("loss", "accuracy")
     """What is minimised: each of these in turn."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
         "pes",
@@ -47,7 +46,7 @@ class Settings:
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
     """Images in a batch for training."""
-    evaluation_size: int = 16
+    evaluation_batch_size: int = 16
     """Images in a batch for J."""
     horizon: int = 1000
     """Inner steps in an episode (T)."""
@@ -55,7 +54,7 @@ class Settings:
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
     """theta0 and theta1 to begin with."""
-    num_updates: int = 2000
+    num_steps: int = 2000
     """Outer updates, one window each."""
     num_pairs: int = 30
     """Antithetic pairs of evolution strategies: half of the papers' particles."""
@@ -63,29 +62,25 @@ class Settings:
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.01
     """Of Adam, at the beginning."""
-    last_rate: float = 0.0
+    final_fraction: float = 0.0
     """What it falls to along a cosine, as a fraction; 1 is the papers' constant rate."""
     cells: tuple[int, int] = (11, 9)
     """Values of theta0 and of theta1 on the grid behind the picture."""
-    episodes: int = 4
+    num_episodes: int = 4
     """Episodes whose mean is J, on the grid and along the runs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        objective=("accuracy",),
+        objectives=("accuracy",),
         estimators=("es_single", "tbptt"),
         hidden=(4,),
         horizon=40,
-        num_updates=12,
+        num_steps=12,
         num_pairs=2,
         cells=(2, 3),
-        episodes=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -94,11 +89,11 @@ SCALES = {
         data="mnist",
         hidden=(100, 100),
         batch_size=100,
-        evaluation_size=100,
+        evaluation_batch_size=100,
         horizon=5000,
-        num_updates=5000,
+        num_steps=5000,
         num_pairs=500,
-        last_rate=1.0,
+        final_fraction=1.0,
         cells=(31, 25),
         seeds=(0, 1, 2, 3),
     ),
@@ -134,14 +129,14 @@ class Task(NamedTuple):
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J on the grid, once, and along each estimator's run."""
-    shared = dataclasses.replace(settings, seeds=(), out=Path())
-    for i, objective in enumerate(settings.objective):
+    shared = settings.without_run()
+    for i, objective in enumerate(settings.objectives):
 
         def write_here(numbers: dict[str, Any], objective: str = objective) -> None:
             write({"objective": objective, **numbers})
 
         def progress_here(text: str, done: float, i: int = i, objective: str = objective) -> None:
-            progress(f"{objective}: {text}", (i + done) / len(settings.objective))
+            progress(f"{objective}: {text}", (i + done) / len(settings.objectives))
 
         task = _prepare(shared, objective)
         if seed == settings.seeds[0]:
@@ -157,7 +152,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 def _prepare(settings: Settings, objective: str) -> Task:
     problem = schedule_problem(settings, objective)
     rate = optax.cosine_decay_schedule(
-        settings.learning_rate, settings.num_updates, settings.last_rate
+        settings.learning_rate, settings.num_steps, settings.final_fraction
     )
     common = {
         "truncation": settings.truncation,
@@ -167,11 +162,11 @@ def _prepare(settings: Settings, objective: str) -> Task:
     names: tuple[str, ...] = settings.estimators
     methods = {
         name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_updates
+            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_steps
         )
         for name in names
     }
-    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
     loss = heat_map.mean_loss(problem, keys)
 
     def evaluate(theta):
@@ -185,7 +180,7 @@ def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
     images = data.load(settings.data, settings.data_dir)
     held_out = objective == "accuracy"
     draw = image_mlp.sampler(
-        images.validation if held_out else images.train, settings.evaluation_size
+        images.validation if held_out else images.train, settings.evaluation_batch_size
     )
 
     def meta_loss(theta, params, key):

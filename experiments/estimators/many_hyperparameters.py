@@ -15,13 +15,14 @@ import unrollgrad as ug
 from experiments._framework import curves, training, tuning
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data
 from unrollgrad.running import need
 from unrollgrad.types import Key, Theta
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """A learning rate and a momentum for every tensor, a width for every hidden layer.
 
     An MLP of five hidden layers learns digits; theta is 12 log learning rates, 12 logits of momenta
@@ -31,7 +32,8 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the widths, windows, pairs and steps published."""
+    """Sets the defaults of all other settings. paper: the published widths, windows, pairs and
+    steps."""
     estimators: tuple[Literal["es_single", "pes", "truncated_es"], ...] = (
         "es_single",
         "pes",
@@ -50,16 +52,14 @@ class Settings:
     """Antithetic pairs: half of the papers' particles."""
     sigma: float = 0.3
     """Standard deviation of the perturbation, as published."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     """Learning rates of Adam; each estimator gets the best of them on a run of its own."""
     budget: int = 150_000
     """Training steps of each run."""
-    trainings: int = 10
+    num_episodes: int = 10
     """Fresh trainings that tell how good a theta is, as published."""
     seeds: tuple[int, ...] = (3, 5, 7)
-    """Each is a whole run, from its own theta."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run, from its own theta."""
 
 
 SCALES = {
@@ -69,9 +69,9 @@ SCALES = {
         width=4,
         batch_size=4,
         horizon=20,
-        rates=(0.1,),
+        learning_rates=(0.1,),
         budget=4_000,
-        trainings=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -80,7 +80,7 @@ SCALES = {
         width=100,
         batch_size=100,
         horizon=1000,
-        rates=(0.003, 0.01, 0.03),
+        learning_rates=(0.003, 0.01, 0.03),
         budget=3_000_000,
         seeds=(3, 5, 7, 11),
     ),
@@ -99,7 +99,7 @@ TUNING, HELD_OUT = 1_000_000, 1_000_001
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J along each method's run, and the lowest so far."""
     progress("choosing learning rates", 0.0)
-    prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    prepared = _prepare(settings.without_run())
     key, key_theta, key_search = jax.random.split(jax.random.key(seed), 3)
     lowest: dict[str, float] = {}
 
@@ -132,7 +132,7 @@ class Prepared(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> Prepared:
     problem = make_problem(settings)
-    fresh = jax.random.split(jax.random.key(HELD_OUT), settings.trainings)
+    fresh = jax.random.split(jax.random.key(HELD_OUT), settings.num_episodes)
 
     @jax.jit
     def loss(theta):
@@ -146,12 +146,19 @@ def _prepare(settings: Settings) -> Prepared:
     for name in names:
         row = ug.REGISTRY[name]
         estimator = row.build(problem, truncation=settings.truncation, **common)
-        num_updates = settings.budget // (row.passes(settings.num_pairs) * settings.truncation)
-        every = num_updates // POINTS
+        num_steps = settings.budget // (row.passes(settings.num_pairs) * settings.truncation)
+        every = num_steps // POINTS
         rate = tuning.best_rate(
-            estimator, optax.adam, settings.rates, key[None], theta, POINTS * every, every, loss
+            estimator,
+            optax.adam,
+            settings.learning_rates,
+            key[None],
+            theta,
+            POINTS * every,
+            every,
+            loss,
         )
-        methods[name] = training.Method(estimator, optax.adam(rate), num_updates)
+        methods[name] = training.Method(estimator, optax.adam(rate), num_steps)
     return Prepared(
         methods,
         jax.jit(lambda theta: {"loss": loss(theta)}),

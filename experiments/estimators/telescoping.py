@@ -14,21 +14,20 @@ import unrollgrad as ug
 from experiments._framework import curves, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Two numbers of a learning-rate schedule are trained for the loss at the end of an episode.
 
     The MLP and the schedule are those of lr_schedule. J is the training loss of the last weights on
     a fixed batch, which windows see as a telescoping sum of what it changed in each.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "full_es"], ...] = (
         "pes",
         "es_single",
@@ -44,7 +43,7 @@ class Settings:
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
     """Images in a batch for training."""
-    fixed_size: int = 200
+    fixed_batch_size: int = 200
     """Training images of the fixed batch."""
     horizon: int = 200
     """Inner steps in an episode (T)."""
@@ -52,7 +51,7 @@ class Settings:
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
     """theta0 and theta1 to begin with."""
-    num_updates: int = 2000
+    num_steps: int = 2000
     """Outer updates of one window; full_es makes as many fewer as its episodes are longer."""
     num_pairs: int = 20
     """Antithetic pairs: half of the papers' particles."""
@@ -60,18 +59,14 @@ class Settings:
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.02
     """Of Adam, for windows, at the beginning."""
-    full_es_rate: float = 0.3
+    full_es_learning_rate: float = 0.3
     """The same for whole episodes."""
-    last_rate: float = 0.0
+    final_fraction: float = 0.0
     """What it falls to along a cosine, as a fraction."""
     cells: tuple[int, int] = (11, 9)
     """Values of theta0 and of theta1 on the grid behind the picture."""
-    episodes: int = 4
+    num_episodes: int = 4
     """Episodes whose mean is J, on the grid and along the runs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
 
 
 SCALES = {
@@ -79,12 +74,12 @@ SCALES = {
         scale="smoke",
         estimators=("pes", "es_single"),
         hidden=(4,),
-        fixed_size=20,
+        fixed_batch_size=20,
         horizon=20,
-        num_updates=8,
+        num_steps=8,
         num_pairs=2,
         cells=(2, 3),
-        episodes=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -93,13 +88,13 @@ SCALES = {
         data="fashion_mnist",
         hidden=(100, 100),
         batch_size=100,
-        fixed_size=1000,
+        fixed_batch_size=1000,
         horizon=5000,
-        num_updates=5000,
+        num_steps=5000,
         num_pairs=500,
         learning_rate=0.01,
-        full_es_rate=0.1,
-        last_rate=1.0,
+        full_es_learning_rate=0.1,
+        final_fraction=1.0,
         cells=(31, 25),
         seeds=(0, 1, 2, 3),
     ),
@@ -121,7 +116,7 @@ FAR = 1.0
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes J on the grid, once, along each estimator's run, and how rough its way was."""
-    loss, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    loss, methods = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
         heat_map.write_grid(loss, RANGES, settings.cells, write)
@@ -157,20 +152,20 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
     methods = {}
     for name in names:
         whole = name == "full_es"
-        count = settings.num_updates * (settings.truncation if whole else 1)
+        count = settings.num_steps * (settings.truncation if whole else 1)
         count = max(1, count // (settings.horizon if whole else 1))
-        rate = settings.full_es_rate if whole else settings.learning_rate
-        schedule = optax.cosine_decay_schedule(rate, count, settings.last_rate)
+        rate = settings.full_es_learning_rate if whole else settings.learning_rate
+        schedule = optax.cosine_decay_schedule(rate, count, settings.final_fraction)
         estimator = ug.REGISTRY[name].build(problem, **common)
         methods[name] = training.Method(estimator, optax.adam(schedule), count)
-    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
     return heat_map.mean_loss(problem, keys), methods
 
 
 def final_problem(settings: Settings) -> UnrolledProblem:
     """The MLP's training, whose only loss is that of the last weights on the fixed batch."""
     images = data.load(settings.data, settings.data_dir)
-    count = settings.fixed_size
+    count = settings.fixed_batch_size
     fixed = jnp.asarray(images.train.images[:count]), jnp.asarray(images.train.labels[:count])
     problem = ug.training_problem(
         **image_mlp.task(images, settings.hidden, settings.batch_size),

@@ -14,6 +14,7 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 ARRIVES = {
@@ -30,7 +31,7 @@ ARRIVES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Two learning rates of gradient descent on a wiggly function: who reaches the basin?
 
     The loss is the sum over an episode of 100 steps, as published. It is 2488 where theta begins
@@ -38,10 +39,10 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. cpu has half of the published updates."""
+    """Sets the defaults of all other settings. cpu: half of the published updates."""
     estimators: tuple[Literal[tuple(ARRIVES)], ...] = tuple(ARRIVES)  # type: ignore[valid-type]
     """Which estimators."""
-    num_updates: int = 10_000
+    num_steps: int = 10_000
     """Outer updates of one window each. Estimators that need whole episodes (bptt, full_es) make a
     tenth of that, with as many inner steps."""
     num_pairs: int = 50
@@ -52,26 +53,24 @@ class Settings:
     """The same for truncated_es, which stays on the plateau with less."""
     learning_rate: float = 1e-2
     """Of Adam with b1 = 0.99."""
-    grid: int = 100
+    cells: int = 100
     """Points along each side of the loss surface in the picture."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run. bptt, tbptt and forward_mode draw nothing: theirs are equal."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run. bptt, tbptt and forward_mode draw nothing: theirs are equal."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
         estimators=("tbptt", "es_single"),
-        num_updates=600,
+        num_steps=600,
         num_pairs=20,
         learning_rate=0.1,
-        grid=8,
+        cells=8,
         seeds=(0,),
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", num_updates=20_000, seeds=(0, 1, 2, 3, 4)),
+    "paper": Settings(scale="paper", num_steps=20_000, seeds=(0, 1, 2, 3, 4)),
 }
 
 POINTS = 50
@@ -85,9 +84,9 @@ BASIN = 600.0
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the loss surface, once, and theta and its loss along each estimator's run."""
-    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    theta, methods = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
-        for i, loss in enumerate(surface(settings.grid).ravel()):
+        for i, loss in enumerate(surface(settings.cells).ravel()):
             write({"estimator": "surface", "step": i, "surface": round(float(loss), 1)})
     key = jax.random.key(seed)
     training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
@@ -104,7 +103,7 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
             problem, truncation=TRUNCATION, sigma=sigma, num_pairs=settings.num_pairs
         )
         windows = 1 if estimator.truncation else HORIZON // TRUNCATION
-        return training.Method(estimator, optimizer, settings.num_updates // windows)
+        return training.Method(estimator, optimizer, settings.num_steps // windows)
 
     return theta, {name: method(name) for name in settings.estimators}
 
@@ -131,7 +130,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """The first seed's ways over the loss surface; and the loss against updates."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(13, 5.5), layout="constrained")
     ways, lines = figure.subplots(1, 2)
-    _draw_ways(figure, ways, records, config["grid"])
+    _draw_ways(figure, ways, records, config["cells"])
     curves.plot(lines, records, "loss")
     lines.axhline(BASIN, color="black", lw=0.8, ls=":")
     lines.set(

@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import unrollgrad as ug
 from experiments._framework.experiment import Experiment, Progress, Write
+from experiments._framework.settings import CommonSettings
 from experiments.estimators.variance_lstm_figure import OTHER_SIGMA, claims, draw, show
 from experiments.estimators.window_influence import window_influence
 from experiments.problems.text_lstm import LSTM, VOCABULARY, encode, zero_carry
@@ -24,7 +25,7 @@ from unrollgrad.problems import theory
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Does the variance grow with the number of unrolls? An LSTM on three texts, theta frozen.
 
     A sample is the mean of one antithetic pair's estimates over the windows of one episode, which
@@ -34,32 +35,30 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the published settings."""
+    """Sets the defaults of all other settings. paper: the published settings."""
     corpus: Path | None = None
     """The file of the real text. Default: the source of the standard library's argparse."""
     estimators: tuple[Literal["pes", "gpes", "es_single"], ...] = ("pes", "gpes", "es_single")
     """Which estimators."""
     horizon: int = 200
     """Characters in an episode."""
-    num_unrolls: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    num_windows: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Windows per episode, divisors of the horizon."""
-    exact_unrolls: int = 100
+    exact_windows: int = 100
     """The closed form is evaluated up to here, for the numbers that divide it: it takes as many
     backward passes, and memory for its square times the weights."""
     num_samples: int = 500
     """Antithetic pairs, each through a whole episode."""
     sigma: float = 1e-3
     """Standard deviation of the perturbation."""
-    noise_periods: int = 5
+    num_noise_periods: int = 5
     """Draws of noise per episode of gpes, where they are at the beginnings of windows."""
     embed: int = 5
     """Size of the embedding."""
     hidden: int = 5
     """Units of the LSTM."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws new weights, another place of the corpus, other characters and other noise."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws new weights, another place of the corpus, other characters and noise."""
 
 
 SCALES = {
@@ -67,10 +66,10 @@ SCALES = {
         scale="smoke",
         estimators=("pes", "es_single"),
         horizon=20,
-        num_unrolls=(1, 20),
-        exact_unrolls=20,
+        num_windows=(1, 20),
+        exact_windows=20,
         num_samples=300,
-        noise_periods=2,
+        num_noise_periods=2,
         embed=2,
         hidden=2,
         seeds=(0,),
@@ -79,7 +78,7 @@ SCALES = {
     "paper": Settings(
         scale="paper",
         horizon=1000,
-        num_unrolls=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+        num_windows=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
         num_samples=25_000,
     ),
 }
@@ -103,7 +102,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     Raises:
         ValueError: If the horizon is no multiple of a number of unrolls, or the corpus too short.
     """
-    wrong = [n for n in (*settings.num_unrolls, settings.noise_periods) if settings.horizon % n]
+    wrong = [n for n in (*settings.num_windows, settings.num_noise_periods) if settings.horizon % n]
     if wrong:
         raise ValueError(f"`horizon` is {settings.horizon}, which {wrong} do not divide.")
     corpus = inspect.getsource(argparse) if settings.corpus is None else _read(settings.corpus)
@@ -117,7 +116,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             reader(settings.horizon, settings.embed, settings.hidden),
             jax.random.key(0),  # nothing is drawn
             theta,
-            settings.exact_unrolls,
+            settings.exact_windows,
             data,
         )
         square = float(np.sum(theory.gradient(influence) ** 2))
@@ -126,21 +125,21 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             for j, unrolls in enumerate(_unrolls(settings, name)):
                 key = jax.random.fold_in(jax.random.key(seed), i * settings.horizon + unrolls)
                 samples = functools.partial(
-                    _samples, name, sizes, unrolls, settings.noise_periods, key, theta, data
+                    _samples, name, sizes, unrolls, settings.num_noise_periods, key, theta, data
                 )
                 squares = statistics.squares(_flat(samples(settings.sigma))) / square
                 found[unrolls] = numbers = {
                     "variance": float(np.mean(squares)),
                     "variance_se": statistics.standard_error(squares),
                 }
-                if settings.exact_unrolls % unrolls == 0:
+                if settings.exact_windows % unrolls == 0:
                     numbers |= _exact(settings, name, influence, unrolls, square)
                     numbers["ratio"] = numbers["variance"] / numbers["exact"]
-                if name == "pes" and unrolls == max(settings.num_unrolls):
+                if name == "pes" and unrolls == max(settings.num_windows):
                     other = _flat(samples(OTHER_SIGMA * settings.sigma))
                     numbers["other_sigma"] = statistics.total_variance(other) / square
                 write({"text": text, "estimator": name, "unrolls": unrolls, **numbers})
-                done = part + (j + 1) / len(settings.num_unrolls)
+                done = part + (j + 1) / len(settings.num_windows)
                 progress(f"{text}: {name}", (i + done / len(settings.estimators)) / len(symbols))
             if len(found) > 1:
                 slope = _slope({n: x["variance"] for n, x in found.items()})
@@ -194,7 +193,9 @@ def _vector(model: LSTM) -> tuple[jax.Array, Any]:
 
 def _unrolls(settings: Settings, name: str) -> list[int]:
     """The numbers of unrolls that the estimator is measured at."""
-    return [n for n in settings.num_unrolls if name != "gpes" or n % settings.noise_periods == 0]
+    return [
+        n for n in settings.num_windows if name != "gpes" or n % settings.num_noise_periods == 0
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -202,7 +203,7 @@ def _samples(
     name: str,
     sizes: _Sizes,
     unrolls: int,
-    noise_periods: int,
+    num_noise_periods: int,
     key: jax.Array,
     theta: Any,
     data: Any,
@@ -214,7 +215,7 @@ def _samples(
         reader(sizes.horizon, sizes.embed, sizes.hidden),
         truncation=truncation,
         sigma=sigma,
-        noise_period=sizes.horizon // noise_periods,
+        noise_period=sizes.horizon // num_noise_periods,
         num_pairs=1,
     )
     windows = jax.tree.map(lambda x: x.reshape(unrolls, truncation, *x.shape[1:]), data)
@@ -244,10 +245,10 @@ def _exact(
     settings: Settings, name: str, influence: np.ndarray, unrolls: int, square: float
 ) -> dict[str, float]:
     """The closed form, divided by the gradient's square."""
-    truncation = settings.exact_unrolls // unrolls
+    truncation = settings.exact_windows // unrolls
     period = {
         "pes": truncation,
-        "gpes": settings.exact_unrolls // settings.noise_periods,
+        "gpes": settings.exact_windows // settings.num_noise_periods,
         "es_single": None,
     }[name]
     return {"exact": theory.episode_variance(influence, truncation, period) / square}

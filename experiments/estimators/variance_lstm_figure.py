@@ -123,7 +123,7 @@ def _exact_claim(summary: Summary, text: str, name: str) -> Claim | None:
 
 
 def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
-    largest = str(max(summary.about["config"]["num_unrolls"]))
+    largest = str(max(summary.about["config"]["num_windows"]))
     pes = summary.find("variance", text=text, estimator="pes", unrolls=largest)
     single = summary.find("variance", text=text, estimator="es_single", unrolls=largest)
     if pes is None or single is None:
@@ -144,7 +144,7 @@ def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
 
 def _dip_claim(summary: Summary) -> Claim | None:
     ratios = {}
-    for unrolls in sorted(summary.about["config"]["num_unrolls"]):
+    for unrolls in sorted(summary.about["config"]["num_windows"]):
         labels = {"text": "real", "unrolls": str(unrolls)}
         pes = summary.find("variance", estimator="pes", **labels)
         single = summary.find("variance", estimator="es_single", **labels)

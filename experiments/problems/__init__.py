@@ -21,7 +21,7 @@ class Choice(NamedTuple):
         sigma: By default, in theta's units.
         reference: Whose mean is the truth by default: bptt, or full_es (the gradient of the
             smoothed J) where backpropagation explodes.
-        outer_rate: Of Adam, where theta is trained.
+        learning_rate: Of Adam, where theta is trained.
     """
 
     make: Callable[[int], Any]
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     truncation: int
     sigma: float
     reference: str = "bptt"
-    outer_rate: float = 0.05
+    learning_rate: float = 0.05
 
 
 def _later(name: str) -> Callable[[int], Any]:
@@ -99,7 +99,7 @@ PROBLEMS = {
         horizon=100,
         truncation=10,
         sigma=0.1,
-        outer_rate=0.01,
+        learning_rate=0.01,
     ),
     "copy_task": Choice(
         _later("copy_task"),
@@ -107,7 +107,7 @@ PROBLEMS = {
         horizon=16,
         truncation=4,
         sigma=0.05,
-        outer_rate=0.01,
+        learning_rate=0.01,
     ),
     "learned_optimizer": Choice(
         _later("learned_optimizer"),
@@ -115,7 +115,7 @@ PROBLEMS = {
         horizon=100,
         truncation=10,
         sigma=0.01,
-        outer_rate=0.01,
+        learning_rate=0.01,
     ),
 }
 

@@ -15,29 +15,30 @@ import unrollgrad as ug
 from experiments._framework import resuming
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary, read_json
+from experiments._framework.settings import ResumableSettings
 from experiments.problems import PROBLEMS, with_defaults
 from unrollgrad.running import need, positive_int
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ResumableSettings):
     """Train theta of one problem by Adam on one estimator's gradient.
 
     The objective, the mean loss per inner step, is measured between dispatches, in episodes that
     are the same at all times. Ctrl-C and SIGTERM save first; `--resume FOLDER` goes on, also after
-    a kill and with more `--num-updates` or `--seeds`, in the same folder.
+    a kill and with more `--num-steps` or `--seeds`, in the same folder.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. smoke: seconds. cpu: a minute or less, for most problems. paper:
-    long, with many workers, for an accelerator."""
+    """Sets the defaults of all other settings. smoke: seconds. cpu: a minute or less for most
+    problems. paper: long, with many workers, for an accelerator."""
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimator: Literal[tuple(ug.REGISTRY)] = "pes"  # type: ignore[valid-type]
     """Of the gradient."""
-    num_updates: int = 500
+    num_steps: int = 500
     """Outer updates, those before a --resume included."""
-    outer_rate: float | None = None
+    learning_rate: float | None = None
     """Adam's learning rate. Default: half of the problem's, whose gradients have less noise."""
     num_workers: int = 16
     """Workers of one antithetic pair each; rounded up to a multiple of the devices."""
@@ -51,7 +52,7 @@ class Settings:
     """Inner steps between the draws of gpes. Default: two windows."""
     horizon: int | None = None
     """Inner steps per episode (T). Default: the problem's."""
-    num_evaluations: int = 32
+    num_episodes: int = 32
     """Episodes in which the objective is measured."""
     steps_per_dispatch: int = 25
     """Updates in one program; between them lie the points of the curves."""
@@ -61,11 +62,7 @@ class Settings:
     """Devices that share the workers, those of all processes together. Default: all that there are;
     a CPU is one, unless you say how many it shall be."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
-    resume: Path | None = None
-    """Go on with the run in this folder, with its settings."""
+    """Each seed is a whole run."""
 
 
 SCALES = {
@@ -74,22 +71,22 @@ SCALES = {
         horizon=8,
         truncation=4,
         num_workers=2,
-        num_updates=4,
-        num_evaluations=2,
+        num_steps=4,
+        num_episodes=2,
         steps_per_dispatch=2,
     ),
     "cpu": Settings(),
     "paper": Settings(
         scale="paper",
-        num_updates=10_000,
+        num_steps=10_000,
         num_workers=512,
-        num_evaluations=256,
+        num_episodes=256,
         steps_per_dispatch=100,
         seeds=(0, 1, 2),
     ),
 }
 
-MAY_CHANGE = ("scale", "num_updates", "devices", "seeds", "out", "resume")
+MAY_CHANGE = ("scale", "num_steps", "devices", "seeds", "out", "resume")
 """Settings that may differ in a run that goes on."""
 
 SHOWN = 16
@@ -103,16 +100,18 @@ def filled(settings: Settings) -> Settings:
         ValueError: If a number is not positive, or those of a run that is to go on are not the
             same, with the differences.
     """
-    for name in ("num_updates", "num_workers", "num_evaluations", "steps_per_dispatch"):
+    for name in ("num_steps", "num_workers", "num_episodes", "steps_per_dispatch"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
     if settings.checkpoint_every is not None:
         positive_int("--checkpoint-every", settings.checkpoint_every)
-    filled: Any = with_defaults(settings, outer_rate=PROBLEMS[settings.problem].outer_rate / 2)
+    filled: Any = with_defaults(
+        settings, learning_rate=PROBLEMS[settings.problem].learning_rate / 2
+    )
     if settings.resume is None:
         workers = -(-filled.num_workers // filled.devices) * filled.devices
         return dataclasses.replace(filled, num_workers=workers)
     before = read_json(settings.resume / "config.json")
-    resuming.check_same(filled, before, MAY_CHANGE, "num_updates")
+    resuming.check_same(filled, before, MAY_CHANGE, "num_steps")
     if settings.devices is None:
         most = next(d for d in range(filled.devices, 0, -1) if filled.num_workers % d == 0)
         filled = dataclasses.replace(filled, devices=most)
@@ -140,14 +139,14 @@ def run(
 
     def callback(step: int, theta: Any, found: dict[str, Any]) -> None:
         write({"step": step, **{k: float(x) for k, x in found.items()}})
-        progress(f"objective {float(found['objective']):.4g}", step / settings.num_updates)
+        progress(f"objective {float(found['objective']):.4g}", step / settings.num_steps)
 
     write({"step": 0, **{k: float(x) for k, x in evaluate(key, theta).items()}})
     result = ug.fit(
         workers,
         theta,
         optimizer,
-        num_steps=settings.num_updates,
+        num_steps=settings.num_steps,
         key=key,
         steps_per_dispatch=settings.steps_per_dispatch,
         evaluate=evaluate,
@@ -156,7 +155,7 @@ def run(
         checkpoint_every=settings.checkpoint_every,
         config=resuming.fixed(settings, MAY_CHANGE),
     )
-    if len(result.history["loss"]) < settings.num_updates:
+    if len(result.history["loss"]) < settings.num_steps:
         raise KeyboardInterrupt
 
 
@@ -172,14 +171,14 @@ def _prepare(settings: Any) -> tuple[Any, Any, optax.GradientTransformation, Any
     )
     mesh = ug.make_worker_mesh(settings.devices) if settings.devices > 1 else None
     workers = ug.average(estimator, settings.num_workers, mesh=mesh, stagger=settings.stagger)
-    keys = jax.random.split(jax.random.key(0), settings.num_evaluations)
+    keys = jax.random.split(jax.random.key(0), settings.num_episodes)
 
     @jax.jit
     def evaluate(key: jax.Array, theta: Any) -> dict[str, jax.Array]:
         losses = jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(keys)
         return {"objective": jnp.mean(losses), **_numbers(theta)}
 
-    return workers, theta, optax.adam(settings.outer_rate), evaluate
+    return workers, theta, optax.adam(settings.learning_rate), evaluate
 
 
 def _numbers(theta: Any) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ import unrollgrad as ug
 from experiments._framework import training
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import PROBLEMS, with_defaults
 from unrollgrad.diagnostics.report import draw, print_table, row_of
 from unrollgrad.diagnostics.statistics import pooled, root_se
@@ -28,7 +29,7 @@ USUAL = ("full_es", "truncated_es", "pes", "es_single", "gpes", "bptt", "tbptt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Compare gradient estimators on one problem: bias, variance and cost at frozen theta.
 
     A sample is one episode of every worker, averaged. The reference is the mean of other samples;
@@ -37,14 +38,15 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. smoke: seconds. cpu: two minutes. paper: for an accelerator."""
+    """Sets the defaults of all other settings. smoke: seconds. cpu: two minutes. paper: for an
+    accelerator."""
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
     """Which estimators, in which order. Default: those that are told apart most often."""
     thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]
     """Where to measure: at the start, in the middle or at the end of training theta."""
-    num_updates: int = 100
+    num_steps: int = 100
     """Outer updates from start to end, by Adam on the reference's gradient."""
     num_workers: int = 6
     """Workers of one antithetic pair each. Rounded up so that the others can have as many as cost
@@ -72,9 +74,7 @@ class Settings:
     """Devices that share the samples, those of all processes together. Default: all that there are;
     a CPU is one, unless you say how many it shall be."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole repetition, training of theta included."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole repetition, training of theta included."""
 
 
 SCALES = {
@@ -86,7 +86,7 @@ SCALES = {
         num_workers=2,
         num_samples=4,
         num_chains=3,
-        num_updates=2,
+        num_steps=2,
     ),
     "cpu": Settings(),
     "paper": Settings(
@@ -99,7 +99,7 @@ SCALES = {
         num_samples=50,
         num_chains=10,
         thetas=("start", "middle", "end"),
-        num_updates=1000,
+        num_steps=1000,
         seeds=(0, 1, 2),
     ),
 }
@@ -179,7 +179,7 @@ def _prepare(
         name: ug.average(ug.REGISTRY[name].build(problem, **common), episodes // passes[name])
         for name in names
     }
-    schedule = optax.cosine_decay_schedule(choice.outer_rate, max(settings.num_updates, 1))
+    schedule = optax.cosine_decay_schedule(choice.learning_rate, max(settings.num_steps, 1))
     return problem, theta, workers, optax.adam(schedule)
 
 
@@ -195,12 +195,12 @@ def _thetas(
         return {"start": theta}
     # An update is one estimate: a whole episode of bptt or full_es.
     with jax.default_matmul_precision(settings.matmul_precision):
-        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_updates)
+        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_steps)
     if jax.process_count() > 1:  # each has trained its own, and on a GPU sums may differ
         path = multihost_utils.broadcast_one_to_all(path)
 
     def at(fraction):
-        return jax.tree.map(lambda x: x[round(fraction * settings.num_updates)], path)
+        return jax.tree.map(lambda x: x[round(fraction * settings.num_steps)], path)
 
     return {place: at(PLACES[place]) for place in dict.fromkeys(settings.thetas)}
 

@@ -104,7 +104,7 @@ def test_best_rate_of_a_parabola(rates, best):
         rates,
         jax.random.split(jax.random.key(0), 2),
         jnp.float32(1),
-        num_updates=4,
+        num_steps=4,
         every=2,
         loss=lambda x: x**2 / 2 + 1e-3,
     )
