@@ -1,6 +1,6 @@
 """The curves of experiments that train theta with several estimators, and their last points."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -71,32 +71,36 @@ def text(mean: float, se: float) -> str:
     return f"{mean:.3g}" + (f" ± {se:.1g}" if se else "")
 
 
-def compare(
-    summary: Summary,
-    metric: str,
-    name: str,
-    relation: Literal["<", ">"],
-    other: str,
-    says: str,
-    source: str,
-    what: str = "",
-    errors: float | None = None,
-    other_metric: str | None = None,
-) -> Claim:
-    """That two estimators' metrics at the end differ so, by more than both standard errors.
+class Comparison(NamedTuple):
+    """The claim that the metrics of two estimators at the end of their runs differ.
 
-    Args:
-        summary: Where they are found; a mean that is null there counts as infinite.
-        metric: At the end of the runs.
-        name: The estimator whose number is named first.
-        relation: What it is to the other's.
+    Attributes:
+        metric: The metric.
+        name: The estimator that is named first.
+        relation: How its metric compares with the other's.
         other: The other estimator.
         says: The claim.
-        source: Where it stands.
-        what: Before the first number.
-        errors: By more than so many standard errors of the difference instead.
-        other_metric: The other's, where that is not the same.
+        source: The paper that makes the claim, or the theory.
+        what: The text before the first number.
+        errors: Required gap, in standard errors of the difference. Default: more than the sum of
+            both standard errors.
+        other_metric: The other estimator's metric. Default: the same metric.
     """
+
+    metric: str
+    name: str
+    relation: Literal["<", ">"]
+    other: str
+    says: str
+    source: str
+    what: str = ""
+    errors: float | None = None
+    other_metric: str | None = None
+
+
+def compare(summary: Summary, comparison: Comparison) -> Claim:
+    """Checks the claim; a mean that is null in the summary counts as infinite."""
+    metric, name, relation, other, says, source, what, errors, other_metric = comparison
     mine = summary.find(metric, estimator=name)
     theirs = summary.find(other_metric or metric, estimator=other)
     if mine is None or theirs is None:

@@ -177,26 +177,36 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
+class Outcome(NamedTuple):
+    """How a run ended, and what it took.
+
+    Attributes:
+        status: "complete", "interrupted", or "failed: " with the error.
+        seconds: The run's duration.
+        compile_seconds: The part of it that was spent on compilation.
+        revision: The commit of the code when the run began; see ``git_revision``.
+    """
+
+    status: str
+    seconds: float
+    compile_seconds: float
+    revision: str | None
+
+
 def write_summary(
-    folder: Path,
-    config: dict[str, Any],
-    records: list[Record],
-    status: str,
-    seconds: float,
-    compiling: float,
-    revision: str | None,
+    folder: Path, config: dict[str, Any], records: list[Record], outcome: Outcome
 ) -> None:
-    """Writes ``summary.json``; ``revision`` is that of the code as the run began."""
+    """Writes ``summary.json``."""
     about = {
         "experiment": config["experiment"],
         "scale": config["scale"],
         "seeds": list(config["seeds"]),
-        "status": status,
+        "status": outcome.status,
         "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-        "seconds": round(seconds, 1),
-        "compile_seconds": round(compiling, 1),
-        "run_seconds": round(seconds - compiling, 1),
-        "environment": {**environment(), "git_revision": revision},
+        "seconds": round(outcome.seconds, 1),
+        "compile_seconds": round(outcome.compile_seconds, 1),
+        "run_seconds": round(outcome.seconds - outcome.compile_seconds, 1),
+        "environment": {**environment(), "git_revision": outcome.revision},
     }
     write_json(folder / "summary.json", {**about, "results": summarise(records)})
 

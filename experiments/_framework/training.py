@@ -16,7 +16,7 @@ class Method(NamedTuple):
     """One way to train theta.
 
     Attributes:
-        estimator: Of the gradient.
+        estimator: The gradient estimator.
         optimizer: The outer optimizer.
         num_steps: Outer updates.
     """
@@ -26,38 +26,44 @@ class Method(NamedTuple):
     num_steps: int
 
 
-def side_by_side(
-    methods: Mapping[str, Method],
-    key: Key,
-    theta: Theta,
-    evaluate: Callable[[Theta], dict[str, Any]],
-    points: int,
-    write: Write,
-    progress: Progress,
-) -> None:
-    """Trains theta with every method from the same beginning, and writes what becomes of it.
+class Plan(NamedTuple):
+    """The methods that are compared, and how their curves are measured.
+
+    Attributes:
+        methods: The methods by name. Seeds that share these objects share the compiled programs.
+        evaluate: A jitted function from theta to numbers by metric.
+        points: Points of each curve after the first; fewer if a method makes fewer updates.
+    """
+
+    methods: Mapping[str, Method]
+    evaluate: Callable[[Theta], dict[str, Any]]
+    points: int
+
+
+def side_by_side(plan: Plan, key: Key, theta: Theta, write: Write, progress: Progress) -> None:
+    """Trains theta with every method from the same beginning, and writes the curves.
 
     Every line has the labels ``estimator`` (the method's name) and ``step`` (updates so far), the
-    ``inner_steps`` so far as ``info`` counts them, and what ``evaluate`` says of theta.
+    ``inner_steps`` so far as ``info`` counts them, and the numbers of ``evaluate``. A method that
+    diverges goes on with numbers that are not finite, which ``ug.fit`` would refuse.
 
     Args:
-        methods: By name. The same objects for all seeds compile once.
-        key: Every method's updates use ``fold_in(key, i)``.
-        theta: Where all begin.
-        evaluate: Of a theta, a dict of numbers by metric; a function that is jitted.
-        points: Lines of each method after the first; fewer where it makes fewer updates.
-        write: The experiment's.
-        progress: The experiment's.
+        plan: The methods, and how their curves are measured.
+        key: Update i of every method uses ``fold_in(key, i)``.
+        theta: The theta with which all methods begin.
+        write: Writes a line.
+        progress: Shows the progress.
     """
-    total = sum(method.num_steps for method in methods.values())
+    evaluate = plan.evaluate
+    total = sum(method.num_steps for method in plan.methods.values())
     done = 0
-    for name, method in methods.items():
+    for name, method in plan.methods.items():
         progress(name, done / total)
         carry = _begin(method.estimator, method.optimizer, key, theta)
         steps = 0
         numbers = {"inner_steps": 0, **evaluate(carry[0])}
         write({"estimator": name, "step": 0, **numbers})
-        count = min(points, method.num_steps)
+        count = min(plan.points, method.num_steps)
         ends = [method.num_steps * (i + 1) // count for i in range(count)]
         for first, end in zip([0, *ends], ends, strict=False):
             carry, spent = _updates(method.estimator, method.optimizer, key, carry, first, end)
@@ -79,19 +85,19 @@ def trajectory(
     """Updates theta ``num_steps`` times.
 
     Args:
-        estimator: Of the gradient.
+        estimator: The gradient estimator.
         optimizer: The outer optimizer.
         key: Update i uses ``fold_in(key, i)``.
-        theta: Where to begin.
+        theta: Initial outer parameters.
         num_steps: A multiple of ``every``.
         every: Updates between the thetas that are kept.
 
     Returns:
-        The thetas after every ``every`` updates, stacked, the first being the beginning; and each
-        update's loss estimate, shape ``(num_steps,)``.
+        The initial theta and the thetas after every ``every`` updates, stacked; and each update's
+        loss estimate, shape ``(num_steps,)``.
 
     Raises:
-        ValueError: If num_steps is negative or no multiple of ``every``.
+        ValueError: If num_steps is negative or not a multiple of ``every``.
     """
     if num_steps < 0 or num_steps % every:
         raise ValueError(
@@ -120,7 +126,7 @@ def _begin(estimator: Any, optimizer: Any, key: Key, theta: Theta) -> tuple[Any,
 def _updates(
     estimator: Any, optimizer: Any, key: Key, carry: Any, first: Any, end: Any
 ) -> tuple[Any, jax.Array]:
-    """Updates ``first`` to ``end``, and the inner steps of all: one program for any number."""
+    """Makes updates ``first`` to ``end`` and sums their inner steps: one program for any number."""
 
     def turn(i, carry):
         carry, steps = carry
@@ -133,7 +139,7 @@ def _updates(
 def _update(
     estimator: Any, optimizer: Any, key: Key, carry: Any, i: Any
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """Update ``i``, its loss and its inner steps."""
+    """Makes update ``i``; returns its loss and its inner steps."""
     theta, state, opt_state = carry
     estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
     updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)

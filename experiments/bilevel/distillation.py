@@ -142,27 +142,17 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     def put(series, **numbers):
         write({"series": series, "image": "", **numbers})
 
-    def put_images(series, images):
-        if seed == settings.seeds[0]:
-            for label, image in enumerate(images):
-                for i, pixel in enumerate(image):
-                    numbers = {"step": i, "pixel": float(pixel)}
-                    write({"series": series, "image": str(label), **numbers})
-
     progress("references", 0.0)
     means = class_means(train)
     scaled = jnp.array(FACTORS)[:, None, None] * means
     keys = jax.random.split(draws, settings.num_draws)
     random = jax.vmap(lambda key: random_images(key, train))(keys)
     accuracies, losses = map(np.asarray, evaluate(jnp.concatenate([scaled, random])))
-    references = {
-        "class means": float(accuracies[np.argmin(losses[: len(FACTORS)])]),
-        "random images": float(np.mean(accuracies[len(FACTORS) :])),
-    }
-    for name, value in references.items():
-        put(name, accuracy=value)
-    put_images("class means", means)
-    every = _every(settings.num_steps)
+    over_means = float(accuracies[np.argmin(losses[: len(FACTORS)])])
+    over_random = float(np.mean(accuracies[len(FACTORS) :]))
+    put("class means", accuracy=over_means)
+    put("random images", accuracy=over_random)
+    shown = {"class means": means}
     for i, name in enumerate(settings.solvers):
         progress(name, (i + 1) / (len(settings.solvers) + 1))
         result = distil(settings, train, name)
@@ -171,18 +161,25 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         for j in range(len(accuracies)):
             put(
                 name,
-                step=(j + 1) * every,
+                step=(j + 1) * _every(settings.num_steps),
                 accuracy=float(accuracies[j]),
                 outer_loss=float(losses[j]),
                 accuracy_warm=float(warm[j]),
             )
         end = float(accuracies[-1])
-        put(
-            f"{name}, gain",
-            over_random=end - references["random images"],
-            over_means=end - references["class means"],
-        )
-        put_images(name, result.thetas[-1])
+        put(f"{name}, gain", over_random=end - over_random, over_means=end - over_means)
+        shown[name] = result.thetas[-1]
+    if seed == settings.seeds[0]:
+        _write_images(shown, write)
+
+
+def _write_images(shown: dict[str, jax.Array], write: Write) -> None:
+    """Writes the ten images of each series, pixel by pixel."""
+    for series, images in shown.items():
+        for label, image in enumerate(images):
+            for i, pixel in enumerate(image):
+                numbers = {"step": i, "pixel": float(pixel)}
+                write({"series": series, "image": str(label), **numbers})
 
 
 def _every(num_steps: int) -> int:

@@ -124,15 +124,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         lines.append(numbers)
         write(numbers)
 
-    training.side_by_side(
-        prepared.methods,
-        jax.random.key(seed),
-        prepared.theta,
-        prepared.evaluate,
-        POINTS,
-        keep,
-        progress,
-    )
+    training.side_by_side(prepared.plan, jax.random.key(seed), prepared.theta, keep, progress)
     full = lines_of(lines, "full_es")
     target = full[-1][1] + TOLERANCE * (full[0][1] - full[-1][1])
     for name, rate in prepared.rates.items():
@@ -167,13 +159,19 @@ def loss_at(steps: float, curve: list[tuple[int, float]]) -> float:
 
 
 class Prepared(NamedTuple):
-    """What all seeds share: methods by name, their rates, and the steps of one update."""
+    """What all seeds share.
+
+    Attributes:
+        theta: Initial outer parameters.
+        plan: The methods, and how their curves are measured.
+        rates: Each method's learning rate.
+        costs: Environment steps of one update of each method.
+    """
 
     theta: jax.Array
-    methods: dict[str, training.Method]
+    plan: training.Plan
     rates: dict[str, float]
     costs: dict[str, int]
-    evaluate: Any
 
 
 @functools.lru_cache(maxsize=1)
@@ -193,21 +191,14 @@ def _prepare(settings: Settings) -> Prepared:
     for name, (estimator, cost) in estimators(settings, problem).items():
         num_steps = settings.budget // cost
         every = max(1, num_steps // POINTS)
-        rates[name] = tuning.best_rate(
-            estimator,
-            functools.partial(optimizer, clip=settings.clip),
-            settings.learning_rates,
-            jax.random.split(jax.random.key(TUNING), settings.tuning_runs),
-            theta,
-            num_steps // every * every,
-            every,
-            score,
-        )
+        sgd = functools.partial(optimizer, clip=settings.clip)
+        trial = tuning.Trial(estimator, sgd, num_steps // every * every, every, score)
+        keys = jax.random.split(jax.random.key(TUNING), settings.tuning_runs)
+        rates[name] = tuning.best_rate(trial, settings.learning_rates, keys, theta)
         methods[name] = training.Method(estimator, optimizer(rates[name], settings.clip), num_steps)
         costs[name] = cost
-    return Prepared(
-        theta, methods, rates, costs, jax.jit(lambda theta: {"loss": mean_loss(HELD_OUT, theta)})
-    )
+    evaluate = jax.jit(lambda theta: {"loss": mean_loss(HELD_OUT, theta)})
+    return Prepared(theta, training.Plan(methods, evaluate, POINTS), rates, costs)
 
 
 def estimators(
@@ -282,28 +273,30 @@ def claims(summary: Summary) -> list[Claim]:
     out += [
         curves.compare(
             summary,
-            "loss_at_half",
-            name,
-            "<",
-            "full_es",
-            f"{name} is below full ES's last J after half of the environment steps (means)",
-            source,
-            "J ",
-            errors=2,
-            other_metric="loss",
+            curves.Comparison(
+                "loss_at_half",
+                name,
+                "<",
+                "full_es",
+                f"{name} is below full ES's last J after half of the environment steps (means)",
+                source,
+                "J ",
+                errors=2,
+                other_metric="loss",
+            ),
         )
         for name, other, source in compared
         if other == "full_es" and summary.find("loss_at_half", estimator=name)
     ]
     says, source = "truncated_es stays worse than full_es", "Vicol et al. 2021"
-    stuck = curves.compare(summary, "loss", "truncated_es", ">", "full_es", says, source, "J ")
-    return [*out, stuck]
+    stuck = curves.Comparison("loss", "truncated_es", ">", "full_es", says, source, "J ")
+    return [*out, curves.compare(summary, stuck)]
 
 
 def _fewer(summary: Summary, metric: str, name: str, other: str, source: str) -> Claim:
     what = {"steps": "environment steps", "steps_in_a_row": "environment steps in a row"}[metric]
     says = f"{name} reaches full ES's J in fewer {what} than {other}"
-    return curves.compare(summary, metric, name, "<", other, says, source)
+    return curves.compare(summary, curves.Comparison(metric, name, "<", other, says, source))
 
 
 EXPERIMENT = Experiment(

@@ -112,6 +112,7 @@ class Growing(NamedTuple):
         length: Symbols of the strings of new episodes.
         average: Of the cross-entropy at this length, an exponential one with weight 1/2.
         inner_steps: As ``info`` counts them.
+        checks: Checks made so far.
     """
 
     theta: Theta
@@ -120,6 +121,7 @@ class Growing(NamedTuple):
     length: jax.Array
     average: jax.Array
     inner_steps: jax.Array
+    checks: jax.Array
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
@@ -153,7 +155,7 @@ def stages(settings: Settings, name: str, rate: float, key: Key) -> Iterator[tup
     run = begin(settings, name, rate, key)
     yield 0, run
     for first, end in zip([0, *ends], ends, strict=False):
-        run = train(settings, name, end - first, rate, key, run, first)
+        run = train(settings, name, end - first, rate, key, run)
         yield end, run
 
 
@@ -234,21 +236,19 @@ def begin(settings: Settings, name: str, rate: Any, key: Key) -> Growing:
     length = jnp.ones((), jnp.int32)
     estimator = _estimator(settings, name, growing_problem(settings, length))
     state, opt_state = estimator.init(key, theta), optax.adam(rate).init(theta)
-    average = jnp.log(jnp.float32(2))
-    return Growing(theta, state, opt_state, length, average, jnp.zeros((), jnp.int32))
+    average, zero = jnp.log(jnp.float32(2)), jnp.zeros((), jnp.int32)
+    return Growing(theta, state, opt_state, length, average, zero, zero)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def train(
-    settings: Settings, name: str, checks: int, rate: Any, key: Key, run: Growing, first: Any
-) -> Growing:
-    """``checks`` times as many updates as ``steps_per_check`` pays for, and a check.
+def train(settings: Settings, name: str, checks: int, rate: Any, key: Key, run: Growing) -> Growing:
+    """Makes, ``checks`` times, as many updates as ``steps_per_check`` pays for, and a check.
 
     The length is an argument of the compiled program: strings grow without compiling again.
     """
     updates = max(1, settings.steps_per_check // _cost(settings, name))
 
-    def between(run, check):
+    def between(run, _):
         estimator = _estimator(settings, name, growing_problem(settings, run.length))
 
         def update(carry, i):
@@ -259,15 +259,17 @@ def train(
             return (theta, state, opt_state, steps + estimate.info.inner_steps), None
 
         carry = run.theta, run.state, run.opt_state, run.inner_steps
-        numbers = 2 * (check * updates + jnp.arange(updates))
+        numbers = 2 * (run.checks * updates + jnp.arange(updates))
         (theta, state, opt_state, steps), _ = jax.lax.scan(update, carry, numbers)
-        found = cross_entropy(settings, jax.random.fold_in(key, 2 * check + 1), theta, run.length)
+        check_key = jax.random.fold_in(key, 2 * run.checks + 1)
+        found = cross_entropy(settings, check_key, theta, run.length)
         average = (run.average + found) / 2
         grows = (average < ENOUGH) & (run.length < settings.longest)
         average = jnp.where(grows, jnp.log(2.0), average)
-        return Growing(theta, state, opt_state, run.length + grows, average, steps), None
+        length, done = run.length + grows, run.checks + 1
+        return Growing(theta, state, opt_state, length, average, steps, done), None
 
-    return jax.lax.scan(between, run, first + jnp.arange(checks))[0]
+    return jax.lax.scan(between, run, length=checks)[0]
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
@@ -302,7 +304,8 @@ def claims(summary: Summary) -> list[Claim]:
 def _longer(summary: Summary, name: str, other: str) -> Claim:
     says = f"{name} reaches longer strings than {other} at equal inner steps"
     source = "Vicol et al. 2023, copy task"
-    return curves.compare(summary, "length", name, ">", other, says, source, "length ")
+    longer = curves.Comparison("length", name, ">", other, says, source, "length ")
+    return curves.compare(summary, longer)
 
 
 EXPERIMENT = Experiment(

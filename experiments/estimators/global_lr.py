@@ -154,15 +154,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         return {"J": task.loss(theta[None])[0], "log_rate": theta}
 
     start = jnp.log(jnp.float32(settings.start))
-    training.side_by_side(
-        task.methods,
-        key_training,
-        start,
-        evaluate,
-        POINTS,
-        write,
-        lambda text, done: progress(text, 0.5 + 0.5 * done),
-    )
+    plan = training.Plan(task.methods, evaluate, POINTS)
+    second_half = lambda text, done: progress(text, 0.5 + 0.5 * done)  # noqa: E731
+    training.side_by_side(plan, key_training, start, write, second_half)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -56,7 +56,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     """Writes the loss along each estimator's run."""
     theta, methods = _prepare(settings.without_run())
     key = jax.random.key(seed)
-    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
+    plan = training.Plan(methods, _evaluate, POINTS)
+    training.side_by_side(plan, key, theta, write, progress)
 
 
 @functools.lru_cache(maxsize=1)

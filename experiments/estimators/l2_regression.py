@@ -77,7 +77,7 @@ SOURCE = "Vicol et al. 2021, 2023 (pictures, of UCI Yacht; the distance is ours)
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes theta and the loss where training would end, from every start."""
-    methods, evaluate = _prepare(settings.without_run())
+    plan = _prepare(settings.without_run())
     for i, start in enumerate(settings.starts):
 
         def write_here(numbers: dict[str, Any], start: float = start) -> None:
@@ -88,11 +88,11 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
         key = jax.random.fold_in(jax.random.key(seed), i)
         theta = jnp.asarray(start, jnp.float32)
-        training.side_by_side(methods, key, theta, evaluate, POINTS, write_here, report)
+        training.side_by_side(plan, key, theta, write_here, report)
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(settings: Settings) -> tuple[dict[str, training.Method], Any]:
+def _prepare(settings: Settings) -> training.Plan:
     if len(settings.learning_rates) != len(settings.estimators):
         raise ValueError(
             "`learning_rates` must have a number for each of the estimators "
@@ -114,7 +114,7 @@ def _prepare(settings: Settings) -> tuple[dict[str, training.Method], Any]:
         loss = ridge.converged_loss(data, theta)
         return {"theta": theta, "distance": jnp.abs(theta - best), "best": best, "loss": loss}
 
-    return methods, evaluate
+    return training.Plan(methods, evaluate, POINTS)
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:

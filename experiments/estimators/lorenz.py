@@ -107,7 +107,7 @@ POINTS = 40
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the losses of theta and its error along each method's run, and when it was close."""
-    theta, methods, evaluate = _prepare(settings.without_run())
+    theta, plan = _prepare(settings.without_run())
     close: dict[str, dict[str, Any]] = {}
 
     def write_and_watch(numbers: dict[str, Any]) -> None:
@@ -116,8 +116,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             close.setdefault(numbers["estimator"], numbers)
 
     key = jax.random.key(seed)
-    training.side_by_side(methods, key, theta, evaluate, POINTS, write_and_watch, progress)
-    for name, method in methods.items():
+    training.side_by_side(plan, key, theta, write_and_watch, progress)
+    for name, method in plan.methods.items():
         first = close.get(name, {"inner_steps": math.inf, "step": math.inf})
         window = method.estimator.truncation or settings.horizon
         work = dict(zip(WORK, (first["inner_steps"], window * first["step"]), strict=True))
@@ -125,7 +125,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method], Any]:
+def _prepare(settings: Settings) -> tuple[jax.Array, training.Plan]:
     problem, theta = ug.problems.lorenz(settings.horizon)
     rates, counts = settings.learning_rates, settings.num_steps
     if not len(settings.estimators) == len(rates) == len(counts):
@@ -139,7 +139,8 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method], Any]:
         )
         for name, rate, num_steps in zip(settings.estimators, rates, counts, strict=True)
     }
-    return theta, methods, jax.jit(functools.partial(evaluate, problem, settings.num_episodes))
+    measure = jax.jit(functools.partial(evaluate, problem, settings.num_episodes))
+    return theta, training.Plan(methods, measure, POINTS)
 
 
 def _estimator(settings: Settings, problem: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,14 +118,12 @@ class Task(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        loss: J of thetas.
-        evaluate: J and the two numbers of a theta.
-        methods: By name.
+        loss: J of stacked thetas.
+        plan: The estimators; along their curves are J and theta's two numbers.
     """
 
-    loss: Any
-    evaluate: Any
-    methods: dict[str, training.Method]
+    loss: Callable[[jax.Array], jax.Array]
+    plan: training.Plan
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
@@ -143,9 +142,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             progress_here(heat_map.GRID, 0.0)
             heat_map.write_grid(task.loss, RANGES, settings.cells, write_here)
         key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
-        training.side_by_side(
-            task.methods, key, theta, task.evaluate, POINTS, write_here, progress_here
-        )
+        training.side_by_side(task.plan, key, theta, write_here, progress_here)
 
 
 @functools.lru_cache(maxsize=2)
@@ -172,7 +169,7 @@ def _prepare(settings: Settings, objective: str) -> Task:
     def evaluate(theta):
         return {"J": loss(theta[None])[0], **heat_map.named(theta)}
 
-    return Task(loss, evaluate, methods)
+    return Task(loss, training.Plan(methods, evaluate, POINTS))
 
 
 def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:

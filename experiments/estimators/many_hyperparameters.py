@@ -109,23 +109,21 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         write({**numbers, "best": lowest[name]})
 
     theta = draw_theta(key_theta)
-    training.side_by_side(prepared.methods, key, theta, prepared.evaluate, POINTS, keep, progress)
+    training.side_by_side(prepared.plan, key, theta, keep, progress)
     for tried, theta in prepared.search(key_search):
         steps = {"step": tried, "inner_steps": tried * settings.horizon}
-        keep({"estimator": "random_search", **steps, **prepared.evaluate(theta)})
+        keep({"estimator": "random_search", **steps, **prepared.plan.evaluate(theta)})
 
 
 class Prepared(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        methods: By name.
-        evaluate: Of a theta, J on fresh trainings.
+        plan: The estimators, and J on fresh trainings.
         search: From a key to pairs of (thetas tried, the best of them) along a random search.
     """
 
-    methods: dict[str, training.Method]
-    evaluate: Callable[[Theta], dict[str, Any]]
+    plan: training.Plan
     search: Callable[[Key], list[tuple[int, Theta]]]
 
 
@@ -148,20 +146,11 @@ def _prepare(settings: Settings) -> Prepared:
         estimator = row.build(problem, truncation=settings.truncation, **common)
         num_steps = settings.budget // (row.passes(settings.num_pairs) * settings.truncation)
         every = num_steps // POINTS
-        rate = tuning.best_rate(
-            estimator,
-            optax.adam,
-            settings.learning_rates,
-            key[None],
-            theta,
-            POINTS * every,
-            every,
-            loss,
-        )
+        trial = tuning.Trial(estimator, optax.adam, POINTS * every, every, loss)
+        rate = tuning.best_rate(trial, settings.learning_rates, key[None], theta)
         methods[name] = training.Method(estimator, optax.adam(rate), num_steps)
     return Prepared(
-        methods,
-        jax.jit(lambda theta: {"loss": loss(theta)}),
+        training.Plan(methods, jax.jit(lambda theta: {"loss": loss(theta)}), POINTS),
         functools.partial(random_search, problem, settings.budget // settings.horizon),
     )
 
@@ -297,13 +286,15 @@ def claims(summary: Summary) -> list[Claim]:
     return [
         curves.compare(
             summary,
-            "best",
-            name,
-            "<",
-            other,
-            f"{name} finds a lower J than {other} at equal training steps",
-            source,
-            "J ",
+            curves.Comparison(
+                "best",
+                name,
+                "<",
+                other,
+                f"{name} finds a lower J than {other} at equal training steps",
+                source,
+                "J ",
+            ),
         )
         for name, other, source in pairs
     ]

@@ -130,7 +130,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         return {"J": loss(theta[None])[0], **heat_map.named(theta)}
 
     key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
-    training.side_by_side(methods, key, theta, evaluate, POINTS, write_and_keep, progress)
+    plan = training.Plan(methods, evaluate, POINTS)
+    training.side_by_side(plan, key, theta, write_and_keep, progress)
     for name, way in ways.items():
         write({"estimator": name, "roughness": roughness(np.array(way))})
 
@@ -210,13 +211,15 @@ def claims(summary: Summary) -> list[Claim]:
         *heat_map.ends_far(summary, "truncated_es", FAR, "Vicol et al. 2023"),
         curves.compare(
             summary,
-            "roughness",
-            "es_single",
-            "<",
-            "pes",
-            "es_single's way is smoother than pes's",
-            "Vicol et al. 2023",
-            "roughness ",
+            curves.Comparison(
+                "roughness",
+                "es_single",
+                "<",
+                "pes",
+                "es_single's way is smoother than pes's",
+                "Vicol et al. 2023",
+                "roughness ",
+            ),
         ),
     ]
 

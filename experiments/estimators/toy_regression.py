@@ -89,7 +89,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         for i, loss in enumerate(surface(settings.cells).ravel()):
             write({"estimator": "surface", "step": i, "surface": round(float(loss), 1)})
     key = jax.random.key(seed)
-    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
+    plan = training.Plan(methods, _evaluate, POINTS)
+    training.side_by_side(plan, key, theta, write, progress)
 
 
 @functools.lru_cache(maxsize=1)

@@ -87,13 +87,16 @@ BATCH = 50
 """Pairs that run at the same time."""
 
 
-class _Sizes(NamedTuple):
-    """What decides the shape of a program."""
+class _Measurement(NamedTuple):
+    """What decides the compiled program: the estimator, the sizes, the windows, and the draws."""
 
+    estimator: str
+    num_windows: int
     horizon: int
     embed: int
     hidden: int
     num_samples: int
+    num_noise_periods: int
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
@@ -106,7 +109,6 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     if wrong:
         raise ValueError(f"`horizon` is {settings.horizon}, which {wrong} do not divide.")
     corpus = inspect.getsource(argparse) if settings.corpus is None else _read(settings.corpus)
-    sizes = _Sizes(settings.horizon, settings.embed, settings.hidden, settings.num_samples)
     theta = initial_theta(settings.embed, settings.hidden, seed)
     symbols = texts(corpus, settings.horizon, seed)
     for i, (text, characters) in enumerate(symbols.items()):
@@ -124,9 +126,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             found = {}
             for j, unrolls in enumerate(_unrolls(settings, name)):
                 key = jax.random.fold_in(jax.random.key(seed), i * settings.horizon + unrolls)
-                samples = functools.partial(
-                    _samples, name, sizes, unrolls, settings.num_noise_periods, key, theta, data
-                )
+                measured = _measurement(settings, name, unrolls)
+                samples = functools.partial(_samples, measured, key, theta, data)
                 squares = statistics.squares(_flat(samples(settings.sigma))) / square
                 found[unrolls] = numbers = {
                     "variance": float(np.mean(squares)),
@@ -198,24 +199,23 @@ def _unrolls(settings: Settings, name: str) -> list[int]:
     ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _measurement(settings: Settings, name: str, num_windows: int) -> _Measurement:
+    sizes = settings.horizon, settings.embed, settings.hidden, settings.num_samples
+    return _Measurement(name, num_windows, *sizes, settings.num_noise_periods)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _samples(
-    name: str,
-    sizes: _Sizes,
-    unrolls: int,
-    num_noise_periods: int,
-    key: jax.Array,
-    theta: Any,
-    data: Any,
-    sigma: Any,
-) -> Any:
+    measured: _Measurement, key: jax.Array, theta: jax.Array, data: Any, sigma: float
+) -> jax.Array:
     """Every sample's mean estimate over the windows of its episode, stacked."""
-    truncation = sizes.horizon // unrolls
-    estimator = ug.REGISTRY[name].build(
-        reader(sizes.horizon, sizes.embed, sizes.hidden),
+    unrolls, horizon = measured.num_windows, measured.horizon
+    truncation = horizon // unrolls
+    estimator = ug.REGISTRY[measured.estimator].build(
+        reader(horizon, measured.embed, measured.hidden),
         truncation=truncation,
         sigma=sigma,
-        noise_period=sizes.horizon // num_noise_periods,
+        noise_period=horizon // measured.num_noise_periods,
         num_pairs=1,
     )
     windows = jax.tree.map(lambda x: x.reshape(unrolls, truncation, *x.shape[1:]), data)
@@ -233,7 +233,7 @@ def _samples(
         (_, total), _ = jax.lax.scan(call, begin, (jnp.arange(unrolls), windows))
         return jax.tree.map(lambda x: x / unrolls, total)
 
-    return jax.lax.map(sample, jax.random.split(key, sizes.num_samples), batch_size=BATCH)
+    return jax.lax.map(sample, jax.random.split(key, measured.num_samples), batch_size=BATCH)
 
 
 def _flat(tree: Any) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,19 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
     Raises:
         KeyboardInterrupt: If a signal ended it early; everything is saved by then.
     """
+    for i, name in enumerate(settings.estimators):
+
+        def report(text: str, done: float, i: int = i) -> None:
+            progress(text, (i + done) / len(settings.estimators))
+
+        report(name, 0.0)
+        _meta_train(settings, name, seed, folder, write, report)
+
+
+def _meta_train(
+    settings: Any, name: str, seed: int, folder: Path, write: Write, progress: Progress
+) -> None:
+    """One estimator's run."""
     arguments = arguments_of(settings)
     about = {**resuming.fixed(settings, MAY_CHANGE), "arguments": arguments}
     evaluate = validation(
@@ -165,43 +178,40 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
     )
     key = jax.random.key(seed)
     begin = ARCHITECTURES[settings.architecture](**arguments).init(key)
-    for i, name in enumerate(settings.estimators):
-        estimator, cost = workers(settings, name)
-        num_steps = max(1, settings.budget // cost)
-        progress(name, i / len(settings.estimators))
+    estimator, cost = workers(settings, name)
+    num_steps = max(1, settings.budget // cost)
 
-        def written(step, theta, found, name=name, cost=cost):
-            kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
-            write({"estimator": name, "step": step, "inner_steps": step * cost, **kept})
+    def written(step, found):
+        kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
+        write({"estimator": name, "step": step, "inner_steps": step * cost, **kept})
 
-        def callback(step, theta, found, i=i, name=name, num_steps=num_steps, tell=written):
-            tell(step, theta, found)
-            fraction = (i + step / num_steps) / len(settings.estimators)
-            progress(f"{name}, meta-loss {float(found['meta_loss']):.4g}", fraction)
+    def callback(step, theta, found):
+        written(step, found)
+        progress(f"{name}, meta-loss {float(found['meta_loss']):.4g}", step / num_steps)
 
-        written(0, begin, evaluate(key, begin))
-        result = ug.fit(
-            estimator,
-            begin,
-            outer_optimizer(settings.learning_rate, settings.clip),
-            num_steps=num_steps,
-            key=key,
-            steps_per_dispatch=max(1, settings.steps_per_point // cost),
-            evaluate=evaluate,
-            callback=callback,
-            checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
-            checkpoint_every=1,
-            config=about,
-        )
-        if len(result.history["loss"]) < num_steps:
-            raise KeyboardInterrupt
-        ug.learned_optimizers.save(
-            folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
-            result.theta,
-            architecture=settings.architecture,
-            settings=arguments,
-            notes=about | {"seed": seed, "estimator": name, "inner_steps": num_steps * cost},
-        )
+    written(0, evaluate(key, begin))
+    result = ug.fit(
+        estimator,
+        begin,
+        outer_optimizer(settings.learning_rate, settings.clip),
+        num_steps=num_steps,
+        key=key,
+        steps_per_dispatch=max(1, settings.steps_per_point // cost),
+        evaluate=evaluate,
+        callback=callback,
+        checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
+        checkpoint_every=1,
+        config=about,
+    )
+    if len(result.history["loss"]) < num_steps:
+        raise KeyboardInterrupt
+    ug.learned_optimizers.save(
+        folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
+        result.theta,
+        architecture=settings.architecture,
+        settings=arguments,
+        notes=about | {"seed": seed, "estimator": name, "inner_steps": num_steps * cost},
+    )
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
@@ -218,57 +228,54 @@ def outer_optimizer(rate: float, clip: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
 
 
+class _Training(NamedTuple):
+    """What decides the compiled programs of meta-training; ``arguments`` are the architecture's."""
+
+    families: tuple[str, ...]
+    architecture: str
+    arguments: tuple[tuple[str, Any], ...]
+    shortest: int
+    horizon: int
+    truncation: int
+    num_workers: int
+    stagger: Literal["lockstep", "breakstep", "burn_in"]
+    sigma: float
+
+
 @functools.lru_cache(maxsize=8)
-def _workers(
-    name: str,
-    families: tuple[str, ...],
-    architecture: str,
-    arguments: tuple[tuple[str, Any], ...],
-    lengths: tuple[int, int],
-    truncation: int,
-    num_workers: int,
-    stagger: str,
-    sigma: float,
-) -> GradientEstimator:
-    rule = ARCHITECTURES[architecture](**dict(arguments))
+def _workers(name: str, training: _Training) -> GradientEstimator:
+    rule = ARCHITECTURES[training.architecture](**dict(training.arguments))
+    shortest, longest = training.shortest, training.horizon
 
     def length(key):
-        log = jnp.log(jnp.asarray(lengths, jnp.float32))
+        log = jnp.log(jnp.asarray((shortest, longest), jnp.float32))
         drawn = jnp.exp(jax.random.uniform(key, minval=log[0], maxval=log[1]))
         return jnp.round(drawn).astype(jnp.int32)
 
-    horizon = lengths[1] if lengths[0] == lengths[1] else length
-    count = 2 * num_workers if name == "tbptt" else num_workers
+    horizon = longest if shortest == longest else length
+    count = 2 * training.num_workers if name == "tbptt" else training.num_workers
     row = ug.REGISTRY[name]
     return mean_of(
         [
             ug.average(
                 row.build(
                     tasks.problem(tasks.FAMILIES[family](), rule, horizon),
-                    truncation=truncation,
-                    sigma=sigma,
+                    truncation=training.truncation,
+                    sigma=training.sigma,
                 ),
                 count,
-                stagger=stagger,
+                stagger=training.stagger,
             )
-            for family in families
+            for family in training.families
         ]
     )
 
 
 def workers(settings: Any, name: str) -> tuple[GradientEstimator, int]:
     """The estimator, the same for all seeds, and the inner steps of one call."""
-    estimator = _workers(
-        name,
-        settings.families,
-        settings.architecture,
-        tuple(arguments_of(settings).items()),
-        (settings.shortest, settings.horizon),
-        settings.truncation,
-        settings.num_workers,
-        settings.stagger,
-        settings.sigma,
-    )
+    shared = {k: getattr(settings, k) for k in _Training._fields if k != "arguments"}
+    arguments = tuple(arguments_of(settings).items())
+    estimator = _workers(name, _Training(arguments=arguments, **shared))
     passes = 2 if name == "tbptt" else ug.REGISTRY[name].passes(1)
     each = passes * settings.num_workers * settings.truncation
     return estimator, each * len(settings.families)
@@ -337,13 +344,15 @@ def claims(summary: Summary) -> list[Claim]:
     return [
         curves.compare(
             summary,
-            "meta_loss",
-            name,
-            "<",
-            other,
-            f"{name} ends at a lower meta-loss than {other} at equal inner steps",
-            source,
-            errors=2,
+            curves.Comparison(
+                "meta_loss",
+                name,
+                "<",
+                other,
+                f"{name} ends at a lower meta-loss than {other} at equal inner steps",
+                source,
+                errors=2,
+            ),
         )
         for other in ("truncated_es", "tbptt")
         for name in ("es_single", "pes")
