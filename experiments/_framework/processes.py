@@ -17,11 +17,12 @@ class Processes:
     """Which of several processes this one is; each is started with the same command."""
 
     processes: int | Literal["auto"] = 1
-    """How many processes work together. auto: as many as Slurm, Open MPI or a TPU pod started."""
+    """Number of processes that work together. auto: as many as Slurm, Open MPI or a TPU pod
+    started."""
     process: int = 0
-    """Which of them this one is, counted from 0; process 0 writes the results."""
+    """Number of this process, counted from 0; process 0 writes the results."""
     coordinator: str = "localhost:12355"
-    """HOST:PORT at which process 0 is reached by the others."""
+    """HOST:PORT at which the other processes reach process 0."""
 
 
 def from_process_0(text: str) -> str:

@@ -152,7 +152,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     over_random = float(np.mean(accuracies[len(FACTORS) :]))
     put("class means", accuracy=over_means)
     put("random images", accuracy=over_random)
-    shown = {"class means": means}
+    shown: dict[str, Any] = {"class means": means}
     for i, name in enumerate(settings.solvers):
         progress(name, (i + 1) / (len(settings.solvers) + 1))
         result = distil(settings, train, name)

@@ -37,8 +37,8 @@ class Settings(CommonSettings):
     """Sets the defaults of all other settings. paper: the environment steps and pairs of NRES's
     figure."""
     problem: Literal["swimmer", "cart_pole"] = "swimmer"
-    """What is controlled. cart_pole: that of ug.problems.control, which full ES learns in about
-    four updates (--horizon 100 --truncation 10 --sigma 3 --clip 0.1 --budget 50000
+    """What is controlled. cart_pole: the pole of ug.problems.control, which full ES learns to
+    balance in about four updates (--horizon 100 --truncation 10 --sigma 3 --clip 0.1 --budget 50000
     --learning-rates 10 30 100 300 1000 3000)."""
     estimators: tuple[Literal["full_es_few", "truncated_es", "pes", "es_single", "nres"], ...] = (
         "full_es_few",
@@ -47,7 +47,7 @@ class Settings(CommonSettings):
         "es_single",
         "nres",
     )
-    """Which methods are compared with full ES."""
+    """The estimators that are compared with full ES."""
     horizon: int = 1000
     """Environment steps in an episode."""
     truncation: int = 100
@@ -59,13 +59,13 @@ class Settings(CommonSettings):
     budget: int = 500_000
     """Environment steps of each run: 25 updates of full ES, as in PES's figure."""
     learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    """Learning rates of SGD on the clipped gradient; each method gets its best."""
+    """Learning rates of SGD on the clipped gradient; each method uses its best one."""
     clip: float = 1.0
     """The norm to which all methods' gradients are clipped."""
     tuning_runs: int = 3
-    """Runs of every rate of every method, on keys of their own, to choose it."""
+    """Runs of each learning rate, on keys of their own, by which a method's best one is chosen."""
     num_episodes: int = 32
-    """Held-out episodes on which J is measured, at no cost in environment steps."""
+    """Held-out episodes on which J is measured; they do not count as environment steps."""
     seeds: tuple[int, ...] = (3, 5, 7, 11, 13, 23)
     """Each seed is a whole run."""
 

@@ -38,15 +38,15 @@ class Settings(CommonSettings):
         "truncated_es",
         "tbptt",
     )
-    """Which estimators."""
+    """The estimators to run."""
     hidden: int = 8
     """Units of the LSTM."""
     batch_size: int = 8
     """Strings in an episode."""
     longest: int = 20
-    """Symbols of the longest string; a run that repeats it stays there."""
+    """Symbols of the longest string; a run that can repeat it stays at this length."""
     num_pairs: int = 32
-    """Antithetic pairs; tbptt has as many workers as these have signs."""
+    """Antithetic pairs; tbptt has two workers for each pair."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     truncation: int = 2
@@ -54,11 +54,11 @@ class Settings(CommonSettings):
     short: int = 4
     """Inner steps in a window of the truncated estimators."""
     learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    """Learning rates of Adam; each method gets the one that comes furthest on a run of its own."""
+    """Learning rates of Adam; each method uses the one that gets furthest on a run of its own."""
     num_checks: int = 80
-    """How often the cross-entropy is averaged, and the string may grow."""
+    """Number of checks. A check updates the average cross-entropy, and the string may grow."""
     steps_per_check: int = 12_800
-    """Inner steps between checks, of all pairs and both signs together."""
+    """Inner steps between checks, summed over all pairs and both signs."""
 
 
 SCALES = {

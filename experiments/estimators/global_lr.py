@@ -33,41 +33,41 @@ class Settings(CommonSettings):
     """
 
     estimators: tuple[Literal["pes", "es_single", "gpes"], ...] = ("pes", "es_single", "gpes")
-    """Which estimators."""
+    """The estimators to run."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    """The images. digits come with scikit-learn; the others are downloaded or read from files."""
     data_dir: Path | None = None
-    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    """The folder that has MNIST's or FashionMNIST's files, or to which they are downloaded."""
     hidden: tuple[int, ...] = (16,)
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
-    """Images in a batch for training."""
+    """Images in a training batch."""
     evaluation_batch_size: int = 16
-    """Images in a batch for J."""
+    """Images in a batch on which J is measured."""
     horizon: int = 500
     """Inner steps in an episode (T)."""
     truncation: int = 10
     """Inner steps in a window (K)."""
     noise_period: int = 100
-    """Inner steps between gpes's draws of noise."""
+    """Inner steps between two draws of gpes's noise."""
     num_pairs: int = 5
-    """Antithetic pairs of a worker: half of the papers' particles."""
+    """Antithetic pairs of a worker: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     frozen_learning_rate: float = 0.05
-    """The rate at which the noise is measured: about the best constant one of cpu."""
+    """The learning rate at which the noise is measured: about the best constant one for cpu."""
     num_workers: int = 200
     """Workers whose estimates are compared."""
     start: float = 0.003
-    """The rate where training begins."""
+    """Initial learning rate; its logarithm is theta."""
     num_steps: int = 500
     """Outer updates, one window each."""
     learning_rate: float = 0.03
-    """Of Adam, constant."""
+    """Adam's learning rate, constant."""
     cells: int = 16
-    """Rates at which J is recorded, between 0.001 and 1."""
+    """Number of learning rates between 0.001 and 1 at which J is recorded."""
     num_episodes: int = 4
-    """Episodes whose mean is J."""
+    """Episodes whose mean loss is J."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed is a whole measurement and a whole run."""
 

@@ -31,15 +31,15 @@ class Settings(CommonSettings):
         "truncated_es",
         "tbptt",
     )
-    """Which estimators."""
+    """The estimators to run."""
     num_steps: int = 3000
     """Outer updates, one inner step each."""
     num_pairs: int = 500
-    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    """Antithetic pairs of the evolution strategies: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     learning_rate: float = 1e-4
-    """Of SGD."""
+    """SGD's learning rate."""
 
 
 SCALES = {

@@ -31,21 +31,21 @@ class Settings(CommonSettings):
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. cpu: the published number of updates."""
     estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
-    """Which estimators."""
+    """The estimators to run."""
     starts: tuple[float, ...] = (5.0, 3.0, 1.0, -1.0, -3.0, -5.0)
-    """Thetas to begin with; each is a whole run."""
+    """Initial thetas; each has a run of its own."""
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-3, 3e-3)
-    """Of Adam, one for each estimator: 3e-3 as published, with which pes is far from done; cpu:
-    1e-2 for pes. pes_analytic did no better with 1e-3 and 1e-2."""
+    """Adam's learning rates, one for each estimator. 3e-3 is published; pes does not arrive with
+    it, so cpu has 1e-2 for pes. pes_analytic did no better with 1e-3 or 1e-2."""
     num_steps: int = 50_000
     """Outer updates, one inner step each."""
     num_pairs: int = 2
-    """Antithetic pairs: half of the papers' particles."""
+    """Antithetic pairs: half the papers' number of particles."""
     sigma: float = 0.01
-    """Standard deviation of the perturbation. es_single never draws it again in an endless episode,
-    which does no harm only because theta is a single number."""
+    """Standard deviation of the perturbation. es_single never redraws the perturbation in an
+    endless episode; this does no harm only because theta is a single number."""
     inner_learning_rate: float = 1e-3
-    """Of the gradient descent that trains the regression."""
+    """Learning rate of the gradient descent that trains the regression."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each seed is a run from every start."""
 

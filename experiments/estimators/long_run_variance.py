@@ -44,17 +44,17 @@ class Settings(CommonSettings):
     estimators: tuple[
         Literal["full_es", "es_single", "nres", "gpes", "pes", "pes staggered"], ...
     ] = ("full_es", "es_single", "nres", "gpes", "pes", "pes staggered")
-    """Which estimators."""
+    """The estimators to run."""
     num_windows: int = 10
-    """n, windows per episode."""
+    """Windows per episode (n)."""
     truncation: int = 5
     """Inner steps per window."""
     num_noise_periods: int = 2
-    """Draws of noise per episode of gpes; divides the windows."""
+    """Draws of gpes's noise per episode, a divisor of the number of windows."""
     dim: int = 20
-    """Of the recurrences' theta."""
+    """Dimension of the recurrences' theta."""
     memory: float = 0.0
-    """How much of theta's influence on the recurrences is left one step later."""
+    """The share of theta's influence on the recurrences that is left one step later."""
     num_samples: int = 200
     """Chains of 20 episodes on the recurrences."""
     num_samples_real: int = 20

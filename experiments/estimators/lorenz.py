@@ -53,28 +53,28 @@ class Settings(CommonSettings):
     """Sets the defaults of all other settings. paper: the published horizon, sigma, learning rates
     and updates."""
     estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
-    """Which methods."""
+    """The methods to run."""
     learning_rates: tuple[float, ...] = (1e-6, 3e-4, 1e-8, 1e-7, 3e-5, 1e-4, 1e-5, 3e-5)
-    """Of SGD, one for each method. cpu: the best of two to five on seed 0, a factor of 3 or 10
-    apart; bptt, uoro and dodge are far off with all of them."""
+    """SGD's learning rates, one for each method. cpu: the best of two to five rates on seed 0, a
+    factor of 3 or 10 apart; bptt, uoro and dodge end far from the truth with all of them."""
     num_steps: tuple[int, ...] = (1000, 2000, 1000, 2000, 4000, 2000, 2000, 2000)
-    """Outer updates, one number for each method; of bptt and full_es by whole episodes."""
+    """Outer updates, one number for each method; bptt and full_es use a whole episode for each."""
     decay_after: int = 1000
-    """Updates after which the rate of pes is a tenth, as published."""
+    """Updates after which the learning rate of pes falls to a tenth, as published."""
     horizon: int = 1000
     """Inner steps in an episode; beyond some 500 the gradient is chaotic. With the published 2000
-    the smoothed loss is least elsewhere, near (10.8, 26.8)."""
+    the minimum of the smoothed loss is elsewhere, near (10.8, 26.8)."""
     truncation: int = 100
     """Inner steps in a window."""
     sigma: float = 0.01
     """Standard deviation of the perturbation of theta."""
     num_workers: int = 200
-    """Workers of one pair each, at staggered places of their episodes; full_es has a twentieth of
-    them in pairs and bptt only one worker, as published."""
+    """Workers of one antithetic pair each, at staggered places of their episodes. As published,
+    full_es has a twentieth of this number of pairs, and bptt has one worker."""
     num_episodes: int = 64
-    """Episodes from starts N(0, 1) off the fixed one, for the test loss."""
+    """Episodes of the test loss; each begins at the fixed start plus N(0, 1) noise."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed is a whole run; bptt draws nothing, its runs are equal."""
+    """Each seed is a whole run; bptt draws nothing, so its runs are equal."""
 
 
 SCALES = {
@@ -125,7 +125,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(settings: Settings) -> tuple[jax.Array, training.Plan]:
+def _prepare(settings: Settings) -> tuple[Any, training.Plan]:
     problem, theta = ug.problems.lorenz(settings.horizon)
     rates, counts = settings.learning_rates, settings.num_steps
     if not len(settings.estimators) == len(rates) == len(counts):

@@ -38,37 +38,37 @@ class Settings(CommonSettings):
         "truncated_es",
         "tbptt",
     )
-    """Which estimators."""
+    """The estimators to run."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    """The images. digits come with scikit-learn; the others are downloaded or read from files."""
     data_dir: Path | None = None
-    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    """The folder that has MNIST's or FashionMNIST's files, or to which they are downloaded."""
     hidden: tuple[int, ...] = (16,)
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
-    """Images in a batch for training."""
+    """Images in a training batch."""
     evaluation_batch_size: int = 16
-    """Images in a batch for J."""
+    """Images in a batch on which J is measured."""
     horizon: int = 1000
     """Inner steps in an episode (T)."""
     truncation: int = 10
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
-    """theta0 and theta1 to begin with."""
+    """Initial theta0 and theta1."""
     num_steps: int = 2000
     """Outer updates, one window each."""
     num_pairs: int = 30
-    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    """Antithetic pairs of the evolution strategies: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.01
-    """Of Adam, at the beginning."""
+    """Adam's learning rate at the beginning."""
     final_fraction: float = 0.0
-    """What it falls to along a cosine, as a fraction; 1 is the papers' constant rate."""
+    """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
     cells: tuple[int, int] = (11, 9)
-    """Values of theta0 and of theta1 on the grid behind the picture."""
+    """Number of values of theta0 and of theta1 on the grid that the picture shows."""
     num_episodes: int = 4
-    """Episodes whose mean is J, on the grid and along the runs."""
+    """Episodes whose mean loss is J, on the grid and along the runs."""
 
 
 SCALES = {

@@ -39,25 +39,25 @@ class Settings(CommonSettings):
         "pes",
         "truncated_es",
     )
-    """Which estimators; random search is always there."""
+    """The estimators to run beside random search."""
     width: int = 16
-    """Units of a hidden layer, of which a share is used."""
+    """Units of each hidden layer; theta decides which share of them is used."""
     batch_size: int = 16
-    """Images of a training and of a validation batch."""
+    """Images in a training batch, and in a validation batch."""
     horizon: int = 200
-    """Training steps."""
+    """Training steps in an episode."""
     truncation: int = 10
     """Training steps in a window."""
     num_pairs: int = 5
-    """Antithetic pairs: half of the papers' particles."""
+    """Antithetic pairs: half the papers' number of particles."""
     sigma: float = 0.3
     """Standard deviation of the perturbation, as published."""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    """Learning rates of Adam; each estimator gets the best of them on a run of its own."""
+    """Learning rates of Adam; each estimator uses the best of them on a run of its own."""
     budget: int = 150_000
     """Training steps of each run."""
     num_episodes: int = 10
-    """Fresh trainings that tell how good a theta is, as published."""
+    """Fresh trainings whose mean loss is J, as published."""
     seeds: tuple[int, ...] = (3, 5, 7)
     """Each seed is a whole run, from its own theta."""
 

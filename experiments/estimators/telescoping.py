@@ -34,39 +34,39 @@ class Settings(CommonSettings):
         "truncated_es",
         "full_es",
     )
-    """Which estimators."""
+    """The estimators to run."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    """The images. digits come with scikit-learn; the others are downloaded or read from files."""
     data_dir: Path | None = None
-    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    """The folder that has MNIST's or FashionMNIST's files, or to which they are downloaded."""
     hidden: tuple[int, ...] = (16,)
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
-    """Images in a batch for training."""
+    """Images in a training batch."""
     fixed_batch_size: int = 200
-    """Training images of the fixed batch."""
+    """Training images in the fixed batch."""
     horizon: int = 200
     """Inner steps in an episode (T)."""
     truncation: int = 10
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
-    """theta0 and theta1 to begin with."""
+    """Initial theta0 and theta1."""
     num_steps: int = 2000
-    """Outer updates of one window; full_es makes as many fewer as its episodes are longer."""
+    """Outer updates, one window each; full_es makes fewer, with as many inner steps."""
     num_pairs: int = 20
-    """Antithetic pairs: half of the papers' particles."""
+    """Antithetic pairs: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.02
-    """Of Adam, for windows, at the beginning."""
+    """Adam's learning rate at the beginning, for estimators of windows."""
     full_es_learning_rate: float = 0.3
-    """The same for whole episodes."""
+    """Adam's learning rate at the beginning, for full_es."""
     final_fraction: float = 0.0
-    """What it falls to along a cosine, as a fraction."""
+    """The share of both learning rates that a cosine decay leaves."""
     cells: tuple[int, int] = (11, 9)
-    """Values of theta0 and of theta1 on the grid behind the picture."""
+    """Number of values of theta0 and of theta1 on the grid that the picture shows."""
     num_episodes: int = 4
-    """Episodes whose mean is J, on the grid and along the runs."""
+    """Episodes whose mean loss is J, on the grid and along the runs."""
 
 
 SCALES = {

@@ -41,22 +41,22 @@ class Settings(CommonSettings):
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. cpu: half of the published updates."""
     estimators: tuple[Literal[tuple(ARRIVES)], ...] = tuple(ARRIVES)  # type: ignore[valid-type]
-    """Which estimators."""
+    """The estimators to run."""
     num_steps: int = 10_000
-    """Outer updates of one window each. Estimators that need whole episodes (bptt, full_es) make a
-    tenth of that, with as many inner steps."""
+    """Outer updates, one window each. Estimators that need whole episodes (bptt, full_es) make a
+    tenth as many, with as many inner steps."""
     num_pairs: int = 50
-    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    """Antithetic pairs of the evolution strategies: half the papers' number of particles."""
     sigma: float = 0.3
     """Standard deviation of the perturbation."""
     sigma_truncated: float = 1.0
-    """The same for truncated_es, which stays on the plateau with less."""
+    """Standard deviation for truncated_es, which stays on the plateau with a smaller one."""
     learning_rate: float = 1e-2
-    """Of Adam with b1 = 0.99."""
+    """Learning rate of Adam with b1 = 0.99."""
     cells: int = 100
     """Points along each side of the loss surface in the picture."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed is a whole run. bptt, tbptt and forward_mode draw nothing: theirs are equal."""
+    """Each seed is a whole run. bptt, tbptt and forward_mode draw nothing: their runs are equal."""
 
 
 SCALES = {

@@ -39,20 +39,20 @@ class Settings(CommonSettings):
     corpus: Path | None = None
     """The file of the real text. Default: the source of the standard library's argparse."""
     estimators: tuple[Literal["pes", "gpes", "es_single"], ...] = ("pes", "gpes", "es_single")
-    """Which estimators."""
+    """The estimators to run."""
     horizon: int = 200
     """Characters in an episode."""
     num_windows: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Windows per episode, divisors of the horizon."""
     exact_windows: int = 100
-    """The closed form is evaluated up to here, for the numbers that divide it: it takes as many
-    backward passes, and memory for its square times the weights."""
+    """The closed form is evaluated for the numbers of windows that divide this one. It takes this
+    many backward passes, and memory for its square times the number of weights."""
     num_samples: int = 500
     """Antithetic pairs, each through a whole episode."""
     sigma: float = 1e-3
     """Standard deviation of the perturbation."""
     num_noise_periods: int = 5
-    """Draws of noise per episode of gpes, where they are at the beginnings of windows."""
+    """Draws of gpes's noise per episode; gpes is measured where each draw begins a window."""
     embed: int = 5
     """Size of the embedding."""
     hidden: int = 5

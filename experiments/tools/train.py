@@ -35,32 +35,32 @@ class Settings(ResumableSettings):
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimator: Literal[tuple(ug.REGISTRY)] = "pes"  # type: ignore[valid-type]
-    """Of the gradient."""
+    """The gradient estimator."""
     num_steps: int = 500
-    """Outer updates, those before a --resume included."""
+    """Outer updates, including those before a --resume."""
     learning_rate: float | None = None
-    """Adam's learning rate. Default: half of the problem's, whose gradients have less noise."""
+    """Adam's learning rate. Default: half of the problem's own, which suits exact gradients."""
     num_workers: int = 16
     """Workers of one antithetic pair each; rounded up to a multiple of the devices."""
     stagger: Literal["lockstep", "breakstep", "burn_in"] = "lockstep"
-    """Where in their episodes the workers begin: all at the start, or spread over it."""
+    """Where in their episodes the workers begin. lockstep: at the start; the others: spread out."""
     sigma: float | None = None
     """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
     truncation: int | None = None
     """Inner steps per window (K). Default: the problem's."""
     noise_period: int | None = None
-    """Inner steps between the draws of gpes. Default: two windows."""
+    """Inner steps between two draws of gpes's noise. Default: two windows."""
     horizon: int | None = None
     """Inner steps per episode (T). Default: the problem's."""
     num_episodes: int = 32
-    """Episodes in which the objective is measured."""
+    """Episodes whose mean loss is the objective."""
     steps_per_dispatch: int = 25
-    """Updates in one program; between them lie the points of the curves."""
+    """Updates in one dispatch (a call of a compiled program); curves have a point after each."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Default: ten dispatches."""
     devices: int | None = None
-    """Devices that share the workers, those of all processes together. Default: all that there are;
-    a CPU is one, unless you say how many it shall be."""
+    """Number of devices that share the workers, in all processes together. Default: all devices. A
+    CPU is one device unless you ask for more."""
     seeds: tuple[int, ...] = (0,)
     """Each seed is a whole run."""
 

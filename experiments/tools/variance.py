@@ -43,38 +43,39 @@ class Settings(CommonSettings):
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
-    """Which estimators, in which order. Default: those that are told apart most often."""
+    """The estimators, in the order of the table. Default: those that are compared most often."""
     thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]
     """Where to measure: at the start, in the middle or at the end of training theta."""
     num_steps: int = 100
     """Outer updates from start to end, by Adam on the reference's gradient."""
     num_workers: int = 6
-    """Workers of one antithetic pair each. Rounded up so that the others can have as many as cost
-    the same (to a multiple of 3 with truncated_es)."""
+    """Workers of one antithetic pair each, rounded up until every other estimator can have a number
+    of workers that costs the same (with truncated_es: to a multiple of 3)."""
     equal: Literal["inner_steps", "workers"] = "inner_steps"
-    """What the estimators have in common. inner_steps: the cheaper have more workers."""
+    """What is equal for all estimators. inner_steps: cheaper estimators have more workers."""
     num_samples: int = 48
     """Independent samples per estimator."""
     num_chains: int = 6
-    """Samples that run on for 20 episodes, for the long-run variance; 0: none."""
+    """Samples that continue for 20 episodes, for the long-run variance; 0 leaves it out."""
     sigma: float | None = None
     """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
     truncation: int | None = None
     """Inner steps per window (K). Default: the problem's."""
     noise_period: int | None = None
-    """Inner steps between the draws of gpes. Default: two windows."""
+    """Inner steps between two draws of gpes's noise. Default: two windows."""
     horizon: int | None = None
     """Inner steps per episode (T). Default: the problem's."""
     reference: Literal["bptt", "full_es"] | None = None
-    """Whose mean counts as the truth: bptt, the gradient of J itself, or full_es, that of the
-    smoothed J. Default: the problem's (full_es where backpropagation explodes)."""
+    """The estimator whose mean counts as the true gradient: bptt (the gradient of J) or full_es
+    (the gradient of the smoothed J). Default: the problem's; full_es where backpropagation
+    explodes."""
     matmul_precision: Literal["highest", "high", "default"] = "highest"
-    """Of all matrix products. Less than highest swallows small differences of losses."""
+    """Precision of all matrix products. A lower one rounds small differences of losses away."""
     devices: int | None = None
-    """Devices that share the samples, those of all processes together. Default: all that there are;
-    a CPU is one, unless you say how many it shall be."""
+    """Number of devices that share the samples, in all processes together. Default: all devices. A
+    CPU is one device unless you ask for more."""
     seeds: tuple[int, ...] = (0,)
-    """Each seed is a whole repetition, training of theta included."""
+    """Each seed is a whole repetition, including the training of theta."""
 
 
 SCALES = {
