@@ -1,4 +1,4 @@
-"""What an experiment is, and how one runs: seeds, files, interruptions."""
+"""The definition of an experiment, and how it runs: seeds, files, interruptions."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,10 @@ from unrollgrad import running
 from unrollgrad.running import progress_bar, stop_requests
 
 MOST_BYTES = 100_000
-"""Of a picture; a clone brings those of all records."""
+"""Largest size of a picture; a clone of the repository downloads the pictures of all records."""
 
 SCALES = ("smoke", "cpu", "paper")
-"""smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
+"""smoke: seconds, for tests. cpu: minutes on two cores. paper: as published, on accelerators."""
 
 
 Write = Callable[[dict[str, Any]], None]
@@ -31,13 +31,13 @@ Progress = Callable[[str, float], None]
 
 
 class Claim(NamedTuple):
-    """What a paper (or the theory) says, and what came out here.
+    """A claim of a paper or of the theory, and our result.
 
     Attributes:
         says: The claim.
-        source: Where it stands.
-        ours: What was measured, with its standard error.
-        holds: Whether it came out; None where this run cannot tell.
+        source: The paper or the theory that makes the claim.
+        ours: Our measurement, with its standard error.
+        holds: Whether our measurement agrees; None if this run cannot tell.
     """
 
     says: str
@@ -47,23 +47,23 @@ class Claim(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """One figure or table.
+    """An experiment that reproduces one figure or table.
 
     Attributes:
-        name: On the command line.
-        about: One line.
-        settings: A frozen dataclass with fields ``scale``, ``seeds`` and ``out`` among others.
+        name: The name on the command line.
+        about: The description in one line.
+        settings: A frozen dataclass, a subclass of ``CommonSettings``.
         scales: Settings by scale: "smoke", "cpu", "paper".
-        labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
-        run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` with what is
-            computed as soon as it is: a dict of the labels, perhaps ``step``, and numbers by
-            metric; and ``progress(text, fraction)`` in between. What it keeps in the results'
-            folder it finds there again if the settings have a ``resume``.
-        draw: ``draw(records, config)`` returns a matplotlib figure, from the CSV alone.
+        labels: Columns that tell the series in ``metrics.csv`` apart, besides seed and step.
+        run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` as soon as
+            numbers are computed (a dict of the labels, optionally ``step``, and numbers by metric),
+            and ``progress(text, fraction)`` in between. It may keep files in ``folder``; a resumed
+            run finds them there again.
+        draw: ``draw(records, config)`` returns a matplotlib figure; it needs the CSV alone.
         show: ``show(records)`` prints the result.
-        claims: ``claims(summary)`` compares a recorded result with the papers.
-        fill: ``fill(settings)`` puts what depends on other settings in place of None.
-        title: ``title(settings)``, the name of the results' folder; ``name`` by default.
+        claims: ``claims(summary)`` compares a recorded result with the papers' claims.
+        fill: ``fill(settings)`` replaces None by defaults that depend on other settings.
+        title: ``title(settings)`` is the name of the results' folder. Default: ``name``.
     """
 
     name: str
@@ -170,7 +170,7 @@ def _run_seeds(experiment: Experiment, settings: CommonSettings, folder: Path) -
 
 
 def _as_json(value: Any) -> Any:
-    """Paths as text, in tuples too."""
+    """The value with paths as text, also inside tuples."""
     if isinstance(value, tuple):
         return [_as_json(x) for x in value]
     return str(value) if isinstance(value, Path) else value
@@ -185,7 +185,7 @@ def redraw(experiment: Experiment, folder: Path) -> Path:
 
 
 def small_picture(figure: Any) -> bytes:
-    """A PNG in a palette of 128 colours, with fewer dots an inch where it would be too large."""
+    """A PNG in a palette of 128 colours, at a lower resolution if it would be too large."""
     from PIL import Image
 
     picture = b""

@@ -1,4 +1,4 @@
-"""One run on many devices, of one process or of several that work together."""
+"""One run on many devices, in one process or in several that work together."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from unrollgrad.running import positive_int
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of several processes this one is; each is started with the same command."""
+    """The position of this process among several; each is started with the same command."""
 
     processes: int | Literal["auto"] = 1
     """Number of processes that work together. auto: as many as Slurm, Open MPI or a TPU pod
@@ -26,7 +26,7 @@ class Processes:
 
 
 def from_process_0(text: str) -> str:
-    """Process 0's text, in all processes; each must ask."""
+    """Returns process 0's text in all processes; every process must call it."""
     if jax.process_count() == 1:
         return text
     room = np.zeros(4096, np.uint8)
@@ -37,17 +37,18 @@ def from_process_0(text: str) -> str:
 
 
 def join(group: Processes, devices: int | None) -> None:
-    """Joins the other processes and sets the number of devices; before jax computes anything.
+    """Joins the other processes and sets the number of devices; call it before any computation.
 
-    A process that does not reach the others waits for them, for five minutes, and is then ended by
-    ``jax.distributed``.
+    A process that does not reach the others waits for five minutes; then ``jax.distributed`` ends
+    it.
 
     Args:
         group: The processes.
-        devices: All processes' devices; None: all that there are. Only CPUs can be told how many.
+        devices: Number of devices in all processes; None: all devices. Only CPUs can be given a
+            number.
 
     Raises:
-        ValueError: If the numbers do not fit together, or there is no cluster to ask.
+        ValueError: If the numbers contradict each other, or no cluster is found.
     """
     if group.processes == "auto":
         if dataclasses.replace(group, processes=1) != Processes():

@@ -1,4 +1,4 @@
-"""The outer loop of the experiments: an estimator, an optax optimizer, whole runs in one scan."""
+"""The outer loop of the experiments: an estimator and an optimizer, whole runs in one scan."""
 
 import functools
 from collections.abc import Callable, Mapping
