@@ -91,7 +91,7 @@ def write_report(folder: Path = RECORDED, out: Path = Path("experiments/RESULTS.
 
 
 def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
-    """The experiment as a function of its settings, whose defaults are those of the scale."""
+    """The experiment as a function of its settings, with the scale's defaults."""
     spreads = any(field.name == "devices" for field in dataclasses.fields(experiment.settings))
     sweeps = spreads and isinstance(default.devices, tuple)
 

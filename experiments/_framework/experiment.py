@@ -84,9 +84,9 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
 
     The folder holds ``config.json``, ``metrics.csv`` (written during the run), ``summary.json`` and
     ``figure.png``. A run that is interrupted or fails keeps what was computed, and its summary says
-    so. With ``settings.resume`` the run goes on in its old folder, and lines that are there already
-    are not written again. If there are several processes, all of them compute, but only process 0
-    writes and prints; the others return None.
+    so. With ``settings.resume`` the run continues in its old folder, and lines that are there
+    already are not written again. If there are several processes, all of them compute, but only
+    process 0 writes and prints; the others return None.
 
     Raises:
         ValueError: If there are no seeds, a seed is given twice, or nothing was computed.
@@ -110,7 +110,7 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
 
 
 def _resumed(settings: CommonSettings) -> Path | None:
-    """The folder of the run that goes on, if there is one."""
+    """The folder of the run to resume, if there is one."""
     return settings.resume if isinstance(settings, ResumableSettings) else None
 
 

@@ -132,7 +132,7 @@ def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> 
 
 
 def runs(records: list[Record]) -> list[Record]:
-    """The records without those of the grid."""
+    """The records of the runs, without the grid."""
     return [r for r in records if r.labels["estimator"] != GRID]
 
 

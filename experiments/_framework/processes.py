@@ -72,7 +72,7 @@ def join(group: Processes, devices: int | None) -> None:
     if devices is not None:
         if positive_int("--devices", devices) % count:
             raise ValueError(
-                f"`--devices` are those of all processes together, a multiple of --processes; got "
+                f"`--devices` counts all processes' devices, a multiple of --processes; got "
                 f"--devices {devices} --processes {count}."
             )
         if devices > count:

@@ -37,7 +37,7 @@ def check_same(
         differences.append(f"seeds: {before['seeds']} -> {list(settings.seeds)}")
     if differences:
         raise ValueError(
-            f"`--resume` goes on with what was begun; changed are {', '.join(differences)}. Leave "
-            "these flags out, or begin anew without --resume. "
+            f"`--resume` goes on with what was begun; these differ: {', '.join(differences)}. "
+            "Leave these flags out, or begin anew without --resume. "
             f"(--{length.replace('_', '-')} and --seeds may grow.)"
         )

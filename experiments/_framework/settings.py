@@ -29,7 +29,7 @@ class CommonSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ResumableSettings(CommonSettings):
-    """Settings of an experiment that can go on after it was interrupted."""
+    """Settings of an experiment that can be resumed after an interruption."""
 
     resume: Path | None = None
-    """Go on with the run in this folder, with its settings."""
+    """Continue the run in this folder, with its settings."""

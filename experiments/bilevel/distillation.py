@@ -152,7 +152,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     over_random = float(np.mean(accuracies[len(FACTORS) :]))
     put("class means", accuracy=over_means)
     put("random images", accuracy=over_random)
-    shown: dict[str, Any] = {"class means": means}
+    first = seed == settings.seeds[0]
+    if first:
+        _write_images("class means", means, write)
     for i, name in enumerate(settings.solvers):
         progress(name, (i + 1) / (len(settings.solvers) + 1))
         result = distil(settings, train, name)
@@ -168,18 +170,15 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             )
         end = float(accuracies[-1])
         put(f"{name}, gain", over_random=end - over_random, over_means=end - over_means)
-        shown[name] = result.thetas[-1]
-    if seed == settings.seeds[0]:
-        _write_images(shown, write)
+        if first:
+            _write_images(name, result.thetas[-1], write)
 
 
-def _write_images(shown: dict[str, jax.Array], write: Write) -> None:
-    """Writes the ten images of each series, pixel by pixel."""
-    for series, images in shown.items():
-        for label, image in enumerate(images):
-            for i, pixel in enumerate(image):
-                numbers = {"step": i, "pixel": float(pixel)}
-                write({"series": series, "image": str(label), **numbers})
+def _write_images(series: str, images: Any, write: Write) -> None:
+    """Writes the ten images of a series, pixel by pixel."""
+    for label, image in enumerate(images):
+        for i, pixel in enumerate(image):
+            write({"series": series, "image": str(label), "step": i, "pixel": float(pixel)})
 
 
 def _every(num_steps: int) -> int:

@@ -1,6 +1,6 @@
-"""``control``: a linear policy learned with evolution strategies, whole episodes or windows.
+"""``control``: evolution strategies learn a linear policy from whole episodes or from windows.
 
-A swimmer of our own is in place of the papers' (MuJoCo's), minus its velocity in place of a return.
+Our own swimmer replaces the papers' swimmer (MuJoCo's), and minus its velocity replaces the return.
 """
 
 import dataclasses
@@ -25,12 +25,13 @@ from unrollgrad.types import GradientEstimator
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """A linear policy learns to swim: how many environment steps does each estimator need?
+    """Train a linear policy to swim: how many environment steps does each estimator need?
 
-    As with the papers' Swimmer a window is a tenth of an episode, the policy begins at zero and all
-    methods have the same pairs, so that one update of full ES costs ten of the others.
-    ``full_es_few`` is full ES at its best: so few pairs that an update costs what the others' does.
-    ``nres`` is ES-Single with a worker for every pair, staggered.
+    As with the papers' Swimmer, a window is a tenth of an episode, the policy begins at zero and
+    all methods have the same number of pairs, so that one update of full ES costs as much as ten
+    updates of the others. ``full_es_few`` is full ES at its best: it has so few pairs that an
+    update costs as much as an update of the others. ``nres`` is ES-Single with a worker for every
+    pair, staggered.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -91,20 +92,20 @@ SCALES = {
 PROBLEMS = {"swimmer": swimmer, "cart_pole": ug.problems.control}
 
 POINTS = 50
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 TOLERANCE = 0.01
-"""A method is there when it has all but this part of what full ES gains in the whole run."""
+"""A method reaches full ES's J when it lacks at most this share of full ES's total gain."""
 
 TUNING, HELD_OUT = 1_000_000, 1_000_001
-"""Seeds of keys that no run has."""
+"""Seeds of keys that no run uses."""
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings.
+    """Checks the settings and returns them.
 
     Raises:
-        ValueError: If ``full_es_few`` cannot have as many steps per update as the others.
+        ValueError: If an update of ``full_es_few`` cannot cost as much as an update of the others.
     """
     if settings.num_pairs * settings.truncation % settings.horizon:
         raise ValueError(
@@ -115,7 +116,7 @@ def filled(settings: Settings) -> Settings:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J along each method's run, then the steps it took to full ES's J."""
+    """Writes J along each method's run, then the steps that it took to reach full ES's J."""
     progress("choosing learning rates", 0.0)
     prepared = _prepare(settings.without_run())
     lines = []
@@ -144,12 +145,12 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def lines_of(lines: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(inner steps, J) along the run of one method."""
+    """Pairs (inner steps, J) along the run of one method."""
     return [(x["inner_steps"], float(x["loss"])) for x in lines if x["estimator"] == name]
 
 
 def steps_to(target: float, curve: list[tuple[int, float]]) -> float:
-    """The inner steps after which J is first at most ``target``; infinite if it never is."""
+    """The inner steps after which J first is at most ``target``; infinite if it never is."""
     return next((float(steps) for steps, loss in curve if loss <= target), math.inf)
 
 
@@ -183,7 +184,7 @@ def _prepare(settings: Settings) -> Prepared:
         return jnp.mean(jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(episodes))
 
     def score(theta):
-        # Rates are chosen by the mean along a run; where J is a loss, by that of its logarithm.
+        # Rates are chosen by the mean of J along a run, or of its logarithm if J is positive.
         loss = mean_loss(TUNING, theta)
         return loss if settings.problem == "cart_pole" else jnp.exp(loss)
 
@@ -204,7 +205,7 @@ def _prepare(settings: Settings) -> Prepared:
 def estimators(
     settings: Settings, problem: ug.UnrolledProblem
 ) -> dict[str, tuple[GradientEstimator, int]]:
-    """The methods, and the environment steps of one of their calls."""
+    """The methods by name, each with the environment steps of one call."""
     pairs, sigma = settings.num_pairs, settings.sigma
     few = pairs * settings.truncation // settings.horizon
     rest = {"truncation": settings.truncation, "sigma": sigma, "num_pairs": pairs}
@@ -227,12 +228,12 @@ def estimators(
 
 
 def optimizer(rate: Any, clip: float) -> optax.GradientTransformation:
-    """SGD on the clipped gradient, which may be long where an episode goes wild."""
+    """SGD on the clipped gradient; without clipping a single wild episode could ruin theta."""
     return optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """J of the policy on held-out episodes against environment steps."""
+    """Draws J of the policy on held-out episodes against environment steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     curves.plot(axis, records, "loss", x="inner_steps")
@@ -249,16 +250,16 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints the last J of every run and the steps to full ES's."""
+    """Prints the last J of every run, and the steps that it took to reach full ES's J."""
     curves.show_last(records, "loss", "J at the end")
     curves.show_last(records, "steps", "steps to full ES's J")
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Windows of PES and ES-Single take fewer steps than whole episodes; truncated ES is stuck.
+    """PES and ES-Single on windows take fewer steps than whole episodes; truncated ES is stuck.
 
-    Once seed by seed, where a run of full ES that has not got anywhere is soon caught up with, and
-    once by the means over the seeds.
+    The steps are compared seed by seed (a run of full ES that does not improve is soon caught up
+    with), and the losses by their means over the seeds.
     """
     compared = (
         ("pes", "full_es", "Vicol et al. 2021, Swimmer"),

@@ -23,10 +23,10 @@ from unrollgrad.types import GradientEstimator, Key, Theta
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """How long a binary string does an LSTM learn to repeat, with each estimator?
+    """Train an LSTM to repeat binary strings: how long do they get with each estimator?
 
     The string grows by one symbol when the average of the cross-entropy is below 0.15 nats. All
-    methods spend the same inner steps; the truncated ones see no further than a window.
+    methods spend the same number of inner steps; truncated methods see no further than a window.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -90,28 +90,29 @@ SCALES = {
 }
 
 POINTS = 20
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 ENOUGH = 0.15
-"""Nats: below this average the string grows."""
+"""The average cross-entropy, in nats, below which the string grows."""
 
 TESTED = 128
-"""Strings of each check; they are not counted as inner steps."""
+"""Number of strings in each check; their steps are not counted as inner steps."""
 
 TUNING = 1_000_000
-"""The seed of a key that no run has."""
+"""The seed of a key that no run uses."""
 
 
 class Growing(NamedTuple):
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         theta: All weights of the LSTM.
-        state: The estimator's.
-        opt_state: Adam's.
-        length: Symbols of the strings of new episodes.
-        average: Of the cross-entropy at this length, an exponential one with weight 1/2.
-        inner_steps: As ``info`` counts them.
+        state: The estimator's state.
+        opt_state: Adam's state.
+        length: Number of symbols in the strings of new episodes.
+        average: The exponential moving average, with weight 1/2, of the cross-entropy at this
+            length.
+        inner_steps: The inner steps so far, as ``info`` counts them.
         checks: Checks made so far.
     """
 
@@ -138,7 +139,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 @functools.lru_cache(maxsize=8)
 def best_rate(settings: Settings, name: str) -> float:
-    """The rate that reaches the longest string on a run of its own; the lower average of two."""
+    """The rate with the longest string on a run of its own; the lower average breaks ties."""
     key = jax.random.key(TUNING)
 
     def score(rate):
@@ -149,7 +150,7 @@ def best_rate(settings: Settings, name: str) -> float:
 
 
 def stages(settings: Settings, name: str, rate: float, key: Key) -> Iterator[tuple[int, Growing]]:
-    """A run at its beginning and at each of its points: checks so far, and where it stands."""
+    """Yields the number of checks and the state of a run, at its beginning and at each point."""
     count = min(POINTS, settings.num_checks)
     ends = [settings.num_checks * (i + 1) // count for i in range(count)]
     run = begin(settings, name, rate, key)
@@ -160,11 +161,11 @@ def stages(settings: Settings, name: str, rate: float, key: Key) -> Iterator[tup
 
 
 def growing_problem(settings: Settings, length: jax.Array) -> ug.UnrolledProblem:
-    """The copy task at a length that may be traced, in arrays of the longest.
+    """The copy task at a length that may be traced; arrays have the size of the longest string.
 
-    An LSTM sees ``length`` random bits, then a delimiter, during which it repeats them; the step
-    loss is the cross-entropy of the wanted bit in nats, and 0 while bits are shown. An episode
-    keeps the length it began with.
+    An LSTM sees ``length`` random bits, then a delimiter, while it must repeat them. The step loss
+    is the cross-entropy of the bit in nats, and 0 while bits are shown. The length of an episode
+    does not change.
     """
     graph = _graph(settings.hidden)
 
@@ -181,7 +182,7 @@ def growing_problem(settings: Settings, length: jax.Array) -> ug.UnrolledProblem
 
 
 def _read(graph: Any, theta: Theta, bits: Any, length: Any, carry: Any, t: Any) -> tuple[Any, Any]:
-    """One step of the LSTM, and each string's loss."""
+    """Makes one step of the LSTM; also returns each string's loss."""
     delimiter = 2
     carry, logits = nnx.merge(graph, theta)(carry, jnp.where(t < length, bits[t], delimiter))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, bits[t - length])
@@ -198,7 +199,7 @@ def _graph(hidden: int) -> nnx.GraphDef:
 
 
 def cross_entropy(settings: Settings, key: Key, theta: Theta, length: jax.Array) -> jax.Array:
-    """Nats for each symbol that is to be repeated, on fresh strings."""
+    """The cross-entropy of each symbol that must be repeated, in nats, on fresh strings."""
     graph = _graph(settings.hidden)
     bits = jax.random.randint(key, (settings.longest, TESTED), 0, 2)
 
@@ -222,7 +223,7 @@ def _estimator(settings: Settings, name: str, problem: ug.UnrolledProblem) -> Gr
 
 
 def _cost(settings: Settings, name: str) -> int:
-    """The inner steps of one update."""
+    """The number of inner steps of one update."""
     if name == "tbptt":
         return 2 * settings.num_pairs * settings.short
     truncation = settings.short if name == "truncated_es" else settings.truncation
@@ -231,7 +232,7 @@ def _cost(settings: Settings, name: str) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def begin(settings: Settings, name: str, rate: Any, key: Key) -> Growing:
-    """Fresh weights, and strings of one symbol."""
+    """The initial state: fresh weights, and strings of one symbol."""
     theta = nnx.to_pure_dict(nnx.state(_model(settings.hidden, key), nnx.Param))
     length = jnp.ones((), jnp.int32)
     estimator = _estimator(settings, name, growing_problem(settings, length))
@@ -273,7 +274,7 @@ def train(settings: Settings, name: str, checks: int, rate: Any, key: Key, run: 
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The length against inner steps."""
+    """Draws the length against inner steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     curves.plot(axis, records, "length", x="inner_steps")
@@ -292,7 +293,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """ES-Single goes beyond the truncated estimators' window, and beyond PES."""
+    """ES-Single repeats longer strings than the truncated estimators and than PES."""
     return [
         _longer(summary, "es_single", "truncated_es"),
         _longer(summary, "es_single", "tbptt"),

@@ -1,4 +1,4 @@
-"""``global_lr``: the noise of an estimate along an episode, which grows for PES alone."""
+"""``global_lr``: the noise of the estimates along an episode, which grows for PES alone."""
 
 import collections
 import dataclasses
@@ -26,10 +26,10 @@ from unrollgrad.types import GradientEstimator, UnrolledProblem
 class Settings(CommonSettings):
     """One learning rate of an MLP: how noisy is each window's estimate of its gradient?
 
-    Theta is the logarithm of the rate of SGD with momentum 0.9, and J the mean training loss over
-    an episode, on batches of its own. At a frozen theta many workers begin an episode together;
-    the standard deviation of their estimates is recorded for window 1, 2, ... of it. Then theta is
-    trained.
+    Theta is the logarithm of the learning rate of SGD with momentum 0.9, and J is the mean training
+    loss over an episode, on batches of its own. At a frozen theta many workers begin an episode
+    together, and the standard deviation of their estimates is recorded in windows 1, 2, ... of it.
+    Then theta is trained.
     """
 
     estimators: tuple[Literal["pes", "es_single", "gpes"], ...] = ("pes", "es_single", "gpes")
@@ -98,19 +98,19 @@ SCALES = {
         seeds=(0, 1, 2, 3),
     ),
 }
-"""Sigma and Adam's rate are tuned in the paper and not published."""
+"""The paper tunes sigma and Adam's learning rate and does not publish them."""
 
 POINTS = 25
 """Points of each curve of training."""
 
 NEAR = 0.05
-"""How far above the least J of the rates training may end, as a fraction, to be near."""
+"""How far above the least J of all constant rates training may end, as a fraction, to be near."""
 
 RATIO = "pes / es_single"
-"""In place of an estimator's name, on the lines of the quotient of their deviations."""
+"""The label, in place of an estimator's name, of the ratio of their standard deviations."""
 
 RANGE = (1e-3, 1.0)
-"""Of the rates at which J is recorded."""
+"""The range of the learning rates at which J is recorded."""
 
 
 class Task(NamedTuple):
@@ -118,7 +118,7 @@ class Task(NamedTuple):
 
     Attributes:
         loss: J of stacked thetas.
-        methods: By name.
+        methods: The methods by name.
     """
 
     loss: Any
@@ -126,7 +126,7 @@ class Task(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J of some rates, once, the noise of every window, and J along each run."""
+    """Writes J of constant rates (first seed only), every window's noise, and J along each run."""
     task = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
@@ -166,10 +166,10 @@ def window_sds(
     """The standard deviation over workers of each window's estimate, at a frozen scalar theta.
 
     Args:
-        estimator: Of one worker.
-        windows: The first ones of an episode, which all workers begin together.
-        num_workers: Independent ones.
-        key: Of all of them.
+        estimator: The estimator of one worker.
+        windows: Number of windows from the start of an episode, which all workers begin together.
+        num_workers: Number of independent workers.
+        key: The key of all workers.
         theta: A scalar.
 
     Returns:
@@ -187,10 +187,10 @@ def window_sds(
 
 
 def slope(sds: np.ndarray) -> float:
-    """Of a line through log sd over log k, without the first fifth: 0.5 is growth like sqrt(k).
+    """The slope of log sd against log k, without the first fifth of k: 0.5 is growth like sqrt(k).
 
-    In the first windows the network leaves its initial state, and the noise of every estimator
-    changes with that.
+    In the first windows the network leaves its initial state, which changes every estimator's
+    noise.
     """
     first = len(sds) // 5
     k = np.log(np.arange(first + 1, len(sds) + 1))
@@ -220,7 +220,7 @@ def _prepare(settings: Settings) -> Task:
 
 
 def rate_problem(settings: Settings) -> UnrolledProblem:
-    """The MLP's training at a constant rate."""
+    """The training of the MLP with a constant learning rate."""
     images = data.load(settings.data, settings.data_dir)
     draw = image_mlp.sampler(images.train, settings.evaluation_batch_size)
     return ug.training_problem(
@@ -232,7 +232,7 @@ def rate_problem(settings: Settings) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The noise along an episode, J along the runs, and J of the rates."""
+    """Draws the noise along an episode, J along the runs, and J of constant rates."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 4.2), layout="constrained")
     noise, training_axis, grid_axis = figure.subplots(1, 3)
     runs = [r for r in records if r.labels["estimator"] not in (heat_map.GRID, RATIO)]
@@ -287,7 +287,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """The noise of PES grows along an episode, relative to ES-Single's like sqrt(k)."""
+    """The noise of PES grows along an episode, like sqrt(k) relative to the noise of ES-Single."""
     says: dict[str, tuple[str, Callable[[float, float], bool]]] = {
         "pes": ("grows along the episode: b > 0", lambda b, se: b > 2 * se),
         "es_single": ("does not grow: b < 0.1", lambda b, se: b + se < 0.1),

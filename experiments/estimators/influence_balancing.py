@@ -1,4 +1,4 @@
-"""``influence_balancing``: where short truncations go the wrong way (Vicol et al. 2021)."""
+"""``influence_balancing``: short truncations go the wrong way (Vicol et al. 2021)."""
 
 import dataclasses
 import functools
@@ -18,9 +18,9 @@ from unrollgrad.running import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """One parameter of a linear system, trained online with each estimator: does it arrive?
+    """Train one parameter of a linear system online: which estimators reach the optimum?
 
-    The loss of theta is that of the state after 500 steps, as published.
+    The loss of theta is the loss of the state after 500 steps, as published.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -49,7 +49,7 @@ SCALES = {
 }
 
 POINTS = 60
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
@@ -82,7 +82,7 @@ def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The loss against updates, a line per estimator and seed."""
+    """Draws the loss against updates: a line for each estimator and seed."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, (name, runs) in enumerate(curves.curves(records, "loss").items()):
@@ -106,7 +106,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """PES and ES-Single arrive, truncated estimators walk away."""
+    """PES and ES-Single reach the optimum; truncated estimators move away from it."""
     out = []
     source = "Vicol et al. 2021, 2023"
     start = 8.0
@@ -120,7 +120,7 @@ def claims(summary: Summary) -> list[Claim]:
         if found is None:
             continue
         mean, se = found["mean"], found["se"]
-        if mean is None:  # null in strict JSON: it was not finite
+        if mean is None:  # null in strict JSON: not finite
             ours, holds = f"loss {start:.0f} → not finite", not arrives
         else:
             ours = f"loss {start:.0f} → {mean:.2g}" + (f" ± {se:.1g}" if se else "")

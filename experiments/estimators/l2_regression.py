@@ -1,4 +1,4 @@
-"""``l2_regression``: the weight of L2, while ridge regression trains on (Vicol et al. 2021)."""
+"""``l2_regression``: tunes the weight of L2 during ridge regression (Vicol et al. 2021)."""
 
 import dataclasses
 import functools
@@ -22,10 +22,10 @@ NAMES = ("truncated_es", "pes", "pes_analytic", "es_single")
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """The logarithm of L2's weight, trained while ridge regression never ends: where does it end?
+    """Train the log weight of L2 during endless ridge regression: where does it converge?
 
     Each update makes one step of full-batch gradient descent, whose memory is hundreds of steps
-    long. The loss is half the sum of squared errors on validation data.
+    long. The loss is half the sum of squared errors on the validation data.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -64,19 +64,19 @@ SCALES = {
 }
 
 POINTS = 50
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 HORIZON = 10**6
-"""Inner steps in an episode: no run gets there."""
+"""Inner steps in an episode; no run reaches its end."""
 
 NEAR = 0.2
-"""A theta is at the optimum if it is within this distance."""
+"""A theta within this distance counts as being at the optimum."""
 
 SOURCE = "Vicol et al. 2021, 2023 (pictures, of UCI Yacht; the distance is ours)"
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes theta and the loss where training would end, from every start."""
+    """Writes theta, and the loss to which its training would converge, from every start."""
     plan = _prepare(settings.without_run())
     for i, start in enumerate(settings.starts):
 
@@ -118,7 +118,7 @@ def _prepare(settings: Settings) -> training.Plan:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Theta against updates: a panel for each estimator, a colour for each start."""
+    """Draws theta against updates: a panel for each estimator, a colour for each start."""
     names = config["estimators"]
     figure = need("matplotlib.figure", "matplotlib").Figure(
         figsize=(3.2 * len(names), 4.2), layout="constrained"
@@ -147,7 +147,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Unbiased estimators end at the optimum from every start, short windows end elsewhere."""
+    """Unbiased estimators end at the optimum from every start; truncated ES ends elsewhere."""
     out = []
     for name in summary.about["config"]["estimators"]:
         unbiased = name != "truncated_es"
@@ -174,7 +174,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="l2_regression",
-    about="The weight of L2 in ridge regression, trained while gradient descent goes on.",
+    about="The weight of L2 in ridge regression, trained while gradient descent continues.",
     settings=Settings,
     scales=SCALES,
     labels=("start", "estimator"),

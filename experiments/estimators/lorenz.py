@@ -1,4 +1,4 @@
-"""``lorenz``: the constants of a chaotic system from its trajectory (Li et al. 2023)."""
+"""``lorenz``: fits the constants of a chaotic system to its trajectory (Li et al. 2023)."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ NAMES = ("bptt", "tbptt", "uoro", "dodge", "full_es", "truncated_es", "pes", "nr
 """The paper's methods; nres is es_single with workers at staggered places of their episodes."""
 
 CLOSE = 0.02
-"""A relative error of a and r below it is a recovery."""
+"""A relative error of a and r below this counts as recovery."""
 
 WORK = {
     "inner_steps_to_recover": "inner steps",
     "sequential_steps_to_recover": "inner steps one after another",
 }
-"""What it took until the first point of a curve that is close; inf if none is. The steps in which
-workers are put at staggered places, an episode of each at most, are not counted."""
+"""Work until the first point of a curve that counts as recovery; inf if no point does. The
+steps that stagger the workers, at most one episode of each worker, are not counted."""
 
 PAPER = "Li et al. 2023: NRES converges faster than the others"
 EXPLODES = "Metz et al. 2021: gradients through chaos explode"
@@ -39,14 +39,15 @@ RECOVERS = {
     "uoro": (False, EXPLODES),
     "dodge": (False, EXPLODES),
 }
-"""Who finds the constants, and who says so."""
+"""Which methods should find the constants, and the source of the claim."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Two constants of the Lorenz system, fitted to a trajectory by SGD: who finds them?
+    """Fit two constants of the Lorenz system to a trajectory by SGD: which methods find them?
 
-    theta is (ln a, ln r), the loss the mean squared error of z over an episode from a fixed start.
+    theta is (ln a, ln r); the loss is the mean squared error of z over an episode from a fixed
+    start.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -102,11 +103,11 @@ SCALES = {
 }
 
 POINTS = 40
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the losses of theta and its error along each method's run, and when it was close."""
+    """Writes theta's losses and error along each method's run, and the work until recovery."""
     theta, plan = _prepare(settings.without_run())
     close: dict[str, dict[str, Any]] = {}
 
@@ -162,7 +163,7 @@ def _sgd(settings: Settings, name: str, rate: float) -> optax.GradientTransforma
 
 
 def evaluate(problem: ug.UnrolledProblem, num_episodes: int, theta: jax.Array) -> dict[str, Any]:
-    """The constants and their largest relative error, the loss, and that from other starts."""
+    """The constants, their largest relative error, the loss, and the loss from other starts."""
     found, truth = jnp.exp(theta), jnp.array(TRUTH, theta.dtype)
     keys = jax.random.split(jax.random.key(0), num_episodes)
     elsewhere = jax.vmap(lambda key: ug.episode_loss(perturbed(problem), key, theta))(keys)
@@ -176,7 +177,7 @@ def evaluate(problem: ug.UnrolledProblem, num_episodes: int, theta: jax.Array) -
 
 
 def perturbed(problem: ug.UnrolledProblem) -> ug.UnrolledProblem:
-    """The same from a start N(0, 1) off, for the model and the truth alike."""
+    """The problem with N(0, 1) noise added to the start of both the model and the truth."""
 
     def init(key, theta):
         shift = jax.random.normal(key, (3,), theta.dtype)
@@ -186,7 +187,7 @@ def perturbed(problem: ug.UnrolledProblem) -> ug.UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The error of the constants, the loss and the test loss, against inner steps."""
+    """Draws the error of the constants, the loss and the test loss against inner steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(1, 3)
     titles = {
@@ -209,7 +210,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """NRES finds the constants, sooner than others; differentiation of the loss does not."""
+    """NRES finds the constants with less work than others; differentiation of the loss does not."""
     steps = f"{summary.about['config']['horizon']} steps"
     out = []
     for name, (finds, source) in RECOVERS.items():
@@ -227,7 +228,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _comparisons(summary: Summary) -> list[Claim]:
-    """Of the work until NRES has the constants with that of other evolution strategies."""
+    """Claims that NRES finds the constants with less work than other evolution strategies."""
     out = []
     for name in ("full_es", "pes", "truncated_es"):
         for metric in WORK:
@@ -242,7 +243,7 @@ def _comparisons(summary: Summary) -> list[Claim]:
 
 
 def _less(ours: Any, theirs: Any, summary: Summary) -> bool | None:
-    if len(summary.about["seeds"]) == 1 or ours == theirs:  # neither with every seed
+    if len(summary.about["seeds"]) == 1 or ours == theirs:  # neither recovers with every seed
         return None
     if ours is None or theirs is None:
         return ours is not None

@@ -1,4 +1,4 @@
-"""``lr_schedule``: a learning rate's start and decay, tuned inside one training run."""
+"""``lr_schedule``: tunes a learning rate's start and decay during one training run."""
 
 import dataclasses
 import functools
@@ -23,15 +23,16 @@ from unrollgrad.types import UnrolledProblem
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Two numbers of a learning-rate schedule are trained online with each estimator.
+    """Train two numbers of a learning-rate schedule online with each estimator.
 
-    An MLP learns images by SGD with momentum 0.9 and the rate theta0 / (1 + t / T)^theta1 in step t
-    of T; theta is the logarithms of theta0 and theta1. J is the mean over the steps of the training
-    loss, or minus the validation accuracy, which has no gradient, on another batch.
+    SGD with momentum 0.9 trains an MLP on images; its learning rate in step t of T is
+    theta0 / (1 + t / T)^theta1, and theta is the logarithms of theta0 and theta1. J is a mean over
+    the steps, on another batch: of the training loss, or of minus the validation accuracy, which
+    has no gradient.
     """
 
     objectives: tuple[Literal["loss", "accuracy"], ...] = ("loss", "accuracy")
-    """What is minimised: each of these in turn."""
+    """The objectives, which are minimised one after another."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
         "pes",
         "es_single",
@@ -101,17 +102,17 @@ SCALES = {
 }
 
 POINTS = 25
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 RANGES = ((1e-3, 1.0), (0.3, 100.0))
-"""Of theta0 and theta1 on the grid."""
+"""Ranges of theta0 and theta1 on the grid."""
 
 
 NEAR = 0.05
 """How far above the grid's minimum J may end, as a fraction of it, to be near."""
 
 FAR = 0.3
-"""And from where on it is far."""
+"""How far above the grid's minimum J must end, as a fraction of it, to be far."""
 
 
 class Task(NamedTuple):
@@ -127,7 +128,7 @@ class Task(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J on the grid, once, and along each estimator's run."""
+    """Writes J on the grid, with the first seed only, and along each estimator's run."""
     shared = settings.without_run()
     for i, objective in enumerate(settings.objectives):
 
@@ -173,7 +174,7 @@ def _prepare(settings: Settings, objective: str) -> Task:
 
 
 def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
-    """The MLP's training, whose step loss is the objective on a batch of its own."""
+    """The training of the MLP; the step loss is the objective on a batch of its own."""
     images = data.load(settings.data, settings.data_dir)
     held_out = objective == "accuracy"
     draw = image_mlp.sampler(
@@ -194,7 +195,7 @@ def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """For each objective J over theta with the runs on it, and J along the runs."""
+    """Draws, for each objective, J over theta with the paths of the runs, and J along the runs."""
     objectives = list(dict.fromkeys(r.labels["objective"] for r in records))
     figure = need("matplotlib.figure", "matplotlib").Figure(
         figsize=(11, 4.5 * len(objectives)), layout="constrained"
@@ -223,7 +224,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """PES and ES-Single end near the best of the grid, short-sighted estimators do not."""
+    """PES and ES-Single end near the grid's minimum; truncated estimators do not."""
     papers = "Vicol et al. 2021, 2023"
     out = []
     for objective in ("loss", "accuracy"):
@@ -241,7 +242,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _unmoved(summary: Summary) -> list[Claim]:
-    """That backpropagation finds no slope in the accuracy."""
+    """The claim that backpropagation finds a zero gradient of the accuracy."""
     labels = {"objective": "accuracy", "estimator": "tbptt"}
     ends = [f["mean"] for name in heat_map.NAMES if (f := summary.find(name, **labels))]
     if not ends:

@@ -1,4 +1,4 @@
-"""``many_hyperparameters``: 29 of an MLP's training, evolution strategies against random search."""
+"""``many_hyperparameters``: evolution strategies and random search tune 29 hyperparameters."""
 
 import dataclasses
 import functools
@@ -23,12 +23,13 @@ from unrollgrad.types import Key, Theta
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """A learning rate and a momentum for every tensor, a width for every hidden layer.
+    """Tune a learning rate and a momentum for every tensor, and a width for every hidden layer.
 
     An MLP of five hidden layers learns digits; theta is 12 log learning rates, 12 logits of momenta
     and 5 logits of the share of units that are used. J is the mean validation loss along training.
-    A run's best theta so far is told by fresh trainings that are not counted; random search finds
-    its own by one training of each theta that it draws, as the methods begin at, and pays for it.
+    Fresh trainings, which are not counted, choose a run's best theta so far. Random search draws
+    thetas from the distribution of the initial theta, and chooses its best by one training of each,
+    which is counted.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -87,17 +88,17 @@ SCALES = {
 }
 
 LAYERS = 5
-"""Hidden ones."""
+"""Number of hidden layers."""
 
 POINTS = 20
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 TUNING, HELD_OUT = 1_000_000, 1_000_001
-"""Seeds of keys that no run has."""
+"""Seeds of keys that no run uses."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J along each method's run, and the lowest so far."""
+    """Writes J along each method's run, and the lowest J so far."""
     progress("choosing learning rates", 0.0)
     prepared = _prepare(settings.without_run())
     key, key_theta, key_search = jax.random.split(jax.random.key(seed), 3)
@@ -120,7 +121,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         plan: The estimators, and J on fresh trainings.
-        search: From a key to pairs of (thetas tried, the best of them) along a random search.
+        search: A function from a key to pairs (number of thetas tried, the best of them) along a
+            random search.
     """
 
     plan: training.Plan
@@ -156,10 +158,10 @@ def _prepare(settings: Settings) -> Prepared:
 
 
 def random_search(problem: ug.UnrolledProblem, count: int, key: Key) -> list[tuple[int, Theta]]:
-    """Tries ``count`` thetas by one episode each.
+    """Tries ``count`` thetas with one episode each.
 
     Returns:
-        After each of POINTS parts of them, how many were tried and the best one.
+        The number of thetas tried and the best of them, after each of POINTS equal parts.
     """
     thetas, losses = _tried(problem, count, key)
     ends = [count * (i + 1) // POINTS for i in range(POINTS)]
@@ -180,7 +182,7 @@ def _tried(problem: ug.UnrolledProblem, count: int, key: Key) -> tuple[Theta, ja
 
 
 def draw_theta(key: Key) -> Theta:
-    """As published: log-uniform rates, uniform momenta and shares of units, unconstrained."""
+    """Draws a theta as published: log-uniform rates, uniform momenta and shares, unconstrained."""
     keys = jax.random.split(key, 3)
     tensors = 2 * (LAYERS + 1)
     log_rates = jax.random.uniform(keys[0], (tensors,), minval=jnp.log(1e-4), maxval=jnp.log(1e-2))
@@ -194,7 +196,7 @@ def draw_theta(key: Key) -> Theta:
 
 
 def sgd_by_tensor(log_rate: jax.Array, momentum_logit: jax.Array) -> optax.GradientTransformation:
-    """SGD with momentum, a rate and a momentum for each tensor in the order of the leaves."""
+    """SGD with momentum; each tensor has its own rate and momentum, in the order of the leaves."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
@@ -210,7 +212,7 @@ def sgd_by_tensor(log_rate: jax.Array, momentum_logit: jax.Array) -> optax.Gradi
 
 
 def logits(params: list[dict[str, jax.Array]], share_logit: jax.Array, x: jax.Array) -> jax.Array:
-    """An MLP of which a hidden layer's units from floor(share x width) on are masked."""
+    """The logits of an MLP; each hidden layer's units from floor(share x width) on are masked."""
     *hidden, out = params
     for layer, share in zip(hidden, jax.nn.sigmoid(share_logit), strict=True):
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
@@ -220,7 +222,7 @@ def logits(params: list[dict[str, jax.Array]], share_logit: jax.Array, x: jax.Ar
 
 
 def make_problem(settings: Settings) -> ug.UnrolledProblem:
-    """Training on digits; a validation loss counts 1.5 ln 10 at most, also where it is NaN."""
+    """Training on digits; a validation loss that is NaN or above 1.5 ln 10 counts as 1.5 ln 10."""
     images = data.load("digits")
     sizes = [64, *LAYERS * [settings.width], 10]
 
@@ -257,7 +259,7 @@ def make_problem(settings: Settings) -> ug.UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The best J so far against training steps."""
+    """Draws the best J so far against training steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     curves.plot(axis, records, "best", x="inner_steps")

@@ -1,4 +1,4 @@
-"""``telescoping``: the loss at the end of training, minimised window by window."""
+"""``telescoping``: minimises the loss at the end of training window by window."""
 
 import dataclasses
 import functools
@@ -22,10 +22,10 @@ from unrollgrad.types import UnrolledProblem
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Two numbers of a learning-rate schedule are trained for the loss at the end of an episode.
+    """Train two numbers of a learning-rate schedule for the loss at the end of an episode.
 
-    The MLP and the schedule are those of lr_schedule. J is the training loss of the last weights on
-    a fixed batch, which windows see as a telescoping sum of what it changed in each.
+    The MLP and the schedule come from lr_schedule. J is the training loss of the last weights on a
+    fixed batch. It is a telescoping sum: each window contributes the change of the loss within it.
     """
 
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "full_es"], ...] = (
@@ -99,23 +99,23 @@ SCALES = {
         seeds=(0, 1, 2, 3),
     ),
 }
-"""Horizon, rates and particles of the paper are not published: those of lr_schedule."""
+"""The paper does not publish horizon, rates and particles; these come from lr_schedule."""
 
 POINTS = 25
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 RANGES = ((1e-3, 1.0), (0.3, 100.0))
-"""Of theta0 and theta1 on the grid."""
+"""Ranges of theta0 and theta1 on the grid."""
 
 NEAR = 0.3
-"""How far above the grid's minimum J may end, as a fraction of it, to be near: it is about 0.1."""
+"""How far above the grid's minimum (about 0.1) J may end, as a fraction of it, to be near."""
 
 FAR = 1.0
-"""And from where on it is far."""
+"""How far above the grid's minimum J must end, as a fraction of it, to be far."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J on the grid, once, along each estimator's run, and how rough its way was."""
+    """Writes J on the grid, with the first seed only, and J and the roughness of each run."""
     loss, methods = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
@@ -137,7 +137,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def roughness(way: np.ndarray) -> float:
-    """The root mean square of the changes of direction and speed along a way, (points, dim)."""
+    """The root mean square of the second differences along a path of shape (points, dim)."""
     return float(np.sqrt(np.mean(np.sum(np.diff(way, n=2, axis=0) ** 2, axis=1))))
 
 
@@ -164,7 +164,7 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
 
 
 def final_problem(settings: Settings) -> UnrolledProblem:
-    """The MLP's training, whose only loss is that of the last weights on the fixed batch."""
+    """The training of the MLP; its only loss is the loss of the last weights on the fixed batch."""
     images = data.load(settings.data, settings.data_dir)
     count = settings.fixed_batch_size
     fixed = jnp.asarray(images.train.images[:count]), jnp.asarray(images.train.labels[:count])
@@ -180,7 +180,7 @@ def final_problem(settings: Settings) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """J over theta with the runs on it, and J along the runs."""
+    """Draws J over theta with the paths of the runs, and J along the runs."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     heat_map.draw(left, records, (r"$\theta_0$", r"$\theta_1$"), "J: training loss at the end")
@@ -202,7 +202,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Persistent estimators find the best loss at the end; truncated ES looks one window ahead."""
+    """Persistent estimators find the least final loss; truncated ES looks one window ahead."""
     theory = "the sum over windows is the loss at the end"
     return [
         *heat_map.ends_near(summary, "pes", NEAR, theory),
@@ -226,7 +226,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="telescoping",
-    about="The loss at the end of training as a sum over windows of what it changed in each.",
+    about="The loss at the end of training, as a sum of its changes in all windows.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

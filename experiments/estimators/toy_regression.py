@@ -1,4 +1,4 @@
-"""``toy_regression``: a loss surface on which only far-sighted, smoothed gradients arrive."""
+"""``toy_regression``: a loss surface that only unbiased, smoothed gradients descend."""
 
 import dataclasses
 import functools
@@ -32,10 +32,10 @@ ARRIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Two learning rates of gradient descent on a wiggly function: who reaches the basin?
+    """Train two learning rates of gradient descent on a wiggly function: who reaches the basin?
 
-    The loss is the sum over an episode of 100 steps, as published. It is 2488 where theta begins
-    and 552 at the least point of a fine grid; the plateau in between ends in cliffs and wiggles.
+    The loss is the sum over an episode of 100 steps, as published. It is 2488 at the initial theta
+    and 552 at the lowest point of a fine grid; the plateau in between ends in cliffs and wiggles.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -74,16 +74,16 @@ SCALES = {
 }
 
 POINTS = 50
-"""Points of each curve."""
+"""Number of points of each curve."""
 HORIZON, TRUNCATION = 100, 10
 REACH = 5.0
-"""The picture shows thetas from minus this to this."""
+"""The picture shows thetas between minus this and this."""
 BASIN = 600.0
-"""A loss below it is in the basin."""
+"""A theta whose loss is below this is in the basin."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the loss surface, once, and theta and its loss along each estimator's run."""
+    """Writes the loss surface, with the first seed only, and theta and its loss along each run."""
     theta, methods = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         for i, loss in enumerate(surface(settings.cells).ravel()):
@@ -121,14 +121,14 @@ def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
 
 
 def surface(side: int) -> np.ndarray:
-    """The summed loss on a grid of thetas; the first index is that of theta[1]."""
+    """The summed loss on a grid of thetas; the first index belongs to theta[1]."""
     at = jnp.linspace(-REACH, REACH, side)
     rows = jax.vmap(jax.vmap(lambda y, x: summed_loss(jnp.stack([x, y])), (None, 0)), (0, None))
     return np.asarray(jax.jit(rows)(at, at))
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The first seed's ways over the loss surface; and the loss against updates."""
+    """Draws the first seed's paths over the loss surface, and the loss against updates."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(13, 5.5), layout="constrained")
     ways, lines = figure.subplots(1, 2)
     _draw_ways(figure, ways, records, config["cells"])
@@ -146,7 +146,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def _draw_ways(figure: Any, axis: Any, records: list[Record], side: int) -> None:
-    """The surface, as far as it was computed, and theta along each estimator's first run."""
+    """Draws the surface, as far as it was computed, and theta along each estimator's first run."""
     losses = np.full(side * side, np.nan)
     for r in records:
         if r.metric == "surface" and r.step is not None:
@@ -176,7 +176,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Unbiased evolution strategies reach the basin, all others do not."""
+    """Unbiased evolution strategies reach the basin; all other estimators do not."""
     out = []
     for name, arrives in ARRIVES.items():
         if summary.find("loss", estimator=name) is None:
@@ -194,7 +194,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="toy_regression",
-    about="A loss surface of cliffs and wiggles, and the ways of theta over it.",
+    about="A loss surface of cliffs and wiggles, and the paths of theta over it.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

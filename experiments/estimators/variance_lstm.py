@@ -1,4 +1,4 @@
-"""``variance_lstm``: variance against the number of unrolls, on three texts (Vicol et al. 2021)."""
+"""``variance_lstm``: variance against the number of unrolls on three texts (Vicol et al. 2021)."""
 
 import argparse
 import dataclasses
@@ -26,12 +26,12 @@ from unrollgrad.problems import theory
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Does the variance grow with the number of unrolls? An LSTM on three texts, theta frozen.
+    """Does the variance grow with the number of unrolls? An LSTM reads three texts at frozen theta.
 
-    A sample is the mean of one antithetic pair's estimates over the windows of one episode, which
-    always begins at the same place of the same text. Its variance, the trace of the covariance, is
-    divided by the squared norm of the gradient. Beside it stands the closed form for losses that
-    are quadratic in theta, evaluated on window gradients that reverse mode gives exactly.
+    A sample is the mean of one antithetic pair's estimates over the windows (unrolls) of one
+    episode, which always begins at the same place of the same text. Its variance, the trace of the
+    covariance, is divided by the squared norm of the gradient. It is compared with the closed form
+    for losses that are quadratic in theta, evaluated on exact window gradients by reverse mode.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -84,7 +84,7 @@ SCALES = {
 }
 
 BATCH = 50
-"""Pairs that run at the same time."""
+"""Number of pairs that run at the same time."""
 
 
 class _Measurement(NamedTuple):
@@ -100,10 +100,10 @@ class _Measurement(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes a variance, and what it should be, per text, estimator and number of unrolls.
+    """Writes the variance and its closed form for each text, estimator and number of unrolls.
 
     Raises:
-        ValueError: If the horizon is no multiple of a number of unrolls, or the corpus too short.
+        ValueError: If a number of windows does not divide the horizon, or the corpus is too short.
     """
     wrong = [n for n in (*settings.num_windows, settings.num_noise_periods) if settings.horizon % n]
     if wrong:
@@ -155,7 +155,7 @@ def _read(corpus: Path) -> str:
 
 
 def texts(corpus: str, horizon: int, seed: int) -> dict[str, np.ndarray]:
-    """The three texts as symbols, one more than the horizon: the last is only predicted."""
+    """The three texts as horizon + 1 symbols each; the last symbol is only predicted."""
     draws = np.random.default_rng(seed)
     place = draws.integers(len(corpus))
     real = encode(corpus)[(place + np.arange(horizon + 1)) % len(corpus)]
@@ -170,7 +170,7 @@ def initial_theta(embed: int, hidden: int, seed: int) -> jax.Array:
 
 @functools.cache
 def reader(horizon: int, embed: int, hidden: int) -> ug.UnrolledProblem:
-    """The LSTM of ``text_lstm`` on one text that comes as data: (symbols, the following ones)."""
+    """The LSTM of ``text_lstm`` on a text that comes as data: (symbols, following symbols)."""
     model = _lstm(embed, hidden, seed=0)
     graph, unravel = nnx.graphdef(model), _vector(model)[1]
 
@@ -188,12 +188,12 @@ def _lstm(embed: int, hidden: int, seed: int) -> LSTM:
 
 
 def _vector(model: LSTM) -> tuple[jax.Array, Any]:
-    """One leaf's noise compiles many times faster than that of fourteen."""
+    """The weights as one vector: one leaf's noise compiles many times faster than fourteen's."""
     return ravel_pytree(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _unrolls(settings: Settings, name: str) -> list[int]:
-    """The numbers of unrolls that the estimator is measured at."""
+    """The numbers of unrolls at which the estimator is measured."""
     return [
         n for n in settings.num_windows if name != "gpes" or n % settings.num_noise_periods == 0
     ]
@@ -244,7 +244,7 @@ def _flat(tree: Any) -> np.ndarray:
 def _exact(
     settings: Settings, name: str, influence: np.ndarray, unrolls: int, square: float
 ) -> dict[str, float]:
-    """The closed form, divided by the gradient's square."""
+    """The closed form, divided by the squared norm of the gradient."""
     truncation = settings.exact_windows // unrolls
     period = {
         "pes": truncation,
@@ -255,7 +255,7 @@ def _exact(
 
 
 def _slope(variances: dict[int, float]) -> float:
-    """Of log variance over log unrolls, by least squares."""
+    """The slope of log variance against log unrolls, by least squares."""
     return float(np.polyfit(np.log(list(variances)), np.log(list(variances.values())), 1)[0])
 
 

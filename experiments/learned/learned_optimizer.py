@@ -362,7 +362,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="learned_optimizer",
-    about="An optimizer is meta-trained with each estimator; --resume goes on.",
+    about="An optimizer is meta-trained with each estimator; --resume continues a run.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

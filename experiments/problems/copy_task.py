@@ -16,10 +16,10 @@ def copy_task(
     """An LSTM sees random symbols, then a delimiter until the end, while it must repeat them.
 
     There are L = horizon // 2 symbols. The symbol of step i must be repeated at step i + lag,
-    lag = horizon - L; repetition begins right after the last symbol, or one step later if the horizon is
-    odd. The step loss is the cross-entropy of that symbol in nats, and 0 while symbols are shown.
-    An episode draws a batch of sequences, which are kept in the inner state beside the LSTM's
-    memory. theta has 446 weights.
+    lag = horizon - L: right after the last symbol, or one step later if the horizon is odd. The
+    step loss is the cross-entropy of that symbol in nats, and 0 while symbols are shown. An episode
+    draws a batch of sequences, which are kept in the inner state beside the LSTM's memory. theta
+    has 446 weights.
 
     Known: a uniform guess has J = (L / horizon) ln(symbols), 0.347 by default, and perfect memory
     has J = 0. A truncation that divides the horizon is at most the lag, so that no window contains

@@ -60,7 +60,8 @@ def digits(
 def schedule(horizon: int, num_knots: int) -> tuple[Callable[[Any, Any], Any], Any]:
     """SGD with momentum whose learning rate and momentum are piecewise linear in t.
 
-    Returns: ``optimizer(theta, t)``, and the default theta of ``digits``.
+    Returns:
+        ``optimizer(theta, t)``, and the default theta of ``digits``.
     """
 
     def at(knots, t):

@@ -1,4 +1,4 @@
-"""``train``: the outer loop on any problem with any estimator, in long runs that can go on."""
+"""``train``: the outer loop on any problem with any estimator, in long runs that can be resumed."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ from unrollgrad.running import need, positive_int
 class Settings(ResumableSettings):
     """Train theta of one problem by Adam on one estimator's gradient.
 
-    The objective, the mean loss per inner step, is measured between dispatches, in episodes that
-    are the same at all times. Ctrl-C and SIGTERM save first; `--resume FOLDER` goes on, also after
-    a kill and with more `--num-steps` or `--seeds`, in the same folder.
+    The objective, the mean loss per inner step, is measured between dispatches, always in the same
+    episodes. Ctrl-C and SIGTERM save before the run ends. `--resume FOLDER` continues it in the
+    same folder, also after a kill, and with more `--num-steps` or `--seeds`.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -87,18 +87,18 @@ SCALES = {
 }
 
 MAY_CHANGE = ("scale", "num_steps", "devices", "seeds", "out", "resume")
-"""Settings that may differ in a run that goes on."""
+"""Settings that may differ in a resumed run."""
 
 SHOWN = 16
-"""Numbers in theta up to which each is recorded."""
+"""Largest number of entries of theta with which each entry is recorded."""
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings with the problem's defaults in place of None.
+    """The settings with None replaced by the problem's defaults.
 
     Raises:
-        ValueError: If a number is not positive, or those of a run that is to go on are not the
-            same, with the differences.
+        ValueError: If a number is not positive, or the settings do not fit the run to resume; the
+            message lists the differences.
     """
     for name in ("num_steps", "num_workers", "num_episodes", "steps_per_dispatch"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
@@ -132,7 +132,7 @@ def run(
     """Writes the objective and the last update's numbers after every dispatch.
 
     Raises:
-        KeyboardInterrupt: If a signal ended it early; everything is saved by then.
+        KeyboardInterrupt: If a signal ended the run early; everything is saved by then.
     """
     workers, theta, optimizer, evaluate = _prepare(settings)
     key = jax.random.key(seed)
@@ -161,7 +161,7 @@ def run(
 
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Any) -> tuple[Any, Any, optax.GradientTransformation, Any]:
-    """Workers, theta, optimizer, evaluation: the same for all seeds, so that they compile once."""
+    """Workers, theta, optimizer and evaluation, cached so that seeds share compiled programs."""
     problem, theta, *_ = PROBLEMS[settings.problem].make(settings.horizon)
     estimator = ug.REGISTRY[settings.estimator].build(
         problem,
@@ -182,7 +182,7 @@ def _prepare(settings: Any) -> tuple[Any, Any, optax.GradientTransformation, Any
 
 
 def _numbers(theta: Any) -> dict[str, jax.Array]:
-    """Every number of a small theta by its place in it; of a large one the root mean square."""
+    """Every entry of a small theta by its place; the root mean square of a large theta."""
     leaves = jax.tree_util.tree_leaves_with_path(theta)
     size = sum(x.size for _, x in leaves)
     if size > SHOWN:
@@ -196,7 +196,7 @@ def _numbers(theta: Any) -> dict[str, jax.Array]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Objective, gradient norm and theta against updates: mean over seeds, its SE as a band."""
+    """Draws objective, gradient norm and theta against updates: means over seeds, SEs as bands."""
     metrics = dict.fromkeys(r.metric for r in records)
     thetas = [m for m in metrics if m.startswith("theta")]
     panels = {"objective": ["objective"], "gradient norm": ["grad_norm"], "theta": thetas}
@@ -224,7 +224,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def _curve(records: list[Record], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all seeds have, the mean over seeds and its standard error (0 for one)."""
+    """Steps that all seeds have, the mean over seeds and its standard error (0 for one seed)."""
     runs: dict[int, dict[int, float]] = {}
     for r in records:
         if r.metric == metric and r.step is not None:
@@ -253,13 +253,13 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """None: no paper says what a run of one's own should give."""
+    """No claims: no paper says what a user's own run should give."""
     return []
 
 
 EXPERIMENT = Experiment(
     name="train",
-    about="The outer loop on any problem with any estimator; --resume goes on.",
+    about="The outer loop on any problem with any estimator; --resume continues a run.",
     settings=Settings,
     scales=SCALES,
     labels=(),

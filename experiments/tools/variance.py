@@ -22,7 +22,7 @@ from unrollgrad.diagnostics.report import draw, print_table, row_of
 from unrollgrad.diagnostics.statistics import pooled, root_se
 
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
-"""Places of a training run, as a fraction of its updates."""
+"""Places of a training run, as fractions of its updates."""
 
 
 USUAL = ("full_es", "truncated_es", "pes", "es_single", "gpes", "bptt", "tbptt")
@@ -32,9 +32,9 @@ USUAL = ("full_es", "truncated_es", "pes", "es_single", "gpes", "bptt", "tbptt")
 class Settings(CommonSettings):
     """Compare gradient estimators on one problem: bias, variance and cost at frozen theta.
 
-    A sample is one episode of every worker, averaged. The reference is the mean of other samples;
-    where it is bptt, the exact gradient of each episode's loss, the smoothing of evolution
-    strategies, O(sigma^2), counts as bias. Prints a table and writes it, with a picture.
+    A sample is the mean of one episode of every worker. The reference is the mean of other samples.
+    If the reference is bptt, the exact gradient of each episode's loss, the smoothing of evolution
+    strategies, O(sigma^2), counts as bias. The table is printed, and written with a picture.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -81,7 +81,7 @@ class Settings(CommonSettings):
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        estimators=("pes", "bptt"),  # bptt is the reference too, and compiles once
+        estimators=("pes", "bptt"),  # bptt is also the reference, and compiles once
         horizon=8,
         truncation=4,
         num_workers=2,
@@ -107,7 +107,7 @@ SCALES = {
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings with the problem's defaults in place of None."""
+    """The settings with None replaced by the problem's defaults."""
     return with_defaults(settings, reference=PROBLEMS[settings.problem].reference)
 
 
@@ -118,7 +118,7 @@ def run(
     write: Callable[[dict[str, Any]], None],
     progress: Callable[[str, float], None],
 ) -> None:
-    """Writes a row per place and estimator, as soon as it is measured; settings are ``filled``."""
+    """Writes a row for each place and estimator as soon as it is measured (``filled`` settings)."""
     names = list(dict.fromkeys(settings.estimators))
     problem, theta, workers, optimizer = _prepare(settings)
     reference = workers[settings.reference]
@@ -144,7 +144,7 @@ def run(
             reference=reference,
             num_samples=settings.num_samples,
             num_chains=settings.num_chains,
-            batch_size=settings.devices,  # the workers are batch enough, and it compiles fastest
+            batch_size=settings.devices,  # the workers fill a batch, and it compiles fastest
             devices=settings.devices,
             matmul_precision=settings.matmul_precision,
             key=jax.random.fold_in(key, zlib.crc32(place.encode())),
@@ -157,9 +157,9 @@ def run(
 def _prepare(
     settings: Any,
 ) -> tuple[ug.UnrolledProblem, Any, dict[str, ug.GradientEstimator], optax.GradientTransformation]:
-    """Problem, theta, workers, outer optimizer: the same for all seeds, so that they compile once.
+    """Problem, theta, workers and outer optimizer, cached so that seeds share compiled programs.
 
-    The estimators and the reference have as many workers as the comparison asks for.
+    The estimators and the reference have the numbers of workers that ``equal`` asks for.
     """
     choice = PROBLEMS[settings.problem]
     problem, theta, *_ = choice.make(settings.horizon)
@@ -191,13 +191,13 @@ def _thetas(
     theta: Any,
     key: jax.Array,
 ) -> dict[str, Any]:
-    """Theta at the places that are asked for."""
+    """Theta at the requested places."""
     if set(settings.thetas) == {"start"}:
         return {"start": theta}
     # An update is one estimate: a whole episode of bptt or full_es.
     with jax.default_matmul_precision(settings.matmul_precision):
         path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_steps)
-    if jax.process_count() > 1:  # each has trained its own, and on a GPU sums may differ
+    if jax.process_count() > 1:  # each process trained its own, and sums may differ on a GPU
         path = multihost_utils.broadcast_one_to_all(path)
 
     def at(fraction):
@@ -207,7 +207,7 @@ def _thetas(
 
 
 def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
-    """Rows as ``compare`` makes them, pooled over seeds, by the place of theta."""
+    """The rows of ``compare``, pooled over seeds, by the place of theta."""
     flat: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     for r in records:
         estimators = flat.setdefault(r.labels["theta"], {})
@@ -223,19 +223,19 @@ def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw_records(records: list[Record], config: dict[str, Any]) -> Any:
-    """A line of panels per place, as ``Comparison.plot``."""
+    """Draws a row of panels for each place, like ``Comparison.plot``."""
     return draw({f"{config['problem']}, {place}": r for place, r in rows(records).items()})
 
 
 def show(records: list[Record]) -> None:
-    """Prints a table per place."""
+    """Prints a table for each place."""
     groups = rows(records)
     for place, group in groups.items():
         print_table(group, title=f"theta: {place}" if len(groups) > 1 else None)
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """What the papers say of bias and of long-run variance, at every place of theta."""
+    """The papers' claims on bias and on long-run variance, at every place of theta."""
     config = summary.about["config"]
     return [
         claim
@@ -248,7 +248,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 BLIND = 0.3
-"""Of |g|: a bias below it may be missed by a run that counts as having seen none."""
+"""The share of |g| below which a bias may go unnoticed in a run that reports no bias."""
 
 
 def _claims_of_bias(summary: Summary, place: str, config: dict[str, Any]) -> list[Claim]:
