@@ -16,6 +16,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import report, results
 from experiments._framework.experiment import SCALES, Experiment
 from experiments._framework.processes import Processes, join
+from experiments._framework.settings import ResumableSettings
 from experiments.problems import PROBLEMS
 from unrollgrad import running
 
@@ -90,8 +91,8 @@ def write_report(folder: Path = RECORDED, out: Path = Path("experiments/RESULTS.
     print(report.write(TOPICS, folder, out))
 
 
-def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
-    """The experiment as a function of its settings, with the scale's defaults."""
+def command(experiment: Experiment, default: Any, about: str) -> Callable[..., Path | None]:
+    """The experiment as a function of its settings with these defaults; ``about`` is its help."""
     spreads = any(field.name == "devices" for field in dataclasses.fields(experiment.settings))
     sweeps = spreads and isinstance(default.devices, tuple)
 
@@ -107,7 +108,7 @@ def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
         ],
     }
     main.__defaults__ = (default, Processes())
-    main.__doc__ = experiment.settings.__doc__
+    main.__doc__ = about
     return main
 
 
@@ -130,7 +131,11 @@ def resumed(arguments: list[str]) -> Any:
     """The settings of the run to resume, which become the defaults; None if no run is resumed."""
     folder = _last(arguments, "--resume")
     experiment = EXPERIMENTS.get(arguments[0]) if arguments else None
-    if folder is None or experiment is None or not hasattr(experiment.scales["cpu"], "resume"):
+    if (
+        folder is None
+        or experiment is None
+        or not issubclass(experiment.settings, ResumableSettings)
+    ):
         return None
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -158,12 +163,13 @@ def main(arguments: list[str]) -> None:
         for part in (given.split(",") if re.fullmatch(r"\d+(,\d+)+", given) else [given])
     ]
     app = tyro.extras.SubcommandApp()
-    before = resumed(arguments)
+    before, asked = resumed(arguments), arguments[0].replace("-", "_") if arguments else ""
     for name, experiment in EXPERIMENTS.items():
         default = experiment.scales[scale(arguments)]
         if isinstance(before, experiment.settings):
             default = before
-        app.command(name=name)(command(experiment, default))
+        about = (experiment.settings.__doc__ or "") if name == asked else experiment.about
+        app.command(name=name)(command(experiment, default, about))
     app.command(name="list")(listing)
     app.command(name="plot")(plot)
     app.command(name="record")(record)
