@@ -15,11 +15,11 @@
 # %% [markdown]
 # # Which gradient estimator for my problem?
 #
-# You unroll an inner loop (you train a net, run an RNN, or simulate a system), it has a loss, and you
-# want the gradient of that loss with respect to outer parameters theta. There are many estimators of
-# this gradient, and which one is best depends on your problem. So measure: this notebook goes from
-# ten lines to the picture that answers the question, and then shows three problems on which the
-# answer differs.
+# You unroll an inner loop (you train a net, run an RNN, or simulate a system), it has a loss, and
+# you want the gradient of that loss with respect to outer parameters theta. There are many
+# estimators of this gradient, and which one is best depends on your problem. So measure: this
+# notebook goes from ten lines to the picture that answers the question, and then shows three
+# problems on which the answer differs.
 #
 # It runs in about a minute on two CPU cores. To install, run `pip install -e ".[experiments]"` in a
 # checkout.
@@ -79,11 +79,11 @@ ug.constraints.report(spec, theta)
 # %% [markdown]
 # ## Measure
 #
-# `compare` freezes theta and draws independent samples of every estimator. A sample is the mean of
-# the estimator's gradient over one whole episode, that is one run of the inner loop. The reference is
-# backpropagation through the whole episode, which is unbiased; its own noise is accounted for. Every
-# row is one worker, an independent instance of the estimator. The column "at equal steps" is the
-# error if the cheaper estimators had as many more workers as cost the same.
+# `compare` freezes theta and draws independent samples of every estimator. A sample is the mean
+# of the estimator's gradient over one whole episode, that is one run of the inner loop. The
+# reference is backpropagation through the whole episode, which is unbiased; its own noise is
+# accounted for. Every row is one worker, an independent instance of the estimator. The column "at
+# equal steps" is the error if the cheaper estimators had as many more workers as cost the same.
 
 # %%
 common = {"truncation": 8, "sigma": 0.1}
@@ -112,14 +112,14 @@ comparison.plot()
 # %% [markdown]
 # How to read the picture:
 #
-# - **Left: is the estimator right?** A dot is a measured bias with its standard error; a triangle is
-#   an upper limit where no bias was seen. The truncated estimators (`tbptt`, `truncated_es`) have
-#   little noise and are wrong: a window (the 8 inner steps of one call) ignores the effect of theta
-#   on later windows. More workers do not help.
-# - **Middle: how noisy is it for an optimizer that averages?** The curve is the variance of the mean
-#   of U consecutive updates, per episode spent. A worker that keeps its noise through an episode
-#   (`es_single`) makes errors that add up from one window to the next: judge it at the right end, not
-#   at U = 1.
+# - **Left: is the estimator right?** A dot is a measured bias with its standard error; a triangle
+#   is an upper limit where no bias was seen. The truncated estimators (`tbptt`, `truncated_es`)
+#   have little noise and are wrong: a window (the 8 inner steps of one call) ignores the effect
+#   of theta on later windows. More workers do not help.
+# - **Middle: how noisy is it for an optimizer that averages?** The curve is the variance of the
+#   mean of U consecutive updates, per episode spent. A worker that keeps its noise through an
+#   episode (`es_single`) makes errors that add up from one window to the next: judge it at the
+#   right end, not at U = 1.
 # - **Right: what does it cost?** Each line starts at the measured point and shows the error as
 #   workers are added. The error of unbiased estimators falls for ever; that of biased ones levels
 #   off. Read it vertically at your budget of inner steps. A line is dotted where a bias that is too
@@ -132,9 +132,10 @@ comparison.plot()
 # %% [markdown]
 # ## When PES is better and when ES-Single is
 #
-# Both are unbiased. If the gradients of the windows agree, the variance of `pes` is down to half that
-# of `es_single`. If they conflict, the variance of `pes` grows with the number of windows, and that
-# of `es_single` does not. The linear recurrence shows both cases beside their closed forms.
+# Both are unbiased. If the gradients of the windows agree, the variance of `pes` is down to half
+# that of `es_single`. If they conflict, the variance of `pes` grows with the number of windows,
+# and that of `es_single` does not. The linear recurrence shows both cases beside their closed
+# forms.
 
 # %%
 for gradients in ["identical", "independent"]:
@@ -162,10 +163,10 @@ for gradients in ["identical", "independent"]:
 # %% [markdown]
 # ## Where backpropagation explodes
 #
-# In a chaotic system the gradient of an episode is a huge random number, and rare giants dominate its
-# mean. Evolution strategies differentiate the smoothed loss (the mean loss over perturbations of
-# theta), which is a tame function. Its gradient, estimated by `full_es`, is the reference here.
-# `ug.average` makes one estimator of many workers.
+# In a chaotic system the gradient of an episode is a huge random number, and rare giants dominate
+# its mean. Evolution strategies differentiate the smoothed loss (the mean loss over perturbations
+# of theta), which is a tame function. Its gradient, estimated by `full_es`, is the reference
+# here. `ug.average` makes one estimator of many workers.
 
 # %%
 chaos, at = ug.problems.chaotic_map(horizon=100)
@@ -194,7 +195,7 @@ wild.table()
 # | the same, and the windows' gradients conflict in part | `gpes` with a noise period in between |
 # | you know that the past does not matter | `tbptt`, `truncated_es` |
 #
-# Then measure again near the optimum. The gradient is smaller there, and a bias that did not matter
-# at the start (such as the smoothing of evolution strategies, O(sigma²)) can be all that is left.
-# `python -m experiments variance --thetas start middle end` does this for the problems that come with
-# the repository.
+# Then measure again near the optimum. The gradient is smaller there, and a bias that did not
+# matter at the start (such as the smoothing of evolution strategies, O(sigma²)) can be all that
+# is left. `python -m experiments variance --thetas start middle end` does this for the problems
+# that come with the repository.

@@ -101,19 +101,20 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The optimizer was meta-trained on small MLPs and conv nets on images and on LSTMs on text, for 50 to
-# 200 steps. Do not expect it to work beyond that: look at the curve before you trust it elsewhere.
-# `python -m experiments evaluate_optimizer` tests optimizers on held-out tasks of these kinds, for
-# up to five times as many steps.
+# The optimizer was meta-trained on small MLPs and conv nets on images and on LSTMs on text, for
+# 50 to 200 steps. Do not expect it to work beyond that: look at the curve before you trust it
+# elsewhere. `python -m experiments evaluate_optimizer` tests optimizers on held-out tasks of
+# these kinds, for up to five times as many steps.
 
 # %% [markdown]
 # ## Meta-train your own
 #
-# An architecture is a pair of functions: `init(key) -> theta`, and `transform(theta)`, which returns
-# an optax optimizer. So `training_problem` makes the inner loop as usual, and any estimator gives the
-# gradient. Here we learn a schedule of Adam, six numbers. A network that updates every weight, such as
-# `ug.learned_optimizers.mlp()`, is trained in the same way, but for longer. Every episode (one run of
-# the inner loop) draws fresh weights and batches of this one task.
+# An architecture is a pair of functions: `init(key) -> theta`, and `transform(theta)`, which
+# returns an optax optimizer. So `training_problem` makes the inner loop as usual, and any
+# estimator gives the gradient. Here we learn a schedule of Adam, six numbers. A network that
+# updates every weight, such as `ug.learned_optimizers.mlp()`, is trained in the same way, but for
+# longer. Every episode (one run of the inner loop) draws fresh weights and batches of this one
+# task.
 
 # %%
 architecture = ug.learned_optimizers.scheduled_adam(rate=0.001, knots=(0, 10, 30, 100))
@@ -160,5 +161,5 @@ plt.show()
 
 # %% [markdown]
 # `ug.learned_optimizers.save(path, result.theta, architecture="scheduled_adam", settings=...)`
-# saves the optimizer in a file for others. For families of tasks, long runs that can be resumed, and
-# comparisons of estimators, see `python -m experiments learned_optimizer --help`.
+# saves the optimizer in a file for others. For families of tasks, long runs that can be resumed,
+# and comparisons of estimators, see `python -m experiments learned_optimizer --help`.
