@@ -65,7 +65,7 @@ REGISTRY: dict[str, Row] = {
     "truncated_es": Row(
         truncated_es,
         unbiased_for="biased",
-        variance="(P+1)/n × mean over windows of ‖own g‖²",
+        variance="(P+1)/n × mean over windows of ‖the window's own gradient‖²",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1)K",
         memory="(2N+1)S + 3NP",
@@ -74,7 +74,7 @@ REGISTRY: dict[str, Row] = {
     "pes": Row(
         pes,
         unbiased_for="smoothed J",
-        variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
+        variance="≈ (P/2)‖g‖² if windows agree, n times that if they conflict",
         passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
         memory="2NS + 4NP",
@@ -101,7 +101,7 @@ REGISTRY: dict[str, Row] = {
     "bptt": Row(
         bptt,
         unbiased_for="J",
-        variance="of the data alone",
+        variance="only the variance of the data",
         time="T(1+B)",
         memory="TS",
         paper="Werbos 1990",
@@ -110,7 +110,7 @@ REGISTRY: dict[str, Row] = {
     "tbptt": Row(
         tbptt,
         unbiased_for="biased",
-        variance="of the data alone",
+        variance="only the variance of the data",
         time="K(1+B)",
         memory="KS",
         paper="Williams & Peng 1990",
@@ -119,9 +119,9 @@ REGISTRY: dict[str, Row] = {
     "forward_mode": Row(
         forward_mode,
         unbiased_for="J",
-        variance="of the data alone",
+        variance="only the variance of the data",
         time="K(1+P)",
-        memory="P(S + P), and P times what a step computes",
+        memory="P(S + P), and P times the memory of a step",
         paper="Williams & Zipser 1989 (RTRL)",
     ),
     "dodge": Row(
@@ -144,7 +144,7 @@ REGISTRY: dict[str, Row] = {
     "pes_analytic": Row(
         pes_analytic,
         unbiased_for="smoothed J",
-        variance="of one window: as pes, less what its own noise causes",
+        variance="of one window: pes's, minus the part caused by its own noise",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1+B)K",
         memory="(2N+1+K)S + 5NP",
@@ -154,7 +154,7 @@ REGISTRY: dict[str, Row] = {
     "pes_analytic_replacement": Row(
         pes_analytic_replacement,
         unbiased_for="J up to O(σ²)",
-        variance="below that of pes_analytic",
+        variance="lower than pes_analytic's",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1+B)K",
         memory="(2N+1+K)S + 5NP",
@@ -164,7 +164,7 @@ REGISTRY: dict[str, Row] = {
     "reparameterized_es": Row(
         reparameterized_es,
         unbiased_for="smoothed J",
-        variance="about the lower of full_es's and backpropagation's, if not few samples explode",
+        variance="about the lower of full_es's and bptt's, unless a few samples explode",
         passes=lambda num_pairs: 2 * max(num_pairs, 3),
         time="2NT(1+B)",
         memory="2NTS + 5NP",
