@@ -160,7 +160,7 @@ class _Batch(NamedTuple):
     """The samples that are computed together."""
 
     key: Key
-    index: jax.Array | int  # the numbers of the samples; inside vmap, of one sample
+    index: jax.Array  # the numbers of the samples
     theta: Theta
 
 
@@ -242,23 +242,21 @@ def _compile(
 def _begin(estimator, devices, batch):
     """The states of fresh workers, one for each sample."""
 
-    def one(batch):
-        key = jax.random.fold_in(jax.random.fold_in(batch.key, batch.index), 0)
-        return estimator.init(key, batch.theta)
+    def one(key, i, theta):
+        return estimator.init(jax.random.fold_in(jax.random.fold_in(key, i), 0), theta)
 
-    return _for_each_sample(one, devices, (_AXES,))(batch)
+    return _for_each_sample(one, devices, (None, 0, None))(*batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _episode(estimator, devices, horizon, batch, e, states):
     """Runs every sample's episode number ``e``: its ``EpisodeMean``, and the workers' states."""
 
-    def one(batch, e, state):
-        key = jax.random.fold_in(jax.random.fold_in(batch.key, batch.index), 1)
-        key = jax.random.fold_in(key, e)
-        return episode_mean(estimator, key, batch.theta, state, horizon)
+    def one(key, i, theta, e, state):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, i), 1), e)
+        return episode_mean(estimator, key, theta, state, horizon)
 
-    return _for_each_sample(one, devices, (_AXES, None, 0))(batch, e, states)
+    return _for_each_sample(one, devices, (None, 0, None, None, 0))(*batch, e, states)
 
 
 class EpisodeMean(NamedTuple):
@@ -300,18 +298,15 @@ def _num_windows(estimator: GradientEstimator, horizon: int) -> int:
     return horizon // (estimator.truncation or horizon)
 
 
-_AXES = _Batch(key=None, index=0, theta=None)  # of a batch, as ``jax.vmap`` takes them
-
-
 def _for_each_sample(function: Callable[..., Any], devices: int, axes: tuple) -> Callable[..., Any]:
     """``jax.vmap(function, axes)``, with the mapped arguments and the results over the devices."""
     each = jax.vmap(function, axes)
     if devices == 1:
         return each
-    split, whole = PartitionSpec("samples"), PartitionSpec()
-    specs = jax.tree.map(lambda x: whole if x is None else split, axes, is_leaf=lambda x: x is None)
     mesh = make_worker_mesh(devices, axis="samples")
-    return jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=split)
+    split, whole = PartitionSpec("samples"), PartitionSpec()
+    in_specs = tuple(whole if axis is None else split for axis in axes)
+    return jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=split)
 
 
 def _fetched(result: EpisodeMean) -> EpisodeMean:

@@ -79,7 +79,7 @@ def pooled(rows: list[Row]) -> Row:
     by = dict.fromkeys(("squared_bias_se", "variance_of_mean_se"), error_of_mean)
     by |= dict.fromkeys(("norm", "reference_norm"), root_mean_square)
     first = rows[0].items()
-    out = {k: v if isinstance(v, str) else pool(k, by.get(k, np.mean)) for k, v in first}
+    out: Row = {k: v if isinstance(v, str) else pool(k, by.get(k, np.mean)) for k, v in first}
     out["bias"] = float(np.sqrt(max(out["squared_bias"], 0.0)))
     out["bias_se"] = root_se(out["squared_bias"], out["squared_bias_se"])
     return _with_ratios(out)
