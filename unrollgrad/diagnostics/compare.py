@@ -43,38 +43,36 @@ def compare(
 ) -> Comparison:
     """Measures bias, variance and cost of estimators at a frozen theta.
 
-    A sample is one episode of a fresh worker: the mean of its ``grad`` over the n = T/K windows, so
+    A sample is the mean of ``grad`` over the n = T/K windows of one episode of a fresh worker, so
     that all estimators aim at the gradient of J. Samples are independent.
 
     An outer optimizer averages over many updates, and the errors of consecutive updates may add up
     (a worker that keeps its noise) or cancel. Therefore ``variance_of_mean[U]`` is the trace of the
     covariance of the mean of U consecutive updates, times U/n, that is per episode spent. U = 1 is
     one update at a random place of an episode and includes how the windows' means differ; U = n is
-    a whole episode and equals ``variance``; U = 20 n is the long run, measured on chains of 20
-    episodes. An estimator whose update is a whole episode has n = 1.
+    a whole episode, ``variance``; U = 20 n is the long run, measured on chains of 20 episodes. An
+    estimator whose update is a whole episode has n = 1.
 
     Args:
         problem: The inner loop, with a static horizon.
         theta: The outer parameters at which everything is measured.
         estimators: The estimators by name.
-        reference: The gradient of J: a tree like theta, taken as exact; or an unbiased estimator,
-            whose ``num_samples`` samples estimate it and whose noise is accounted for. Evolution
-            strategies estimate the gradient of the smoothed J: measured against the gradient of J
-            itself, their bias contains the effect of smoothing, O(sigma^2).
+        reference: The gradient of J: a tree like theta, taken as exact, or an unbiased estimator;
+            the noise of its ``num_samples`` samples is accounted for. Evolution strategies estimate
+            the gradient of the smoothed J: against the gradient of J itself, their bias contains
+            the effect of smoothing, O(sigma^2).
         num_samples: Samples per estimator, at least 3.
         key: The PRNG key of all samples.
-        num_chains: The number of samples that continue for 19 more episodes: at least 3, or 0 to
-            leave U = 20 n out. Below ten, its standard error is rough. The default is
-            num_samples / 20, but at least 3; with many samples this doubles the time. The cost is
-            rounded up to full batches.
+        num_chains: Samples that continue for 19 more episodes, in full batches: at least 3 (below
+            ten the standard error is rough), or 0 to leave U = 20 n out. The default is
+            num_samples / 20, but at least 3; with many samples this doubles the time.
         batch_size: Samples computed in parallel: more is faster and takes more memory.
-        devices: The number of devices that share a batch; it does not change the samples. With
-            several processes, pass all devices, and every process gets the result. If an estimator
-            uses a mesh itself, ``average(mesh=)``, pass 1.
-        matmul_precision: The precision of all matrix products, as in
-            ``jax.default_matmul_precision``; None leaves the choice to JAX. Less than "highest"
-            (TF32 on GPUs, bfloat16 on TPUs) swallows the differences L(theta + eps) -
-            L(theta - eps) at small sigma.
+        devices: The number of devices that share a batch; it does not change the samples. Several
+            processes have to share all devices, and each gets the result. If an estimator uses a
+            mesh itself, ``average(mesh=)``, pass 1.
+        matmul_precision: As in ``jax.default_matmul_precision``; None leaves the choice to JAX.
+            Less than "highest" (TF32 on GPUs, bfloat16 on TPUs) swallows the differences
+            L(theta + eps) - L(theta - eps) at small sigma.
         progress: A function called as ``progress(name, done, total)`` after each batch.
         on_row: A function called with each row as soon as it is measured.
 
@@ -101,8 +99,7 @@ def compare(
         (1, [1, 5, 100])
 
     References:
-        The protocol of Vicol et al., ICML 2021, arXiv:2112.13835 (theta frozen, whole episodes),
-        extended to U updates.
+        Vicol et al., ICML 2021, arXiv:2112.13835 (theta frozen, whole episodes); U updates are new.
     """
     horizon = inner_loop.static_horizon(problem, "compare")
     theta, key = arguments.floating_theta(theta), arguments.typed_key(key)
@@ -132,16 +129,11 @@ def compare(
             drawn = _draw(setup, name, estimator, num_chains)
             samples[name] = drawn.samples
             rows.append({"name": name, **statistics.describe(drawn.samples, truth)})
-            rows[-1] |= _of_means(drawn, _num_windows(estimator, horizon)) | drawn.cost
+            rows[-1] |= _of_means(drawn, horizon // (estimator.truncation or horizon)) | drawn.cost
             if on_row is not None:
                 on_row(rows[-1])
-    settings = {
-        "num_samples": num_samples,
-        "num_chains": num_chains,
-        "matmul_precision": matmul_precision,
-        "devices": devices,
-    }
-    return Comparison(rows, samples, truth, settings)
+    settings = {"num_samples": num_samples, "num_chains": num_chains, "devices": devices}
+    return Comparison(rows, samples, truth, settings | {"matmul_precision": matmul_precision})
 
 
 class _Setup(NamedTuple):
@@ -272,7 +264,7 @@ def episode_mean(
     estimator: GradientEstimator, key: Key, theta: Theta, state: WorkerState, horizon: int
 ) -> tuple[EpisodeMean, WorkerState]:
     """Calls the estimator over one episode at frozen theta; returns also the worker's state."""
-    num_windows = _num_windows(estimator, horizon)
+    num_windows = horizon // (estimator.truncation or horizon)
 
     def call(carry, i):
         state, (mean, scatter, steps, nonfinite) = carry
@@ -292,10 +284,6 @@ def episode_mean(
     carry = mesh_axes.over(mesh_axes.axes((key, theta, state)), (state, begin))
     (state, mean), _ = jax.lax.scan(call, carry, jnp.arange(num_windows))
     return mean._replace(scatter=mean.scatter / num_windows), state
-
-
-def _num_windows(estimator: GradientEstimator, horizon: int) -> int:
-    return horizon // (estimator.truncation or horizon)
 
 
 def _for_each_sample(function: Callable[..., Any], devices: int, axes: tuple) -> Callable[..., Any]:
@@ -330,7 +318,6 @@ def _of_means(drawn: _Drawn, num_windows: int) -> Row:
 
 
 def _check_counts(num_samples: int, num_chains: int | None) -> tuple[int, int]:
-    """Returns the numbers of samples and of chains, having checked them."""
     num_samples = arguments.positive_int("num_samples", num_samples)
     if num_samples < 3:
         raise ValueError(

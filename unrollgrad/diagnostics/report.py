@@ -87,10 +87,8 @@ class Comparison(NamedTuple):
             writer.writerow(["estimator", "metric", "value"])
             for row in self.rows:
                 writer.writerows([row["name"], *item] for item in metrics(row).items())
-        names = np.array(list(self.samples))
-        np.savez_compressed(
-            folder / "samples.npz", estimators=names, samples=list(self.samples.values())
-        )
+        names, samples = list(self.samples), list(self.samples.values())
+        np.savez_compressed(folder / "samples.npz", estimators=names, samples=samples)
         summary = {
             "rows": self.rows,
             "settings": self.settings,
@@ -233,8 +231,10 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _bias_and_noise(axis: "Axes", rows: list[Row]) -> None:
-    norm, *columns = _columns(rows, "reference_norm", "bias", "bias_se", "variance")
-    bias, bias_se, deviation = columns[0] / norm, columns[1] / norm, np.sqrt(columns[2]) / norm
+    names = ("reference_norm", "bias", "bias_se", "variance")
+    columns = [[row[name] for row in rows] for name in names]
+    norm, bias, bias_se, variance = np.array(columns, float)
+    bias, bias_se, deviation = bias / norm, bias_se / norm, np.sqrt(variance) / norm
     seen = bias > 3 * bias_se
     height = np.where(seen, bias, bias + 2 * bias_se)
     shown = np.concatenate([height, deviation])
@@ -299,19 +299,13 @@ def _cost(axis: "Axes", rows: list[Row]) -> None:
         axis.plot(steps[known - 1 :], error[known - 1 :], linestyle=":", color=f"C{i}")
 
 
-def _columns(rows: list[Row], *names: str) -> list[np.ndarray]:
-    return [np.array([row[name] for row in rows], float) for name in names]
-
-
 def _positive(x: np.ndarray) -> np.ndarray:
     return (x > 0) & np.isfinite(x)
 
 
 def _format(column: str, value: str | float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
+    if value is None or isinstance(value, str):
+        return value or "-"
     if column in ("inner_steps", "num_nonfinite"):
         return f"{value:.0f}"
     two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000
