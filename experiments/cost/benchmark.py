@@ -237,9 +237,7 @@ def _episodes(
     workload: Workload = make.args[0]
     what = *labels.values(), workload.truncation, workload.windows
     name = settings.scale, settings.num_compilations, *what, *sorted(make.keywords.items())
-    if (
-        name not in _COMPILED
-    ):  # otherwise an earlier seed compiled it: seeds enter through the arguments alone
+    if name not in _COMPILED:  # programs are shared by all seeds, which only enter the arguments
         _COMPILED[name] = timing.compiled_in_turn(
             {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
             settings.num_compilations,
