@@ -3,9 +3,11 @@
 import inspect
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from unrollgrad._checks import arguments
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
@@ -91,13 +93,13 @@ REMAT = ("step", "sqrt")
 
 
 def check_step(
-    problem: UnrolledProblem, key: Key, theta: Theta, data: Any = None
-) -> tuple[Any, int]:
-    """Traces one inner step abstractly and checks what it returns.
+    problem: UnrolledProblem, key: Key, theta: Theta, data: chex.ArrayTree | None = None
+) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+    """Traces ``init`` and one inner step abstractly, and checks what they return.
 
     Returns:
-        The trace, from (key, theta, t, data) to (state before, state after, losses); and the number
-        of leaves in the state.
+        The program (key, theta) -> state of ``init``, and the program
+        (state, theta, key, t, data) -> (state, losses) of a step and ``evaluate``.
 
     Raises:
         TypeError: If ``step`` does not return (state, loss), or changes the state's structure,
@@ -105,34 +107,29 @@ def check_step(
         ValueError: If the loss is not a scalar.
     """
 
-    def first_step(key, theta, t, data):
-        # The barrier gives each leaf of the state a name of its own in the trace, constants too.
-        state = jax.lax.optimization_barrier(
-            arguments.strong_state(problem.init(key, theta), "init")
-        )
+    def init(key, theta):
+        return arguments.strong_state(problem.init(key, theta), "init")
+
+    def step(state, theta, key, t, data):
         extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
         _check_takes(problem.step, key, theta, state, 0, *extra)
-        return state, problem.step(key, theta, state, t, *extra)
-
-    def checked(key, theta, t, data):
-        before, result = first_step(key, theta, t, data)
+        result = problem.step(key, theta, state, t, *extra)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 f"`step` must return (state, loss); got {type(result).__name__} "
                 f"{jax.tree.structure(result)}."
             )
-        after, loss = result
-        after = arguments.strong_state(after, "step")
-        _check_same(before, after)
-        arguments.check_loss("step", loss)
-        losses = [loss]
+        after = arguments.strong_state(result[0], "step")
+        _check_same(state, after)
+        losses = {"step": result[1]}
         if problem.evaluate is not None:
-            losses.append(problem.evaluate(key, theta, before))
-            arguments.check_loss("evaluate", losses[-1])
-        return before, after, losses
+            losses["evaluate"] = problem.evaluate(key, theta, state)
+        for made_by, loss in losses.items():
+            arguments.check_loss(made_by, loss)
+        return after, losses
 
-    trace, (before, *_) = jax.make_jaxpr(checked, return_shape=True)(key, theta, jnp.int32(0), data)
-    return trace, len(jax.tree.leaves(before))
+    traced_init, state = jax.make_jaxpr(init, return_shape=True)(key, theta)
+    return traced_init, jax.make_jaxpr(step)(state, theta, key, jnp.int32(0), data)
 
 
 def _check_takes(step: Any, *arguments: Any) -> None:
