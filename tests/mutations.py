@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "bad workers stay in the mean",
         "_workers/average.py",
-        'good = finite if nonfinite == "drop" else jnp.ones_like(finite)',
+        'good = finite if workers.nonfinite == "drop" else jnp.ones_like(finite)',
         "good = jnp.ones_like(finite)",
         "tests/test_workers.py",
     ),
