@@ -16,6 +16,8 @@ from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import axis_size, placed
 from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
 
+_Data = chex.ArrayTree | None
+
 _NO_DATA = (
     'stagger="burn_in" runs the workers in `init`, where there is no `data`. Use "breakstep", or '
     "sample batches in `step` (training_problem's `sample_batch`)."
@@ -131,13 +133,12 @@ def average(
         )
     own = num_workers if mesh is None else _workers_per_device(num_workers, mesh, axis)
     chunk = own if batch_size is None else _check_batch_size(batch_size, own, num_workers)
-    spread_over = None if mesh is None else axis
-    workers = _Workers(
-        estimator, num_workers, (own // chunk, chunk), spread_over, stagger, nonfinite
-    )
+    chunks, over = (own // chunk, chunk), None if mesh is None else axis
+    workers = _Workers(estimator, num_workers, chunks, over, stagger, nonfinite)
     whole, split = PartitionSpec(), PartitionSpec(axis)
-    begin = _compiled(_begin_all, workers, mesh, (whole, whole), split)
-    step = _compiled(_step_all, workers, mesh, (whole, whole, split, split), (whole, whole, split))
+    begin = _compiled(functools.partial(_begin_all, workers), mesh, (whole, whole), split)
+    step = functools.partial(_step_all, workers)
+    step = _compiled(step, mesh, (whole, whole, split, split), (whole, whole, split))
 
     def init(key: Key, theta: Theta) -> WorkerState:
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
@@ -147,7 +148,7 @@ def average(
         return begin(key, theta)
 
     def estimate(
-        key: Key, theta: Theta, state: WorkerState, *, data: chex.ArrayTree | None = None
+        key: Key, theta: Theta, state: WorkerState, *, data: _Data = None
     ) -> tuple[Estimate, WorkerState]:
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         arguments.check_data(data, num_workers, "num_workers", what="worker")
@@ -200,17 +201,18 @@ def _begin(workers: _Workers, key: Key, theta: Theta, index: jax.Array) -> Worke
 
     def run(number, state):
         drawn = jax.random.fold_in(jax.random.fold_in(key, _BURN_IN), number)
-        return _estimate_each(estimator, _keys(drawn, index), theta, state)[1]
+        return _call(estimator, _keys(drawn, index), theta, state)[1]
 
     return staggering.burn_in(run, state, index, num_workers, estimator.truncation)
 
 
 def _step_all(
-    workers: _Workers, key: Key, theta: Theta, state: WorkerState, data: chex.ArrayTree | None
+    workers: _Workers, key: Key, theta: Theta, state: WorkerState, data: _Data
 ) -> tuple[Estimate, tuple[jax.Array, jax.Array], WorkerState]:
-    """One call of this device's workers: the estimate, counts of workers, their new states.
+    """One call of this device's workers, chunk by chunk.
 
-    The counts are the workers in the mean, and the workers with a non-finite loss.
+    Returns:
+        The estimate; how many workers are in it, and how many had a non-finite loss; the states.
     """
 
     def chunk(total, inputs):
@@ -230,15 +232,10 @@ def _step_all(
 
 
 def _step(
-    workers: _Workers,
-    key: Key,
-    theta: Theta,
-    index: jax.Array,
-    state: WorkerState,
-    data: chex.ArrayTree | None,
+    workers: _Workers, key: Key, theta: Theta, index: jax.Array, state: WorkerState, data: _Data
 ) -> tuple[mean_and_variance.Moments, WorkerState]:
     """One call of the workers ``index``: the moments of their estimates, and their new states."""
-    each, after = _estimate_each(workers.estimator, _keys(key, index), theta, state, data)
+    each, after = _call(workers.estimator, _keys(key, index), theta, state, data)
     finite = _finite(each)
     good = finite if workers.nonfinite == "drop" else jnp.ones_like(finite)
     episode = after.episode._replace(t=jnp.where(good, after.episode.t, 0))
@@ -247,14 +244,10 @@ def _step(
     return mean_and_variance.of(each, finite, good), after._replace(episode=episode)
 
 
-def _estimate_each(
-    estimator: GradientEstimator,
-    keys: Key,
-    theta: Theta,
-    state: WorkerState,
-    data: chex.ArrayTree | None = None,
+def _call(
+    estimator: GradientEstimator, keys: Key, theta: Theta, state: WorkerState, data: _Data = None
 ) -> tuple[Estimate, WorkerState]:
-    """One call of every worker; keys, states, data and results have a leading axis."""
+    """One call of every worker; all but theta have a leading axis."""
 
     def one(key, state, data):
         return estimator.estimate(key, theta, state, data=data)
@@ -276,13 +269,11 @@ def _indices(workers: _Workers) -> jax.Array:
 
 def _compiled(
     function: Callable,
-    workers: _Workers,
     mesh: Mesh | None,
     in_specs: tuple[PartitionSpec, ...],
     out_specs: tuple[PartitionSpec, ...] | PartitionSpec,
 ) -> Callable:
-    """``function(workers, ...)`` under ``jit``, spread over the mesh if there is one."""
-    function = functools.partial(function, workers)
+    """The function under ``jit``, spread over the mesh if there is one."""
     if mesh is None:
         return jax.jit(function)
     # `check_vma=False`, as in jax.pmap: the types do not say what differs between devices. Else
