@@ -19,10 +19,11 @@ from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import make_worker_mesh
 from unrollgrad.diagnostics import statistics
 from unrollgrad.diagnostics.report import Comparison
+from unrollgrad.diagnostics.statistics import Row
 from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem, WorkerState
 
 CHAIN = 20
-"""Episodes in a chain: the long run is 20 n updates, n per episode."""
+"""The number of episodes in a chain: the long run is 20 n updates, n per episode."""
 
 
 def compare(
@@ -38,55 +39,55 @@ def compare(
     devices: int = 1,
     matmul_precision: str | None = "highest",
     progress: Callable[[str, int, int], None] | None = None,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
+    on_row: Callable[[Row], None] | None = None,
 ) -> Comparison:
     """Measures bias, variance and cost of estimators at a frozen theta.
 
-    A sample is one episode of a fresh estimator: the mean of its ``grad`` over the n = T/K windows,
-    so that all estimators aim at the gradient of J. Samples are independent.
+    A sample is the mean of ``grad`` over the n = T/K windows of one episode of a fresh worker, so
+    that all estimators aim at the gradient of J. Samples are independent.
 
-    The variance of a sample is not all: an outer optimizer averages over many updates, and the
-    errors of consecutive updates may add up (a worker that keeps its noise) or cancel.
-    ``variance_of_mean[U]`` is the trace of the variance of the mean of U consecutive updates, times
-    U/n, that is per episode spent. U = 1 is an update at a random place of an episode, the cycle of
-    the windows' own means included; U = n a whole episode, ``variance``; U = 20 n the long run,
-    from chains of 20 episodes. An estimator whose update is a whole episode has n = 1.
+    An outer optimizer averages over many updates, and the errors of consecutive updates may add up
+    (a worker that keeps its noise) or cancel. Therefore ``variance_of_mean[U]`` is the trace of the
+    covariance of the mean of U consecutive updates, times U/n, that is per episode spent. U = 1 is
+    one update at a random place of an episode and includes how the windows' means differ; U = n is
+    a whole episode, ``variance``; U = 20 n is the long run, measured on chains of 20 episodes. An
+    estimator whose update is a whole episode has n = 1.
 
     Args:
         problem: The inner loop, with a static horizon.
-        theta: Where to measure; it stays as it is.
-        estimators: By name.
-        reference: The gradient of J: a tree like theta, taken as exact; or an unbiased estimator,
-            of which ``num_samples`` are drawn and whose noise is accounted for. Evolution
-            strategies estimate the gradient of the smoothed J, so that against J's own they show
-            the smoothing, O(sigma^2), as bias.
+        theta: The outer parameters at which everything is measured.
+        estimators: The estimators by name.
+        reference: The gradient of J: a tree like theta, taken as exact, or an unbiased estimator;
+            the noise of its ``num_samples`` samples is accounted for. Evolution strategies estimate
+            the gradient of the smoothed J: against the gradient of J itself, their bias contains
+            the effect of smoothing, O(sigma^2).
         num_samples: Samples per estimator, at least 3.
-        key: Of all samples.
-        num_chains: Samples that run on for 19 more episodes, at least 3, or 0 to leave U = 20 n
-            out; below ten its standard error is rough. By default num_samples / 20 and at least 3;
-            with many samples this doubles the time. It is spent by full dispatches.
-        batch_size: Samples per dispatch, in parallel: more is faster and takes more memory.
-        devices: Over how many the samples of a dispatch are spread; they stay the same numbers.
-            With several processes it has to be all of them, and every process gets the result.
-            With an estimator that is spread over a mesh itself, ``average(mesh=)``: 1.
-        matmul_precision: Of all matrix products, as in ``jax.default_matmul_precision``; None is
-            JAX's own choice for the device. Less than "highest" (TF32 on GPUs, bfloat16 on TPUs)
-            swallows the differences L(theta + eps) - L(theta - eps) at small sigma.
-        progress: Called as ``progress(name, done, total)`` after each dispatch.
-        on_row: Called with each row as soon as it is measured.
+        key: The PRNG key of all samples.
+        num_chains: Samples that continue for 19 more episodes, in full batches: at least 3 (below
+            ten the standard error is rough), or 0 to leave U = 20 n out. The default is
+            num_samples / 20, but at least 3; with many samples this doubles the time.
+        batch_size: Samples computed in parallel: more is faster and takes more memory.
+        devices: The number of devices that share a batch; it does not change the samples. Several
+            processes have to share all devices, and each gets the result. If an estimator uses a
+            mesh itself, ``average(mesh=)``, pass 1.
+        matmul_precision: As in ``jax.default_matmul_precision``; None leaves the choice to JAX.
+            Less than "highest" (TF32 on GPUs, bfloat16 on TPUs) swallows the differences
+            L(theta + eps) - L(theta - eps) at small sigma.
+        progress: A function called as ``progress(name, done, total)`` after each batch.
+        on_row: A function called with each row as soon as it is measured.
 
     Returns:
         A ``Comparison``; its ``rows`` are dicts with ``name, norm, bias, bias_se, variance,
         norm_ratio, cosine, snr, nmse, reference_norm, variance_of_mean, variance_of_mean_se,
         num_windows, inner_steps, seconds, compile_seconds, num_nonfinite``. ``inner_steps`` and
-        ``seconds`` are per sample, compilation not counted; ``squared_bias`` and
-        ``squared_bias_se`` are what to average over repetitions; ``num_nonfinite`` is that of all
-        samples, and where it is not 0 ``average`` has left workers out, which biases.
+        ``seconds`` are per sample, without compilation; average ``squared_bias`` and
+        ``squared_bias_se`` over repetitions; ``num_nonfinite`` counts over all samples, and if it
+        is not 0, ``average`` has left workers out, which biases.
 
     Raises:
-        ValueError: For a sampled horizon, fewer than 3 samples, no estimators, one of another
-            problem's truncation, more devices than there are, or a reference of another structure
-            than theta.
+        ValueError: If the horizon is sampled, there are fewer than 3 samples, ``estimators`` is
+            empty, an estimator's truncation does not divide the horizon, ``devices`` exceeds the
+            devices that exist, or ``reference`` differs from theta in structure.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -98,11 +99,225 @@ def compare(
         (1, [1, 5, 100])
 
     References:
-        The protocol of Vicol et al., ICML 2021, arXiv:2112.13835 (theta frozen, whole episodes),
-        extended to U updates.
+        Vicol et al., ICML 2021, arXiv:2112.13835 (theta frozen, whole episodes); U updates are new.
     """
     horizon = inner_loop.static_horizon(problem, "compare")
     theta, key = arguments.floating_theta(theta), arguments.typed_key(key)
+    num_samples, num_chains = _check_counts(num_samples, num_chains)
+    devices = arguments.num_devices(devices)
+    if jax.process_count() > 1 and devices < jax.device_count():
+        raise ValueError(
+            f"`devices` must be all {jax.device_count()} where there are several processes; got "
+            f"devices={devices}: a process without a device in it could not take part."
+        )
+    if not estimators:
+        raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
+    for name, estimator in estimators.items():
+        _check_estimator(name, estimator, horizon)
+    size = -(-num_samples // -(-num_samples // arguments.positive_int("batch_size", batch_size)))
+    size = -(-size // devices) * devices
+    setup = _Setup(theta, key, horizon, num_samples, size, devices, progress)
+
+    with jax.default_matmul_precision(matmul_precision):
+        if isinstance(reference, GradientEstimator):
+            _check_estimator("reference", reference, horizon)
+            truth = _draw(setup, " reference", reference).samples
+        else:
+            truth = _flat_reference(reference, theta)
+        rows, samples = [], {}
+        for name, estimator in estimators.items():
+            drawn = _draw(setup, name, estimator, num_chains)
+            samples[name] = drawn.samples
+            rows.append({"name": name, **statistics.describe(drawn.samples, truth)})
+            rows[-1] |= _of_means(drawn, horizon // (estimator.truncation or horizon)) | drawn.cost
+            if on_row is not None:
+                on_row(rows[-1])
+    settings = {"num_samples": num_samples, "num_chains": num_chains, "devices": devices}
+    return Comparison(rows, samples, truth, settings | {"matmul_precision": matmul_precision})
+
+
+class _Setup(NamedTuple):
+    """What all estimators of one comparison share."""
+
+    theta: Theta
+    key: Key
+    horizon: int
+    num_samples: int
+    size: int  # samples in one batch, a multiple of ``devices``
+    devices: int
+    progress: Callable[[str, int, int], None] | None
+
+
+class _Batch(NamedTuple):
+    """The samples that are computed together."""
+
+    key: Key
+    index: jax.Array  # the numbers of the samples
+    theta: Theta
+
+
+class _Drawn(NamedTuple):
+    samples: np.ndarray  # (num_samples, P)
+    scatter: np.ndarray  # (num_samples,): mean over the windows of |grad - the sample|^2
+    chains: np.ndarray  # (num_chains, P)
+    cost: Row
+
+
+def _draw(setup: _Setup, name: str, estimator: GradientEstimator, num_chains: int = 0) -> _Drawn:
+    """Draws the samples of one estimator; the first ``num_chains`` continue as chains."""
+    key = jax.random.fold_in(setup.key, zlib.crc32(name.encode()))  # whatever the other names are
+    size = setup.size  # of every batch: surplus samples of the last batch are dropped
+    batches = [
+        _Batch(key, first + jnp.arange(size), setup.theta)
+        for first in range(0, setup.num_samples, size)
+    ]
+    begun = time.perf_counter()
+    begin, run_episode = _compile(setup, name, estimator, batches[0])
+    compile_seconds = time.perf_counter() - begun
+
+    lengths = [CHAIN if i * size < num_chains else 1 for i in range(len(batches))]
+    total = size * sum(lengths)
+    samples, scatter, chains, nonfinite, steps, seconds, done = [], [], [], 0, 0, 0.0, 0
+    for batch, length in zip(batches, lengths, strict=True):
+        state = begin(batch)
+        episodes = []
+        for e in range(length):
+            begun = time.perf_counter()
+            result, state = run_episode(batch, jnp.int32(e), state)
+            result = _fetched(jax.block_until_ready(result))
+            seconds += time.perf_counter() - begun
+            nonfinite += int(np.sum(result.num_nonfinite))
+            steps = int(np.ravel(result.inner_steps)[0])
+            leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(result.grad)]
+            episodes.append(np.concatenate([g.reshape(size, -1) for g in leaves], axis=1))
+            if e == 0:
+                scatter.append(np.asarray(result.scatter, np.float64))
+            done += size
+            if setup.progress is not None:
+                setup.progress(name, done, total)
+        samples.append(episodes[0])
+        if length > 1:
+            chains.append(np.mean(episodes, axis=0))
+    cost = {
+        "inner_steps": steps,
+        "seconds": seconds / total,
+        "compile_seconds": compile_seconds,
+        "num_nonfinite": nonfinite,
+    }
+    drawn = np.concatenate(samples)[: setup.num_samples]
+    chained = np.concatenate([np.zeros((0, drawn.shape[1])), *chains])[:num_chains]
+    return _Drawn(drawn, np.concatenate(scatter)[: setup.num_samples], chained, cost)
+
+
+def _compile(
+    setup: _Setup, name: str, estimator: GradientEstimator, batch: _Batch
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """The two programs of an estimator, for batches like this one: ``_begin`` and ``_episode``."""
+    # ``init`` sees theta's values here; under the jits below it could not check them.
+    state = jax.eval_shape(lambda key: estimator.init(key, setup.theta), batch.key)
+    if isinstance(state, CurriculumState):
+        raise ValueError(
+            f"estimator {name!r} is a curriculum, which has no bias and variance of its own. "
+            "Compare its stages, each as an estimator."
+        )
+    # _begin runs once per batch and does little: XLA's optimisation takes longer than it saves.
+    on_cpu = jax.default_backend() == "cpu"
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if on_cpu else {}
+    begin = _begin.lower(estimator, setup.devices, batch).compile(options)
+    states = jax.eval_shape(_begin, estimator, setup.devices, batch)
+    static = (estimator, setup.devices, setup.horizon)
+    return begin, _episode.lower(*static, batch, jnp.int32(0), states).compile()
+
+
+# The estimator is static, so that another theta, seed or call of ``compare`` compiles nothing new.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(estimator, devices, batch):
+    """The states of fresh workers, one for each sample."""
+
+    def one(key, i, theta):
+        return estimator.init(jax.random.fold_in(jax.random.fold_in(key, i), 0), theta)
+
+    return _for_each_sample(one, devices, (None, 0, None))(*batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _episode(estimator, devices, horizon, batch, e, states):
+    """Runs every sample's episode number ``e``: its ``EpisodeMean``, and the workers' states."""
+
+    def one(key, i, theta, e, state):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, i), 1), e)
+        return episode_mean(estimator, key, theta, state, horizon)
+
+    return _for_each_sample(one, devices, (None, 0, None, None, 0))(*batch, e, states)
+
+
+class EpisodeMean(NamedTuple):
+    """An estimator's calls over one episode."""
+
+    grad: Theta  # the mean over the windows, at least float32
+    scatter: jax.Array  # the mean over the windows of |their grad - that mean|^2
+    inner_steps: jax.Array
+    num_nonfinite: jax.Array  # windows with a non-finite loss; under ``average`` workers left out
+
+
+def episode_mean(
+    estimator: GradientEstimator, key: Key, theta: Theta, state: WorkerState, horizon: int
+) -> tuple[EpisodeMean, WorkerState]:
+    """Calls the estimator over one episode at frozen theta; returns also the worker's state."""
+    num_windows = horizon // (estimator.truncation or horizon)
+
+    def call(carry, i):
+        state, (mean, scatter, steps, nonfinite) = carry
+        estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
+        # Welford's recursion: it subtracts no large squares.
+        away = jax.tree.map(lambda m, g: g.astype(m.dtype) - m, mean, estimate.grad)
+        mean = jax.tree.map(lambda m, a: m + a / (i + 1), mean, away)
+        square = sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(away))
+        scatter = scatter + (square * (i / (i + 1))).astype(scatter.dtype)
+        bad = getattr(estimate.info, "num_nonfinite", ~jnp.isfinite(estimate.loss))
+        steps = steps + estimate.info.inner_steps
+        return (state, EpisodeMean(mean, scatter, steps, nonfinite + bad)), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
+    widest = jnp.result_type(*jax.tree.leaves(zero))
+    begin = EpisodeMean(zero, jnp.zeros((), widest), jnp.int32(0), jnp.int32(0))
+    carry = mesh_axes.over(mesh_axes.axes((key, theta, state)), (state, begin))
+    (state, mean), _ = jax.lax.scan(call, carry, jnp.arange(num_windows))
+    return mean._replace(scatter=mean.scatter / num_windows), state
+
+
+def _for_each_sample(function: Callable[..., Any], devices: int, axes: tuple) -> Callable[..., Any]:
+    """``jax.vmap(function, axes)``, with the mapped arguments and the results over the devices."""
+    each = jax.vmap(function, axes)
+    if devices == 1:
+        return each
+    mesh = make_worker_mesh(devices, axis="samples")
+    split, whole = PartitionSpec("samples"), PartitionSpec()
+    in_specs = tuple(whole if axis is None else split for axis in axes)
+    return jax.shard_map(each, mesh=mesh, in_specs=in_specs, out_specs=split)
+
+
+def _fetched(result: EpisodeMean) -> EpisodeMean:
+    """``result`` as numpy arrays, with the parts that other processes hold."""
+    if jax.process_count() == 1:
+        return jax.device_get(result)
+    return multihost_utils.process_allgather(result, tiled=True)
+
+
+def _of_means(drawn: _Drawn, num_windows: int) -> Row:
+    """``variance_of_mean`` and its standard errors, by U."""
+    squares = statistics.squares(drawn.samples)
+    terms = {1: (drawn.scatter + squares) / num_windows, num_windows: squares}
+    if len(drawn.chains):
+        terms[CHAIN * num_windows] = CHAIN * statistics.squares(drawn.chains)
+    return {
+        "variance_of_mean": {u: float(np.mean(x)) for u, x in terms.items()},
+        "variance_of_mean_se": {u: statistics.standard_error(x) for u, x in terms.items()},
+        "num_windows": num_windows,
+    }
+
+
+def _check_counts(num_samples: int, num_chains: int | None) -> tuple[int, int]:
     num_samples = arguments.positive_int("num_samples", num_samples)
     if num_samples < 3:
         raise ValueError(
@@ -115,208 +330,7 @@ def compare(
             "`num_chains` must be 0, or at least 3 and at most `num_samples`; got "
             f"num_chains={num_chains} and num_samples={num_samples}."
         )
-    devices = arguments.num_devices(devices)
-    if jax.process_count() > 1 and devices < jax.device_count():
-        raise ValueError(
-            f"`devices` must be all {jax.device_count()} where there are several processes; got "
-            f"devices={devices}: a process without a device in it could not take part."
-        )
-    if not estimators:
-        raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
-    for name, estimator in estimators.items():
-        _check_estimator(name, estimator, horizon)
-    size = -(-num_samples // -(-num_samples // arguments.positive_int("batch_size", batch_size)))
-    plan = _Plan(horizon, num_samples, -(-size // devices) * devices, devices)
-
-    with jax.default_matmul_precision(matmul_precision):
-        if isinstance(reference, GradientEstimator):
-            _check_estimator("reference", reference, horizon)
-            truth = _draw(plan, " reference", reference, key, theta, 0, progress).samples
-        else:
-            truth = _flat_reference(reference, theta)
-        rows, samples = [], {}
-        for name, estimator in estimators.items():
-            drawn = _draw(plan, name, estimator, key, theta, num_chains, progress)
-            samples[name] = drawn.samples
-            rows.append({"name": name, **statistics.describe(drawn.samples, truth)})
-            rows[-1] |= _of_means(drawn, horizon // (estimator.truncation or horizon)) | drawn.cost
-            if on_row is not None:
-                on_row(rows[-1])
-    settings = {
-        "num_samples": num_samples,
-        "num_chains": num_chains,
-        "matmul_precision": matmul_precision,
-        "devices": devices,
-    }
-    return Comparison(rows, samples, truth, settings)
-
-
-class _Plan(NamedTuple):
-    horizon: int
-    num_samples: int
-    size: int  # samples in one dispatch, a multiple of the devices
-    devices: int
-
-
-class _Drawn(NamedTuple):
-    samples: np.ndarray  # (num_samples, P)
-    scatter: np.ndarray  # (num_samples,): mean over the windows of |grad - the sample|^2
-    chains: np.ndarray  # (num_chains, P)
-    cost: dict[str, Any]
-
-
-def _draw(
-    plan: _Plan,
-    name: str,
-    estimator: GradientEstimator,
-    key: Key,
-    theta: Theta,
-    num_chains: int,
-    progress: Callable[[str, int, int], None] | None,
-) -> _Drawn:
-    """Draws the samples of one estimator, of which the first ``num_chains`` run on."""
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # whatever the other names are
-    fixed = (estimator, plan.devices)
-    begun = time.perf_counter()
-    index = jnp.arange(plan.size)
-    # With theta itself: what its values say against it cannot be seen in a trace over theta.
-    state = jax.eval_shape(lambda key: estimator.init(key, theta), key)
-    if isinstance(state, CurriculumState):
-        raise ValueError(
-            f"estimator {name!r} is a curriculum, which has no bias and variance of its own. "
-            "Compare its stages, each as an estimator."
-        )
-    # It runs once per sample and does little: XLA's optimisation would take longer than that saves.
-    on_cpu = jax.default_backend() == "cpu"
-    quickly: Any = {"xla_backend_optimization_level": 0} if on_cpu else {}
-    start = _begin.lower(*fixed, key, index, theta).compile(quickly)
-    states = jax.eval_shape(_begin, *fixed, key, index, theta)
-    program = _episode.lower(
-        *fixed, plan.horizon, key, index, jnp.int32(0), theta, states
-    ).compile()
-    compile_seconds = time.perf_counter() - begun
-
-    calls = -(-plan.num_samples // plan.size)
-    calls_with_chains = -(-num_chains // plan.size)
-    total = plan.size * (calls + (CHAIN - 1) * calls_with_chains)
-    samples, scatter, chains, nonfinite, seconds, done = [], [], [], 0, 0.0, 0
-    steps = np.zeros(1)
-    for i in range(calls):  # equal dispatches: a last few samples too many are dropped
-        index = i * plan.size + jnp.arange(plan.size)
-        state = start(key, index, theta)
-        episodes = []
-        for e in range(CHAIN if i < calls_with_chains else 1):
-            begun = time.perf_counter()
-            result, state = program(key, index, jnp.int32(e), theta, state)
-            grads, spread, steps, bad = _fetched(jax.block_until_ready(result))
-            seconds += time.perf_counter() - begun
-            nonfinite += int(np.sum(bad))
-            leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
-            episodes.append(np.concatenate([g.reshape(plan.size, -1) for g in leaves], axis=1))
-            if e == 0:
-                scatter.append(np.asarray(spread, np.float64))
-            done += plan.size
-            if progress is not None:
-                progress(name, done, total)
-        samples.append(episodes[0])
-        if len(episodes) > 1:
-            chains.append(np.mean(episodes, axis=0))
-    cost = {
-        "inner_steps": int(np.ravel(steps)[0]),
-        "seconds": seconds / total,
-        "compile_seconds": compile_seconds,
-        "num_nonfinite": nonfinite,
-    }
-    drawn = np.concatenate(samples)[: plan.num_samples]
-    chained = np.concatenate([np.zeros((0, drawn.shape[1])), *chains])[:num_chains]
-    return _Drawn(drawn, np.concatenate(scatter)[: plan.num_samples], chained, cost)
-
-
-# The estimator is static, so that another theta, seed or call of ``compare`` compiles nothing new.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(estimator, devices, key, index, theta):
-    """The state of every sample's fresh worker."""
-
-    def one(key, theta, i):
-        return estimator.init(jax.random.fold_in(jax.random.fold_in(key, i), 0), theta)
-
-    each = _over_devices(jax.vmap(one, in_axes=(None, None, 0)), devices, (False, False, True))
-    return each(key, theta, index)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _episode(estimator, devices, horizon, key, index, e, theta, states):
-    """Every sample's episode number ``e``: what ``episode_mean`` returns, and the states."""
-
-    def one(key, theta, e, i, state):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, i), 1), e)
-        return episode_mean(estimator, key, theta, state, horizon)
-
-    each = jax.vmap(one, in_axes=(None, None, None, 0, 0))
-    split = (False, False, False, True, True)
-    return _over_devices(each, devices, split)(key, theta, e, index, states)
-
-
-def episode_mean(
-    estimator: GradientEstimator, key: Key, theta: Theta, state: WorkerState, horizon: int
-) -> tuple[tuple[Theta, jax.Array, jax.Array, jax.Array], WorkerState]:
-    """One episode's worth of calls at frozen theta.
-
-    Returns:
-        The mean of ``grad`` over the windows, at least float32; the mean over the windows of their
-        |grad - that mean|^2; the inner steps spent; the number of windows with a non-finite loss,
-        under ``average`` of workers left out; and the worker's state.
-    """
-    num_windows = horizon // (estimator.truncation or horizon)
-
-    def call(carry, i):
-        state, mean, scatter, steps, nonfinite = carry
-        estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
-        # Welford's recursion: no difference of large squares.
-        away = jax.tree.map(lambda m, g: g.astype(m.dtype) - m, mean, estimate.grad)
-        mean = jax.tree.map(lambda m, a: m + a / (i + 1), mean, away)
-        square = sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(away))
-        scatter = scatter + (square * (i / (i + 1))).astype(scatter.dtype)
-        bad = getattr(estimate.info, "num_nonfinite", ~jnp.isfinite(estimate.loss))
-        return (state, mean, scatter, steps + estimate.info.inner_steps, nonfinite + bad), None
-
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
-    widest = jnp.result_type(*jax.tree.leaves(zero))
-    begin = (state, zero, jnp.zeros((), widest), jnp.int32(0), jnp.int32(0))
-    begin = mesh_axes.over(mesh_axes.axes((key, theta, state)), begin)
-    out, _ = jax.lax.scan(call, begin, jnp.arange(num_windows))
-    state, mean, scatter, steps, nonfinite = out
-    return (mean, scatter / num_windows, steps, nonfinite), state
-
-
-def _over_devices(function: Callable, devices: int, split: tuple[bool, ...]) -> Callable:
-    """``function`` with the marked arguments and all results split over the devices."""
-    if devices == 1:
-        return function
-    mesh = make_worker_mesh(devices, axis="samples")
-    each, whole = PartitionSpec("samples"), PartitionSpec()
-    in_specs = tuple(each if s else whole for s in split)
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=each)
-
-
-def _fetched(tree: Any) -> Any:
-    """As numpy arrays, also what other processes hold."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def _of_means(drawn: _Drawn, num_windows: int) -> dict[str, Any]:
-    """``variance_of_mean`` and its standard errors, by U."""
-    squares = statistics.squares(drawn.samples)
-    terms = {1: (drawn.scatter + squares) / num_windows, num_windows: squares}
-    if len(drawn.chains):
-        terms[CHAIN * num_windows] = CHAIN * statistics.squares(drawn.chains)
-    return {
-        "variance_of_mean": {u: float(np.mean(x)) for u, x in terms.items()},
-        "variance_of_mean_se": {u: statistics.standard_error(x) for u, x in terms.items()},
-        "num_windows": num_windows,
-    }
+    return num_samples, num_chains
 
 
 def _check_estimator(name: str, estimator: GradientEstimator, horizon: int) -> None:

@@ -1,4 +1,4 @@
-"""What ``compare`` returns, and its table, picture and files."""
+"""The result of ``compare``, and its table, picture and files."""
 
 import csv
 import functools
@@ -8,12 +8,17 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 
 from unrollgrad._core import optional_packages
+from unrollgrad.diagnostics.statistics import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     "name": "estimator",
@@ -37,29 +42,29 @@ class Comparison(NamedTuple):
 
     Attributes:
         rows: One dict per estimator; see ``compare``.
-        samples: The raw samples by name, float64 of shape (num_samples, P), leaves of theta
-            flattened in order.
-        reference: Samples of the reference, (m, P); one row where it is exact.
-        settings: How it was measured: num_samples, num_chains, matmul_precision, devices.
+        samples: The raw samples by name, float64 of shape (num_samples, P): the leaves of theta,
+            flattened, in order.
+        reference: Samples of the reference, (m, P); m = 1 if it is exact.
+        settings: The settings: num_samples, num_chains, matmul_precision, devices.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     samples: dict[str, np.ndarray]
     reference: np.ndarray
-    settings: dict[str, Any]
+    settings: dict[str, int | str | None]
 
     def table(self) -> None:
         """Prints the rows. Needs rich (``pip install "unrollgrad[experiments]"``)."""
         print_table(self.rows)
 
-    def plot(self) -> Any:
+    def plot(self) -> "Figure":
         """Draws bias against noise, variance against U, and the error against its cost.
 
-        Left: a triangle is an upper limit, where no bias was seen. Middle: ``variance_of_mean``,
+        Left: a triangle is an upper limit, drawn if no bias was seen. Middle: ``variance_of_mean``,
         the variance per episode spent when U consecutive updates are averaged. Right: the squared
-        error against inner steps, from what was measured (the point: equal workers, if all have as
-        many) to 1000 times as many workers; at equal inner steps, read it vertically. Dotted
-        where a bias that this measurement could not see would show.
+        error against inner steps, from the measured number of workers (the point) to 1000 times as
+        many; a vertical line compares estimators at equal inner steps. It is dotted where a bias
+        too small for this measurement could dominate.
 
         Returns:
             A matplotlib figure. Needs matplotlib (``pip install "unrollgrad[experiments]"``).
@@ -69,11 +74,11 @@ class Comparison(NamedTuple):
     def save(self, folder: str | Path) -> Path:
         """Writes ``metrics.csv``, ``samples.npz``, ``summary.json`` and ``figure.png``.
 
-        The CSV is long, one line per estimator and metric; the raw samples are an array
+        The CSV has one line per estimator and metric; the raw samples are an array
         (estimators, num_samples, P) beside the estimators' names.
 
         Returns:
-            The folder, made where it did not exist.
+            The folder, which is made if it does not exist.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +87,8 @@ class Comparison(NamedTuple):
             writer.writerow(["estimator", "metric", "value"])
             for row in self.rows:
                 writer.writerows([row["name"], *item] for item in metrics(row).items())
-        names = np.array(list(self.samples))
-        np.savez_compressed(
-            folder / "samples.npz", estimators=names, samples=list(self.samples.values())
-        )
+        names, samples = list(self.samples), list(self.samples.values())
+        np.savez_compressed(folder / "samples.npz", estimators=names, samples=samples)
         summary = {
             "rows": self.rows,
             "settings": self.settings,
@@ -93,13 +96,12 @@ class Comparison(NamedTuple):
             "environment": environment(),
         }
         write_json(folder / "summary.json", summary)
-        figure = self.plot()
-        figure.savefig(folder / "figure.png", dpi=150)
+        self.plot().savefig(folder / "figure.png", dpi=150)
         return folder
 
 
-def metrics(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers by metric; ``variance_of_mean`` by its U, as ``variance_of_mean[100]``."""
+def metrics(row: Row) -> dict[str, float]:
+    """A row's numbers by metric; ``variance_of_mean`` at U = 100 as ``variance_of_mean[100]``."""
     flat = {}
     for metric, value in row.items():
         if isinstance(value, dict):
@@ -109,9 +111,9 @@ def metrics(row: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def row_of(name: str, flat: dict[str, float]) -> dict[str, Any]:
-    """The row that ``metrics`` made flat."""
-    row: dict[str, Any] = {"name": name}
+def row_of(name: str, flat: dict[str, float]) -> Row:
+    """The inverse of ``metrics``."""
+    row: Row = {"name": name}
     for metric, value in flat.items():
         if metric.endswith("]"):
             group, u = metric[:-1].split("[")
@@ -121,11 +123,8 @@ def row_of(name: str, flat: dict[str, float]) -> dict[str, Any]:
     return row
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes strict JSON; a number that is not finite (the SNR without spread) becomes null.
-
-    The file is there whole, or as it was before.
-    """
+def write_json(path: Path, content: object) -> None:
+    """Writes strict JSON, all of it or nothing; a number that is not finite becomes null."""
 
     def finite(x):
         if isinstance(x, dict):
@@ -139,13 +138,13 @@ def write_json(path: Path, content: Any) -> None:
     new.replace(path)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device and flags: what a number depends on besides the settings."""
-    versions = {name: importlib.import_module(name).__version__ for name in _RECORDED}
+def environment() -> dict[str, object]:
+    """Versions, device and flags: the numbers depend on these besides the settings."""
+    packages = ("jax", "jaxlib", "optax", "numpy", "unrollgrad")
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        **versions,
+        **{name: importlib.import_module(name).__version__ for name in packages},
         "device": devices[0].device_kind,
         "num_devices": len(devices),
         "num_processes": jax.process_count(),
@@ -155,20 +154,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-_RECORDED = ("jax", "jaxlib", "optax", "numpy", "unrollgrad")
-
-
-def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
+def print_table(rows: list[Row], title: str | None = None) -> None:
     """Prints rows as ``Comparison.table`` does."""
     console = optional_packages.console()
     rows = [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
     columns = dict(COLUMNS)
     if len({row["inner_steps"] for row in rows}) < 2:
-        del columns["nmse_equal_steps"]  # it is the NMSE
+        del columns["nmse_equal_steps"]  # it equals the NMSE
     if all(row["long_run"] is None for row in rows):
         del columns["long_run"]
     if not any(row["num_nonfinite"] for row in rows):
-        del columns["num_nonfinite"]  # windows or workers that were not finite
+        del columns["num_nonfinite"]
     table = optional_packages.need("rich.table", "rich").Table(
         box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
         show_edge=False,
@@ -185,66 +181,60 @@ def print_table(rows: list[dict[str, Any]], title: str | None = None) -> None:
     console.print(table)
 
 
-def at_equal_steps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with ``nmse_equal_steps``: the NMSE if each had workers for the costliest's steps.
+def at_equal_steps(rows: list[Row]) -> list[Row]:
+    """Adds ``nmse_equal_steps``: the NMSE with enough workers for the costliest row's inner steps.
 
     More workers divide the variance and leave the bias.
     """
     most = max((row["inner_steps"] for row in rows), default=0)
 
-    def with_more_workers(row):
+    def with_more_workers(row: Row) -> Row:
         with np.errstate(divide="ignore", invalid="ignore"):
             gain = np.divide(row["variance"], np.square(row["reference_norm"]))
-            gain = gain * (1 - row["inner_steps"] / most)
-        return {**row, "nmse_equal_steps": float(row["nmse"] - gain)}
+            return {**row, "nmse_equal_steps": row["nmse"] - gain * (1 - row["inner_steps"] / most)}
 
     return [with_more_workers(row) for row in rows]
 
 
-def long_run(row: dict[str, Any]) -> float | None:
-    """The row's ``variance_of_mean`` over the longest run; None where only single episodes ran."""
+def long_run(row: Row) -> float | None:
+    """The row's ``variance_of_mean`` over the longest run; None if only single episodes ran."""
     values = row.get("variance_of_mean", {})
     longest = max(values, default=0)
     return values[longest] if longest > row.get("num_windows", 1) else None
 
 
-def draw(groups: dict[str, list[dict[str, Any]]]) -> Any:
+def draw(groups: dict[str, list[Row]]) -> "Figure":
     """Draws rows as ``Comparison.plot`` does, one line of panels for each named group."""
     figure = optional_packages.need("matplotlib.figure", "matplotlib").Figure(
         figsize=(14, 0.6 + 4.2 * len(groups)), layout="constrained"
     )
     lines = figure.subplots(len(groups), 3, squeeze=False)
-    handles: dict[str, Any] = {}
+    handles = {}
     for (title, rows), axes in zip(groups.items(), lines, strict=True):
-        names = {row["name"]: f"C{i % 10}" for i, row in enumerate(rows)}
         for panel, axis in zip((_bias_and_noise, _variance_of_means, _cost), axes, strict=True):
-            panel(axis, rows, names)
+            with np.errstate(divide="ignore", invalid="ignore"):  # a reference of zero
+                panel(axis, rows)
             axis.grid(alpha=0.3)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
         if title:
-            axes[0].annotate(
-                title,
-                (0, 1.1),
-                xycoords="axes fraction",
-                fontsize=12,
-                fontweight="bold",
-            )
+            axes[0].annotate(title, (0, 1.1), None, "axes fraction", fontsize=12, weight="bold")
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(len(handles), 1))
     figure._repr_png_ = functools.partial(_png, figure)  # so that a notebook shows it
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=80)
     return buffer.getvalue()
 
 
-def _bias_and_noise(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
-    norm, bias, bias_se, variance = _columns(rows, "reference_norm", "bias", "bias_se", "variance")
-    with np.errstate(divide="ignore", invalid="ignore"):  # a reference of zero
-        bias, bias_se, deviation = bias / norm, bias_se / norm, np.sqrt(variance) / norm
+def _bias_and_noise(axis: "Axes", rows: list[Row]) -> None:
+    names = ("reference_norm", "bias", "bias_se", "variance")
+    columns = [[row[name] for row in rows] for name in names]
+    norm, bias, bias_se, variance = np.array(columns, float)
+    bias, bias_se, deviation = bias / norm, bias_se / norm, np.sqrt(variance) / norm
     seen = bias > 3 * bias_se
     height = np.where(seen, bias, bias + 2 * bias_se)
     shown = np.concatenate([height, deviation])
@@ -259,86 +249,63 @@ def _bias_and_noise(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str
         return
     axis.set(xscale="log", yscale="log")
     for i, row in enumerate(rows):
-        axis.errorbar(
-            max(deviation[i], floor),
-            max(height[i], floor),
-            yerr=bias_se[i] if seen[i] else None,
-            fmt="o" if seen[i] else "v",
-            capsize=3,
-            markersize=7,
-            color=colors[row["name"]],
-            label=row["name"],
-        )
+        place = max(deviation[i], floor), max(height[i], floor)
+        error, marker = (bias_se[i], "o") if seen[i] else (None, "v")
+        style = {"capsize": 3, "markersize": 7, "color": f"C{i}", "label": row["name"]}
+        axis.errorbar(*place, yerr=error, fmt=marker, **style)
         if height[i] == 0:
-            axis.annotate(
-                "0", (max(deviation[i], floor), floor), xytext=(6, 0), textcoords="offset points"
-            )
+            axis.annotate("0", place, xytext=(6, 0), textcoords="offset points")
 
 
-def _variance_of_means(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+def _variance_of_means(axis: "Axes", rows: list[Row]) -> None:
     axis.set(
         xscale="log",
         xlabel="updates averaged, in episodes (U/n)",
         ylabel="variance of their mean × U/n / |g|²",
         title="variance per episode spent",
     )
-    for row in rows:
+    for i, row in enumerate(rows):
         u, values = np.array(list(row["variance_of_mean"].items()), float).reshape(-1, 2).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = values / np.square(row["reference_norm"])
-            errors = np.array(list(row["variance_of_mean_se"].values()))
-            errors = errors / np.square(row["reference_norm"])
+        values = values / np.square(row["reference_norm"])
+        errors = np.array(list(row["variance_of_mean_se"].values()))
+        errors = np.minimum(errors / np.square(row["reference_norm"]), 0.9 * values)
         shown = _positive(values)
         if shown.any():
             axis.set_yscale("log")
-            axis.errorbar(
-                u[shown] / row["num_windows"],
-                values[shown],
-                yerr=np.minimum(errors, 0.9 * values)[shown],
-                fmt="o-",
-                capsize=3,
-                markersize=5,
-                color=colors[row["name"]],
-            )
+            style = {"fmt": "o-", "capsize": 3, "markersize": 5, "color": f"C{i}"}
+            axis.errorbar(u[shown] / row["num_windows"], values[shown], errors[shown], **style)
 
 
-def _cost(axis: Any, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+def _cost(axis: "Axes", rows: list[Row]) -> None:
     axis.set(
         xlabel="inner steps per estimate",
         ylabel="squared error / |g|² (NMSE)",
         title="error as workers are added",
     )
     more = np.geomspace(1, 1000, 60)
-    for row in rows:
+    for i, row in enumerate(rows):
+        norm = np.float64(row["reference_norm"])
         seen = row["bias"] > 3 * row["bias_se"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            norm = np.float64(row["reference_norm"])
-            bias = row["bias"] / norm if seen else 0.0
-            hidden = 0.0 if seen else (row["bias"] + 2 * row["bias_se"]) / norm
-            noise = row["variance"] / norm**2 / more
+        bias = row["bias"] / norm if seen else 0.0
+        hidden = 0.0 if seen else (row["bias"] + 2 * row["bias_se"]) / norm
+        noise = row["variance"] / norm**2 / more
         error = bias**2 + noise
         if not _positive(error).all():
             continue
         axis.set(xscale="log", yscale="log")
-        color, steps = colors[row["name"]], row["inner_steps"] * more
+        steps = row["inner_steps"] * more
         known = max(int(np.sum(noise >= hidden**2)), 1)
-        axis.plot(steps[:known], error[:known], marker="o", markevery=[0], color=color)
-        axis.plot(steps[known - 1 :], error[known - 1 :], linestyle=":", color=color)
-
-
-def _columns(rows: list[dict[str, Any]], *names: str) -> list[np.ndarray]:
-    return [np.array([row[name] for row in rows], float) for name in names]
+        axis.plot(steps[:known], error[:known], marker="o", markevery=[0], color=f"C{i}")
+        axis.plot(steps[known - 1 :], error[known - 1 :], linestyle=":", color=f"C{i}")
 
 
 def _positive(x: np.ndarray) -> np.ndarray:
     return (x > 0) & np.isfinite(x)
 
 
-def _format(column: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
+def _format(column: str, value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
     if column in ("inner_steps", "num_nonfinite"):
         return f"{value:.0f}"
     two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000

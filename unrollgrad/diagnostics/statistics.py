@@ -1,11 +1,15 @@
 """Bias, variance and their errors from independent samples of a vector. Plain NumPy, float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+Row = dict[str, Any]
+"""The numbers of one estimator by name, among them ``name`` and dicts by U: see ``compare``."""
 
-def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+
+def describe(samples: np.ndarray, reference: np.ndarray) -> Row:
     """Compares samples of an estimator with samples of a reference.
 
     Args:
@@ -13,7 +17,7 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         reference: Shape (m, P); m = 1 means that it is exact.
 
     Returns:
-        ``norm`` |mean|; ``bias`` |mean - g| with the noise of both means taken out, and its
+        A dict with ``norm`` |mean|; ``bias`` |mean - g| without the noise of both means, and its
         jackknife standard error ``bias_se``; ``squared_bias``, which may be negative, and
         ``squared_bias_se``, to average over repetitions; ``variance``, the trace of one sample's
         covariance; ``norm_ratio`` |mean| / |g|; ``cosine`` of mean and g; ``snr`` |mean| /
@@ -21,23 +25,28 @@ def describe(samples: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     """
     mean, g = samples.mean(axis=0), reference.mean(axis=0)
     norm, g_norm = float(np.linalg.norm(mean)), float(np.linalg.norm(g))
-    variance = total_variance(samples)
     squared_bias, squared_bias_se = squared_distance(samples, reference)
-    bias = np.sqrt(max(squared_bias, 0.0))
+    row = {
+        "norm": norm,
+        "bias": float(np.sqrt(max(squared_bias, 0.0))),
+        "bias_se": root_se(squared_bias, squared_bias_se),
+        "squared_bias": squared_bias,
+        "squared_bias_se": squared_bias_se,
+        "variance": total_variance(samples),
+        "reference_norm": g_norm,
+    }
     with np.errstate(divide="ignore", invalid="ignore"):
-        return {
-            "norm": norm,
-            "bias": float(bias),
-            "bias_se": root_se(squared_bias, squared_bias_se),
-            "squared_bias": squared_bias,
-            "squared_bias_se": squared_bias_se,
-            "variance": variance,
-            "norm_ratio": float(np.divide(norm, g_norm)),
-            "cosine": float(np.divide(mean @ g, norm * g_norm)),
-            "snr": float(np.divide(norm, np.sqrt(variance))),
-            "nmse": float(np.divide(bias**2 + variance, g_norm**2)),
-            "reference_norm": g_norm,
-        }
+        row["cosine"] = float(np.divide(mean @ g, norm * g_norm))
+    return _with_ratios(row)
+
+
+def _with_ratios(row: Row) -> Row:
+    norm, reference, variance = row["norm"], row["reference_norm"], row["variance"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        row["norm_ratio"] = float(np.divide(norm, reference))
+        row["snr"] = float(np.divide(norm, np.sqrt(variance)))
+        row["nmse"] = float(np.divide(row["bias"] ** 2 + variance, reference**2))
+    return row
 
 
 def total_variance(samples: np.ndarray) -> float:
@@ -45,52 +54,45 @@ def total_variance(samples: np.ndarray) -> float:
     return float(np.mean(squares(samples)))
 
 
-def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def pooled(rows: list[Row]) -> Row:
     """One row from the rows of one estimator in independent repetitions.
 
-    Squared biases, variances and squared norms are averaged, and the ratios made of the averages:
-    the mean of roots would be biased, and that of ratios ruled by the smallest gradient.
+    Squared biases, variances and squared norms are averaged, and the ratios are made of the
+    averages: the mean of roots would be biased, and the smallest gradient would rule the mean of
+    ratios.
     """
     if len(rows) == 1:
         return rows[0]
 
-    def mean(metric):
+    def pool(metric: str, by: Callable[[list[float]], float]) -> float | dict[int, float]:
         values = [row[metric] for row in rows]
         if isinstance(values[0], dict):
-            return {u: float(np.mean([v[u] for v in values])) for u in values[0]}
-        return float(np.mean(values))
+            return {u: float(by([v[u] for v in values])) for u in values[0]}
+        return float(by(values))
 
-    def of_mean(errors):
-        return float(np.sqrt(np.sum(np.square(errors)))) / len(errors)
+    def root_mean_square(values):
+        return np.sqrt(np.mean([x**2 for x in values]))
 
-    def se_of_mean(metric):
-        values = [row[metric] for row in rows]
-        if isinstance(values[0], dict):
-            return {u: of_mean([v[u] for v in values]) for u in values[0]}
-        return of_mean(values)
+    def error_of_mean(errors):
+        return np.sqrt(np.sum(np.square(errors))) / len(errors)
 
-    out: dict[str, Any] = {k: v if isinstance(v, str) else mean(k) for k, v in rows[0].items()}
-    out |= {k: se_of_mean(k) for k in ("squared_bias_se", "variance_of_mean_se") if k in out}
-    for metric in ("norm", "reference_norm"):
-        out[metric] = float(np.sqrt(np.mean([row[metric] ** 2 for row in rows])))
+    by = dict.fromkeys(("squared_bias_se", "variance_of_mean_se"), error_of_mean)
+    by |= dict.fromkeys(("norm", "reference_norm"), root_mean_square)
+    first = rows[0].items()
+    out: Row = {k: v if isinstance(v, str) else pool(k, by.get(k, np.mean)) for k, v in first}
     out["bias"] = float(np.sqrt(max(out["squared_bias"], 0.0)))
     out["bias_se"] = root_se(out["squared_bias"], out["squared_bias_se"])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        out["norm_ratio"] = float(np.divide(out["norm"], out["reference_norm"]))
-        out["snr"] = float(np.divide(out["norm"], np.sqrt(out["variance"])))
-        error = out["bias"] ** 2 + out["variance"]
-        out["nmse"] = float(np.divide(error, out["reference_norm"] ** 2))
-    return out
+    return _with_ratios(out)
 
 
 def squares(samples: np.ndarray) -> np.ndarray:
-    """What each sample contributes to ``total_variance``, which is their mean."""
+    """Each sample's contribution to ``total_variance``, which is their mean."""
     away = samples - samples.mean(axis=0)
     return np.sum(away**2, axis=1) * len(samples) / (len(samples) - 1)
 
 
 def standard_error(x: np.ndarray) -> float:
-    """That of the mean of ``x``."""
+    """The standard error of the mean of ``x``."""
     return float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
@@ -99,7 +101,7 @@ def squared_distance(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
     Args:
         x: Shape (n, P), n >= 3.
-        y: Shape (m, P); one row is taken as exact, and m = 2 is not allowed.
+        y: Shape (m, P); m = 1 means that it is exact; m = 2 is not allowed.
     """
     value, variance = _squared_norm(x - y.mean(axis=0))
     if len(y) > 1:
@@ -119,10 +121,10 @@ def _squared_norm(x: np.ndarray) -> tuple[float, float]:
 
 
 def root_se(square: float, square_se: float) -> float:
-    """The standard error of a square root: how far down the root of one error less is.
+    """The standard error of a square root: sqrt(square) - sqrt(square - square_se).
 
-    Far from zero that is square_se / (2 root); within one error of zero sqrt(square_se), so that
-    noise never looks like a bias of several errors, as the slope of the root would have it.
+    Far from zero this is square_se / (2 root). Within one error of zero it is sqrt(square_se): the
+    slope of the root would let noise look like a bias of several errors.
     """
     if square <= square_se:
         return float(np.sqrt(square_se))

@@ -1,6 +1,6 @@
 """Canonical inner problems with known answers, for tests, examples and benchmarks.
 
-Each factory returns a NamedTuple that begins with ``problem`` and a default ``theta``.
+Each factory returns a NamedTuple that begins with ``problem`` and a default float32 ``theta``.
 """
 
 from unrollgrad.problems import theory

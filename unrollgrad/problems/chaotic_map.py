@@ -1,4 +1,4 @@
-"""The logistic map: chaos that one parameter switches on, and a cliff behind it."""
+"""The logistic map: one parameter makes it chaotic, then unbounded."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,13 @@ def chaotic_map(horizon: int = 100) -> Example:
     """s_{t+1} = theta s_t (1 - s_t) from a random s_0 in (0.1, 0.9); the step loss is s_{t+1}.
 
     Known: the Lyapunov exponent is -0.92 at theta = 3.2 (a stable cycle), +0.50 at the default
-    theta = 3.9 and ln 2 at 4. Backpropagated gradients grow like exp(0.5 t) there: after 100 steps
-    their median is 7e18, although J itself stays between 0.5 and 0.65 from theta = 3.8 to 4. Beyond
-    4 trajectories leave [0, 1] for minus infinity: with a sigma of 0.05 about one worker in a
-    hundred goes non-finite in a window of 10 steps.
+    theta = 3.9 (a scalar) and ln 2 at 4. At 3.9 backpropagated gradients grow like exp(0.5 t):
+    after 100 steps their median is 7e18, although J stays between 0.5 and 0.65 from theta = 3.8 to
+    4. Beyond 4, trajectories leave [0, 1] for minus infinity: with a sigma of 0.05 about one worker
+    in a hundred becomes non-finite in a window of 10 steps.
 
     Args:
         horizon: Inner steps in an episode.
-
-    Returns:
-        ``Example(problem, theta)``; theta is a float32 scalar, 3.9.
 
     Example:
         >>> import jax, unrollgrad as ug

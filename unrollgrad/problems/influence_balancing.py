@@ -1,4 +1,4 @@
-"""Influence balancing: the linear system on which short truncations go the wrong way."""
+"""Influence balancing: a linear system on which short truncations see the wrong sign."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,19 +10,16 @@ from unrollgrad.types import UnrolledProblem
 def influence_balancing(horizon: int = 3000) -> Example:
     """A 23-dimensional linear system driven by one parameter.
 
-    s_{t+1} = A s_t + theta v, A with 0.5 on the diagonal and first superdiagonal, v = 10 times +1
-    then 13 times -1, s_0 = 1; the step loss is (s_{t+1}[0] - 1)^2 / 2.
+    s_{t+1} = A s_t + theta v; A has 0.5 on the diagonal and first superdiagonal, v has 10 entries
+    +1, then 13 entries -1, and s_0 = 1; the step loss is (s_{t+1}[0] - 1)^2 / 2.
 
     Known: the fixed point is s[0] = -6 theta, so that theta* = -1/6 in the long run and the final
-    loss at the default theta = 0.5 is 8. The influence of theta on s[0] over the last K steps is
-    +1, +10, +16.5, +0.57, -6 for K = 1, 10, 20, 40, 100: windows below about 40 steps see the wrong
-    sign, and truncated estimators walk away from the optimum.
+    loss at the default theta = 0.5 (a scalar) is 8. The influence of theta on s[0] over the last K
+    steps is +1, +10, +16.5, +0.57, -6 for K = 1, 10, 20, 40, 100: windows below about 40 steps see
+    the wrong sign, and truncated estimators move away from the optimum.
 
     Args:
         horizon: Inner steps in an episode.
-
-    Returns:
-        ``Example(problem, theta)``; theta is a float32 scalar, 0.5.
 
     Example:
         >>> import unrollgrad as ug

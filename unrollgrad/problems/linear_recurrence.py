@@ -1,28 +1,30 @@
-"""A linear recurrence whose gradient and whose estimators' variances are known in closed form."""
+"""A linear recurrence: its gradient and its estimators' variances have closed forms."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from unrollgrad.types import Theta, UnrolledProblem
+from unrollgrad.types import UnrolledProblem
 
 
 class LinearRecurrence(NamedTuple):
-    """The recurrence, a theta, and the exact influence of every use of theta on every loss.
+    """The recurrence, a theta, and the exact influence of each step's theta on each loss.
 
     Attributes:
         problem: The inner loop.
         theta: Default outer parameters, a float32 vector.
         influence: ``influence(theta) -> array (T, T, P)``, float64: ``[t, tau]`` is the derivative
-            of the loss of step t with respect to the theta used in step tau (``init`` uses that of
-            step 0). ``ug.problems.theory`` turns it into gradients and variances.
+            of the loss of step t with respect to the theta used in step tau (``init`` uses the
+            theta of step 0). ``ug.problems.theory`` computes gradients and variances from it.
     """
 
     problem: UnrolledProblem
-    theta: Theta
-    influence: Callable[[Any], np.ndarray]
+    theta: jax.Array
+    influence: Callable[[ArrayLike], np.ndarray]
 
 
 def linear_recurrence(
@@ -45,17 +47,13 @@ def linear_recurrence(
         horizon: T.
         gradients: "identical": every step has the same direction c; "independent": c_t are
             independent standard normal draws, fixed by ``seed``.
-        memory: How much of the influence of a step is left one step later: 0 none, 1 all of it,
-            between them it decays.
-        curvature: Of the loss.
-        init_influence: s_0 = 1 + init_influence theta.
-        seed: Of c and theta.
-
-    Returns:
-        A ``LinearRecurrence``.
+        memory: The fraction of a step's influence that remains one step later.
+        curvature: The curvature of the loss.
+        init_influence: The derivative of s_0 = 1 + init_influence theta.
+        seed: The seed of c and theta.
 
     Raises:
-        ValueError: If ``gradients`` is neither of the two.
+        ValueError: If ``gradients`` is not "identical" or "independent".
 
     Example:
         >>> import unrollgrad as ug

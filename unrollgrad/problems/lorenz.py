@@ -1,4 +1,4 @@
-"""The Lorenz system: find its parameters from a trajectory."""
+"""The Lorenz system, whose parameters are to be found from a trajectory."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +13,14 @@ def lorenz(horizon: int = 2000) -> Example:
     """Euler steps of 0.005 of x' = a (y - x), y' = (r - z) x - y, z' = x y - 8/3 z.
 
     theta = (ln a, ln r); the step loss is (z - z_true)^2 against the trajectory of a = 10, r = 28
-    from the same start (1.2, 1.3, 1.6), which runs along in the state.
+    from the same start (1.2, 1.3, 1.6), which the state contains as well.
 
-    Known: J is 0 at theta = (ln 10, ln 28) = (2.303, 3.332); at the default theta (3.116, 3.7) it
-    is 750, 322 and 353 for horizons of 100, 500 and 2000. The system is chaotic: beyond some 500
-    steps the gradient of J is large, of random sign, and useless; smoothed J has a way down.
+    Known: J is 0 at theta = (ln 10, ln 28) = (2.303, 3.332); at the default theta = (3.116, 3.7) it
+    is 750, 322 and 353 for horizons of 100, 500 and 2000. The system is chaotic: beyond about 500
+    steps the gradient of J is large, of random sign, and useless; the smoothed J can be descended.
 
     Args:
         horizon: Inner steps in an episode.
-
-    Returns:
-        ``Example(problem, theta)``; theta is a float32 vector.
 
     Example:
         >>> import jax, unrollgrad as ug

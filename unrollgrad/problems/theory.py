@@ -1,9 +1,10 @@
 """Closed forms for quadratic losses: the gradient, and the variance of every ES estimator.
 
-All take ``influence``, an array (T, T, P) whose entry [t, tau] is the derivative of the loss of
-step t with respect to the theta used in step tau (zero for tau > t), as ``linear_recurrence`` gives
-it. Variances are traces of covariances for one antithetic pair with Gaussian noise; N pairs divide
-them.
+``influence`` is an array (T, T, P), for example from ``linear_recurrence``: its entry [t, tau] is
+the derivative of the loss of step t with respect to the theta used in step tau (zero for tau > t).
+``truncation`` is K; ``noise_period`` is the number of steps between draws of the noise, or None for
+one draw per episode. Variances are traces of covariances for one antithetic pair with Gaussian
+noise; N pairs divide them by N.
 """
 
 import numpy as np
@@ -15,15 +16,15 @@ def gradient(influence: np.ndarray) -> np.ndarray:
 
 
 def truncated_gradient(influence: np.ndarray, truncation: int) -> np.ndarray:
-    """What ``tbptt`` and ``truncated_es`` estimate: influence within the same window only."""
+    """The mean of ``tbptt`` and of ``truncated_es``: the influence within the same window only."""
     return np.einsum("kkp->p", _windows(influence, truncation)) / (len(influence) // truncation)
 
 
 def truncated_variance(influence: np.ndarray, truncation: int) -> float:
     """The variance of the mean of ``truncated_es`` over the windows of one episode.
 
-    (1/n^2) sum_k (P + 1) |h[k, k]|^2, h[k, k] the influence of window k on its own mean loss: the
-    windows have independent noise and one mean state.
+    It is (1/n^2) sum_k (P + 1) |h[k, k]|^2, where h[k, k] is the influence of window k on its own
+    mean loss: the windows have independent noise and one mean state.
     """
     windows = _windows(influence, truncation)
     own = np.einsum("kkp->kp", windows)
@@ -41,13 +42,8 @@ def episode_variance(
         (1/n^2) sum_{k,s} [P min(J(k), J(s)) sum_{j <= min} h[k, j].h[s, j]
                            + (sum_{j <= min} h[s, j]).(sum_{j <= min} h[k, j])],
 
-    the Wick contraction of sum_k xi_k (sum_j h[k, j].u_j) less the squared mean. One period gives
+    the Wick contraction of sum_k xi_k (sum_j h[k, j].u_j) minus the squared mean. One period gives
     (P + 1)|g|^2, full ES and ES-Single; ``noise_period=truncation`` is PES.
-
-    Args:
-        influence: Shape (T, T, P).
-        truncation: K.
-        noise_period: Steps between draws; None: one draw per episode.
     """
     blocks, periods = _blocks(influence, truncation, noise_period)
     n, dim = len(blocks), influence.shape[-1]
@@ -66,13 +62,8 @@ def window_variance(
 ) -> float:
     """The variance of ``gpes`` for one window at a uniformly random place of the episode.
 
-    (1/n) sum_k [(P + 2) |g_k|^2 + (P/2) sum_{j,j' <= J(k)} |h[k, j] - h[k, j']|^2] - |g|^2, with
-    g_k = sum_j h[k, j] (Li et al. 2023). It is least with a single period.
-
-    Args:
-        influence: Shape (T, T, P).
-        truncation: K.
-        noise_period: Steps between draws; None: one draw per episode.
+    It is (1/n) sum_k [(P + 2) |g_k|^2 + (P/2) sum_{j,j' <= J(k)} |h[k, j] - h[k, j']|^2] - |g|^2,
+    with g_k = sum_j h[k, j] (Li et al. 2023), and smallest with a single period.
     """
     blocks, periods = _blocks(influence, truncation, noise_period)
     dim = influence.shape[-1]
@@ -85,7 +76,7 @@ def window_variance(
 
 
 def _windows(influence: np.ndarray, truncation: int) -> np.ndarray:
-    """[k, i]: the influence of the theta used in window i on the mean loss of window k."""
+    """The influence of the theta used in window i on the mean loss of window k, at [k, i]."""
     n = len(influence) // truncation
     split = influence.reshape(n, truncation, n, truncation, -1)
     return split.sum(axis=(1, 3)) / truncation
@@ -94,7 +85,7 @@ def _windows(influence: np.ndarray, truncation: int) -> np.ndarray:
 def _blocks(
     influence: np.ndarray, truncation: int, noise_period: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[k, j]: the influence of noise period j on window k; and the period of each window."""
+    """The influence of noise period j on window k, at [k, j], and the period of each window."""
     windows = _windows(influence, truncation)
     per_period = (noise_period or len(influence)) // truncation
     periods = np.arange(len(windows)) // per_period

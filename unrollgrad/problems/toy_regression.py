@@ -1,4 +1,4 @@
-"""The two-dimensional toy whose outer loss surface is chaotic where learning rates are large."""
+"""A two-dimensional toy whose outer loss surface is chaotic at large learning rates."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,17 @@ from unrollgrad.types import UnrolledProblem
 
 
 def toy_regression(horizon: int = 100) -> Example:
-    """Gradient descent on a wiggly function of two variables; theta is its learning-rate schedule.
+    """Gradient descent on a wiggly function of two variables; theta is the learning-rate schedule.
 
     f(x) = sqrt(x0^2 + 5) - sqrt(5) + sin(x1)^2 exp(-5 x0^2) + |x1 - 100| / 4, from x = (1, 1), with
     rate exp(theta0) (T - t)/T + exp(theta1) t/T at step t; the step loss is f after the step.
 
     Known, for 100 J at the default horizon: 2488 at the default theta = (-4, -4), a grid minimum of
-    about 552 near (2.80, -4.1); smoothed minima 568, 610, 1056 for sigma = 0.1, 0.3, 1. Methods
-    that look at one window stay on the plateau; backpropagation drowns in the wiggles.
+    about 552 near (2.80, -4.1), smoothed minima 568, 610, 1056 for sigma = 0.1, 0.3, 1. Methods
+    that see one window stay on the plateau; backpropagated gradients are dominated by the wiggles.
 
     Args:
         horizon: Inner steps in an episode.
-
-    Returns:
-        ``Example(problem, theta)``; theta is a float32 vector, (-4, -4).
 
     Example:
         >>> import jax, unrollgrad as ug

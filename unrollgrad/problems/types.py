@@ -1,12 +1,12 @@
-"""What a canonical problem comes as."""
+"""The value that a factory of problems returns."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from unrollgrad.types import Theta, UnrolledProblem
+from unrollgrad.types import UnrolledProblem
 
 
 class Example(NamedTuple):
-    """A problem and where to start on it.
+    """A problem and default outer parameters.
 
     Attributes:
         problem: The inner loop.
@@ -14,4 +14,4 @@ class Example(NamedTuple):
     """
 
     problem: UnrolledProblem
-    theta: Theta
+    theta: Any
