@@ -1,7 +1,7 @@
-"""Checks of a problem and of what depends on it, before anything is compiled; their messages."""
+"""Checks of a problem and of arguments that depend on it, before anything is compiled."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
 
 import chex
 import jax
@@ -13,8 +13,8 @@ from unrollgrad._checks import arguments
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
 
 
-def check_problem(problem: Any) -> None:
-    """Raises TypeError if ``problem`` is no ``UnrolledProblem``."""
+def check_problem(problem: object) -> None:
+    """Raises TypeError if ``problem`` is not an ``UnrolledProblem``."""
     if not isinstance(problem, UnrolledProblem):
         hint = ""
         if hasattr(problem, "problem") and hasattr(problem, "theta"):
@@ -29,7 +29,7 @@ def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
     """Returns the horizon as an int.
 
     Raises:
-        TypeError: If ``problem`` is no ``UnrolledProblem``.
+        TypeError: If ``problem`` is not an ``UnrolledProblem``.
         ValueError: If the horizon is sampled.
     """
     check_problem(problem)
@@ -43,10 +43,10 @@ def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
 
 
 def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
-    """Returns the truncation as an int, having checked it against the horizon.
+    """Returns the truncation as an int.
 
     Raises:
-        ValueError: If it does not divide a static horizon, or if ``evaluate`` meets a sampled one.
+        ValueError: If it does not divide a static horizon, or ``evaluate`` meets a sampled one.
     """
     check_problem(problem)
     truncation = arguments.positive_int("truncation", truncation)
@@ -68,28 +68,20 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, as a list to choose from."""
-    return _shorten([d for d in range(1, number + 1) if number % d == 0])
+    """Lists the divisors of a number; of more than 24 the first and last 12."""
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(found if len(found) <= 24 else [*found[:12], "...", *found[-12:]])
 
 
-def _shorten(numbers: list[int], most: int = 24) -> str:
-    if len(numbers) <= most:
-        return ", ".join(map(str, numbers))
-    half = most // 2
-    return ", ".join([*map(str, numbers[:half]), "...", *map(str, numbers[-half:])])
-
-
-def check_remat(remat: Any) -> None:
+def check_remat(remat: object) -> None:
     """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number."""
     whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
-    if remat is not None and not whole and (not isinstance(remat, str) or remat not in REMAT):
+    named = remat is None or (isinstance(remat, str) and remat in ("step", "sqrt"))
+    if not whole and not named:
         raise ValueError(
             '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1; got '
             f"{remat!r}."
         )
-
-
-REMAT = ("step", "sqrt")
 
 
 def check_step(
@@ -132,11 +124,11 @@ def check_step(
     return traced_init, jax.make_jaxpr(step)(state, theta, key, jnp.int32(0), data)
 
 
-def _check_takes(step: Any, *arguments: Any) -> None:
+def _check_takes(step: Callable, *arguments: object) -> None:
     try:
         signature = inspect.signature(step)
     except (TypeError, ValueError):
-        return  # nothing can be known of it
+        return  # some callables have no signature
     try:
         signature.bind(*arguments)
     except TypeError as error:

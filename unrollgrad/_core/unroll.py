@@ -22,7 +22,8 @@ Remat = Literal["step", "sqrt"] | int | None
 """The states that backpropagation keeps: all values (None), every step's state, or some states."""
 
 _Data = chex.ArrayTree | None
-_Carry, _Tree = TypeVar("_Carry"), TypeVar("_Tree")
+_Carry = TypeVar("_Carry")
+_Tree = TypeVar("_Tree")
 
 _INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
 
@@ -266,7 +267,7 @@ def weigh(segment: Segment, evaluated: _Tree) -> _Tree:
     return jax.tree.map(lambda x: horizon / segment.num_steps * x, evaluated)
 
 
-def since(segment: Segment, start: _Tree | None, end: _Tree) -> _Tree:
+def since(segment: Segment, start: chex.Numeric | chex.ArrayTree | None, end: _Tree) -> _Tree:
     """Returns the value to subtract from ``end``: ``start``, but 0 in an episode's first window."""
     if start is None:
         return jax.tree.map(jnp.zeros_like, end)

@@ -300,7 +300,7 @@ def _compiled(
     return call
 
 
-def _split(tree: chex.ArrayTree, workers: _Workers) -> chex.ArrayTree:
+def _split(tree: _Data, workers: _Workers) -> _Data:
     return jax.tree.map(lambda x: x.reshape(*workers.chunks, *x.shape[1:]), tree)
 
 
