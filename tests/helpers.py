@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,25 @@ KINDS = (
     "pes_analytic",
 )
 """One estimator for each kind of worker state; the others share the code of one of them."""
+
+T = TypeVar("T")
+
+
+def present(x: T | None) -> T:
+    """``x``, which is not None."""
+    assert x is not None
+    return x
+
+
+def wrong(x: object) -> Any:
+    """``x``, which is deliberately not of the type that is asked for."""
+    return x
+
+
+def over_workers(estimate: ug.Estimate) -> ug.AverageInfo:
+    """The info of an estimate by ``average``."""
+    assert isinstance(estimate.info, ug.AverageInfo)
+    return estimate.info
 
 
 def raises(error: type[Exception] | tuple[type[Exception], ...], *parts: str):
@@ -110,7 +129,7 @@ def counted() -> Iterator[list[int]]:
     """A list with one number: how many programs XLA compiled since the context began."""
     count = [0]
 
-    def listener(event, duration, **_):
+    def listener(event: str, duration_secs: float, **kwargs: str | int):
         count[0] += event == COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(listener)

@@ -15,7 +15,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.learned import evaluate_optimizer, learned_optimizer, tasks
 from experiments.learned.mixture import mean_of
-from tests.helpers import raises
+from tests.helpers import present, raises
 from tests.stored import expect
 from unrollgrad.learned_optimizers import Architecture
 
@@ -153,7 +153,7 @@ def test_the_mean_of_estimators():
 
 def meta_train(out, **settings):
     settings = dataclasses.replace(learned_optimizer.SCALES["smoke"], out=out, **settings)
-    return framework.execute(learned_optimizer.EXPERIMENT, settings)
+    return present(framework.execute(learned_optimizer.EXPERIMENT, settings))
 
 
 def numbers(folder):
@@ -219,7 +219,7 @@ def test_settings_that_are_wrong(tmp_path):
 
 def evaluate(out, *files):
     settings = dataclasses.replace(evaluate_optimizer.SCALES["smoke"], out=out, files=files)
-    return framework.execute(evaluate_optimizer.EXPERIMENT, settings)
+    return present(framework.execute(evaluate_optimizer.EXPERIMENT, settings))
 
 
 @pytest.mark.experiments

@@ -12,6 +12,7 @@ import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import many_hyperparameters as many
+from tests.helpers import present
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.experiments
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(many.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(many.EXPERIMENT, settings)
+    folder = present(framework.execute(many.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = many.claims(summary)
     assert [claim.holds for claim in claims] == [None] * 4

@@ -11,13 +11,14 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import telescoping
 from experiments.problems import data, image_mlp
+from tests.helpers import present
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(telescoping.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(telescoping.EXPERIMENT, settings)
+    folder = present(framework.execute(telescoping.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = telescoping.claims(summary)
     assert len(claims) == 3

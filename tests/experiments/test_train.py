@@ -13,7 +13,7 @@ from experiments import __main__ as cli
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.tools import train
-from tests.helpers import KINDS, raises
+from tests.helpers import KINDS, present, raises
 from unrollgrad._fit import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ QUICK = ["--scale", "smoke", "--problem", "lorenz", "--estimator", "es_single"]
 
 def execute(tmp_path, **settings):
     settings = dataclasses.replace(train.SCALES["smoke"], **settings, out=tmp_path)
-    return framework.execute(train.EXPERIMENT, settings)
+    return present(framework.execute(train.EXPERIMENT, settings))
 
 
 def values(folder):
