@@ -16,12 +16,13 @@ from experiments._framework import experiment as framework
 from experiments._framework import report, results
 from experiments._framework.experiment import SCALES, Experiment
 from experiments._framework.processes import Processes, join
+from experiments._framework.settings import ResumableSettings
 from experiments.problems import PROBLEMS
 from unrollgrad import running
 
 
 def by_topic() -> dict[str, dict[str, Experiment]]:
-    """The experiments, by folder: every module there that has an ``EXPERIMENT``."""
+    """The experiments by topic: every module in the topic's folder that has an ``EXPERIMENT``."""
     found: dict[str, dict[str, Experiment]] = {}
     for module in pkgutil.walk_packages(experiments.__path__, "experiments."):
         topic = module.name.split(".")[1]
@@ -40,7 +41,7 @@ RECORDED = Path("experiments/results")
 
 
 def listing() -> None:
-    """List the experiments by topic, and the problems that `variance` and `train` know."""
+    """List the experiments by topic, and the problems that `variance` and `train` accept."""
     console = running.console()
     topics = {topic: {n: e.about for n, e in found.items()} for topic, found in TOPICS.items()}
     problems = {name: case.about for name, case in PROBLEMS.items()}
@@ -54,10 +55,10 @@ def listing() -> None:
 
 
 def plot(folder: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Draw a folder's figure.png again, from its metrics.csv.
+    """Draw the figure.png of a run again, from its metrics.csv.
 
     Args:
-        folder: A folder of results.
+        folder: The folder of the run.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a folder of results: it has no config.json.")
@@ -68,11 +69,12 @@ def plot(folder: Annotated[Path, tyro.conf.Positional]) -> None:
 
 
 def record(folder: Annotated[Path, tyro.conf.Positional], variant: str = "") -> None:
-    """Keep a finished run as the recorded one, in place of the one before.
+    """Record a finished run in place of the experiment's previous record.
 
     Args:
         folder: The folder of the run.
-        variant: What tells this record from the experiment's main one, such as `cart_pole`.
+        variant: A suffix that keeps this record beside the experiment's main one, such as
+            `cart_pole`.
     """
     title = re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", folder.name)
     kept = results.record(folder, RECORDED, f"{title}-{variant}" if variant else title)
@@ -80,17 +82,17 @@ def record(folder: Annotated[Path, tyro.conf.Positional], variant: str = "") -> 
 
 
 def write_report(folder: Path = RECORDED, out: Path = Path("experiments/RESULTS.md")) -> None:
-    """Write RESULTS.md from recorded results: claims, numbers, seeds, device, time, pictures.
+    """Write RESULTS.md from the recorded runs: claims, numbers, seeds, device, time, pictures.
 
     Args:
-        folder: Where the recorded folders are; `record` puts one there.
+        folder: The folder of all recorded runs; `record` adds to it.
         out: The file to write.
     """
     print(report.write(TOPICS, folder, out))
 
 
-def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
-    """The experiment as a function of its settings, with the scale's defaults."""
+def command(experiment: Experiment, default: Any, about: str) -> Callable[..., Path | None]:
+    """The experiment as a function of its settings with these defaults; ``about`` is its help."""
     spreads = any(field.name == "devices" for field in dataclasses.fields(experiment.settings))
     sweeps = spreads and isinstance(default.devices, tuple)
 
@@ -106,14 +108,14 @@ def command(experiment: Experiment, default: Any) -> Callable[..., Path | None]:
         ],
     }
     main.__defaults__ = (default, Processes())
-    main.__doc__ = experiment.settings.__doc__
+    main.__doc__ = about
     return main
 
 
 def scale(arguments: list[str]) -> str:
-    """The last scale among the arguments: it decides the defaults of the others."""
+    """The last scale among the arguments; it sets the defaults of all other settings."""
     found = _last(arguments, "--scale")
-    return found if found in SCALES else "cpu"  # tyro says what is wrong with it
+    return found if found in SCALES else "cpu"  # tyro reports an unknown scale
 
 
 def _last(arguments: list[str], flag: str) -> str | None:
@@ -126,10 +128,14 @@ def _last(arguments: list[str], flag: str) -> str | None:
 
 
 def resumed(arguments: list[str]) -> Any:
-    """The settings of the run that is to go on, which are the defaults then; None if none is."""
+    """The settings of the run to resume, which become the defaults; None if no run is resumed."""
     folder = _last(arguments, "--resume")
     experiment = EXPERIMENTS.get(arguments[0]) if arguments else None
-    if folder is None or experiment is None or not hasattr(experiment.scales["cpu"], "resume"):
+    if (
+        folder is None
+        or experiment is None
+        or not issubclass(experiment.settings, ResumableSettings)
+    ):
         return None
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -150,19 +156,20 @@ def resumed(arguments: list[str]) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command; several numbers may be given as 1,2,4 too."""
+    """Runs the command; several numbers may also be given as 1,2,4."""
     arguments = [
         part
         for given in arguments
         for part in (given.split(",") if re.fullmatch(r"\d+(,\d+)+", given) else [given])
     ]
     app = tyro.extras.SubcommandApp()
-    before = resumed(arguments)
+    before, asked = resumed(arguments), arguments[0].replace("-", "_") if arguments else ""
     for name, experiment in EXPERIMENTS.items():
         default = experiment.scales[scale(arguments)]
         if isinstance(before, experiment.settings):
             default = before
-        app.command(name=name)(command(experiment, default))
+        about = (experiment.settings.__doc__ or "") if name == asked else experiment.about
+        app.command(name=name)(command(experiment, default, about))
     app.command(name="list")(listing)
     app.command(name="plot")(plot)
     app.command(name="record")(record)

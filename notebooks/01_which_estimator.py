@@ -15,13 +15,14 @@
 # %% [markdown]
 # # Which gradient estimator for my problem?
 #
-# You unroll something (train a net, run an RNN, simulate a system), it ends in a loss, and you want
-# the gradient of that loss with respect to outer parameters theta. There are many ways, and which
-# one is good depends on your problem. So measure: this notebook goes from ten lines to the picture
-# that answers the question, and then shows three problems on which the answer differs.
+# You unroll an inner loop (you train a net, run an RNN, or simulate a system), it has a loss, and
+# you want the gradient of that loss with respect to outer parameters theta. There are many
+# estimators of this gradient, and which one is best depends on your problem. So measure: this
+# notebook goes from ten lines to the picture that answers the question, and then shows three
+# problems on which the answer differs.
 #
-# It runs in about a minute on two CPU cores. Install, in a checkout, with
-# `pip install -e ".[experiments]"`.
+# It runs in about a minute on two CPU cores. To install, run `pip install -e ".[experiments]"` in a
+# checkout.
 
 # %%
 import jax
@@ -33,9 +34,9 @@ import unrollgrad as ug
 # %% [markdown]
 # ## Your problem, in ten lines
 #
-# Here it is the training of a small net; theta is the learning rate and the momentum of its SGD,
-# unconstrained (a logarithm and a logit), which is what `sigma` and the gradient are in. Anything
-# else that is unrolled is as good: `ug.UnrolledProblem(init, step, horizon)`.
+# Here the problem is the training of a small net. Theta holds the learning rate and the momentum of
+# its SGD, both unconstrained (a logarithm and a logit); `sigma` and the gradient have these units.
+# Any other inner loop works as well: `ug.UnrolledProblem(init, step, horizon)`.
 
 
 # %%
@@ -78,10 +79,11 @@ ug.constraints.report(spec, theta)
 # %% [markdown]
 # ## Measure
 #
-# `compare` freezes theta and draws independent samples of every estimator: the mean of its gradient
-# over one whole episode. The reference is backpropagation through the whole episode, which is
-# unbiased; its own noise is accounted for. Every row is one worker; the column "at equal steps" is
-# the error if the cheaper ones had as many more workers as cost the same.
+# `compare` freezes theta and draws independent samples of every estimator. A sample is the mean
+# of the estimator's gradient over one whole episode, that is one run of the inner loop. The
+# reference is backpropagation through the whole episode, which is unbiased; its own noise is
+# accounted for. Every row is one worker, an independent instance of the estimator. The column "at
+# equal steps" is the error if the cheaper estimators had as many more workers as cost the same.
 
 # %%
 common = {"truncation": 8, "sigma": 0.1}
@@ -108,27 +110,32 @@ comparison.table()
 comparison.plot()
 
 # %% [markdown]
-# How to read it.
+# How to read the picture:
 #
-# - **Left: is it right?** A dot is a bias that is seen, with its standard error; a triangle is an
-#   upper limit where none is. The truncated estimators (`tbptt`, `truncated_es`) are quiet and
-#   wrong: a window does not see what its theta does to later windows. More workers do not help.
-# - **Middle: how noisy, for an optimizer that averages?** The variance of the mean of U consecutive
-#   updates, per episode spent. A worker that keeps its noise through an episode (`es_single`) makes
-#   errors that add up from one window to the next: judge it at the right end, not at U = 1.
-# - **Right: what does it cost?** From the point on, the error as workers are added. Unbiased
-#   estimators fall for ever; biased ones level off. Read vertically at your budget of inner steps.
-#   A line is dotted where a bias too small to be seen in this measurement would begin to show.
+# - **Left: is the estimator right?** A dot is a measured bias with its standard error; a triangle
+#   is an upper limit where no bias was seen. The truncated estimators (`tbptt`, `truncated_es`)
+#   have little noise and are wrong: a window (the 8 inner steps of one call) ignores the effect
+#   of theta on later windows. More workers do not help.
+# - **Middle: how noisy is it for an optimizer that averages?** The curve is the variance of the
+#   mean of U consecutive updates, per episode spent. A worker that keeps its noise through an
+#   episode (`es_single`) makes errors that add up from one window to the next: judge it at the
+#   right end, not at U = 1.
+# - **Right: what does it cost?** Each line starts at the measured point and shows the error as
+#   workers are added. The error of unbiased estimators falls for ever; that of biased ones levels
+#   off. Read it vertically at your budget of inner steps. A line is dotted where a bias that is too
+#   small for this measurement would begin to show.
 #
-# For this problem, backpropagation is both right and quiet: it is smooth and short. If it fits into
-# memory, take it. Otherwise the picture says how many workers an unbiased estimator needs.
+# On this problem, backpropagation is right and has little noise, because the training is smooth and
+# short. Take it if it fits into memory. Otherwise the picture says how many workers an unbiased
+# estimator needs.
 
 # %% [markdown]
-# ## What makes PES or ES-Single the better one
+# ## When PES is better and when ES-Single is
 #
-# Both are unbiased. Where the windows' gradients agree, `pes` has down to half the variance; where
-# they conflict, its variance grows with the number of windows, and `es_single`'s does not. The
-# linear recurrence shows both, against closed forms.
+# Both are unbiased. If the gradients of the windows agree, the variance of `pes` is down to half
+# that of `es_single`. If they conflict, the variance of `pes` grows with the number of windows,
+# and that of `es_single` does not. The linear recurrence shows both cases beside their closed
+# forms.
 
 # %%
 for gradients in ["identical", "independent"]:
@@ -156,9 +163,10 @@ for gradients in ["identical", "independent"]:
 # %% [markdown]
 # ## Where backpropagation explodes
 #
-# In a chaotic system the gradient of an episode is a huge random number, and its mean is ruled by
-# rare giants. Evolution strategies differentiate the smoothed loss, which is a tame function: its
-# gradient, by `full_es`, is the reference here. `ug.average` makes one estimator of many workers.
+# In a chaotic system the gradient of an episode is a huge random number, and rare giants dominate
+# its mean. Evolution strategies differentiate the smoothed loss (the mean loss over perturbations
+# of theta), which is a tame function. Its gradient, estimated by `full_es`, is the reference
+# here. `ug.average` makes one estimator of many workers.
 
 # %%
 chaos, at = ug.problems.chaotic_map(horizon=100)
@@ -184,10 +192,10 @@ wild.table()
 # | fits in memory, gradients do not explode | `bptt` |
 # | too long for memory, or chaotic, or not differentiable | `es_single` |
 # | the same, and the windows' gradients agree (see the middle panel) | `pes` |
-# | neither: windows conflict in part | `gpes` with a noise period between |
-# | the past is known not to matter | `tbptt`, `truncated_es` |
+# | the same, and the windows' gradients conflict in part | `gpes` with a noise period in between |
+# | you know that the past does not matter | `tbptt`, `truncated_es` |
 #
-# Then measure again near the optimum: the gradient is smaller there, and a bias that did not matter
-# at the start (the smoothing of evolution strategies, O(sigma²), among them) can be all that is
-# left. `python -m experiments variance --thetas start middle end` does that for the problems that
-# come with the repository.
+# Then measure again near the optimum. The gradient is smaller there, and a bias that did not
+# matter at the start (such as the smoothing of evolution strategies, O(sigma²)) can be all that
+# is left. `python -m experiments variance --thetas start middle end` does this for the problems
+# that come with the repository.

@@ -16,9 +16,10 @@
 # # A learned optimizer for my flax model
 #
 # A learned optimizer is an optax optimizer whose rule was meta-trained on many small tasks. Two
-# come with the repository, in files of about a kilobyte. This notebook trains a flax model with
-# one and then meta-trains one, in about a minute on two CPU cores. Install, in a checkout, with
-# `pip install -e ".[experiments]"`; to load an optimizer, `pip install unrollgrad` is enough.
+# come with the repository, in files of about a kilobyte. This notebook trains a flax model with one
+# of them and then meta-trains one, in about a minute on two CPU cores. To install, run
+# `pip install -e ".[experiments]"` in a checkout; to load an optimizer, `pip install unrollgrad` is
+# enough.
 
 # %%
 from pathlib import Path
@@ -36,8 +37,8 @@ here = Path(ug.__file__).parents[1] / "experiments" / "learned" / "trained"
 # %% [markdown]
 # ## Three lines
 #
-# `load` gives an ordinary optax optimizer. It has no learning rate: its steps have the size that
-# was learned. Its update looks at the weights, so `params` must be passed, as for weight decay;
+# `load` returns an ordinary optax optimizer. It takes no learning rate, because it has learned the
+# size of its steps. Its update reads the weights, so you must pass `params`, as for weight decay;
 # `nnx.Optimizer` does that.
 
 # %%
@@ -49,8 +50,8 @@ optimizer = nnx.Optimizer(model, learned, wrt=nnx.Param)
 
 
 # %% [markdown]
-# Your data and loss are whatever they are. Here: four classes, cut out of eight dimensions by a
-# net that is not known.
+# Use your own data and loss. Here a fixed random net, which the model does not know, assigns points
+# in eight dimensions to four classes.
 
 
 # %%
@@ -100,19 +101,20 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# It was meta-trained on small MLPs and conv nets on images and LSTMs on text, for 50 to 200 steps,
-# and is no better than that: look at the curve before you trust it elsewhere.
-# `python -m experiments evaluate_optimizer` tests optimizers on held-out tasks of these kinds, for
-# up to five times as many steps.
+# The optimizer was meta-trained on small MLPs and conv nets on images and on LSTMs on text, for
+# 50 to 200 steps. Do not expect it to work beyond that: look at the curve before you trust it
+# elsewhere. `python -m experiments evaluate_optimizer` tests optimizers on held-out tasks of
+# these kinds, for up to five times as many steps.
 
 # %% [markdown]
 # ## Meta-train your own
 #
-# An architecture is a pair of functions, `init(key) -> theta` and `transform(theta)`, an optax
-# optimizer. So an inner loop is `training_problem` as ever, and any estimator gives the gradient.
-# Here a schedule of Adam is learned, six numbers; a network that updates every weight, such as
-# `ug.learned_optimizers.mlp()`, is trained in the same way, for longer. Every episode draws fresh
-# weights and batches of this one task.
+# An architecture is a pair of functions: `init(key) -> theta`, and `transform(theta)`, which
+# returns an optax optimizer. So `training_problem` makes the inner loop as usual, and any
+# estimator gives the gradient. Here we learn a schedule of Adam, six numbers. A network that
+# updates every weight, such as `ug.learned_optimizers.mlp()`, is trained in the same way, but for
+# longer. Every episode (one run of the inner loop) draws fresh weights and batches of this one
+# task.
 
 # %%
 architecture = ug.learned_optimizers.scheduled_adam(rate=0.001, knots=(0, 10, 30, 100))
@@ -159,5 +161,5 @@ plt.show()
 
 # %% [markdown]
 # `ug.learned_optimizers.save(path, result.theta, architecture="scheduled_adam", settings=...)`
-# writes it for others. Families of tasks, long runs that go on, comparisons of estimators:
-# `python -m experiments learned_optimizer --help`.
+# saves the optimizer in a file for others. For families of tasks, long runs that can be resumed,
+# and comparisons of estimators, see `python -m experiments learned_optimizer --help`.

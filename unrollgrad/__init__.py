@@ -3,12 +3,12 @@
     theta -> GradientEstimator -> Estimate(grad, loss, info) -> any optax optimizer -> theta
 
 An inner loop is an ``UnrolledProblem`` (or ``training_problem(...)``); an estimator such as
-``pes(problem, truncation=10, sigma=0.1)`` describes one worker; ``average(estimator, 64)`` is the
-mean of many. See the README for a table of the estimators.
+``pes(problem, truncation=10, sigma=0.1)`` describes one worker, ``average(estimator, 64)`` the mean
+of many. The README has a table of the estimators.
 """
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
 from unrollgrad._core.unroll import episode_loss
@@ -85,13 +85,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """``implicit`` and ``bilevel``, imported when they are used, and lineax with them."""
+def __getattr__(name: str) -> ModuleType:
+    """Imports ``implicit`` or ``bilevel``, and lineax with it, when it is first used."""
     if name in ("bilevel", "implicit"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The public names, with ``implicit`` and ``bilevel`` before they are imported."""
+    """The public names; ``implicit`` and ``bilevel`` are listed before they are imported."""
     return __all__

@@ -1,15 +1,15 @@
 """Perturbation laws for the evolution-strategies family.
 
-A law is a pair of pure functions. ``init(theta) -> law_state`` prepares what the law needs to know;
+A law is a pair of pure functions. ``init(theta) -> law_state`` prepares the law for theta;
 ``sample(key, law_state, theta, num_pairs) -> unit`` draws unit-variance perturbations: a tree like
-theta, each leaf with a leading axis ``num_pairs``, at least float32. Sigma is applied by the
-estimator, so that the same draw serves every sigma.
+theta, each leaf with a leading axis ``num_pairs``, at least float32. The estimator multiplies them
+by sigma, so that the same draw serves every sigma.
 """
 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,17 @@ class Noise(NamedTuple):
         sample: ``sample(key, law_state, theta, num_pairs) -> unit``, a pure function of its key.
     """
 
-    init: Callable[[Theta], Any]
-    sample: Callable[[Key, Any, Theta, int], Theta]
+    init: Callable[..., object]
+    sample: Callable[..., Theta]
 
 
 def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
-    """The law's perturbations.
+    """Draws the law's perturbations.
 
     Raises:
         TypeError: If they are not like theta with a leading axis ``num_pairs``.
     """
     unit = law.sample(key, law.init(theta), theta, num_pairs)
-
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_pairs, *x.shape), x.dtype), theta)
     if difference := arguments.shape_difference(like, unit):
         raise TypeError(
@@ -51,7 +50,7 @@ def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
 def gaussian() -> Noise:
     """Independent standard normal perturbations: the law that smooths J by a Gaussian.
 
-    Each pair has a key of its own, so more pairs keep the draws of the first ones.
+    Each pair has its own key, so the first draws stay the same if pairs are added.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -65,9 +64,9 @@ def gaussian() -> Noise:
 def rademacher() -> Noise:
     """Independent signs: each coordinate of a perturbation is +1 or -1.
 
-    For quadratic losses unbiased with variance (P - 1) |g|^2 / num_pairs instead of the Gaussian's
-    (P + 1); for others O(sigma^2) from the gradient, like the Gaussian, but not that of a smoothed
-    J. Under ``full_es`` this is SPSA.
+    For quadratic losses the estimate is unbiased with variance (P - 1) |g|^2 / num_pairs; the
+    Gaussian's has P + 1. For others it is O(sigma^2) from J's gradient, as with the Gaussian, but
+    it is not the gradient of a smoothed J. ``full_es`` with this law is SPSA.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -77,8 +76,7 @@ def rademacher() -> Noise:
         True
 
     References:
-        Spall, Multivariate stochastic approximation using a simultaneous perturbation gradient
-        approximation, IEEE Transactions on Automatic Control, 1992.
+        Spall, IEEE Transactions on Automatic Control, 1992.
     """
     return _independent(jax.random.rademacher)
 
@@ -86,13 +84,12 @@ def rademacher() -> Noise:
 def orthogonal() -> Noise:
     """Directions that are orthogonal to one another among the pairs of a worker.
 
-    Pairs come in blocks of P = dim(theta); within a block the directions are uniformly random
-    orthogonal vectors of length sqrt(P) (the last block may be smaller), across blocks independent.
-    For quadratic losses, num_pairs = M <= P: unbiased with variance (P/M - 1) |g|^2, so M = P gives
-    the gradient exactly. For others O(sigma^2) from the gradient.
-
-    Time and memory: a QR decomposition of (P, min(M, P)) per block, O(P M min(M, P)); meant for a
-    theta of up to some thousands of numbers.
+    Pairs come in blocks of P = dim(theta), the last may be smaller. Directions are uniformly random
+    orthogonal vectors of length sqrt(P) in a block, and independent across blocks. For quadratic
+    losses and num_pairs = M <= P the estimate is unbiased with variance (P/M - 1) |g|^2, so M = P
+    gives the exact gradient. For others it is O(sigma^2) from J's gradient. Time and memory: a QR
+    decomposition of (P, min(M, P)) per block, O(P M min(M, P)); it suits a theta of up to some
+    thousands of numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -102,15 +99,12 @@ def orthogonal() -> Noise:
         True
 
     References:
-        Choromanski et al., Structured evolution with compact architectures for scalable policy
-        optimization, ICML 2018.
+        Choromanski et al., ICML 2018.
     """
 
-    def sample(key, law_state, theta, num_pairs):
-        del law_state
+    def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
-        sizes = [x.size for x in leaves]
-        dim = sum(sizes)
+        dim = sum(x.size for x in leaves)
         dtype = functools.reduce(jnp.promote_types, [wide(x.dtype) for x in leaves])
 
         def block(index, count):
@@ -121,33 +115,26 @@ def orthogonal() -> Noise:
 
         counts = [min(dim, num_pairs - first) for first in range(0, num_pairs, dim)]
         rows = jnp.concatenate([block(i, count) for i, count in enumerate(counts)])
-        parts = jnp.split(rows, list(itertools.accumulate(sizes))[:-1], axis=1)
-        return structure.unflatten(
-            part.reshape(num_pairs, *x.shape).astype(wide(x.dtype))
-            for part, x in zip(parts, leaves, strict=True)
-        )
+        parts = zip(cut(rows, leaves), leaves, strict=True)
+        return structure.unflatten(part.astype(wide(x.dtype)) for part, x in parts)
 
     return Noise(init=lambda theta: (), sample=sample)
 
 
 def _independent(draw: Callable[..., jax.Array]) -> Noise:
-    """Independent coordinates; ``draw(key, shape, dtype)`` has mean 0 and variance 1."""
+    """Makes a law with independent coordinates; ``draw(key, shape, dtype)`` has unit variance."""
 
-    def sample(key, law_state, theta, num_pairs):
-        del law_state
+    def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
         groups = _drawn_together(leaves)
-        # All groups' keys at once: every other fold_in would be one more program to compile.
+        # The keys of all groups at once: each separate fold_in would be a program to compile.
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         of_groups = fold(key, jnp.arange(len(groups)))
         keys = jax.vmap(fold, in_axes=(0, None))(of_groups, jnp.arange(num_pairs))
 
         def together(keys, group):
-            sizes = [x.size for x in group]
-            dtype = wide(group[0].dtype)
-            flat = jax.vmap(lambda k: _in_blocks(draw, k, sum(sizes), dtype))(keys)
-            parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1], axis=1)
-            return [p.reshape(num_pairs, *x.shape) for p, x in zip(parts, group, strict=True)]
+            size, dtype = sum(x.size for x in group), wide(group[0].dtype)
+            return cut(jax.vmap(lambda k: _in_blocks(draw, k, size, dtype))(keys), group)
 
         drawn = [together(k, g) for k, g in zip(keys, groups, strict=True)]
         return structure.unflatten(itertools.chain.from_iterable(drawn))
@@ -155,8 +142,15 @@ def _independent(draw: Callable[..., jax.Array]) -> Noise:
     return Noise(init=lambda theta: (), sample=sample)
 
 
+def cut(flat: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+    """Cuts the last axis into arrays with the shapes of the leaves."""
+    ends = list(itertools.accumulate(x.size for x in leaves))[:-1]
+    parts = zip(jnp.split(flat, ends, axis=-1), leaves, strict=True)
+    return [part.reshape(*flat.shape[:-1], *x.shape) for part, x in parts]
+
+
 def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
-    """Neighbours of one dtype that fit a block: every draw is a program to compile and to start."""
+    """Groups neighbours of one dtype that fit a block: every draw is a program to compile."""
     groups: list[list[jax.Array]] = []
     size = 0
     for x in leaves:
@@ -169,10 +163,10 @@ def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
     return groups
 
 
-def _in_blocks(draw: Callable[..., jax.Array], key: Key, size: int, dtype: Any) -> jax.Array:
-    """``size`` draws; a large leaf's one block after another.
+def _in_blocks(draw: Callable, key: Key, size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Draws ``size`` numbers, block by block.
 
-    Random bits take twice the memory of what is made of them, and are faster drawn in the cache.
+    Random bits take twice the memory of the numbers, and drawing is faster inside the cache.
     """
     if size <= _BLOCK:
         return draw(key, (size,), dtype)

@@ -1,18 +1,18 @@
 """The contracts: what an inner loop is, what an estimator is, what an estimate is.
 
-Everything here is a ``NamedTuple``: a pytree (or a bundle of pure functions) that passes
-through ``jit``, ``vmap`` and ``scan`` unchanged. Nothing inherits and nothing hides state.
+Everything here is a ``NamedTuple``: a pytree (or a bundle of pure functions) that passes through
+``jit``, ``vmap`` and ``scan`` unchanged. No class inherits from another, and none hides state.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 
 Key = chex.PRNGKey
-"""A typed PRNG key (``jax.random.key``). Raw ``uint32`` keys are accepted at the door."""
+"""A typed PRNG key (``jax.random.key``); public functions accept raw ``uint32`` keys too."""
 
 Theta = chex.ArrayTree
 """Outer parameters: any pytree of floating leaves."""
@@ -20,29 +20,32 @@ Theta = chex.ArrayTree
 State = chex.ArrayTree
 """Inner state: any pytree of arrays; ints, bools and typed keys may be among the leaves."""
 
+Sigma = chex.Numeric | chex.ArrayTree | Iterable[chex.Numeric]
+"""Standard deviations of perturbations: a number, or a pytree prefix of theta with numbers."""
+
 WorkerState = Any
-"""What one worker carries between calls: a ``Worker``, or a NamedTuple with a field ``episode``."""
+"""A worker's state between calls: a ``Worker``, or a NamedTuple with a field ``episode``."""
 
 
 class UnrolledProblem(NamedTuple):
     """An inner loop as pure functions.
 
-    The objective is J(theta) = E[mean loss per inner step], plus E[``evaluate`` of the final
-    state] where ``evaluate`` is given. With a sampled horizon J = E[sum of losses] / E[T].
+    The objective is J(theta) = E[mean loss per inner step], plus E[``evaluate``(final state)] if
+    ``evaluate`` is given. With a sampled horizon J = E[sum of losses] / E[T].
 
     Attributes:
-        init: ``init(key, theta) -> state``. A fresh inner state; it may depend on theta (the
+        init: ``init(key, theta) -> state`` makes a fresh inner state; it may depend on theta (the
             gradient goes through it) and may draw a task.
-        step: ``step(key, theta, state, t) -> (state, loss)``. One inner step. ``t`` is an int32
-            scalar, the step's number in its episode; ``loss`` is a scalar, minimised. With
+        step: ``step(key, theta, state, t) -> (state, loss)`` takes one inner step. ``t`` is an
+            int32 scalar, the step's number in its episode; ``loss`` is a scalar, minimised. With
             streaming data it is called ``step(key, theta, state, t, batch)``.
-        horizon: Inner steps in an episode (T), or a sampler ``horizon(key) -> int`` of them. The
-            sampler may return a traced number: ``horizon=lambda key: length``, with problem and
-            estimator made inside the jitted update of which ``length`` is an argument, lets
-            episodes grow during training without compiling again. An episode keeps the length it
-            began with, rounded up to a multiple of the truncation.
-        evaluate: Optional ``evaluate(key, theta, state) -> loss`` of the state at the end of the
-            episode. It needs a static horizon.
+        horizon: Inner steps in an episode (T), or a function ``horizon(key) -> int`` that samples
+            them. It may return a traced number: if a jitted update takes ``length`` as an argument
+            and makes problem and estimator inside, ``horizon=lambda key: length`` lets episodes
+            grow during training without compiling again. An episode keeps its first length,
+            rounded up to a multiple of the truncation.
+        evaluate: Optional ``evaluate(key, theta, state) -> loss``, called with the state at the
+            end of the episode. It needs a static horizon.
     """
 
     init: Callable[..., Any]
@@ -52,24 +55,24 @@ class UnrolledProblem(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one call of one worker cost.
+    """The cost of one call of one worker.
 
     Attributes:
-        inner_steps: int32, forward inner steps spent: both signs of a pair and the mean pass
-            count, backward steps do not.
+        inner_steps: int32, forward inner steps spent: both signs of a pair and the pass with theta
+            itself count, backward steps do not.
     """
 
     inner_steps: jax.Array
 
 
 class AverageInfo(NamedTuple):
-    """What one call of ``average`` cost and how far its workers agree.
+    """The cost of one call of ``average``, and how far its workers agree.
 
     Attributes:
         inner_steps: int32, summed over workers.
-        num_nonfinite: int32, workers whose loss or gradient was not finite.
-        grad_variance: The trace of the covariance of the mean gradient, estimated from the
-            spread over workers; +inf below two contributing workers.
+        num_nonfinite: int32, the number of workers whose loss or gradient was not finite.
+        grad_variance: The trace of the mean gradient's covariance, estimated from the spread over
+            workers; +inf if fewer than two workers contribute.
     """
 
     inner_steps: jax.Array
@@ -80,8 +83,8 @@ class AverageInfo(NamedTuple):
 class Estimate(NamedTuple):
     """An estimate of the outer gradient.
 
-    Averaged over the T/K windows of an episode, ``grad`` estimates the gradient of J and
-    ``loss`` estimates J (of the sigma-smoothed J for the evolution-strategies family).
+    Averaged over the T/K windows of an episode, ``grad`` estimates the gradient of J and ``loss``
+    estimates J (for evolution strategies of the smoothed J, E_u[J(theta + sigma u)]).
 
     Attributes:
         grad: A pytree with theta's structure, shapes and dtypes.
@@ -95,11 +98,11 @@ class Estimate(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Where a worker stands: a step is a pure function of (episode, t).
+    """A worker's place in its episode: a step is a pure function of (episode, t).
 
     Attributes:
-        key: The key the episode began from; init, steps, noise and horizon are drawn from it.
-        t: int32, inner steps done. ``t == 0`` means the next call begins an episode.
+        key: The key from which init, steps, noise and horizon of the episode are drawn.
+        t: int32, inner steps done. If ``t == 0``, the next call begins an episode.
         horizon: int32, the episode's length.
     """
 
@@ -109,12 +112,12 @@ class Episode(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The stretch of an episode that one call runs.
+    """The stretch of an episode that one call runs: a window, or the whole episode.
 
     Attributes:
         problem: The inner loop.
-        episode: Where the stretch begins.
-        num_steps: Its inner steps.
+        episode: The place in the episode at which the stretch begins.
+        num_steps: The number of inner steps.
         data: Streamed data with leading axis ``num_steps``, or None.
     """
 
@@ -127,12 +130,12 @@ class Segment(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class MadeBy:
-    """The maker of a worker state: a part of the state's structure, not a leaf of it.
+    """The estimator and settings that made a worker state; static, not a leaf of the state.
 
     Attributes:
         estimator: The estimator's name.
-        settings: Those without which the state would mean something else, as (name, value). Sigma
-            is not among them: it may change between calls.
+        settings: Settings that fix the meaning of the state, as (name, value). Sigma is not
+            included: it may change between calls.
     """
 
     estimator: str
@@ -143,11 +146,11 @@ class MadeBy:
 
 
 class Worker(NamedTuple):
-    """What one worker carries between calls, whatever the estimator.
+    """The state of one worker between calls; every estimator has it.
 
     Attributes:
-        episode: Where the worker stands.
-        carried: What its estimator carries; None where every call is a whole episode.
+        episode: The worker's place in its episode.
+        carried: The estimator's own state; None if every call is a whole episode.
         made_by: The estimator that owns this state.
     """
 
@@ -162,7 +165,7 @@ class EstimateFn(Protocol):
     def __call__(
         self, key: Key, theta: Theta, state: WorkerState, *, data: chex.ArrayTree | None = None
     ) -> tuple[Estimate, WorkerState]:
-        """Estimates from one window and moves the worker on."""
+        """Estimates the gradient from one window and moves the worker on."""
         ...
 
 
@@ -172,9 +175,9 @@ class GradientEstimator(NamedTuple):
     Attributes:
         init: ``init(key, theta) -> state``. Works under ``jax.eval_shape``.
         estimate: ``estimate(key, theta, state, *, data=None) -> (Estimate, state)``. A call that
-            finds ``state.episode.t == 0`` begins an episode from its key. The state that comes
-            out has the structure, shapes, dtypes and weak types of the one that went in.
-        truncation: Inner steps per call (K); None where a call is a whole episode.
+            finds ``state.episode.t == 0`` begins an episode from its key. The new state has the
+            structure, shapes, dtypes and weak types of the old one.
+        truncation: Inner steps per call (K); None if a call is a whole episode.
     """
 
     init: Callable[[Key, Theta], WorkerState]

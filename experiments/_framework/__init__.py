@@ -1,1 +1,1 @@
-"""How experiments run, what they leave behind, and how that is read and reported."""
+"""How experiments run, which files they write, and how these are read and reported."""

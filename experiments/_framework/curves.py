@@ -1,6 +1,6 @@
-"""The curves of experiments that train theta with several estimators, and their last points."""
+"""Curves of experiments that train theta with several estimators, and their last points."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -8,13 +8,13 @@ from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 
 DASHED = ("tbptt", "bptt", "truncated_es", "uoro", "dodge", "forward_mode")
-"""Estimators that need another line than their neighbours in a picture."""
+"""Estimators that pictures draw with a dashed line, to tell them from their neighbours."""
 
 
 def curves(
     records: list[Record], metric: str, x: str = "step"
 ) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """(x, metric) along each run, by estimator and seed; x is "step" or another metric."""
+    """Arrays (x, metric) along each run, by estimator and seed; x is "step" or another metric."""
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     for r in records:
         if r.metric in (metric, x):
@@ -30,9 +30,9 @@ def curves(
 
 
 def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None:
-    """A line for each estimator, the mean over its seeds, in a band of their standard error."""
+    """Draws a line for each estimator: the mean over its seeds, in a band of one standard error."""
     for i, (name, runs) in enumerate(curves(records, metric, x).items()):
-        length = min(len(y) for _, y in runs.values())  # of a run that was interrupted, fewer
+        length = min(len(y) for _, y in runs.values())  # an interrupted run has fewer
         values = np.array([y[:length] for _, y in runs.values()])
         at = next(iter(runs.values()))[0][:length]
         mean = values.mean(axis=0)
@@ -47,7 +47,7 @@ def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None
 
 
 def last(records: list[Record], metric: str) -> dict[str, list[float]]:
-    """The metric at the end of every run, by estimator, one for each seed."""
+    """The metric at the end of every run: one number for each seed, by estimator."""
     found = curves(records, metric)
     return {name: [float(y[-1]) for _, y in runs.values()] for name, runs in found.items()}
 
@@ -59,7 +59,7 @@ def show_last(records: list[Record], metric: str, what: str) -> None:
 
 
 def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, float] | None:
-    """Of the metric at the end; None where it was not measured or is not finite. SE 0: one seed."""
+    """The metric at the end; None if it was not measured or is not finite. One seed has SE 0."""
     found = summary.find(metric, estimator=estimator)
     if found is None or found["mean"] is None:
         return None
@@ -67,36 +67,40 @@ def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, f
 
 
 def text(mean: float, se: float) -> str:
-    """As a claim says it."""
+    """The number and its standard error, as a claim prints them."""
     return f"{mean:.3g}" + (f" ± {se:.1g}" if se else "")
 
 
-def compare(
-    summary: Summary,
-    metric: str,
-    name: str,
-    relation: Literal["<", ">"],
-    other: str,
-    says: str,
-    source: str,
-    what: str = "",
-    errors: float | None = None,
-    other_metric: str | None = None,
-) -> Claim:
-    """That two estimators' metrics at the end differ so, by more than both standard errors.
+class Comparison(NamedTuple):
+    """The claim that the metrics of two estimators at the end of their runs differ.
 
-    Args:
-        summary: Where they are found; a mean that is null there counts as infinite.
-        metric: At the end of the runs.
-        name: The estimator whose number is named first.
-        relation: What it is to the other's.
+    Attributes:
+        metric: The metric.
+        name: The estimator that is named first.
+        relation: How its metric compares with the other's.
         other: The other estimator.
         says: The claim.
-        source: Where it stands.
-        what: Before the first number.
-        errors: By more than so many standard errors of the difference instead.
-        other_metric: The other's, where that is not the same.
+        source: The paper that makes the claim, or the theory.
+        what: The text before the first number.
+        errors: Required gap, in standard errors of the difference. Default: more than the sum of
+            both standard errors.
+        other_metric: The other estimator's metric. Default: the same metric.
     """
+
+    metric: str
+    name: str
+    relation: Literal["<", ">"]
+    other: str
+    says: str
+    source: str
+    what: str = ""
+    errors: float | None = None
+    other_metric: str | None = None
+
+
+def compare(summary: Summary, comparison: Comparison) -> Claim:
+    """Checks the claim; a mean that is null in the summary counts as infinite."""
+    metric, name, relation, other, says, source, what, errors, other_metric = comparison
     mine = summary.find(metric, estimator=name)
     theirs = summary.find(other_metric or metric, estimator=other)
     if mine is None or theirs is None:

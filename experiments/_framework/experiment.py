@@ -1,4 +1,4 @@
-"""What an experiment is, and how one runs: seeds, files, interruptions."""
+"""The definition of an experiment, and how it runs: seeds, files, interruptions."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,15 @@ import jax
 from experiments._framework import results
 from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings, ResumableSettings
 from unrollgrad import running
 from unrollgrad.running import progress_bar, stop_requests
 
 MOST_BYTES = 100_000
-"""Of a picture; a clone brings those of all records."""
+"""Largest size of a picture; a clone of the repository downloads the pictures of all records."""
 
 SCALES = ("smoke", "cpu", "paper")
-"""smoke: seconds, in the tests. cpu: minutes on two cores. paper: as published, on accelerators."""
+"""smoke: seconds, for tests. cpu: minutes on two cores. paper: as published, on accelerators."""
 
 
 Write = Callable[[dict[str, Any]], None]
@@ -30,13 +31,13 @@ Progress = Callable[[str, float], None]
 
 
 class Claim(NamedTuple):
-    """What a paper (or the theory) says, and what came out here.
+    """A claim of a paper or of the theory, and our result.
 
     Attributes:
         says: The claim.
-        source: Where it stands.
-        ours: What was measured, with its standard error.
-        holds: Whether it came out; None where this run cannot tell.
+        source: The paper or the theory that makes the claim.
+        ours: Our measurement, with its standard error.
+        holds: Whether our measurement agrees; None if this run cannot tell.
     """
 
     says: str
@@ -46,23 +47,23 @@ class Claim(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """One figure or table.
+    """An experiment that reproduces one figure or table.
 
     Attributes:
-        name: On the command line.
-        about: One line.
-        settings: A frozen dataclass with fields ``scale``, ``seeds`` and ``out`` among others.
+        name: The name on the command line.
+        about: The description in one line.
+        settings: A frozen dataclass, a subclass of ``CommonSettings``.
         scales: Settings by scale: "smoke", "cpu", "paper".
-        labels: What tells the series in ``metrics.csv`` apart, besides seed and step.
-        run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` with what is
-            computed as soon as it is: a dict of the labels, perhaps ``step``, and numbers by
-            metric; and ``progress(text, fraction)`` in between. What it keeps in the results'
-            folder it finds there again if the settings have a ``resume``.
-        draw: ``draw(records, config)`` returns a matplotlib figure, from the CSV alone.
+        labels: Columns that tell the series in ``metrics.csv`` apart, besides seed and step.
+        run: ``run(settings, seed, folder, write, progress)`` calls ``write(numbers)`` as soon as
+            numbers are computed (a dict of the labels, optionally ``step``, and numbers by metric),
+            and ``progress(text, fraction)`` in between. It may keep files in ``folder``; a resumed
+            run finds them there again.
+        draw: ``draw(records, config)`` returns a matplotlib figure; it needs the CSV alone.
         show: ``show(records)`` prints the result.
-        claims: ``claims(summary)`` compares a recorded result with the papers.
-        fill: ``fill(settings)`` puts what depends on other settings in place of None.
-        title: ``title(settings)``, the name of the results' folder; ``name`` by default.
+        claims: ``claims(summary)`` compares a recorded result with the papers' claims.
+        fill: ``fill(settings)`` replaces None by defaults that depend on other settings.
+        title: ``title(settings)`` is the name of the results' folder. Default: ``name``.
     """
 
     name: str
@@ -78,20 +79,21 @@ class Experiment(NamedTuple):
     title: Callable[[Any], str] | None = None
 
 
-def execute(experiment: Experiment, settings: Any) -> Path | None:
-    """Runs all seeds and leaves everything in a new folder, whatever happens on the way.
+def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
+    """Runs all seeds and leaves everything in a new folder, also when a run fails.
 
-    The folder holds ``config.json``, ``metrics.csv`` (written while it runs),
-    ``summary.json`` and ``figure.png``. Interrupted or failed, it keeps what was computed, and the
-    summary says so. With ``settings.resume`` it is the folder of before, and lines that it has are
-    not written again. Of several processes all compute, and only process 0 writes and prints; the
-    others return None.
+    The folder holds ``config.json``, ``metrics.csv`` (written during the run), ``summary.json`` and
+    ``figure.png``. A run that is interrupted or fails keeps what was computed, and its summary says
+    so. With ``settings.resume`` the run continues in its old folder, and lines that are there
+    already are not written again. If there are several processes, all of them compute, but only
+    process 0 writes and prints; the others return None.
 
     Raises:
-        ValueError: Without seeds, with one twice, or if nothing was computed.
+        ValueError: If there are no seeds, a seed is given twice, or nothing was computed.
         OSError: If the folder cannot be made.
     """
-    settings, seeds = experiment.fill(settings), tuple(settings.seeds)
+    settings = experiment.fill(settings)
+    seeds = tuple(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
     if jax.process_index() > 0:
@@ -99,64 +101,46 @@ def execute(experiment: Experiment, settings: Any) -> Path | None:
         for seed in seeds:
             experiment.run(settings, seed, folder, lambda numbers: None, lambda text, done: None)
         return None
-    resume: Path | None = getattr(settings, "resume", None)
     title = experiment.title(settings) if experiment.title else experiment.name
-    folder = resume or results.new_folder(settings.out, title)
+    folder = _resumed(settings) or results.new_folder(settings.out, title)
     with contextlib.ExitStack() as stack:
-        if hasattr(settings, "resume"):  # before anything is written into a folder that is in use
+        if isinstance(settings, ResumableSettings):  # before anything is written into the folder
             stack.enter_context(running.lock(folder / "checkpoints"))
-        return _run(experiment, settings, seeds, Path(from_process_0(str(folder))))
+        return _run(experiment, settings, Path(from_process_0(str(folder))))
 
 
-def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: Path) -> Path:
+def _resumed(settings: CommonSettings) -> Path | None:
+    """The folder of the run to resume, if there is one."""
+    return settings.resume if isinstance(settings, ResumableSettings) else None
+
+
+def _run(experiment: Experiment, settings: CommonSettings, folder: Path) -> Path:
     begun, compiled = time.perf_counter(), results.compile_seconds()
     revision = results.git_revision()
-    resume: Path | None = getattr(settings, "resume", None)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
-    written = {k: _as_json(v) for k, v in config.items()}
-    results.write_json(folder / "config.json", {k: v for k, v in written.items() if k != "resume"})
-    status, goes_on = "complete", hasattr(settings, "resume")
+    written = {k: _as_json(v) for k, v in config.items() if k != "resume"}
+    results.write_json(folder / "config.json", written)
+    status, goes_on = "complete", isinstance(settings, ResumableSettings)
     try:
-        with (
-            results.writer(folder, experiment.labels) as write,
-            progress_bar(1.0) as progress,
-            stop_requests() as stop,
-        ):
-            for i, seed in enumerate(seeds):
-
-                def report(text: str, fraction: float, i: int = i) -> None:
-                    progress(text, (i + fraction) / len(seeds))
-                    if stop:
-                        raise KeyboardInterrupt
-
-                experiment.run(settings, seed, folder, functools.partial(write, seed), report)
-                if stop and i + 1 < len(seeds):
-                    raise KeyboardInterrupt
+        _run_seeds(experiment, settings, folder)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        status = "interrupted" if interrupted else f"failed: {error}"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
         goes_on = goes_on and not isinstance(error, ArithmeticError)  # it would fail again
         raise
     finally:
         seconds = time.perf_counter() - begun
+        compiling = results.compile_seconds() - compiled
         records = results.read(folder)
         if records:
-            results.write_summary(
-                folder,
-                config,
-                records,
-                status,
-                seconds,
-                results.compile_seconds() - compiled,
-                revision,
-            )
+            outcome = results.Outcome(status, seconds, compiling, revision)
+            results.write_summary(folder, config, records, outcome)
             redraw(experiment, folder)
             if status != "complete":
                 print(f"what was computed is in {folder}", file=sys.stderr)
                 if goes_on:
                     again = f"python -m experiments {experiment.name} --resume {folder}"
                     print(f"to go on: {again}", file=sys.stderr)
-        elif resume is None:
+        elif _resumed(settings) is None:
             results.remove(folder)  # nothing was computed
     if not records:
         raise ValueError("nothing was computed: the settings leave nothing to do.")
@@ -165,8 +149,28 @@ def _run(experiment: Experiment, settings: Any, seeds: tuple[int, ...], folder: 
     return folder
 
 
+def _run_seeds(experiment: Experiment, settings: CommonSettings, folder: Path) -> None:
+    """Runs one seed after another and writes their numbers; a signal ends it between steps."""
+    seeds = settings.seeds
+    with (
+        results.writer(folder, experiment.labels) as write,
+        progress_bar(1.0) as progress,
+        stop_requests() as stop,
+    ):
+        for i, seed in enumerate(seeds):
+
+            def report(text: str, fraction: float, i: int = i) -> None:
+                progress(text, (i + fraction) / len(seeds))
+                if stop:
+                    raise KeyboardInterrupt
+
+            experiment.run(settings, seed, folder, functools.partial(write, seed), report)
+            if stop and i + 1 < len(seeds):
+                raise KeyboardInterrupt
+
+
 def _as_json(value: Any) -> Any:
-    """Paths as text, in tuples too."""
+    """The value with paths as text, also inside tuples."""
     if isinstance(value, tuple):
         return [_as_json(x) for x in value]
     return str(value) if isinstance(value, Path) else value
@@ -181,7 +185,7 @@ def redraw(experiment: Experiment, folder: Path) -> Path:
 
 
 def small_picture(figure: Any) -> bytes:
-    """A PNG in a palette of 128 colours, with fewer dots an inch where it would be too large."""
+    """A PNG in a palette of 128 colours, at a lower resolution if it would be too large."""
     from PIL import Image
 
     picture = b""

@@ -1,4 +1,4 @@
-"""J on a grid of two outer parameters, and the ways that estimators take across it."""
+"""J on a grid of two outer parameters, and the paths of estimators across it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ from experiments._framework.results import Record, Summary
 from unrollgrad.types import Key, UnrolledProblem
 
 GRID = "grid"
-"""In place of an estimator's name, on the lines of the grid."""
+"""The label of the grid's lines, in place of an estimator's name."""
 
 NAMES = ("log_theta0", "log_theta1")
 
 
 def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[jax.Array], jax.Array]:
-    """``J(thetas)`` of stacked thetas, the mean over the same episodes for each, jitted.
+    """A jitted function ``J(thetas)`` of stacked thetas: the mean over the same episodes for each.
 
     Args:
-        problem: Its theta is one array.
-        keys: Of the episodes.
+        problem: A problem whose theta is one array.
+        keys: The episodes' keys.
 
     Returns:
-        From (count, *shape of theta) to (count,).
+        The function, from shape (count, *theta.shape) to (count,).
     """
 
     @jax.jit
@@ -47,13 +47,13 @@ def write_grid(
     cells: Sequence[int],
     write: Write,
 ) -> None:
-    """Writes J on a grid, and the least of it as ``minimum``.
+    """Writes J on a grid, and its least value as ``minimum``.
 
     Args:
-        loss: J of thetas, which are logarithms.
-        ranges: The first and the last value of each of the two parameters.
-        cells: How many values of each, in equal ratios.
-        write: The experiment's.
+        loss: J of stacked thetas, which are logarithms.
+        ranges: The first and the last value of each parameter.
+        cells: Number of values of each parameter, in equal ratios.
+        write: Writes a line.
     """
     axes = [np.log(np.geomspace(*ends, n)) for ends, n in zip(ranges, cells, strict=True)]
     thetas = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
@@ -64,24 +64,24 @@ def write_grid(
 
 
 def named(theta: Any) -> dict[str, Any]:
-    """Theta's two numbers, as the lines of a run have them."""
+    """Theta's two numbers by metric."""
     return dict(zip(NAMES, theta, strict=True))
 
 
 def minimum(summary: Summary, **labels: str) -> float | None:
-    """The least J of the grid."""
+    """The least J on the grid."""
     found = summary.find("minimum", estimator=GRID, **labels)
     return found["mean"] if found else None
 
 
 def ends_near(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
-    """That this estimator's J ends at most a share above the grid's minimum, if both are there."""
+    """The claim that an estimator's J ends at most a share above the grid's minimum, if it ran."""
     says = f"{name} ends within {share:.0%} of the grid's minimum"
     return _claim(summary, name, says, source, lambda far, se: far + se <= share, labels)
 
 
 def ends_far(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
-    """That it ends at least a share above it."""
+    """The claim that an estimator's J ends at least a share above the grid's minimum, if it ran."""
     says = f"{name} ends at least {share:.0%} above the grid's minimum"
     return _claim(summary, name, says, source, lambda far, se: far - se >= share, labels)
 
@@ -98,7 +98,7 @@ def _claim(
     if least is None or found is None:
         return []
     mean, se = found["mean"], found["se"]
-    if mean is None:  # null in strict JSON: it was not finite
+    if mean is None:  # null in strict JSON: not finite
         return [Claim(says, source, "J is not finite", holds(math.inf, 0.0))]
     far = (mean - least) / abs(least)
     ours = f"J = {curves.text(mean, se or 0.0)}, {far:+.1%} from {least:.3g}"
@@ -106,13 +106,13 @@ def _claim(
 
 
 def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> None:
-    """The grid as colours, and the first seed's way of every estimator from the common start.
+    """Draws the grid as colours, and the path of every estimator's first seed from the start.
 
     Args:
-        axis: Of matplotlib.
-        records: Of one grid.
-        names: Of theta's two numbers, which are drawn as they are and not as their logarithms.
-        label: Of the colours.
+        axis: A matplotlib axis.
+        records: The records of one grid.
+        names: Names of theta's two numbers, which are drawn without their logarithm.
+        label: Label of the colour bar.
     """
     x, y, value = (_lines(records, name) for name in (*NAMES, "J"))
     shape = len(np.unique(x[GRID])), len(np.unique(y[GRID]))
@@ -132,7 +132,7 @@ def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> 
 
 
 def runs(records: list[Record]) -> list[Record]:
-    """Without the grid."""
+    """The records of the runs, without the grid."""
     return [r for r in records if r.labels["estimator"] != GRID]
 
 

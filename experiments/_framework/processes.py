@@ -1,4 +1,4 @@
-"""One run on many devices, of one process or of several that work together."""
+"""One run on many devices, in one process or in several that work together."""
 
 import dataclasses
 import re
@@ -14,18 +14,19 @@ from unrollgrad.running import positive_int
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of several processes this one is; each is started with the same command."""
+    """The position of this process among several; each is started with the same command."""
 
     processes: int | Literal["auto"] = 1
-    """How many processes work together. auto: as many as Slurm, Open MPI or a TPU pod started."""
+    """Number of processes that work together. auto: as many as Slurm, Open MPI or a TPU pod
+    started."""
     process: int = 0
-    """Which of them this one is, counted from 0; process 0 writes the results."""
+    """Number of this process, counted from 0; process 0 writes the results."""
     coordinator: str = "localhost:12355"
-    """HOST:PORT at which process 0 is reached by the others."""
+    """HOST:PORT at which the other processes reach process 0."""
 
 
 def from_process_0(text: str) -> str:
-    """Process 0's text, in all processes; each must ask."""
+    """Returns process 0's text in all processes; every process must call it."""
     if jax.process_count() == 1:
         return text
     room = np.zeros(4096, np.uint8)
@@ -36,17 +37,18 @@ def from_process_0(text: str) -> str:
 
 
 def join(group: Processes, devices: int | None) -> None:
-    """Joins the other processes and sets the number of devices; before jax computes anything.
+    """Joins the other processes and sets the number of devices; call it before any computation.
 
-    A process that does not reach the others waits for them, for five minutes, and is then ended by
-    ``jax.distributed``.
+    A process that does not reach the others waits for five minutes; then ``jax.distributed`` ends
+    it.
 
     Args:
         group: The processes.
-        devices: All processes' devices; None: all that there are. Only CPUs can be told how many.
+        devices: Number of devices in all processes; None: all devices. Only CPUs can be given a
+            number.
 
     Raises:
-        ValueError: If the numbers do not fit together, or there is no cluster to ask.
+        ValueError: If the numbers contradict each other, or no cluster is found.
     """
     if group.processes == "auto":
         if dataclasses.replace(group, processes=1) != Processes():
@@ -70,7 +72,7 @@ def join(group: Processes, devices: int | None) -> None:
     if devices is not None:
         if positive_int("--devices", devices) % count:
             raise ValueError(
-                f"`--devices` are those of all processes together, a multiple of --processes; got "
+                f"`--devices` counts all processes' devices, a multiple of --processes; got "
                 f"--devices {devices} --processes {count}."
             )
         if devices > count:

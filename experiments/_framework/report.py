@@ -1,4 +1,4 @@
-"""``report``: RESULTS.md from recorded summaries."""
+"""``report``: writes RESULTS.md from recorded summaries."""
 
 import os
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from experiments._framework.results import Summary
 HEAD = """# Results
 
 Written by `python -m experiments report` from the folders beside it; do not edit. A number is the
-mean over seeds ± its standard error (that of a bias or variance is over the samples of each seed's
-run). A claim that **does not reproduce** did not come out here; details are below the tables.
+mean over seeds ± its standard error; the standard error of a bias or variance is over the samples
+of each seed's run. A claim marked **does not reproduce** does not hold in our run. Details are
+below the tables.
 """
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}
@@ -21,14 +22,14 @@ OWN = "our target"
 
 
 class Recorded(NamedTuple):
-    """A recorded run.
+    """A recorded run, ready for the report.
 
     Attributes:
         name: The name of its folder.
         topic: The topic of its experiment; "other" if the experiment is not known.
-        about: The experiment in one line.
-        summary: What the run left.
-        claims: What the papers say against what came out.
+        about: The experiment's description in one line.
+        summary: The run's summary.
+        claims: The papers' claims and our results.
         picture: The picture's path, relative to the report.
     """
 
@@ -44,7 +45,7 @@ def write(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Pa
     """Writes ``path`` from every folder of results in ``folder``: tables by topic, then details.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If there are no results.
     """
     found = sorted(p.parent for p in folder.glob("*/summary.json"))
     if not found:
@@ -76,7 +77,7 @@ def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Pa
 
 
 def verdict(claims: list[Claim]) -> str:
-    """All claims in a word: reproduced, in part, not, or cannot tell; our own targets are met."""
+    """A verdict on all claims: reproduced, in part, not, or cannot tell. Own targets are "met"."""
     if not claims:
         return "measured, no claim"
     own = all(claim.source.startswith(OWN) for claim in claims)
@@ -96,7 +97,7 @@ def _overview(run: Recorded) -> str:
 
 
 def section(run: Recorded) -> str:
-    """One run's part of the report."""
+    """One run's section of the report."""
     about = run.summary.about
     environment = about["environment"]
     revision = (environment.get("git_revision") or "unknown")[:10]

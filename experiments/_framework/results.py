@@ -1,4 +1,4 @@
-"""The folder of a run: how it is written and read."""
+"""How the folder of a run is written and read."""
 
 import contextlib
 import csv
@@ -30,10 +30,10 @@ class Record(NamedTuple):
     """One line of ``metrics.csv``.
 
     Attributes:
-        seed: Of the run.
-        step: Along a run; None where there is no such thing.
-        labels: What tells its series apart, such as the estimator.
-        metric: What the number is.
+        seed: The seed of the run.
+        step: The step along the run; None if the number does not belong to a step.
+        labels: The labels of its series, such as the estimator.
+        metric: The name of the number.
         value: The number.
     """
 
@@ -45,29 +45,29 @@ class Record(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """``summary.json``.
+    """The content of ``summary.json`` and ``config.json``.
 
     Attributes:
-        results: Dicts with the labels, ``metric``, ``mean``, ``se`` and ``n`` over the seeds, at
-            the last step of each series.
-        about: Everything else: experiment, config, status, seconds, environment.
+        results: A dict for each series with its labels, ``metric``, and ``mean``, ``se`` and ``n``
+            over the seeds, at the last step.
+        about: All other entries: experiment, config, status, seconds, environment.
     """
 
     results: list[dict[str, Any]]
     about: dict[str, Any]
 
     def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
-        """The result of this metric and these labels, if there is one."""
+        """The result with this metric and these labels, or None."""
         wanted = {"metric": metric, **labels}
         found = [r for r in self.results if all(r.get(k) == v for k, v in wanted.items())]
         return found[0] if found else None
 
 
 def new_folder(out: Path, name: str) -> Path:
-    """Makes ``out/name-DATE-TIME``, before anything is computed.
+    """Makes the folder ``out/name-DATE-TIME``.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If the folder cannot be made.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(100):
@@ -83,7 +83,7 @@ def new_folder(out: Path, name: str) -> Path:
 
 
 def record(folder: Path, out: Path, title: str) -> Path:
-    """Copies a finished run to ``out/title``, its table compressed, in place of the one before.
+    """Copies a finished run to ``out/title``, with a compressed table, and replaces the old record.
 
     Raises:
         ValueError: If the run is not complete.
@@ -114,7 +114,7 @@ def writer(
 ) -> Iterator[Callable[[int, dict[str, Any]], None]]:
     """Yields ``write(seed, numbers)``, which appends to ``metrics.csv`` and flushes.
 
-    Lines that are there, from a run that goes on, are not written again.
+    Lines that a resumed run wrote before are not written again.
     """
     path = folder / "metrics.csv"
     header = ["seed", "step", *labels, "metric", "value"]
@@ -169,7 +169,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads one of the folder's JSON files.
 
     Raises:
-        ValueError: If it is damaged, with its name.
+        ValueError: If the file is damaged; the message names it.
     """
     try:
         return json.loads(path.read_text())
@@ -177,26 +177,36 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}.") from error
 
 
+class Outcome(NamedTuple):
+    """How a run ended, and what it took.
+
+    Attributes:
+        status: "complete", "interrupted", or "failed: " with the error.
+        seconds: The run's duration.
+        compile_seconds: The part of it that was spent on compilation.
+        revision: The commit of the code when the run began; see ``git_revision``.
+    """
+
+    status: str
+    seconds: float
+    compile_seconds: float
+    revision: str | None
+
+
 def write_summary(
-    folder: Path,
-    config: dict[str, Any],
-    records: list[Record],
-    status: str,
-    seconds: float,
-    compiling: float,
-    revision: str | None,
+    folder: Path, config: dict[str, Any], records: list[Record], outcome: Outcome
 ) -> None:
-    """Writes ``summary.json``; ``revision`` is that of the code as the run began."""
+    """Writes ``summary.json``."""
     about = {
         "experiment": config["experiment"],
         "scale": config["scale"],
         "seeds": list(config["seeds"]),
-        "status": status,
+        "status": outcome.status,
         "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-        "seconds": round(seconds, 1),
-        "compile_seconds": round(compiling, 1),
-        "run_seconds": round(seconds - compiling, 1),
-        "environment": {**environment(), "git_revision": revision},
+        "seconds": round(outcome.seconds, 1),
+        "compile_seconds": round(outcome.compile_seconds, 1),
+        "run_seconds": round(outcome.seconds - outcome.compile_seconds, 1),
+        "environment": {**environment(), "git_revision": outcome.revision},
     }
     write_json(folder / "summary.json", {**about, "results": summarise(records)})
 
@@ -209,7 +219,7 @@ def read_summary(folder: Path) -> Summary:
 
 
 def summarise(records: list[Record]) -> list[dict[str, Any]]:
-    """Mean, standard error (None for one seed) and n over seeds, at each series' last step."""
+    """The mean, standard error (None for one seed) and n over seeds, at each series' last step."""
 
     def series(record):
         return (*record.labels.values(), record.metric)
@@ -231,7 +241,7 @@ def summarise(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def git_revision() -> str | None:
-    """The commit, with "+" where files differ from it; None outside a repository."""
+    """The commit, with "+" if files differ from it; None outside a repository."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
@@ -247,13 +257,13 @@ _compiling = 0.0
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent in lowering and compiling so far, without tracing."""
+    """Seconds that this process has spent on lowering and compilation so far, without tracing."""
     return _compiling
 
 
 def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
     global _compiling
-    # Traces are nested in one another: their sum would count some of the time twice.
+    # Traces are nested, so their sum would count some of the time twice.
     if event.startswith("/jax/core/compile/") and "trace" not in event:
         _compiling += duration_secs
 

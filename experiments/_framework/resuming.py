@@ -1,4 +1,4 @@
-"""What may differ in a run that goes on: lengths and seeds may grow, little else may change."""
+"""Checks of the settings of a resumed run: lengths and seeds may grow, little else may change."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def fixed(settings: Any, may_change: Sequence[str]) -> dict[str, Any]:
-    """The settings that a run that goes on must share, as JSON has them."""
+    """The settings that must not change when a run is resumed, in their JSON form."""
     return {
         k: list(v) if isinstance(v, tuple) else v
         for k, v in dataclasses.asdict(settings).items()
@@ -17,16 +17,17 @@ def fixed(settings: Any, may_change: Sequence[str]) -> dict[str, Any]:
 def check_same(
     settings: Any, before: dict[str, Any], may_change: Sequence[str], length: str
 ) -> None:
-    """Compares settings with those that a run was begun with.
+    """Checks that settings fit the run that they resume.
 
     Args:
-        settings: A dataclass with a field ``seeds``.
-        before: Of the run, as JSON has them.
-        may_change: Fields that may differ; ``length`` and "seeds" are among them.
+        settings: The settings of the resumed run.
+        before: The settings of the run so far, in their JSON form.
+        may_change: Fields that may differ, among them ``length`` and "seeds".
         length: The field that may grow.
 
     Raises:
-        ValueError: With the differences; also if the length has shrunk or a seed is missing.
+        ValueError: If other settings differ, the length has shrunk or a seed is missing; the
+            message lists the differences.
     """
     now = fixed(settings, may_change)
     differences = [f"{k}: {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
@@ -36,7 +37,7 @@ def check_same(
         differences.append(f"seeds: {before['seeds']} -> {list(settings.seeds)}")
     if differences:
         raise ValueError(
-            f"`--resume` goes on with what was begun; changed are {', '.join(differences)}. Leave "
-            "these flags out, or begin anew without --resume. "
+            f"`--resume` goes on with what was begun; these differ: {', '.join(differences)}. "
+            "Leave these flags out, or begin anew without --resume. "
             f"(--{length.replace('_', '-')} and --seeds may grow.)"
         )

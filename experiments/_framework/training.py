@@ -1,4 +1,4 @@
-"""The outer loop of the experiments: an estimator, an optax optimizer, whole runs in one scan."""
+"""The outer loop of the experiments: an estimator and an optimizer, whole runs in one scan."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -16,55 +16,61 @@ class Method(NamedTuple):
     """One way to train theta.
 
     Attributes:
-        estimator: Of the gradient.
+        estimator: The gradient estimator.
         optimizer: The outer optimizer.
-        num_updates: Outer updates.
+        num_steps: Outer updates.
     """
 
     estimator: GradientEstimator
     optimizer: optax.GradientTransformation
-    num_updates: int
+    num_steps: int
 
 
-def side_by_side(
-    methods: Mapping[str, Method],
-    key: Key,
-    theta: Theta,
-    evaluate: Callable[[Theta], dict[str, Any]],
-    points: int,
-    write: Write,
-    progress: Progress,
-) -> None:
-    """Trains theta with every method from the same beginning, and writes what becomes of it.
+class Plan(NamedTuple):
+    """The methods that are compared, and how their curves are measured.
+
+    Attributes:
+        methods: The methods by name. Seeds that share these objects share the compiled programs.
+        evaluate: A jitted function from theta to numbers by metric.
+        points: Points of each curve after the first; fewer if a method makes fewer updates.
+    """
+
+    methods: Mapping[str, Method]
+    evaluate: Callable[[Theta], dict[str, Any]]
+    points: int
+
+
+def side_by_side(plan: Plan, key: Key, theta: Theta, write: Write, progress: Progress) -> None:
+    """Trains theta with every method from the same beginning, and writes the curves.
 
     Every line has the labels ``estimator`` (the method's name) and ``step`` (updates so far), the
-    ``inner_steps`` so far as ``info`` counts them, and what ``evaluate`` says of theta.
+    ``inner_steps`` so far as ``info`` counts them, and the numbers of ``evaluate``. A method that
+    diverges goes on with numbers that are not finite, which ``ug.fit`` would refuse.
 
     Args:
-        methods: By name. The same objects for all seeds compile once.
-        key: Every method's updates use ``fold_in(key, i)``.
-        theta: Where all begin.
-        evaluate: Of a theta, a dict of numbers by metric; a function that is jitted.
-        points: Lines of each method after the first; fewer where it makes fewer updates.
-        write: The experiment's.
-        progress: The experiment's.
+        plan: The methods, and how their curves are measured.
+        key: Update i of every method uses ``fold_in(key, i)``.
+        theta: The theta with which all methods begin.
+        write: Writes a line.
+        progress: Shows the progress.
     """
-    total = sum(method.num_updates for method in methods.values())
+    evaluate = plan.evaluate
+    total = sum(method.num_steps for method in plan.methods.values())
     done = 0
-    for name, method in methods.items():
+    for name, method in plan.methods.items():
         progress(name, done / total)
         carry = _begin(method.estimator, method.optimizer, key, theta)
         steps = 0
         numbers = {"inner_steps": 0, **evaluate(carry[0])}
         write({"estimator": name, "step": 0, **numbers})
-        count = min(points, method.num_updates)
-        ends = [method.num_updates * (i + 1) // count for i in range(count)]
+        count = min(plan.points, method.num_steps)
+        ends = [method.num_steps * (i + 1) // count for i in range(count)]
         for first, end in zip([0, *ends], ends, strict=False):
             carry, spent = _updates(method.estimator, method.optimizer, key, carry, first, end)
             steps += int(spent)
             write({"estimator": name, "step": end, "inner_steps": steps, **evaluate(carry[0])})
             progress(name, (done + end) / total)
-        done += method.num_updates
+        done += method.num_steps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
@@ -73,29 +79,29 @@ def trajectory(
     optimizer: optax.GradientTransformation,
     key: Key,
     theta: Theta,
-    num_updates: int,
+    num_steps: int,
     every: int = 1,
 ) -> tuple[Theta, jax.Array]:
-    """Updates theta ``num_updates`` times.
+    """Updates theta ``num_steps`` times.
 
     Args:
-        estimator: Of the gradient.
+        estimator: The gradient estimator.
         optimizer: The outer optimizer.
         key: Update i uses ``fold_in(key, i)``.
-        theta: Where to begin.
-        num_updates: A multiple of ``every``.
+        theta: Initial outer parameters.
+        num_steps: A multiple of ``every``.
         every: Updates between the thetas that are kept.
 
     Returns:
-        The thetas after every ``every`` updates, stacked, the first being the beginning; and each
-        update's loss estimate, shape ``(num_updates,)``.
+        The initial theta and the thetas after every ``every`` updates, stacked; and each update's
+        loss estimate, shape ``(num_steps,)``.
 
     Raises:
-        ValueError: If num_updates is negative or no multiple of ``every``.
+        ValueError: If num_steps is negative or not a multiple of ``every``.
     """
-    if num_updates < 0 or num_updates % every:
+    if num_steps < 0 or num_steps % every:
         raise ValueError(
-            f"`num_updates` must be a multiple of every={every}; got num_updates={num_updates}."
+            f"`num_steps` must be a multiple of every={every}; got num_steps={num_steps}."
         )
 
     update = functools.partial(_update, estimator, optimizer, key)
@@ -105,7 +111,7 @@ def trajectory(
         return carry, (carry[0], losses)
 
     begin = _begin(estimator, optimizer, key, theta)
-    _, (thetas, losses) = jax.lax.scan(stretch, begin, jnp.arange(0, num_updates, every))
+    _, (thetas, losses) = jax.lax.scan(stretch, begin, jnp.arange(0, num_steps, every))
     kept = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), begin[0], thetas)
     return kept, losses.ravel()
 
@@ -120,7 +126,7 @@ def _begin(estimator: Any, optimizer: Any, key: Key, theta: Theta) -> tuple[Any,
 def _updates(
     estimator: Any, optimizer: Any, key: Key, carry: Any, first: Any, end: Any
 ) -> tuple[Any, jax.Array]:
-    """Updates ``first`` to ``end``, and the inner steps of all: one program for any number."""
+    """Makes updates ``first`` to ``end`` and sums their inner steps: one program for any number."""
 
     def turn(i, carry):
         carry, steps = carry
@@ -133,7 +139,7 @@ def _updates(
 def _update(
     estimator: Any, optimizer: Any, key: Key, carry: Any, i: Any
 ) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """Update ``i``, its loss and its inner steps."""
+    """Makes update ``i``; returns its loss and its inner steps."""
     theta, state, opt_state = carry
     estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
     updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)

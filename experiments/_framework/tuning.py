@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,43 +12,47 @@ from experiments._framework import training
 from unrollgrad.types import GradientEstimator, Key, Theta
 
 
-def best_rate(
-    estimator: GradientEstimator,
-    optimizer: Callable[[jax.Array], optax.GradientTransformation],
-    rates: Sequence[float],
-    keys: Key,
-    theta: Theta,
-    num_updates: int,
-    every: int,
-    loss: Callable[[Theta], jax.Array],
-) -> float:
+class Trial(NamedTuple):
+    """The run that is repeated with every learning rate.
+
+    Attributes:
+        estimator: The gradient estimator.
+        optimizer: From a learning rate to the outer optimizer.
+        num_steps: Updates of the run, a multiple of ``every``.
+        every: Updates between the points at which the loss is measured.
+        loss: The positive loss of a theta.
+    """
+
+    estimator: GradientEstimator
+    optimizer: Callable[..., optax.GradientTransformation]
+    num_steps: int
+    every: int
+    loss: Callable[[Theta], jax.Array]
+
+
+def best_rate(trial: Trial, rates: Sequence[float], keys: Key, theta: Theta) -> float:
     """The rate with the lowest geometric mean of the loss along its runs: both quick and good.
 
     Args:
-        estimator: Of the gradient.
-        optimizer: From a rate to the outer optimizer.
-        rates: The grid. One whose loss is not finite somewhere is the worst.
-        keys: One run of each rate for each key, so not those of runs that are reported.
-        theta: Where all begin.
-        num_updates: Of each run, a multiple of ``every``.
-        every: Updates between the points where the loss is looked at.
-        loss: Of theta, positive.
+        trial: The run that is repeated with every rate.
+        rates: The grid. A rate whose loss is not finite somewhere counts as the worst.
+        keys: Each rate has one run for each key; runs that are reported need other keys.
+        theta: Initial outer parameters.
     """
     if len(rates) == 1:
         return rates[0]
-    curves = _curves(
-        estimator, optimizer, jnp.asarray(rates), keys, theta, num_updates, every, loss
-    )
-    scores = jnp.mean(jnp.log(curves), axis=(1, 2))
+    scores = jnp.mean(jnp.log(_curves(trial, jnp.asarray(rates), keys, theta)), axis=(1, 2))
     return rates[int(jnp.argmin(jnp.where(jnp.isfinite(scores), scores, jnp.inf)))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5, 6, 7))
-def _curves(estimator, optimizer, rates, keys, theta, num_updates, every, loss) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _curves(trial: Trial, rates: jax.Array, keys: Key, theta: Theta) -> jax.Array:
     """The losses after the beginning, by rate, key and point."""
 
     def run(rate, key):
-        thetas, _ = training.trajectory(estimator, optimizer(rate), key, theta, num_updates, every)
-        return jax.vmap(loss)(jax.tree.map(lambda x: x[1:], thetas))
+        optimizer = trial.optimizer(rate)
+        steps = trial.num_steps, trial.every
+        thetas, _ = training.trajectory(trial.estimator, optimizer, key, theta, *steps)
+        return jax.vmap(trial.loss)(jax.tree.map(lambda x: x[1:], thetas))
 
     return jax.vmap(lambda rate: jax.vmap(lambda key: run(rate, key))(keys))(rates)

@@ -15,6 +15,7 @@ from sklearn import datasets
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.apo.proximal_training import Task, best, best_results, last_tenth, train
 from unrollgrad import apo
 from unrollgrad.running import need
@@ -26,7 +27,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Reconstruction of scikit-learn's digits through a bottleneck, by a deep tanh autoencoder.
 
     The loss is the binary cross-entropy of the pixels, summed over an image, less its floor. SGD
@@ -34,32 +35,28 @@ class Settings:
     float32, and with weights, gradients and products in bfloat16.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     widths: tuple[int, ...] = (64, 32, 16, 6, 16, 32, 64)
     """Units of every layer, the 64 pixels first and last."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of weights, gradients and activations."""
-    initial_rate: float = 0.03
+    initial_learning_rate: float = 0.03
     """Of the preconditioner, which begins as this times the identity."""
     lambda_fsd: float = 3.0
     """Weight of the discrepancy, the Bernoulli KL divergence summed over an image."""
     lambda_wsd: float = 0.0
     """Weight of half of the squared distance between the weights before and after a step."""
-    meta_rate: float = 0.01
+    meta_learning_rate: float = 0.01
     """Of the meta-optimizer, RMSprop."""
     meta_interval: int = 1
     """Steps from one meta-step to the next."""
-    batch: int = 128
+    batch_size: int = 128
     """Images."""
     num_steps: int = 5000
     """Of training."""
     points: int = 50
     """Of each curve; they divide the steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its first weights and its batches."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws its first weights and its batches."""
 
 
 SCALES = {
@@ -130,12 +127,12 @@ def task(widths: tuple[int, ...], batch: int, dtype: Any) -> Task:
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the loss along every run, and at its end."""
-    setting = dataclasses.replace(settings, seeds=(), out=Path())  # all that the program depends on
+    setting = settings.without_run()  # all that the program depends on
     cells = [(dtype, method) for dtype in settings.dtypes for method in (*GRIDS, APO)]
     for i, (dtype, method) in enumerate(cells):
         progress(f"{method}, {dtype}", i / len(cells))
         grid = GRIDS.get(method)
-        rates = np.geomspace(*grid, 9) if grid else np.array([settings.initial_rate])
+        rates = np.geomspace(*grid, 9) if grid else np.array([settings.initial_learning_rate])
         curves = _program(setting, dtype, method)(jax.random.key(seed), jnp.float32(rates))
         every = settings.num_steps // settings.points
         for rate, losses in zip(rates, np.asarray(curves), strict=True):
@@ -148,7 +145,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 @functools.cache
 def _program(settings: Settings, dtype: str, method: str) -> Any:
     """All rates of one method, compiled once for all seeds."""
-    here = task(settings.widths, settings.batch, DTYPES[dtype])
+    here = task(settings.widths, settings.batch_size, DTYPES[dtype])
 
     def optimizer(rate):
         if method == "SGD":
@@ -160,7 +157,7 @@ def _program(settings: Settings, dtype: str, method: str) -> Any:
             lambda_fsd=settings.lambda_fsd,
             lambda_wsd=settings.lambda_wsd,
             discrepancy=bernoulli_divergence,
-            meta_optimizer=optax.rmsprop(settings.meta_rate),
+            meta_optimizer=optax.rmsprop(settings.meta_learning_rate),
             meta_interval=settings.meta_interval,
         )
 

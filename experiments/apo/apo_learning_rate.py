@@ -14,6 +14,7 @@ from sklearn import datasets
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.apo.proximal_training import Task, best, best_results, last_tenth, train
 from experiments.problems.digits import MLP
 from unrollgrad import apo
@@ -45,7 +46,7 @@ BEGINNINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Learning rates by amortized proximal optimization, on scikit-learn's digits.
 
     Each from three initial rates, two decades from one to the next, beside nine fixed rates, and
@@ -55,8 +56,6 @@ class Settings:
     the wrong labels.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     nets: tuple[Literal["MLP", "conv net"], ...] = ("MLP", "conv net")
     """32 hidden units; two convolutions of 8 and 16 channels."""
     bases: tuple[Literal["SGD", "momentum", "RMSprop", "Adam"], ...] = (
@@ -70,22 +69,20 @@ class Settings:
     """Weight of the KL divergence between the predictions before and after a step."""
     lambda_wsd: float = 1.0
     """Weight of half of the squared distance between the weights before and after a step."""
-    meta_rate: float = 0.1
+    meta_learning_rate: float = 0.1
     """Of the meta-optimizer, RMSprop."""
     meta_interval: int = 10
     """Steps from one meta-step to the next."""
     wrong_labels: float = 0.1
     """Probability that a label is drawn from all ten."""
-    batch: int = 64
+    batch_size: int = 64
     """Images."""
     num_steps: int = 10_000
     """Of training."""
     points: int = 50
     """Of each curve; they divide the steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its first weights and its batches."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws its first weights and its batches."""
 
 
 SCALES = {
@@ -176,7 +173,7 @@ def _curves(
     settings: Settings, seed: int, net: str, base: str, method: str, rates: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses and rates along training, from every rate in turn."""
-    setting = dataclasses.replace(settings, seeds=(), out=Path())  # all that the program depends on
+    setting = settings.without_run()  # all that the program depends on
     losses, found = _program(setting, net, base, method)(
         jax.random.key(seed), jnp.asarray(rates, jnp.float32)
     )
@@ -187,7 +184,7 @@ def _curves(
 def _program(settings: Settings, net: str, base: str, method: str) -> Any:
     """All rates of one method, compiled once for all seeds."""
     steps = settings.num_steps
-    here = task(net, settings.batch, settings.wrong_labels)
+    here = task(net, settings.batch_size, settings.wrong_labels)
 
     def optimizer(rate):
         if method == FIXED:
@@ -200,7 +197,9 @@ def _program(settings: Settings, net: str, base: str, method: str) -> Any:
             rate,
             lambda_fsd=settings.lambda_fsd,
             lambda_wsd=settings.lambda_wsd,
-            meta_optimizer=optax.rmsprop(settings.meta_rate, eps=1e-30, bias_correction=True),
+            meta_optimizer=optax.rmsprop(
+                settings.meta_learning_rate, eps=1e-30, bias_correction=True
+            ),
             meta_interval=settings.meta_interval,
         )
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.apo.proximal_training import Task, best, best_results, last_tenth, train
 from unrollgrad import apo
 from unrollgrad.running import need
@@ -21,39 +22,35 @@ INPUTS, HIDDEN, OUTPUTS = 6, 6, 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Regression of A x on x ~ N(0, I) by the linear network x W1 W2, in double precision.
 
     The singular values of A are spaced geometrically from 1 to 1 / condition. SGD, Adam and natural
     gradient descent, each with a grid of rates, beside the APO preconditioner with one setting.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     condition: float = 1e10
     """Largest singular value of A over the smallest."""
-    initial_rate: float = 0.1
+    initial_learning_rate: float = 0.1
     """Of the preconditioner, which begins as this times the identity."""
     lambda_fsd: float = 1.0
     """Weight of the squared error between the outputs before and after a step."""
     lambda_wsd: float = 0.0
     """Weight of half of the squared distance between the weights before and after a step."""
-    meta_rate: float = 0.003
+    meta_learning_rate: float = 0.003
     """Of the meta-optimizer, RMSprop."""
     meta_interval: int = 1
     """Steps from one meta-step to the next."""
     damping: float = 1e-12
     """Of the exact Fisher matrix in natural gradient descent."""
-    batch: int = 128
+    batch_size: int = 128
     """Rows, drawn anew for every step."""
     num_steps: int = 10_000
     """Of training."""
     points: int = 100
     """Of each curve; they divide the steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each draws A, the first weights and the batches."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws A, the first weights and the batches."""
 
 
 SCALES = {
@@ -130,11 +127,11 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         APO: lambda rate: preconditioner(settings),
     }
     with jax.enable_x64(True):
-        here = task(seed, settings.condition, settings.batch)
+        here = task(seed, settings.condition, settings.batch_size)
         for i, (method, maker) in enumerate(makers.items()):
             progress(method, i / len(makers))
             grid = GRIDS.get(method)
-            rates = np.geomspace(*grid, 9) if grid else np.array([settings.initial_rate])
+            rates = np.geomspace(*grid, 9) if grid else np.array([settings.initial_learning_rate])
 
             def one(rate, maker=maker):
                 key = jax.random.key(seed)
@@ -153,12 +150,12 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 def preconditioner(settings: Settings) -> optax.GradientTransformation:
     """Of these settings."""
     return apo.preconditioner(
-        settings.initial_rate,
+        settings.initial_learning_rate,
         lambda_fsd=settings.lambda_fsd,
         lambda_wsd=settings.lambda_wsd,
         discrepancy=apo.squared_error,
         # The gradients become small by orders of magnitude, and eps must not stand in for them.
-        meta_optimizer=optax.rmsprop(settings.meta_rate, eps=1e-30),
+        meta_optimizer=optax.rmsprop(settings.meta_learning_rate, eps=1e-30),
         meta_interval=settings.meta_interval,
     )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad import apo
 from unrollgrad.running import need
 
@@ -19,7 +20,7 @@ APO_RATE, APO_DENSE, NEWTON = "APO learning rate", "APO preconditioner", "Newton
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Minimising (1 - x)² + 100 (y - x²)² from one point, without noise.
 
     Gradient descent and Adam at the best of nine rates, APO's learning rate for gradient descent,
@@ -27,22 +28,18 @@ class Settings:
     of the discrepancy are the residuals (1 - x, 10 (y - x²)) √2; there is no distance in weights.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     start: tuple[float, float] = (-1.0, 1.5)
     """Where all begin, up to a normal perturbation of 0.05 that the seed draws."""
-    initial_rates: tuple[float, float] = (1e-3, 1e-3)
+    initial_learning_rates: tuple[float, float] = (1e-3, 1e-3)
     """Of the learning rate, and of the preconditioner, which begins as that times the identity."""
     lambda_fsd: tuple[float, float] = (1.0, 10.0)
     """Weight of the squared error between the residuals before and after a step, of the two."""
-    meta_rates: tuple[float, float] = (0.03, 0.03)
+    meta_learning_rates: tuple[float, float] = (0.03, 0.03)
     """Of their meta-optimizers, RMSprop."""
     num_steps: int = 400
     """Of every method; APO takes a meta-step in each."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each draws where it begins."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws where it begins."""
 
 
 SCALES = {
@@ -114,9 +111,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
                 functools.partial(apo.learning_rate, optax.sgd),
                 functools.partial(apo.preconditioner, structure=apo.dense()),
             ),
-            settings.initial_rates,
+            settings.initial_learning_rates,
             settings.lambda_fsd,
-            settings.meta_rates,
+            settings.meta_learning_rates,
             strict=True,
         )
     )

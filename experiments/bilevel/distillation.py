@@ -14,6 +14,7 @@ import optax
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.bilevel.data_cleaning import (
     Data,
     accuracy,
@@ -33,7 +34,7 @@ SOLVERS: dict[str, Callable[[int], lx.AbstractLinearSolver]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Dataset distillation: one learned image for each digit, with a linear classifier.
 
     The inner loss is the cross-entropy on the ten images and exp(-4) |w|^2, five steps of Adam on
@@ -42,8 +43,6 @@ class Settings:
     scikit-learn's digits, at every scale.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     solvers: tuple[Literal["identity", "CG"], ...] = ("identity", "CG")
     """What stands for the inverse Hessian. The paper's is the identity."""
     num_train: int = 1200
@@ -52,20 +51,18 @@ class Settings:
     """Of the squared weights of the classifier."""
     inner_steps: int = 5
     """Per outer step, from where the last one ended."""
-    inner_rate: float = 0.05
+    inner_learning_rate: float = 0.05
     """Of the inner Adam."""
     cg_steps: int = 20
     """At most, of each hypergradient's conjugate gradients."""
     num_steps: int = 1000
     """Outer steps."""
-    outer_rate: float = 1e-2
+    learning_rate: float = 1e-2
     """Of the outer RMSprop."""
     num_draws: int = 20
     """Times that ten random real images are drawn."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each draws the two sets."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws the two sets."""
 
 
 SCALES = {
@@ -107,9 +104,9 @@ def distil(settings: Settings, train: Data, solver: str) -> bilevel.BilevelResul
         implicit.hypergradient(outer, loss, solver=SOLVERS[solver](settings.cg_steps)),
         zeros(),
         jnp.zeros((10, 64)),
-        inner_optimizer=optax.adam(settings.inner_rate),
+        inner_optimizer=optax.adam(settings.inner_learning_rate),
         inner_steps=settings.inner_steps,
-        outer_optimizer=optax.rmsprop(settings.outer_rate),
+        outer_optimizer=optax.rmsprop(settings.learning_rate),
         num_steps=settings.num_steps,
         every=_every(settings.num_steps),
     )
@@ -145,27 +142,19 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     def put(series, **numbers):
         write({"series": series, "image": "", **numbers})
 
-    def put_images(series, images):
-        if seed == settings.seeds[0]:
-            for label, image in enumerate(images):
-                for i, pixel in enumerate(image):
-                    numbers = {"step": i, "pixel": float(pixel)}
-                    write({"series": series, "image": str(label), **numbers})
-
     progress("references", 0.0)
     means = class_means(train)
     scaled = jnp.array(FACTORS)[:, None, None] * means
     keys = jax.random.split(draws, settings.num_draws)
     random = jax.vmap(lambda key: random_images(key, train))(keys)
     accuracies, losses = map(np.asarray, evaluate(jnp.concatenate([scaled, random])))
-    references = {
-        "class means": float(accuracies[np.argmin(losses[: len(FACTORS)])]),
-        "random images": float(np.mean(accuracies[len(FACTORS) :])),
-    }
-    for name, value in references.items():
-        put(name, accuracy=value)
-    put_images("class means", means)
-    every = _every(settings.num_steps)
+    over_means = float(accuracies[np.argmin(losses[: len(FACTORS)])])
+    over_random = float(np.mean(accuracies[len(FACTORS) :]))
+    put("class means", accuracy=over_means)
+    put("random images", accuracy=over_random)
+    first = seed == settings.seeds[0]
+    if first:
+        _write_images("class means", means, write)
     for i, name in enumerate(settings.solvers):
         progress(name, (i + 1) / (len(settings.solvers) + 1))
         result = distil(settings, train, name)
@@ -174,18 +163,22 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         for j in range(len(accuracies)):
             put(
                 name,
-                step=(j + 1) * every,
+                step=(j + 1) * _every(settings.num_steps),
                 accuracy=float(accuracies[j]),
                 outer_loss=float(losses[j]),
                 accuracy_warm=float(warm[j]),
             )
         end = float(accuracies[-1])
-        put(
-            f"{name}, gain",
-            over_random=end - references["random images"],
-            over_means=end - references["class means"],
-        )
-        put_images(name, result.thetas[-1])
+        put(f"{name}, gain", over_random=end - over_random, over_means=end - over_means)
+        if first:
+            _write_images(name, result.thetas[-1], write)
+
+
+def _write_images(series: str, images: Any, write: Write) -> None:
+    """Writes the ten images of a series, pixel by pixel."""
+    for label, image in enumerate(images):
+        for i, pixel in enumerate(image):
+            write({"series": series, "image": str(label), "step": i, "pixel": float(pixel)})
 
 
 def _every(num_steps: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from sklearn import datasets
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 WEIGHTS = 11
@@ -27,18 +28,16 @@ MINIMUM, WARM = "unrolled, from the minimum", "unrolled, from a warm start"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Linear regression with a decay rate for each weight: the exact hypergradient is known.
 
     The data are scikit-learn's diabetes, since the paper's Boston housing is no longer there:
     features and targets standardized, with a column of ones. All is in float64.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     terms: tuple[int, ...] = (*range(1, 13), 14, 16, 20, 25, 32, 40, 50, 100, 200, 400, 800)
     """Terms of Neumann, steps of CG and unrolling, rows of Nystrom (as many as weights)."""
-    rate: float = 0.05
+    inner_learning_rate: float = 0.05
     """Of inner gradient descent. The largest curvature is about 8."""
     rhos: tuple[float, ...] = (0.1, 1e-3)
     """Dampings of Nystrom. The smallest curvature is about 0.02."""
@@ -49,9 +48,7 @@ class Settings:
     validation: float = 0.1
     """Share of validation rows."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each is a split of the data."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a split of the data."""
 
 
 SCALES = {
@@ -138,7 +135,7 @@ def _descend(settings: Settings, data: Data, theta: jax.Array) -> jax.Array:
     inner, _ = losses(data)
 
     def turn(params, _):
-        return params - settings.rate * jax.grad(inner)(params, theta), None
+        return params - settings.inner_learning_rate * jax.grad(inner)(params, theta), None
 
     params, _ = jax.lax.scan(turn, jnp.zeros(WEIGHTS), length=settings.warm_up)
     return params
@@ -148,9 +145,9 @@ def _kinds(settings: Settings) -> Iterator[tuple[str, tuple[str, float]]]:
     """By method: its kind, and its step size or damping."""
     yield CG, ("cg", 0.0)
     yield AUTO, ("auto", 0.0)
-    yield GIVEN, ("neumann", settings.rate)
-    yield MINIMUM, ("unrolled", settings.rate)
-    yield WARM, ("unrolled", settings.rate)
+    yield GIVEN, ("neumann", settings.inner_learning_rate)
+    yield MINIMUM, ("unrolled", settings.inner_learning_rate)
+    yield WARM, ("unrolled", settings.inner_learning_rate)
     for rho in settings.rhos:
         yield f"Nystrom, rho = {rho:g}", ("nystrom", rho)
     yield IDENTITY, ("identity", 1.0)

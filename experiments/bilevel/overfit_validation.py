@@ -13,6 +13,7 @@ from sklearn import datasets
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 IMAGES = 50
@@ -22,15 +23,13 @@ FIXED, TUNED = "fixed", "tuned"
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Weight decay with a rate for every weight, tuned online by identity hypergradients.
 
     On 50 + 50 of scikit-learn's digits; the other 1697 are the test set. The paper has MNIST and
     CIFAR-10. Beside it, the same training with the decay rates left where they begin.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     models: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
     """Softmax regression, and a network with one hidden layer."""
     hidden: int = 32
@@ -39,24 +38,22 @@ class Settings:
     """Outer steps."""
     inner_steps: int = 5
     """Per outer step, on all training images."""
-    inner_rate: float = 1e-3
+    inner_learning_rate: float = 1e-3
     """Of Adam, which is never reset. 1e-4 in the paper, with ten times the steps."""
-    outer_rate: float = 1e-2
+    learning_rate: float = 1e-2
     """Of RMSprop."""
     log_decay: float = -4.0
     """Theta at the beginning, the same for all weights."""
     points: int = 200
     """Points of each curve; they divide the outer steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each draws its images and first weights."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws its images and first weights."""
 
 
 SCALES = {
     "smoke": Settings(scale="smoke", models=("linear",), num_steps=500, points=20, seeds=(1,)),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", num_steps=100_000, inner_rate=1e-4),
+    "paper": Settings(scale="paper", num_steps=100_000, inner_learning_rate=1e-4),
 }
 
 
@@ -104,9 +101,9 @@ def tune(
         ug.implicit.hypergradient(outer, inner, solver=ug.implicit.identity()),
         params,
         theta,
-        inner_optimizer=optax.adam(settings.inner_rate),
+        inner_optimizer=optax.adam(settings.inner_learning_rate),
         inner_steps=settings.inner_steps,
-        outer_optimizer=optax.rmsprop(settings.outer_rate) if tuned else optax.set_to_zero(),
+        outer_optimizer=optax.rmsprop(settings.learning_rate) if tuned else optax.set_to_zero(),
         num_steps=settings.num_steps,
         start="warm",
         every=settings.num_steps // settings.points,

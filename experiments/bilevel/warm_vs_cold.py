@@ -16,6 +16,7 @@ import optax
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.bilevel.warm_vs_cold_figure import BOUND, chosen, draw
 from experiments.problems.fourier import (
     TARGETS,
@@ -29,7 +30,7 @@ from experiments.problems.fourier import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Two regressions on a Fourier basis with more weights than data, in float64.
 
     "one point": theta is one synthetic point (x, y), the inner problem fits it, the outer loss is
@@ -44,15 +45,15 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper has more seeds."""
-    data: tuple[Literal["alternating", "normal"], ...] = ("alternating", "normal")
+    """Sets the defaults of all other settings. paper: more seeds."""
+    targets: tuple[Literal["alternating", "normal"], ...] = ("alternating", "normal")
     """Real targets of one point: -0.5 and 0.5 in turn plus normal numbers of scale 0.1, of which
     one point from zero can fit little; or normal numbers of scale 0.5."""
     frequencies: int = 10
     """N of one point; 2 N + 1 weights."""
-    adam_rates: tuple[float, ...] = (0.05, 0.1)
+    adam_learning_rates: tuple[float, ...] = (0.05, 0.1)
     """Of Adam as the outer optimizer of one point, with optax's defaults."""
-    gd_rate: float = 1.0
+    gd_learning_rate: float = 1.0
     """Of gradient descent in its place."""
     num_steps: int = 200_000
     """Outer steps of one point; what there is after a quarter of them is written too: Adam's path
@@ -67,14 +68,12 @@ class Settings:
     descent_steps: int = 2000
     """Outer steps of antidistillation: gradient descent, the rate 1 over the norm of its matrix."""
     seeds: tuple[int, ...] = tuple(range(16))
-    """Each draws the real points of both, and where the synthetic point begins."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws the real points of both, and where the synthetic point begins."""
 
 
 SCALES = {
     "smoke": Settings(
-        scale="smoke", adam_rates=(0.1,), num_steps=1000, terms=(1, 20), seeds=(0, 1)
+        scale="smoke", adam_learning_rates=(0.1,), num_steps=1000, terms=(1, 20), seeds=(0, 1)
     ),
     "cpu": Settings(),
     "paper": Settings(scale="paper", seeds=tuple(range(32))),
@@ -100,8 +99,8 @@ def fill(settings: Settings) -> Settings:
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the losses along each run of one point, and where antidistillation ends."""
     with jax.enable_x64(True):
-        optimizers = [f"adam {rate:g}" for rate in settings.adam_rates]
-        optimizers.append(f"gd {settings.gd_rate:g}")
+        optimizers = [f"adam {rate:g}" for rate in settings.adam_learning_rates]
+        optimizers.append(f"gd {settings.gd_learning_rate:g}")
         for i, name in enumerate(optimizers):
             progress(f"one point, {name}", i / (len(optimizers) + 1))
             _write_one_point(settings, name, jax.random.key(seed), write)
@@ -156,11 +155,11 @@ def _descents(settings: Settings, name: str) -> Callable[[Data], Paths]:
 def _write_one_point(
     settings: Settings, name: str, key: jax.Array, write: Callable[[dict[str, Any]], None]
 ) -> None:
-    drawn = [one_point_data(kind, key) for kind in settings.data]
+    drawn = [one_point_data(kind, key) for kind in settings.targets]
     data = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
     paths = jax.tree.map(np.asarray, _descents(settings, name)(data))
     every, last = settings.num_steps // KEPT, settings.num_steps // 10
-    for i, kind in enumerate(settings.data):
+    for i, kind in enumerate(settings.targets):
         labels = {"part": "one point", "case": f"{kind}, {name}"}
         cold, warm, again = (path[i] for path in paths)
         at = slice(every - 1, None, every)  # the last of each stretch is kept

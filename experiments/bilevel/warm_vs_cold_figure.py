@@ -39,7 +39,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 def _draw_losses(axis: Any, records: list[Record], config: dict[str, Any]) -> None:
     cases = [case for case, _ in chosen(records, "one point", "loss")]
-    adam = [case for case in cases if case.startswith(config["data"][0]) and " adam " in case]
+    adam = [case for case in cases if case.startswith(config["targets"][0]) and " adam " in case]
     case = (adam or cases)[-1]
     for (_, method), values in chosen(records, "one point", "loss", case).items():
         seeds = dict.fromkeys(seed for seed, _ in values)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,13 +12,14 @@ import optax
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
 from unrollgrad import apo
 from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Training a square ReLU network: time and memory of APO over a plain step's.
 
     Runs of all kinds in turn; medians of the ratios of one turn, a preconditioner's beside one
@@ -26,13 +27,11 @@ class Settings:
     in copies of the weights.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     width: int = 512
     """Inputs, outputs and units of the hidden layers."""
     layers: int = 4
     """Matrices of weights."""
-    batch: int = 256
+    batch_size: int = 256
     """Rows."""
     meta_interval: int = 10
     """Steps from one meta-step to the next."""
@@ -41,15 +40,13 @@ class Settings:
     num_repeats: int = 15
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole measurement."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement."""
 
 
 SCALES = {
-    "smoke": Settings(scale="smoke", width=16, layers=2, batch=8, num_steps=10, num_repeats=1),
+    "smoke": Settings(scale="smoke", width=16, layers=2, batch_size=8, num_steps=10, num_repeats=1),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", width=2048, batch=1024),
+    "paper": Settings(scale="paper", width=2048, batch_size=1024),
 }
 
 
@@ -84,7 +81,7 @@ def program(settings: Settings, optimizer: Any, seed: int) -> tuple[Callable, fl
     """Some steps, compiled, as a function without arguments; and the memory that one plans."""
     optimizer = optax.with_extra_args_support(optimizer)
     keys = jax.random.split(jax.random.key(seed), 4 + settings.layers)
-    width, rows = settings.width, settings.batch
+    width, rows = settings.width, settings.batch_size
     params = [jax.random.normal(k, (width, width)) / width**0.5 for k in keys[4:]]
     batches = tuple(
         (jax.random.normal(a, (rows, width)), jax.random.randint(b, (rows,), 0, width))
@@ -175,7 +172,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     for axis in (left, right):
         axis.set_xticks(range(len(kinds)), kinds)
         axis.grid(alpha=0.3, axis="y")
-    figure.suptitle(f"{config['layers']} x {config['width']}, batch {config['batch']}")
+    figure.suptitle(f"{config['layers']} x {config['width']}, batch {config['batch_size']}")
     return figure
 
 

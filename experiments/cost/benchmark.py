@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._framework.experiment import Experiment, Progress, Write
+from experiments._framework.settings import CommonSettings
 from experiments.cost import floors, hypergradient_cost, timing
 from experiments.cost.benchmark_figure import claims, draw, show
 from experiments.cost.workloads import NAMES, Workload, leaky_sum, workloads
@@ -20,7 +21,7 @@ USUAL = tuple(n for n in REGISTRY if n not in ("forward_mode", "pes_analytic_rep
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Time, memory and compile time of estimators, beside the floor: the same unrolls alone.
 
     The floor is one jitted vmap and scan of the same particles and inner steps, a mean pass
@@ -36,7 +37,7 @@ class Settings:
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else, and the size of "large"."""
+    """Sets the defaults of all other settings, and the size of "large"."""
     workloads: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
     """What is unrolled."""
     estimators: tuple[Literal[tuple(REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
@@ -55,16 +56,14 @@ class Settings:
     """On "tiny"; and horizons of ten times as much."""
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Of theta and state, where a step computes next to nothing."""
-    products: tuple[int, ...] = (10, 40)
+    terms: tuple[int, ...] = (10, 40)
     """With the Hessian, of implicit hypergradients."""
     num_repeats: int = 11
     """Runs of each program."""
     num_compilations: int = 3
     """Of each program, after a first that is not counted."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole measurement."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement."""
 
 
 SCALES = {
@@ -76,7 +75,7 @@ SCALES = {
         workers=(1, 8),
         truncations=(2,),
         sizes=(10, 100),
-        products=(2,),
+        terms=(2,),
         num_repeats=1,
         num_compilations=1,
     ),
@@ -179,7 +178,7 @@ def _sizes(settings: Settings, key: jax.Array) -> Iterator[Cell]:
 def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
     width = 4 if settings.scale == "smoke" else 512
     problem = hypergradient_cost.problem(key, width, width // 2, 100)
-    for number in settings.products:
+    for number in settings.terms:
         kinds = hypergradient_cost.kinds(problem, number)
         for name in (kind for kind in kinds if kind != "floor"):
             programs: dict[str, Callable[[], Any]] = {
@@ -309,7 +308,7 @@ def _fill(settings: Settings) -> Settings:
         "--devices": settings.devices,
         "--truncations": settings.truncations,
         "--sizes": settings.sizes,
-        "--products": settings.products,
+        "--terms": settings.terms,
     }
     for flag, values in numbers.items():
         for value in values:

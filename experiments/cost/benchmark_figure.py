@@ -120,6 +120,27 @@ def _draw_lines(axis: Any, lines: dict[tuple[str, str], dict], x: str, y: str) -
 
 def show(records: list[Record]) -> None:
     """Prints the tables."""
+    _print_estimators(records)
+    for part in ("estimators", "workers", "devices", "truncation", "horizon"):
+        for (workload, name), line in _table(records, part, "out_of_memory").items():
+            print(f"out of memory: {name} on {workload}, {', '.join(map(str, line))}")
+    for part, metric, unit in (
+        ("workers", "median_seconds", "s"),
+        ("workers", "median_ratio", "of the floor"),
+        ("devices", "median_seconds", "s"),
+        ("truncation", "estimator_compile_seconds", "s to compile"),
+        ("horizon", "estimator_compile_seconds", "s to compile"),
+        ("size", "median_seconds", "s"),
+        ("size", "copies_per_pair", "copies of theta per pair"),
+        ("products", "median_ratio", "of bare products"),
+    ):
+        for (_, estimator), line in _table(records, part, metric).items():
+            values = ", ".join(f"{number}: {value:.3g}" for number, value in line.items())
+            print(f"{part:>10} {estimator:>12}  {values} {unit}")
+
+
+def _print_estimators(records: list[Record]) -> None:
+    """Prints every estimator on every workload, beside the floor."""
     console, table = running.console(), need("rich.table", "rich").Table
     main = table(title="beside the floor, medians (quartiles)", title_justify="left", box=None)
     for name in ("workload", "estimator", "ratio", "", "estimates/s", "us/step", "compile s"):
@@ -151,22 +172,6 @@ def show(records: list[Record]) -> None:
                 f"{x['estimator_mebibytes']:.1f}",
             )
     console.print(main)
-    for part in ("estimators", "workers", "devices", "truncation", "horizon"):
-        for (workload, name), line in _table(records, part, "out_of_memory").items():
-            print(f"out of memory: {name} on {workload}, {', '.join(map(str, line))}")
-    for part, metric, unit in (
-        ("workers", "median_seconds", "s"),
-        ("workers", "median_ratio", "of the floor"),
-        ("devices", "median_seconds", "s"),
-        ("truncation", "estimator_compile_seconds", "s to compile"),
-        ("horizon", "estimator_compile_seconds", "s to compile"),
-        ("size", "median_seconds", "s"),
-        ("size", "copies_per_pair", "copies of theta per pair"),
-        ("products", "median_ratio", "of bare products"),
-    ):
-        for (_, estimator), line in _table(records, part, metric).items():
-            values = ", ".join(f"{number}: {value:.3g}" for number, value in line.items())
-            print(f"{part:>10} {estimator:>12}  {values} {unit}")
 
 
 def claims(summary: Summary) -> list[Claim]:

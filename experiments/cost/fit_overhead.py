@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +12,13 @@ import optax
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
 from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Seconds per outer step of `fit` and of a bare jitted scan over the same updates.
 
     PES with windows of one step on influence balancing, 100 steps per dispatch: a step is some 20
@@ -25,22 +26,18 @@ class Settings:
     does not count.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
-    num_updates: int = 20_000
+    num_steps: int = 20_000
     """Outer steps of one run, a multiple of 100."""
     num_repeats: int = 7
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole measurement."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement."""
 
 
 SCALES = {
-    "smoke": Settings(scale="smoke", num_updates=200, num_repeats=2),
+    "smoke": Settings(scale="smoke", num_steps=200, num_repeats=2),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", num_updates=100_000),
+    "paper": Settings(scale="paper", num_steps=100_000),
 }
 
 PER_DISPATCH = 100
@@ -57,8 +54,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     key, optimizer = jax.random.key(seed), optax.sgd(1e-4)
     for i, (name, estimator) in enumerate(layouts.items()):
         programs = {
-            "bare": _bare(estimator, optimizer, theta, key, settings.num_updates),
-            "fit": _fit(estimator, optimizer, theta, key, settings.num_updates),
+            "bare": _bare(estimator, optimizer, theta, key, settings.num_steps),
+            "fit": _fit(estimator, optimizer, theta, key, settings.num_steps),
         }
 
         def at(fraction: float, name: str = name, i: int = i) -> None:
@@ -66,8 +63,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
         for repeat, seconds in timing.in_turn(programs, settings.num_repeats, at):
             micros = {
-                f"{kind}_microseconds": 1e6 * s / settings.num_updates
-                for kind, s in seconds.items()
+                f"{kind}_microseconds": 1e6 * s / settings.num_steps for kind, s in seconds.items()
             }
             ratio = seconds["fit"] / seconds["bare"]
             write({"layout": name, "step": repeat, **micros, "ratio": ratio})

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +15,23 @@ import numpy as np
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
 from unrollgrad import implicit
 from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Time of hypergradients through an MLP whose weights share rates of decay.
 
     Beside them the floor: as many bare Hessian products (jax.jvp of jax.grad), one mixed product
     and one gradient of the outer loss. Medians of runs in turn; info is not used.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     width: int = 512
     """Units of the two hidden layers, and inputs."""
-    batch: int = 256
+    batch_size: int = 256
     """Rows, of training and of validation."""
     terms: tuple[int, ...] = (10, 20, 40)
     """Products with the Hessian."""
@@ -41,17 +40,15 @@ class Settings:
     num_repeats: int = 9
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole measurement."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement."""
 
 
 SCALES = {
     "smoke": Settings(
-        scale="smoke", width=4, batch=4, terms=(3,), hyperparameters=(2, 100), num_repeats=1
+        scale="smoke", width=4, batch_size=4, terms=(3,), hyperparameters=(2, 100), num_repeats=1
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", width=2048, batch=1024),
+    "paper": Settings(scale="paper", width=2048, batch_size=1024),
 }
 
 
@@ -145,7 +142,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     for i, (axis, cells) in enumerate(sweeps.items()):
         programs: dict[tuple[int, str], Callable[[], Any]] = {}
         for number, hyperparameters, terms in cells:
-            here = problem(jax.random.key(seed), settings.width, settings.batch, hyperparameters)
+            here = problem(
+                jax.random.key(seed), settings.width, settings.batch_size, hyperparameters
+            )
             for kind, f in kinds(here, terms).items():
                 arguments = here.params, here.theta
                 programs[number, kind] = functools.partial(jax.jit(f), *arguments)

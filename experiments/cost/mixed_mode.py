@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import optax
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.cost import mixed_gradient
 from unrollgrad.running import need
 
@@ -51,22 +52,18 @@ ESTIMATORS: dict[str, Callable[[Any, int], Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Temporary memory and time of estimators whose inner gradient goes forwards over backwards.
 
     Memory is XLA's plan for temporaries; time the median of runs in turn.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     workloads: tuple[str, ...] = tuple(WORKLOADS)[:-1]
     """By name."""
     num_repeats: int = 5
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole measurement."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement."""
 
 
 SCALES = {

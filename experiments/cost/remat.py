@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,24 @@ import optax
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
 from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Temporary memory and time of `bptt(remat=...)`.
 
     Once through 20 steps of SGD on an MLP, and once through longer and longer training of a small
     one. Memory is XLA's plan for temporaries; time the median of runs in turn.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     width: int = 256
     """Units in each layer."""
     layers: int = 6
     """Layers of the MLP."""
-    batch: int = 512
+    batch_size: int = 512
     """Rows in a batch."""
     horizon: int = 20
     """Inner steps."""
@@ -41,17 +40,15 @@ class Settings:
     num_repeats: int = 5
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole measurement."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement."""
 
 
 SCALES = {
     "smoke": Settings(
-        scale="smoke", width=8, layers=2, batch=8, horizon=4, horizons=(4, 16), num_repeats=1
+        scale="smoke", width=8, layers=2, batch_size=8, horizon=4, horizons=(4, 16), num_repeats=1
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", width=1024, batch=4096),
+    "paper": Settings(scale="paper", width=1024, batch_size=4096),
 }
 
 KINDS: dict[str, Any] = {"none": None, "step": "step", "sqrt": "sqrt", "2 states": 2}
@@ -64,7 +61,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     for i, (name, remat) in enumerate(KINDS.items()):
         progress(f"compiling {name}", 0.3 * i / len(KINDS))
         problem, theta = _training(
-            key, settings.horizon, settings.width, settings.layers, settings.batch
+            key, settings.horizon, settings.width, settings.layers, settings.batch_size
         )
         programs[name], mebibytes[name] = _compiled(problem, theta, remat, key)
     times: dict[str, list[float]] = {name: [] for name in KINDS}

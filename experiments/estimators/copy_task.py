@@ -15,52 +15,50 @@ import unrollgrad as ug
 from experiments._framework import curves
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems.text_lstm import LSTM, zero_carry
 from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator, Key, Theta
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How long a binary string does an LSTM learn to repeat, with each estimator?
+class Settings(CommonSettings):
+    """Train an LSTM to repeat binary strings: how long do they get with each estimator?
 
     The string grows by one symbol when the average of the cross-entropy is below 0.15 nats. All
-    methods spend the same inner steps; the truncated ones see no further than a window.
+    methods spend the same number of inner steps; truncated methods see no further than a window.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the network, windows, batch and particles published."""
+    """Sets the defaults of all other settings. paper: the published network, windows, batch size
+    and particles."""
     estimators: tuple[Literal["es_single", "pes", "truncated_es", "tbptt"], ...] = (
         "es_single",
         "pes",
         "truncated_es",
         "tbptt",
     )
-    """Which estimators."""
+    """The estimators to run."""
     hidden: int = 8
     """Units of the LSTM."""
     batch_size: int = 8
     """Strings in an episode."""
     longest: int = 20
-    """Symbols of the longest string; a run that repeats it stays there."""
+    """Symbols of the longest string; a run that can repeat it stays at this length."""
     num_pairs: int = 32
-    """Antithetic pairs; tbptt has as many workers as these have signs."""
+    """Antithetic pairs; tbptt has two workers for each pair."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     truncation: int = 2
     """Inner steps in a window of the persistent estimators."""
     short: int = 4
     """Inner steps in a window of the truncated estimators."""
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    """Learning rates of Adam; each method gets the one that comes furthest on a run of its own."""
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Learning rates of Adam; each method uses the one that gets furthest on a run of its own."""
     num_checks: int = 80
-    """How often the cross-entropy is averaged, and the string may grow."""
+    """Number of checks. A check updates the average cross-entropy, and the string may grow."""
     steps_per_check: int = 12_800
-    """Inner steps between checks, of all pairs and both signs together."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Inner steps between checks, summed over all pairs and both signs."""
 
 
 SCALES = {
@@ -70,7 +68,7 @@ SCALES = {
         hidden=4,
         longest=4,
         num_pairs=8,
-        rates=(0.03,),
+        learning_rates=(0.03,),
         num_checks=20,
         steps_per_check=800,
         seeds=(0,),
@@ -84,7 +82,7 @@ SCALES = {
         num_pairs=500,
         truncation=1,
         short=25,
-        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         num_checks=5000,
         steps_per_check=200_000,
         seeds=(0, 1, 2, 3, 4),
@@ -92,28 +90,30 @@ SCALES = {
 }
 
 POINTS = 20
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 ENOUGH = 0.15
-"""Nats: below this average the string grows."""
+"""The average cross-entropy, in nats, below which the string grows."""
 
 TESTED = 128
-"""Strings of each check; they are not counted as inner steps."""
+"""Number of strings in each check; their steps are not counted as inner steps."""
 
 TUNING = 1_000_000
-"""The seed of a key that no run has."""
+"""The seed of a key that no run uses."""
 
 
 class Growing(NamedTuple):
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         theta: All weights of the LSTM.
-        state: The estimator's.
-        opt_state: Adam's.
-        length: Symbols of the strings of new episodes.
-        average: Of the cross-entropy at this length, an exponential one with weight 1/2.
-        inner_steps: As ``info`` counts them.
+        state: The estimator's state.
+        opt_state: Adam's state.
+        length: Number of symbols in the strings of new episodes.
+        average: The exponential moving average, with weight 1/2, of the cross-entropy at this
+            length.
+        inner_steps: The inner steps so far, as ``info`` counts them.
+        checks: Checks made so far.
     """
 
     theta: Theta
@@ -122,11 +122,12 @@ class Growing(NamedTuple):
     length: jax.Array
     average: jax.Array
     inner_steps: jax.Array
+    checks: jax.Array
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes length and cross-entropy along each estimator's run."""
-    settings = dataclasses.replace(settings, seeds=(), out=Path())
+    settings = settings.without_run()
     for i, name in enumerate(settings.estimators):
         progress(name, i / len(settings.estimators))
         rate = best_rate(settings, name)
@@ -138,33 +139,33 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 @functools.lru_cache(maxsize=8)
 def best_rate(settings: Settings, name: str) -> float:
-    """The rate that reaches the longest string on a run of its own; the lower average of two."""
+    """The rate with the longest string on a run of its own; the lower average breaks ties."""
     key = jax.random.key(TUNING)
 
     def score(rate):
         *_, (_, run) = stages(settings, name, rate, key)
         return int(run.length), -float(run.average)
 
-    return max(settings.rates, key=score)
+    return max(settings.learning_rates, key=score)
 
 
 def stages(settings: Settings, name: str, rate: float, key: Key) -> Iterator[tuple[int, Growing]]:
-    """A run at its beginning and at each of its points: checks so far, and where it stands."""
+    """Yields the number of checks and the state of a run, at its beginning and at each point."""
     count = min(POINTS, settings.num_checks)
     ends = [settings.num_checks * (i + 1) // count for i in range(count)]
     run = begin(settings, name, rate, key)
     yield 0, run
     for first, end in zip([0, *ends], ends, strict=False):
-        run = train(settings, name, end - first, rate, key, run, first)
+        run = train(settings, name, end - first, rate, key, run)
         yield end, run
 
 
 def growing_problem(settings: Settings, length: jax.Array) -> ug.UnrolledProblem:
-    """The copy task at a length that may be traced, in arrays of the longest.
+    """The copy task at a length that may be traced; arrays have the size of the longest string.
 
-    An LSTM sees ``length`` random bits, then a delimiter, during which it repeats them; the step
-    loss is the cross-entropy of the wanted bit in nats, and 0 while bits are shown. An episode
-    keeps the length it began with.
+    An LSTM sees ``length`` random bits, then a delimiter, while it must repeat them. The step loss
+    is the cross-entropy of the bit in nats, and 0 while bits are shown. The length of an episode
+    does not change.
     """
     graph = _graph(settings.hidden)
 
@@ -181,7 +182,7 @@ def growing_problem(settings: Settings, length: jax.Array) -> ug.UnrolledProblem
 
 
 def _read(graph: Any, theta: Theta, bits: Any, length: Any, carry: Any, t: Any) -> tuple[Any, Any]:
-    """One step of the LSTM, and each string's loss."""
+    """Makes one step of the LSTM; also returns each string's loss."""
     delimiter = 2
     carry, logits = nnx.merge(graph, theta)(carry, jnp.where(t < length, bits[t], delimiter))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, bits[t - length])
@@ -198,7 +199,7 @@ def _graph(hidden: int) -> nnx.GraphDef:
 
 
 def cross_entropy(settings: Settings, key: Key, theta: Theta, length: jax.Array) -> jax.Array:
-    """Nats for each symbol that is to be repeated, on fresh strings."""
+    """The cross-entropy of each symbol that must be repeated, in nats, on fresh strings."""
     graph = _graph(settings.hidden)
     bits = jax.random.randint(key, (settings.longest, TESTED), 0, 2)
 
@@ -222,7 +223,7 @@ def _estimator(settings: Settings, name: str, problem: ug.UnrolledProblem) -> Gr
 
 
 def _cost(settings: Settings, name: str) -> int:
-    """The inner steps of one update."""
+    """The number of inner steps of one update."""
     if name == "tbptt":
         return 2 * settings.num_pairs * settings.short
     truncation = settings.short if name == "truncated_es" else settings.truncation
@@ -231,26 +232,24 @@ def _cost(settings: Settings, name: str) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def begin(settings: Settings, name: str, rate: Any, key: Key) -> Growing:
-    """Fresh weights, and strings of one symbol."""
+    """The initial state: fresh weights, and strings of one symbol."""
     theta = nnx.to_pure_dict(nnx.state(_model(settings.hidden, key), nnx.Param))
     length = jnp.ones((), jnp.int32)
     estimator = _estimator(settings, name, growing_problem(settings, length))
     state, opt_state = estimator.init(key, theta), optax.adam(rate).init(theta)
-    average = jnp.log(jnp.float32(2))
-    return Growing(theta, state, opt_state, length, average, jnp.zeros((), jnp.int32))
+    average, zero = jnp.log(jnp.float32(2)), jnp.zeros((), jnp.int32)
+    return Growing(theta, state, opt_state, length, average, zero, zero)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def train(
-    settings: Settings, name: str, checks: int, rate: Any, key: Key, run: Growing, first: Any
-) -> Growing:
-    """``checks`` times as many updates as ``steps_per_check`` pays for, and a check.
+def train(settings: Settings, name: str, checks: int, rate: Any, key: Key, run: Growing) -> Growing:
+    """Makes, ``checks`` times, as many updates as ``steps_per_check`` pays for, and a check.
 
     The length is an argument of the compiled program: strings grow without compiling again.
     """
     updates = max(1, settings.steps_per_check // _cost(settings, name))
 
-    def between(run, check):
+    def between(run, _):
         estimator = _estimator(settings, name, growing_problem(settings, run.length))
 
         def update(carry, i):
@@ -261,19 +260,21 @@ def train(
             return (theta, state, opt_state, steps + estimate.info.inner_steps), None
 
         carry = run.theta, run.state, run.opt_state, run.inner_steps
-        numbers = 2 * (check * updates + jnp.arange(updates))
+        numbers = 2 * (run.checks * updates + jnp.arange(updates))
         (theta, state, opt_state, steps), _ = jax.lax.scan(update, carry, numbers)
-        found = cross_entropy(settings, jax.random.fold_in(key, 2 * check + 1), theta, run.length)
+        check_key = jax.random.fold_in(key, 2 * run.checks + 1)
+        found = cross_entropy(settings, check_key, theta, run.length)
         average = (run.average + found) / 2
         grows = (average < ENOUGH) & (run.length < settings.longest)
         average = jnp.where(grows, jnp.log(2.0), average)
-        return Growing(theta, state, opt_state, run.length + grows, average, steps), None
+        length, done = run.length + grows, run.checks + 1
+        return Growing(theta, state, opt_state, length, average, steps, done), None
 
-    return jax.lax.scan(between, run, first + jnp.arange(checks))[0]
+    return jax.lax.scan(between, run, length=checks)[0]
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The length against inner steps."""
+    """Draws the length against inner steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     curves.plot(axis, records, "length", x="inner_steps")
@@ -292,7 +293,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """ES-Single goes beyond the truncated estimators' window, and beyond PES."""
+    """ES-Single repeats longer strings than the truncated estimators and than PES."""
     return [
         _longer(summary, "es_single", "truncated_es"),
         _longer(summary, "es_single", "tbptt"),
@@ -304,7 +305,8 @@ def claims(summary: Summary) -> list[Claim]:
 def _longer(summary: Summary, name: str, other: str) -> Claim:
     says = f"{name} reaches longer strings than {other} at equal inner steps"
     source = "Vicol et al. 2023, copy task"
-    return curves.compare(summary, "length", name, ">", other, says, source, "length ")
+    longer = curves.Comparison("length", name, ">", other, says, source, "length ")
+    return curves.compare(summary, longer)
 
 
 EXPERIMENT = Experiment(

@@ -1,4 +1,4 @@
-"""``global_lr``: the noise of an estimate along an episode, which grows for PES alone."""
+"""``global_lr``: the noise of the estimates along an episode, which grows for PES alone."""
 
 import collections
 import dataclasses
@@ -16,63 +16,60 @@ import unrollgrad as ug
 from experiments._framework import curves, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """One learning rate of an MLP: how noisy is each window's estimate of its gradient?
 
-    Theta is the logarithm of the rate of SGD with momentum 0.9, and J the mean training loss over
-    an episode, on batches of its own. At a frozen theta many workers begin an episode together;
-    the standard deviation of their estimates is recorded for window 1, 2, ... of it. Then theta is
-    trained.
+    Theta is the logarithm of the learning rate of SGD with momentum 0.9, and J is the mean training
+    loss over an episode, on batches of its own. At a frozen theta many workers begin an episode
+    together, and the standard deviation of their estimates is recorded in windows 1, 2, ... of it.
+    Then theta is trained.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     estimators: tuple[Literal["pes", "es_single", "gpes"], ...] = ("pes", "es_single", "gpes")
-    """Which estimators."""
+    """The estimators to run."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    """The images. digits come with scikit-learn; the others are downloaded or read from files."""
     data_dir: Path | None = None
-    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    """The folder that has MNIST's or FashionMNIST's files, or to which they are downloaded."""
     hidden: tuple[int, ...] = (16,)
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
-    """Images in a batch for training."""
-    evaluation_size: int = 16
-    """Images in a batch for J."""
+    """Images in a training batch."""
+    evaluation_batch_size: int = 16
+    """Images in a batch on which J is measured."""
     horizon: int = 500
     """Inner steps in an episode (T)."""
     truncation: int = 10
     """Inner steps in a window (K)."""
     noise_period: int = 100
-    """Inner steps between gpes's draws of noise."""
+    """Inner steps between two draws of gpes's noise."""
     num_pairs: int = 5
-    """Antithetic pairs of a worker: half of the papers' particles."""
+    """Antithetic pairs of a worker: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
-    frozen_rate: float = 0.05
-    """The rate at which the noise is measured: about the best constant one of cpu."""
+    frozen_learning_rate: float = 0.05
+    """The learning rate at which the noise is measured: about the best constant one for cpu."""
     num_workers: int = 200
     """Workers whose estimates are compared."""
     start: float = 0.003
-    """The rate where training begins."""
-    num_updates: int = 500
+    """Initial learning rate; its logarithm is theta."""
+    num_steps: int = 500
     """Outer updates, one window each."""
     learning_rate: float = 0.03
-    """Of Adam, constant."""
+    """Adam's learning rate, constant."""
     cells: int = 16
-    """Rates at which J is recorded, between 0.001 and 1."""
-    episodes: int = 4
-    """Episodes whose mean is J."""
+    """Number of learning rates between 0.001 and 1 at which J is recorded."""
+    num_episodes: int = 4
+    """Episodes whose mean loss is J."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole measurement and a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole measurement and a whole run."""
 
 
 SCALES = {
@@ -83,9 +80,9 @@ SCALES = {
         horizon=200,
         num_pairs=1,
         num_workers=20,
-        num_updates=4,
+        num_steps=4,
         cells=3,
-        episodes=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -94,26 +91,26 @@ SCALES = {
         data="mnist",
         hidden=(100, 100),
         batch_size=100,
-        evaluation_size=100,
+        evaluation_batch_size=100,
         horizon=5000,
         noise_period=500,
-        num_updates=5000,
+        num_steps=5000,
         seeds=(0, 1, 2, 3),
     ),
 }
-"""Sigma and Adam's rate are tuned in the paper and not published."""
+"""The paper tunes sigma and Adam's learning rate and does not publish them."""
 
 POINTS = 25
 """Points of each curve of training."""
 
 NEAR = 0.05
-"""How far above the least J of the rates training may end, as a fraction, to be near."""
+"""How far above the least J of all constant rates training may end, as a fraction, to be near."""
 
 RATIO = "pes / es_single"
-"""In place of an estimator's name, on the lines of the quotient of their deviations."""
+"""The label, in place of an estimator's name, of the ratio of their standard deviations."""
 
 RANGE = (1e-3, 1.0)
-"""Of the rates at which J is recorded."""
+"""The range of the learning rates at which J is recorded."""
 
 
 class Task(NamedTuple):
@@ -121,7 +118,7 @@ class Task(NamedTuple):
 
     Attributes:
         loss: J of stacked thetas.
-        methods: By name.
+        methods: The methods by name.
     """
 
     loss: Any
@@ -129,8 +126,8 @@ class Task(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J of some rates, once, the noise of every window, and J along each run."""
-    task = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    """Writes J of constant rates (first seed only), every window's noise, and J along each run."""
+    task = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
         thetas = np.log(np.geomspace(*RANGE, settings.cells))
@@ -139,7 +136,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({"estimator": heat_map.GRID, "step": i, "J": value, "log_rate": theta})
         write({"estimator": heat_map.GRID, "minimum": np.nanmin(values)})
     key_noise, key_training = jax.random.split(jax.random.key(seed))
-    frozen = jnp.log(jnp.float32(settings.frozen_rate))
+    frozen = jnp.log(jnp.float32(settings.frozen_learning_rate))
     windows = settings.horizon // settings.truncation
     noise = {}
     for i, (name, method) in enumerate(task.methods.items()):
@@ -157,15 +154,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         return {"J": task.loss(theta[None])[0], "log_rate": theta}
 
     start = jnp.log(jnp.float32(settings.start))
-    training.side_by_side(
-        task.methods,
-        key_training,
-        start,
-        evaluate,
-        POINTS,
-        write,
-        lambda text, done: progress(text, 0.5 + 0.5 * done),
-    )
+    plan = training.Plan(task.methods, evaluate, POINTS)
+    second_half = lambda text, done: progress(text, 0.5 + 0.5 * done)  # noqa: E731
+    training.side_by_side(plan, key_training, start, write, second_half)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -175,10 +166,10 @@ def window_sds(
     """The standard deviation over workers of each window's estimate, at a frozen scalar theta.
 
     Args:
-        estimator: Of one worker.
-        windows: The first ones of an episode, which all workers begin together.
-        num_workers: Independent ones.
-        key: Of all of them.
+        estimator: The estimator of one worker.
+        windows: Number of windows from the start of an episode, which all workers begin together.
+        num_workers: Number of independent workers.
+        key: The key of all workers.
         theta: A scalar.
 
     Returns:
@@ -196,10 +187,10 @@ def window_sds(
 
 
 def slope(sds: np.ndarray) -> float:
-    """Of a line through log sd over log k, without the first fifth: 0.5 is growth like sqrt(k).
+    """The slope of log sd against log k, without the first fifth of k: 0.5 is growth like sqrt(k).
 
-    In the first windows the network leaves its initial state, and the noise of every estimator
-    changes with that.
+    In the first windows the network leaves its initial state, which changes every estimator's
+    noise.
     """
     first = len(sds) // 5
     k = np.log(np.arange(first + 1, len(sds) + 1))
@@ -220,18 +211,18 @@ def _prepare(settings: Settings) -> Task:
         name: training.Method(
             ug.REGISTRY[name].build(problem, **common),
             optax.adam(settings.learning_rate),
-            settings.num_updates,
+            settings.num_steps,
         )
         for name in names
     }
-    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
     return Task(heat_map.mean_loss(problem, keys), methods)
 
 
 def rate_problem(settings: Settings) -> UnrolledProblem:
-    """The MLP's training at a constant rate."""
+    """The training of the MLP with a constant learning rate."""
     images = data.load(settings.data, settings.data_dir)
-    draw = image_mlp.sampler(images.train, settings.evaluation_size)
+    draw = image_mlp.sampler(images.train, settings.evaluation_batch_size)
     return ug.training_problem(
         **image_mlp.task(images, settings.hidden, settings.batch_size),
         meta_loss=lambda theta, params, key: image_mlp.cross_entropy(params, draw(key)),
@@ -241,7 +232,7 @@ def rate_problem(settings: Settings) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The noise along an episode, J along the runs, and J of the rates."""
+    """Draws the noise along an episode, J along the runs, and J of constant rates."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 4.2), layout="constrained")
     noise, training_axis, grid_axis = figure.subplots(1, 3)
     runs = [r for r in records if r.labels["estimator"] not in (heat_map.GRID, RATIO)]
@@ -252,7 +243,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             first = len(k) // 5
             root = sds[first] * np.sqrt(k[first:] / k[first])
             noise.plot(k[first:], root, "k:", label=r"$\propto \sqrt{k}$")
-    rate = config["frozen_rate"]
+    rate = config["frozen_learning_rate"]
     noise.set(
         xscale="log",
         yscale="log",
@@ -296,7 +287,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """The noise of PES grows along an episode, relative to ES-Single's like sqrt(k)."""
+    """The noise of PES grows along an episode, like sqrt(k) relative to the noise of ES-Single."""
     says: dict[str, tuple[str, Callable[[float, float], bool]]] = {
         "pes": ("grows along the episode: b > 0", lambda b, se: b > 2 * se),
         "es_single": ("does not grow: b < 0.1", lambda b, se: b + se < 0.1),

@@ -1,4 +1,4 @@
-"""``influence_balancing``: where short truncations go the wrong way (Vicol et al. 2021)."""
+"""``influence_balancing``: short truncations go the wrong way (Vicol et al. 2021)."""
 
 import dataclasses
 import functools
@@ -12,65 +12,63 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """One parameter of a linear system, trained online with each estimator: does it arrive?
+class Settings(CommonSettings):
+    """Train one parameter of a linear system online: which estimators reach the optimum?
 
-    The loss of theta is that of the state after 500 steps, as published.
+    The loss of theta is the loss of the state after 500 steps, as published.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. cpu has the published settings already."""
+    """Sets the defaults of all other settings. cpu: the published settings already."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
         "pes",
         "es_single",
         "truncated_es",
         "tbptt",
     )
-    """Which estimators."""
-    num_updates: int = 3000
+    """The estimators to run."""
+    num_steps: int = 3000
     """Outer updates, one inner step each."""
     num_pairs: int = 500
-    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    """Antithetic pairs of the evolution strategies: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     learning_rate: float = 1e-4
-    """Of SGD."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """SGD's learning rate."""
 
 
 SCALES = {
-    "smoke": Settings(scale="smoke", num_updates=600, num_pairs=100, seeds=(0,)),
+    "smoke": Settings(scale="smoke", num_steps=600, num_pairs=100, seeds=(0,)),
     "cpu": Settings(),
     "paper": Settings(scale="paper", seeds=(0, 1, 2, 3, 4)),
 }
 
 POINTS = 60
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the loss along each estimator's run."""
-    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    theta, methods = _prepare(settings.without_run())
     key = jax.random.key(seed)
-    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
+    plan = training.Plan(methods, _evaluate, POINTS)
+    training.side_by_side(plan, key, theta, write, progress)
 
 
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
-    problem, theta = ug.problems.influence_balancing(horizon=settings.num_updates)
+    problem, theta = ug.problems.influence_balancing(horizon=settings.num_steps)
     common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}
     optimizer = optax.sgd(settings.learning_rate)
     names: tuple[str, ...] = settings.estimators
     return theta, {
         name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optimizer, settings.num_updates
+            ug.REGISTRY[name].build(problem, **common), optimizer, settings.num_steps
         )
         for name in names
     }
@@ -84,7 +82,7 @@ def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The loss against updates, a line per estimator and seed."""
+    """Draws the loss against updates: a line for each estimator and seed."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, (name, runs) in enumerate(curves.curves(records, "loss").items()):
@@ -108,7 +106,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """PES and ES-Single arrive, truncated estimators walk away."""
+    """PES and ES-Single reach the optimum; truncated estimators move away from it."""
     out = []
     source = "Vicol et al. 2021, 2023"
     start = 8.0
@@ -122,7 +120,7 @@ def claims(summary: Summary) -> list[Claim]:
         if found is None:
             continue
         mean, se = found["mean"], found["se"]
-        if mean is None:  # null in strict JSON: it was not finite
+        if mean is None:  # null in strict JSON: not finite
             ours, holds = f"loss {start:.0f} → not finite", not arrives
         else:
             ours = f"loss {start:.0f} → {mean:.2g}" + (f" ± {se:.1g}" if se else "")

@@ -1,4 +1,4 @@
-"""``l2_regression``: the weight of L2, while ridge regression trains on (Vicol et al. 2021)."""
+"""``l2_regression``: tunes the weight of L2 during ridge regression (Vicol et al. 2021)."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import ridge
 from unrollgrad.running import need
 
@@ -20,35 +21,33 @@ NAMES = ("truncated_es", "pes", "pes_analytic", "es_single")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The logarithm of L2's weight, trained while ridge regression never ends: where does it end?
+class Settings(CommonSettings):
+    """Train the log weight of L2 during endless ridge regression: where does it converge?
 
     Each update makes one step of full-batch gradient descent, whose memory is hundreds of steps
-    long. The loss is half the sum of squared errors on validation data.
+    long. The loss is half the sum of squared errors on the validation data.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. cpu has the published updates."""
+    """Sets the defaults of all other settings. cpu: the published number of updates."""
     estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
-    """Which estimators."""
+    """The estimators to run."""
     starts: tuple[float, ...] = (5.0, 3.0, 1.0, -1.0, -3.0, -5.0)
-    """Thetas to begin with; each is a whole run."""
+    """Initial thetas; each has a run of its own."""
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-3, 3e-3)
-    """Of Adam, one for each estimator: 3e-3 as published, with which pes is far from done; cpu:
-    1e-2 for pes. pes_analytic did no better with 1e-3 and 1e-2."""
-    num_updates: int = 50_000
+    """Adam's learning rates, one for each estimator. 3e-3 is published; pes does not arrive with
+    it, so cpu has 1e-2 for pes. pes_analytic did no better with 1e-3 or 1e-2."""
+    num_steps: int = 50_000
     """Outer updates, one inner step each."""
     num_pairs: int = 2
-    """Antithetic pairs: half of the papers' particles."""
+    """Antithetic pairs: half the papers' number of particles."""
     sigma: float = 0.01
-    """Standard deviation of the perturbation. es_single never draws it again in an endless episode,
-    which does no harm only because theta is a single number."""
-    inner_rate: float = 1e-3
-    """Of the gradient descent that trains the regression."""
+    """Standard deviation of the perturbation. es_single never redraws the perturbation in an
+    endless episode; this does no harm only because theta is a single number."""
+    inner_learning_rate: float = 1e-3
+    """Learning rate of the gradient descent that trains the regression."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a run from every start."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a run from every start."""
 
 
 SCALES = {
@@ -57,7 +56,7 @@ SCALES = {
         estimators=("truncated_es", "es_single"),
         learning_rates=(1e-2, 1e-2),
         starts=(5.0, 3.0),
-        num_updates=2000,
+        num_steps=2000,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -65,20 +64,20 @@ SCALES = {
 }
 
 POINTS = 50
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 HORIZON = 10**6
-"""Inner steps in an episode: no run gets there."""
+"""Inner steps in an episode; no run reaches its end."""
 
 NEAR = 0.2
-"""A theta is at the optimum if it is within this distance."""
+"""A theta within this distance counts as being at the optimum."""
 
 SOURCE = "Vicol et al. 2021, 2023 (pictures, of UCI Yacht; the distance is ours)"
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes theta and the loss where training would end, from every start."""
-    methods, evaluate = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    """Writes theta, and the loss to which its training would converge, from every start."""
+    plan = _prepare(settings.without_run())
     for i, start in enumerate(settings.starts):
 
         def write_here(numbers: dict[str, Any], start: float = start) -> None:
@@ -89,22 +88,22 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
         key = jax.random.fold_in(jax.random.key(seed), i)
         theta = jnp.asarray(start, jnp.float32)
-        training.side_by_side(methods, key, theta, evaluate, POINTS, write_here, report)
+        training.side_by_side(plan, key, theta, write_here, report)
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(settings: Settings) -> tuple[dict[str, training.Method], Any]:
+def _prepare(settings: Settings) -> training.Plan:
     if len(settings.learning_rates) != len(settings.estimators):
         raise ValueError(
             "`learning_rates` must have a number for each of the estimators "
             f"{settings.estimators}; got {settings.learning_rates}."
         )
     data = ridge.diabetes()
-    problem = ridge.ridge(data, HORIZON, settings.inner_rate)
+    problem = ridge.ridge(data, HORIZON, settings.inner_learning_rate)
     common = {"truncation": 1, "sigma": settings.sigma, "num_pairs": settings.num_pairs}
     methods = {
         name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_updates
+            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_steps
         )
         for name, rate in zip(settings.estimators, settings.learning_rates, strict=True)
     }
@@ -115,11 +114,11 @@ def _prepare(settings: Settings) -> tuple[dict[str, training.Method], Any]:
         loss = ridge.converged_loss(data, theta)
         return {"theta": theta, "distance": jnp.abs(theta - best), "best": best, "loss": loss}
 
-    return methods, evaluate
+    return training.Plan(methods, evaluate, POINTS)
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Theta against updates: a panel for each estimator, a colour for each start."""
+    """Draws theta against updates: a panel for each estimator, a colour for each start."""
     names = config["estimators"]
     figure = need("matplotlib.figure", "matplotlib").Figure(
         figsize=(3.2 * len(names), 4.2), layout="constrained"
@@ -148,7 +147,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Unbiased estimators end at the optimum from every start, short windows end elsewhere."""
+    """Unbiased estimators end at the optimum from every start; truncated ES ends elsewhere."""
     out = []
     for name in summary.about["config"]["estimators"]:
         unbiased = name != "truncated_es"
@@ -175,7 +174,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="l2_regression",
-    about="The weight of L2 in ridge regression, trained while gradient descent goes on.",
+    about="The weight of L2 in ridge regression, trained while gradient descent continues.",
     settings=Settings,
     scales=SCALES,
     labels=("start", "estimator"),

@@ -1,4 +1,4 @@
-"""``long_run_variance``: the variance of an update, of an episode's mean, and of many episodes'."""
+"""``long_run_variance``: the variance of the mean of one update, one episode, many episodes."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import unrollgrad as ug
 from experiments._framework.experiment import Experiment, Progress, Write
+from experiments._framework.settings import CommonSettings
 from experiments.estimators.long_run_variance_figure import RECURRENCES, UPDATES, claims, draw, show
 from experiments.estimators.staggered_variance import staggered_variance
 from experiments.problems import PROBLEMS
@@ -18,49 +19,48 @@ from unrollgrad.problems import theory
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """The variance of the mean of U consecutive updates at frozen theta: U = 1, n and 20 n.
 
-    An episode has n windows, and an update is one window (of full ES a whole episode). Everything
-    is in one unit: the trace of the variance of the mean, times the episode-pairs (one antithetic
-    pair through one episode) that were spent on it, over the squared norm of the gradient. A flat
-    line means errors of consecutive updates that are independent, a rising one that they add up, a
-    falling one that they cancel, or that single updates are off by their window's own gradient.
-    nres is es_single with n workers that stand at different windows, "pes staggered" likewise (what
-    brings them there is not counted); the others are single workers. On the recurrences closed
-    forms are known.
+    An episode has n windows, and an update is one window (with full ES a whole episode). All
+    numbers have one unit: the trace of the variance of the mean, times the number of episode-pairs
+    spent on it (one antithetic pair through one episode), over the squared norm of the gradient. A
+    flat line means that the errors of consecutive updates are independent; a rising line, that they
+    add up; a falling line, that they cancel, or that single updates differ from the gradient by
+    their window's own part. nres is es_single with n workers at n different windows, and "pes
+    staggered" is the same with pes (the steps that stagger the workers are not counted); the others
+    are single workers. Closed forms are known on the recurrences.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: more of the same; this is no published figure."""
+    """Sets the defaults of all other settings. paper: more windows and samples; this is not a
+    published figure."""
     problems: tuple[
         Literal["aligned", "independent", "conflicting", "text_lstm", "digits"], ...
     ] = ("aligned", "independent", "conflicting", "text_lstm", "digits")
-    """aligned: a linear recurrence whose windows have the same gradient; independent: random ones;
-    conflicting: they alternate in sign, so that their sum is small. text_lstm: all weights of an
-    LSTM; digits: a learning-rate schedule."""
+    """aligned: a linear recurrence whose windows have the same gradient; independent: random
+    gradients; conflicting: gradients that alternate in sign, so that their sum is small. text_lstm:
+    all weights of an LSTM; digits: a learning-rate schedule."""
     estimators: tuple[
         Literal["full_es", "es_single", "nres", "gpes", "pes", "pes staggered"], ...
     ] = ("full_es", "es_single", "nres", "gpes", "pes", "pes staggered")
-    """Which estimators."""
+    """The estimators to run."""
     num_windows: int = 10
-    """n, windows per episode."""
+    """Windows per episode (n)."""
     truncation: int = 5
     """Inner steps per window."""
-    noise_periods: int = 2
-    """Draws of noise per episode of gpes; divides the windows."""
+    num_noise_periods: int = 2
+    """Draws of gpes's noise per episode, a divisor of the number of windows."""
     dim: int = 20
-    """Of the recurrences' theta."""
+    """Dimension of the recurrences' theta."""
     memory: float = 0.0
-    """How much of theta's influence on the recurrences is left one step later."""
+    """The share of theta's influence on the recurrences that is left one step later."""
     num_samples: int = 200
     """Chains of 20 episodes on the recurrences."""
     num_samples_real: int = 20
     """Chains of 20 episodes on the other problems."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws other noise and other episodes, on the same problems at the same theta."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws other noise and other episodes, on the same problems at the same theta."""
 
 
 SCALES = {
@@ -85,14 +85,14 @@ SCALES = {
 }
 
 REST = 0.2
-"""What conflicting gradients have in common: their signs are 1 + REST and -1 + REST."""
+"""The common part of conflicting gradients: their signs are 1 + REST and -1 + REST."""
 
 SIGMA = {"text_lstm": 0.01, "digits": 0.03}
-"""Small, so that smoothing is; on the recurrences it changes nothing."""
+"""Small values, so that smoothing hardly matters; on the recurrences sigma changes nothing."""
 
 
 class _Case(NamedTuple):
-    """A problem, its estimators, and what is known of them."""
+    """A problem, its estimators, and their closed forms."""
 
     problem: ug.UnrolledProblem
     theta: Any
@@ -102,10 +102,10 @@ class _Case(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes three variances per problem and estimator, as soon as they are measured."""
+    """Writes three variances for each problem and estimator, as soon as they are measured."""
     names: tuple[str, ...] = settings.problems
     for i, name in enumerate(names):
-        case = _prepare(dataclasses.replace(settings, seeds=(), out=Path()), name)
+        case = _prepare(settings.without_run(), name)
         samples = settings.num_samples if name in RECURRENCES else settings.num_samples_real
 
         def report(
@@ -135,7 +135,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 def _write_row(
     settings: Settings, problem: str, row: dict[str, Any], exact: dict[str, Any], write: Write
 ) -> None:
-    """The row's variances in the settings' unit."""
+    """Writes the row's variances in the unit that ``Settings`` explains."""
     name, square = row["name"], row["reference_norm"] ** 2
     unit = _workers(settings, name) / square
     for updates, value in row["variance_of_mean"].items():
@@ -159,7 +159,7 @@ def _workers(settings: Settings, name: str) -> int:
 
 @functools.cache
 def _prepare(settings: Settings, name: str) -> _Case:
-    """The same for all seeds, so that they compile once."""
+    """The case, cached so that all seeds share its compiled programs."""
     horizon = settings.num_windows * settings.truncation
     if name in RECURRENCES:
         problem, theta, influence = recurrence(settings, name)
@@ -171,7 +171,7 @@ def _prepare(settings: Settings, name: str) -> _Case:
     common = {
         "truncation": settings.truncation,
         "sigma": SIGMA.get(name, 1.0),
-        "noise_period": horizon // settings.noise_periods,
+        "noise_period": horizon // settings.num_noise_periods,
         "num_pairs": 1,
     }
     one = {
@@ -188,7 +188,7 @@ def _prepare(settings: Settings, name: str) -> _Case:
 
 
 def _with_one_leaf(problem: ug.UnrolledProblem, theta: Any) -> tuple[ug.UnrolledProblem, jax.Array]:
-    """Theta as one vector: one leaf's noise compiles many times faster than that of fourteen."""
+    """Theta as one vector, because one leaf's noise compiles many times faster than fourteen's."""
     vector, unravel = ravel_pytree(theta)
 
     def init(key, theta):
@@ -201,7 +201,7 @@ def _with_one_leaf(problem: ug.UnrolledProblem, theta: Any) -> tuple[ug.Unrolled
 
 
 def recurrence(settings: Settings, name: str) -> tuple[ug.UnrolledProblem, jax.Array, np.ndarray]:
-    """A linear recurrence, its theta, and its influence, (T, T, P)."""
+    """A linear recurrence, its theta, and its influence of shape (T, T, P)."""
     horizon = settings.num_windows * settings.truncation
     gradients = "independent" if name == "independent" else "identical"
     problem, theta, influence = ug.problems.linear_recurrence(
@@ -220,11 +220,11 @@ def recurrence(settings: Settings, name: str) -> tuple[ug.UnrolledProblem, jax.A
 
 
 def closed_forms(settings: Settings, influence: np.ndarray) -> dict[str, dict[str, float]]:
-    """By estimator and updates, for one episode-pair."""
+    """The closed forms by estimator and updates, for one episode-pair."""
     n, truncation = settings.num_windows, settings.truncation
     periods = {
         "es_single": None,
-        "gpes": len(influence) // settings.noise_periods,
+        "gpes": len(influence) // settings.num_noise_periods,
         "pes": truncation,
     }
     out = {}

@@ -13,11 +13,11 @@ RECURRENCES = ("aligned", "independent", "conflicting")
 
 
 UPDATES = ("1", "n", "20n")
-"""The numbers of updates, by name."""
+"""Names of the numbers of updates."""
 
 
 def _table(records: list[Record]) -> dict[tuple[str, str, str], dict[str, np.ndarray]]:
-    """By problem, estimator and updates, each metric's numbers by seed."""
+    """Each metric's numbers by seed, for every problem, estimator and number of updates."""
     out: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for r in records:
         key = r.labels["problem"], r.labels["estimator"], r.labels["updates"]
@@ -26,13 +26,13 @@ def _table(records: list[Record]) -> dict[tuple[str, str, str], dict[str, np.nda
 
 
 def _pooled(metrics: dict[str, np.ndarray]) -> tuple[float, float]:
-    """The mean variance over seeds, and its standard error, which is that of all samples."""
+    """The mean variance over seeds, and its standard error from the errors of all seeds."""
     errors = metrics["variance_se"]
     return float(metrics["variance"].mean()), float(np.sqrt(np.sum(errors**2)) / len(errors))
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """A panel per problem, a line per estimator; crosses are closed forms."""
+    """Draws a panel for each problem and a line for each estimator; crosses are closed forms."""
     problems = config["problems"]
     columns = min(3, len(problems))
     rows = -(-len(problems) // columns)
@@ -55,7 +55,7 @@ def _panel(axis: Any, table: Any, problem: str, config: dict[str, Any]) -> None:
     windows = config["num_windows"]
     places = dict(zip(UPDATES, (1, windows, 20 * windows), strict=True))
     for i, name in enumerate(config["estimators"]):
-        shift = 1.13 ** (i - 2.5)  # lines on each other could not be told apart
+        shift = 1.13 ** (i - 2.5)  # so that equal lines do not hide each other
         here = {u: table[problem, name, u] for u in UPDATES if (problem, name, u) in table}
         at = [places[u] * shift for u in here]
         means, errors = np.array([_pooled(x) for x in here.values()]).reshape(-1, 2).T
@@ -89,7 +89,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """NRES and ES-Single are full ES in the long run; PES is less or more, as gradients agree."""
+    """NRES and ES-Single equal full ES in the long run; PES has less or more as gradients agree."""
     config = summary.about["config"]
     windows, measured = config["num_windows"], config["estimators"]
     ranges = {"aligned": (0.0, 1.0), "independent": (windows / 4, math.inf)}
@@ -111,13 +111,13 @@ def claims(summary: Summary) -> list[Claim]:
 SOURCE = "theory, for quadratic losses"
 
 BLIND = 0.3
-"""A ratio known to less than this fraction says nothing."""
+"""A ratio whose standard error is above this fraction decides nothing."""
 
 EQUAL = ("es_single", "nres")
-"""Whose long-run variance is that of full ES."""
+"""Estimators whose long-run variance equals full ES's."""
 
 CUT = 1 / 20
-"""A worker of nres that begins inside an episode sees the ends of two instead of a whole one."""
+"""A worker of nres that begins inside an episode sees the ends of two episodes, not a whole one."""
 
 
 def _value(summary: Summary, problem: str, name: str, updates: str) -> tuple[float, float]:
@@ -147,11 +147,10 @@ def _exact_claim(summary: Summary, problem: str) -> Claim:
                 errors.append(se / exact["mean"])
     worst = max(away, key=lambda k: abs(away[k]))
     return Claim(
-        f"{problem}: all {len(away)} variances are those of the closed forms, within four standard "
-        "errors",
+        f"{problem}: all {len(away)} variances equal the closed forms, within four standard errors",
         SOURCE,
-        f"at most {abs(away[worst]):.2g} of them away ({worst}); errors of "
-        f"{100 * min(errors):.1g} to {100 * max(errors):.1g} %",
+        f"at most {abs(away[worst]):.2g} standard errors away ({worst}); these are "
+        f"{100 * min(errors):.1g} to {100 * max(errors):.1g} % of the closed forms",
         None if max(errors) > BLIND else abs(away[worst]) <= 4,
     )
 
@@ -164,7 +163,7 @@ def _same_claim(summary: Summary, problem: str, name: str) -> Claim:
         f"{problem}: in the long run {name} has full_es's variance per episode-pair, within three "
         f"standard errors{besides}",
         SOURCE,
-        f"{ratio:.3g} ± {se:.1g} times",
+        f"ratio {ratio:.3g} ± {se:.1g}",
         None if se > BLIND * ratio else abs(ratio - 1) <= 3 * se + end,
     )
 
@@ -175,6 +174,6 @@ def _pes_claim(summary: Summary, problem: str, name: str, low: float, high: floa
     return Claim(
         f"{problem}: in the long run {name}'s variance per episode-pair is {what}",
         SOURCE,
-        f"{ratio:.3g} ± {se:.1g} times",
+        f"ratio {ratio:.3g} ± {se:.1g}",
         None if se > BLIND * ratio else low <= ratio - 2 * se and ratio + 2 * se <= high,
     )

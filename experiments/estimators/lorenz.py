@@ -1,4 +1,4 @@
-"""``lorenz``: the constants of a chaotic system from its trajectory (Li et al. 2023)."""
+"""``lorenz``: fits the constants of a chaotic system to its trajectory (Li et al. 2023)."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.problems.lorenz import TRUTH
 from unrollgrad.running import need
 
@@ -21,14 +22,14 @@ NAMES = ("bptt", "tbptt", "uoro", "dodge", "full_es", "truncated_es", "pes", "nr
 """The paper's methods; nres is es_single with workers at staggered places of their episodes."""
 
 CLOSE = 0.02
-"""A relative error of a and r below it is a recovery."""
+"""A relative error of a and r below this counts as recovery."""
 
 WORK = {
     "inner_steps_to_recover": "inner steps",
     "sequential_steps_to_recover": "inner steps one after another",
 }
-"""What it took until the first point of a curve that is close; inf if none is. The steps in which
-workers are put at staggered places, an episode of each at most, are not counted."""
+"""Work until the first point of a curve that counts as recovery; inf if no point does. The
+steps that stagger the workers, at most one episode of each worker, are not counted."""
 
 PAPER = "Li et al. 2023: NRES converges faster than the others"
 EXPLODES = "Metz et al. 2021: gradients through chaos explode"
@@ -38,43 +39,43 @@ RECOVERS = {
     "uoro": (False, EXPLODES),
     "dodge": (False, EXPLODES),
 }
-"""Who finds the constants, and who says so."""
+"""Which methods should find the constants, and the source of the claim."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Two constants of the Lorenz system, fitted to a trajectory by SGD: who finds them?
+class Settings(CommonSettings):
+    """Fit two constants of the Lorenz system to a trajectory by SGD: which methods find them?
 
-    theta is (ln a, ln r), the loss the mean squared error of z over an episode from a fixed start.
+    theta is (ln a, ln r); the loss is the mean squared error of z over an episode from a fixed
+    start.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper has the published horizon, sigma, rates and updates."""
+    """Sets the defaults of all other settings. paper: the published horizon, sigma, learning rates
+    and updates."""
     estimators: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
-    """Which methods."""
+    """The methods to run."""
     learning_rates: tuple[float, ...] = (1e-6, 3e-4, 1e-8, 1e-7, 3e-5, 1e-4, 1e-5, 3e-5)
-    """Of SGD, one for each method. cpu: the best of two to five on seed 0, a factor of 3 or 10
-    apart; bptt, uoro and dodge are far off with all of them."""
-    num_updates: tuple[int, ...] = (1000, 2000, 1000, 2000, 4000, 2000, 2000, 2000)
-    """Outer updates, one number for each method; of bptt and full_es by whole episodes."""
+    """SGD's learning rates, one for each method. cpu: the best of two to five rates on seed 0, a
+    factor of 3 or 10 apart; bptt, uoro and dodge end far from the truth with all of them."""
+    num_steps: tuple[int, ...] = (1000, 2000, 1000, 2000, 4000, 2000, 2000, 2000)
+    """Outer updates, one number for each method; bptt and full_es use a whole episode for each."""
     decay_after: int = 1000
-    """Updates after which the rate of pes is a tenth, as published."""
+    """Updates after which the learning rate of pes falls to a tenth, as published."""
     horizon: int = 1000
     """Inner steps in an episode; beyond some 500 the gradient is chaotic. With the published 2000
-    the smoothed loss is least elsewhere, near (10.8, 26.8)."""
+    the minimum of the smoothed loss is elsewhere, near (10.8, 26.8)."""
     truncation: int = 100
     """Inner steps in a window."""
     sigma: float = 0.01
     """Standard deviation of the perturbation of theta."""
     num_workers: int = 200
-    """Workers of one pair each, at staggered places of their episodes; full_es has a twentieth of
-    them in pairs and bptt only one worker, as published."""
-    num_tests: int = 64
-    """Episodes from starts N(0, 1) off the fixed one, for the test loss."""
+    """Workers of one antithetic pair each, at staggered places of their episodes. As published,
+    full_es has a twentieth of this number of pairs, and bptt has one worker."""
+    num_episodes: int = 64
+    """Episodes of the test loss; each begins at the fixed start plus N(0, 1) noise."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run; bptt draws nothing, its runs are equal."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run; bptt draws nothing, so its runs are equal."""
 
 
 SCALES = {
@@ -82,32 +83,32 @@ SCALES = {
         scale="smoke",
         estimators=("bptt", "nres"),
         learning_rates=(1e-8, 1e-4),
-        num_updates=(40, 400),
+        num_steps=(40, 400),
         horizon=300,
         sigma=0.02,
         num_workers=30,
-        num_tests=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
     "paper": Settings(
         scale="paper",
         learning_rates=(1e-8, 3e-4, 1e-13, 1e-10, 3e-5, 3e-4, 1e-5, 1e-5),
-        num_updates=(1000, 10_000, 5000, 5000, 2000, 5000, 10_000, 5000),
+        num_steps=(1000, 10_000, 5000, 5000, 2000, 5000, 10_000, 5000),
         horizon=2000,
         sigma=0.04,
-        num_tests=10_000,
+        num_episodes=10_000,
         seeds=(101, 103, 107, 109, 113),
     ),
 }
 
 POINTS = 40
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the losses of theta and its error along each method's run, and when it was close."""
-    theta, methods, evaluate = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    """Writes theta's losses and error along each method's run, and the work until recovery."""
+    theta, plan = _prepare(settings.without_run())
     close: dict[str, dict[str, Any]] = {}
 
     def write_and_watch(numbers: dict[str, Any]) -> None:
@@ -116,8 +117,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             close.setdefault(numbers["estimator"], numbers)
 
     key = jax.random.key(seed)
-    training.side_by_side(methods, key, theta, evaluate, POINTS, write_and_watch, progress)
-    for name, method in methods.items():
+    training.side_by_side(plan, key, theta, write_and_watch, progress)
+    for name, method in plan.methods.items():
         first = close.get(name, {"inner_steps": math.inf, "step": math.inf})
         window = method.estimator.truncation or settings.horizon
         work = dict(zip(WORK, (first["inner_steps"], window * first["step"]), strict=True))
@@ -125,21 +126,22 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method], Any]:
+def _prepare(settings: Settings) -> tuple[Any, training.Plan]:
     problem, theta = ug.problems.lorenz(settings.horizon)
-    rates, counts = settings.learning_rates, settings.num_updates
+    rates, counts = settings.learning_rates, settings.num_steps
     if not len(settings.estimators) == len(rates) == len(counts):
         raise ValueError(
-            "`learning_rates` and `num_updates` must have a number for each of the estimators "
+            "`learning_rates` and `num_steps` must have a number for each of the estimators "
             f"{settings.estimators}; got {rates} and {counts}."
         )
     methods = {
         name: training.Method(
-            _estimator(settings, problem, name), _sgd(settings, name, rate), num_updates
+            _estimator(settings, problem, name), _sgd(settings, name, rate), num_steps
         )
-        for name, rate, num_updates in zip(settings.estimators, rates, counts, strict=True)
+        for name, rate, num_steps in zip(settings.estimators, rates, counts, strict=True)
     }
-    return theta, methods, jax.jit(functools.partial(evaluate, problem, settings.num_tests))
+    measure = jax.jit(functools.partial(evaluate, problem, settings.num_episodes))
+    return theta, training.Plan(methods, measure, POINTS)
 
 
 def _estimator(settings: Settings, problem: Any, name: str) -> Any:
@@ -160,10 +162,10 @@ def _sgd(settings: Settings, name: str, rate: float) -> optax.GradientTransforma
     return optax.sgd(rate)
 
 
-def evaluate(problem: ug.UnrolledProblem, num_tests: int, theta: jax.Array) -> dict[str, Any]:
-    """The constants and their largest relative error, the loss, and that from other starts."""
+def evaluate(problem: ug.UnrolledProblem, num_episodes: int, theta: jax.Array) -> dict[str, Any]:
+    """The constants, their largest relative error, the loss, and the loss from other starts."""
     found, truth = jnp.exp(theta), jnp.array(TRUTH, theta.dtype)
-    keys = jax.random.split(jax.random.key(0), num_tests)
+    keys = jax.random.split(jax.random.key(0), num_episodes)
     elsewhere = jax.vmap(lambda key: ug.episode_loss(perturbed(problem), key, theta))(keys)
     return {
         "a": found[0],
@@ -175,7 +177,7 @@ def evaluate(problem: ug.UnrolledProblem, num_tests: int, theta: jax.Array) -> d
 
 
 def perturbed(problem: ug.UnrolledProblem) -> ug.UnrolledProblem:
-    """The same from a start N(0, 1) off, for the model and the truth alike."""
+    """The problem with N(0, 1) noise added to the start of both the model and the truth."""
 
     def init(key, theta):
         shift = jax.random.normal(key, (3,), theta.dtype)
@@ -185,7 +187,7 @@ def perturbed(problem: ug.UnrolledProblem) -> ug.UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The error of the constants, the loss and the test loss, against inner steps."""
+    """Draws the error of the constants, the loss and the test loss against inner steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 5), layout="constrained")
     axes = figure.subplots(1, 3)
     titles = {
@@ -208,7 +210,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """NRES finds the constants, sooner than others; differentiation of the loss does not."""
+    """NRES finds the constants with less work than others; differentiation of the loss does not."""
     steps = f"{summary.about['config']['horizon']} steps"
     out = []
     for name, (finds, source) in RECOVERS.items():
@@ -226,7 +228,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _comparisons(summary: Summary) -> list[Claim]:
-    """Of the work until NRES has the constants with that of other evolution strategies."""
+    """Claims that NRES finds the constants with less work than other evolution strategies."""
     out = []
     for name in ("full_es", "pes", "truncated_es"):
         for metric in WORK:
@@ -241,7 +243,7 @@ def _comparisons(summary: Summary) -> list[Claim]:
 
 
 def _less(ours: Any, theirs: Any, summary: Summary) -> bool | None:
-    if len(summary.about["seeds"]) == 1 or ours == theirs:  # neither with every seed
+    if len(summary.about["seeds"]) == 1 or ours == theirs:  # neither recovers with every seed
         return None
     if ours is None or theirs is None:
         return ours is not None

@@ -1,7 +1,8 @@
-"""``lr_schedule``: a learning rate's start and decay, tuned inside one training run."""
+"""``lr_schedule``: tunes a learning rate's start and decay during one training run."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,78 +15,74 @@ import unrollgrad as ug
 from experiments._framework import curves, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Two numbers of a learning-rate schedule are trained online with each estimator.
+class Settings(CommonSettings):
+    """Train two numbers of a learning-rate schedule online with each estimator.
 
-    An MLP learns images by SGD with momentum 0.9 and the rate theta0 / (1 + t / T)^theta1 in step t
-    of T; theta is the logarithms of theta0 and theta1. J is the mean over the steps of the training
-    loss, or minus the validation accuracy, which has no gradient, on another batch.
+    SGD with momentum 0.9 trains an MLP on images; its learning rate in step t of T is
+    theta0 / (1 + t / T)^theta1, and theta is the logarithms of theta0 and theta1. J is a mean over
+    the steps, on another batch: of the training loss, or of minus the validation accuracy, which
+    has no gradient.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
-    objective: tuple[Literal["loss", "accuracy"], ...] = ("loss", "accuracy")
-    """What is minimised: each of these in turn."""
+    objectives: tuple[Literal["loss", "accuracy"], ...] = ("loss", "accuracy")
+    """The objectives, which are minimised one after another."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "tbptt"], ...] = (
         "pes",
         "es_single",
         "truncated_es",
         "tbptt",
     )
-    """Which estimators."""
+    """The estimators to run."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    """The images. digits come with scikit-learn; the others are downloaded or read from files."""
     data_dir: Path | None = None
-    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    """The folder that has MNIST's or FashionMNIST's files, or to which they are downloaded."""
     hidden: tuple[int, ...] = (16,)
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
-    """Images in a batch for training."""
-    evaluation_size: int = 16
-    """Images in a batch for J."""
+    """Images in a training batch."""
+    evaluation_batch_size: int = 16
+    """Images in a batch on which J is measured."""
     horizon: int = 1000
     """Inner steps in an episode (T)."""
     truncation: int = 10
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
-    """theta0 and theta1 to begin with."""
-    num_updates: int = 2000
+    """Initial theta0 and theta1."""
+    num_steps: int = 2000
     """Outer updates, one window each."""
     num_pairs: int = 30
-    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    """Antithetic pairs of the evolution strategies: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.01
-    """Of Adam, at the beginning."""
-    last_rate: float = 0.0
-    """What it falls to along a cosine, as a fraction; 1 is the papers' constant rate."""
+    """Adam's learning rate at the beginning."""
+    final_fraction: float = 0.0
+    """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
     cells: tuple[int, int] = (11, 9)
-    """Values of theta0 and of theta1 on the grid behind the picture."""
-    episodes: int = 4
-    """Episodes whose mean is J, on the grid and along the runs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Number of values of theta0 and of theta1 on the grid that the picture shows."""
+    num_episodes: int = 4
+    """Episodes whose mean loss is J, on the grid and along the runs."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        objective=("accuracy",),
+        objectives=("accuracy",),
         estimators=("es_single", "tbptt"),
         hidden=(4,),
         horizon=40,
-        num_updates=12,
+        num_steps=12,
         num_pairs=2,
         cells=(2, 3),
-        episodes=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -94,70 +91,66 @@ SCALES = {
         data="mnist",
         hidden=(100, 100),
         batch_size=100,
-        evaluation_size=100,
+        evaluation_batch_size=100,
         horizon=5000,
-        num_updates=5000,
+        num_steps=5000,
         num_pairs=500,
-        last_rate=1.0,
+        final_fraction=1.0,
         cells=(31, 25),
         seeds=(0, 1, 2, 3),
     ),
 }
 
 POINTS = 25
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 RANGES = ((1e-3, 1.0), (0.3, 100.0))
-"""Of theta0 and theta1 on the grid."""
+"""Ranges of theta0 and theta1 on the grid."""
 
 
 NEAR = 0.05
 """How far above the grid's minimum J may end, as a fraction of it, to be near."""
 
 FAR = 0.3
-"""And from where on it is far."""
+"""How far above the grid's minimum J must end, as a fraction of it, to be far."""
 
 
 class Task(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        loss: J of thetas.
-        evaluate: J and the two numbers of a theta.
-        methods: By name.
+        loss: J of stacked thetas.
+        plan: The estimators; along their curves are J and theta's two numbers.
     """
 
-    loss: Any
-    evaluate: Any
-    methods: dict[str, training.Method]
+    loss: Callable[[jax.Array], jax.Array]
+    plan: training.Plan
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J on the grid, once, and along each estimator's run."""
-    shared = dataclasses.replace(settings, seeds=(), out=Path())
-    for i, objective in enumerate(settings.objective):
+    """Writes J on the grid, with the first seed only, and along each estimator's run."""
+    shared = settings.without_run()
+    for i, objective in enumerate(settings.objectives):
 
         def write_here(numbers: dict[str, Any], objective: str = objective) -> None:
             write({"objective": objective, **numbers})
 
         def progress_here(text: str, done: float, i: int = i, objective: str = objective) -> None:
-            progress(f"{objective}: {text}", (i + done) / len(settings.objective))
+            progress(f"{objective}: {text}", (i + done) / len(settings.objectives))
 
         task = _prepare(shared, objective)
         if seed == settings.seeds[0]:
             progress_here(heat_map.GRID, 0.0)
             heat_map.write_grid(task.loss, RANGES, settings.cells, write_here)
         key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
-        training.side_by_side(
-            task.methods, key, theta, task.evaluate, POINTS, write_here, progress_here
-        )
+        training.side_by_side(task.plan, key, theta, write_here, progress_here)
 
 
 @functools.lru_cache(maxsize=2)
 def _prepare(settings: Settings, objective: str) -> Task:
     problem = schedule_problem(settings, objective)
     rate = optax.cosine_decay_schedule(
-        settings.learning_rate, settings.num_updates, settings.last_rate
+        settings.learning_rate, settings.num_steps, settings.final_fraction
     )
     common = {
         "truncation": settings.truncation,
@@ -167,25 +160,25 @@ def _prepare(settings: Settings, objective: str) -> Task:
     names: tuple[str, ...] = settings.estimators
     methods = {
         name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_updates
+            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_steps
         )
         for name in names
     }
-    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
     loss = heat_map.mean_loss(problem, keys)
 
     def evaluate(theta):
         return {"J": loss(theta[None])[0], **heat_map.named(theta)}
 
-    return Task(loss, evaluate, methods)
+    return Task(loss, training.Plan(methods, evaluate, POINTS))
 
 
 def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
-    """The MLP's training, whose step loss is the objective on a batch of its own."""
+    """The training of the MLP; the step loss is the objective on a batch of its own."""
     images = data.load(settings.data, settings.data_dir)
     held_out = objective == "accuracy"
     draw = image_mlp.sampler(
-        images.validation if held_out else images.train, settings.evaluation_size
+        images.validation if held_out else images.train, settings.evaluation_batch_size
     )
 
     def meta_loss(theta, params, key):
@@ -202,7 +195,7 @@ def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """For each objective J over theta with the runs on it, and J along the runs."""
+    """Draws, for each objective, J over theta with the paths of the runs, and J along the runs."""
     objectives = list(dict.fromkeys(r.labels["objective"] for r in records))
     figure = need("matplotlib.figure", "matplotlib").Figure(
         figsize=(11, 4.5 * len(objectives)), layout="constrained"
@@ -231,7 +224,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """PES and ES-Single end near the best of the grid, short-sighted estimators do not."""
+    """PES and ES-Single end near the grid's minimum; truncated estimators do not."""
     papers = "Vicol et al. 2021, 2023"
     out = []
     for objective in ("loss", "accuracy"):
@@ -249,7 +242,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _unmoved(summary: Summary) -> list[Claim]:
-    """That backpropagation finds no slope in the accuracy."""
+    """The claim that backpropagation finds a zero gradient of the accuracy."""
     labels = {"objective": "accuracy", "estimator": "tbptt"}
     ends = [f["mean"] for name in heat_map.NAMES if (f := summary.find(name, **labels))]
     if not ends:

@@ -1,4 +1,4 @@
-"""``many_hyperparameters``: 29 of an MLP's training, evolution strategies against random search."""
+"""``many_hyperparameters``: evolution strategies and random search tune 29 hyperparameters."""
 
 import dataclasses
 import functools
@@ -15,51 +15,52 @@ import unrollgrad as ug
 from experiments._framework import curves, training, tuning
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data
 from unrollgrad.running import need
 from unrollgrad.types import Key, Theta
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """A learning rate and a momentum for every tensor, a width for every hidden layer.
+class Settings(CommonSettings):
+    """Tune a learning rate and a momentum for every tensor, and a width for every hidden layer.
 
     An MLP of five hidden layers learns digits; theta is 12 log learning rates, 12 logits of momenta
     and 5 logits of the share of units that are used. J is the mean validation loss along training.
-    A run's best theta so far is told by fresh trainings that are not counted; random search finds
-    its own by one training of each theta that it draws, as the methods begin at, and pays for it.
+    Fresh trainings, which are not counted, choose a run's best theta so far. Random search draws
+    thetas from the distribution of the initial theta, and chooses its best by one training of each,
+    which is counted.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the widths, windows, pairs and steps published."""
+    """Sets the defaults of all other settings. paper: the published widths, windows, pairs and
+    steps."""
     estimators: tuple[Literal["es_single", "pes", "truncated_es"], ...] = (
         "es_single",
         "pes",
         "truncated_es",
     )
-    """Which estimators; random search is always there."""
+    """The estimators to run beside random search."""
     width: int = 16
-    """Units of a hidden layer, of which a share is used."""
+    """Units of each hidden layer; theta decides which share of them is used."""
     batch_size: int = 16
-    """Images of a training and of a validation batch."""
+    """Images in a training batch, and in a validation batch."""
     horizon: int = 200
-    """Training steps."""
+    """Training steps in an episode."""
     truncation: int = 10
     """Training steps in a window."""
     num_pairs: int = 5
-    """Antithetic pairs: half of the papers' particles."""
+    """Antithetic pairs: half the papers' number of particles."""
     sigma: float = 0.3
     """Standard deviation of the perturbation, as published."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1)
-    """Learning rates of Adam; each estimator gets the best of them on a run of its own."""
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    """Learning rates of Adam; each estimator uses the best of them on a run of its own."""
     budget: int = 150_000
     """Training steps of each run."""
-    trainings: int = 10
-    """Fresh trainings that tell how good a theta is, as published."""
+    num_episodes: int = 10
+    """Fresh trainings whose mean loss is J, as published."""
     seeds: tuple[int, ...] = (3, 5, 7)
-    """Each is a whole run, from its own theta."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run, from its own theta."""
 
 
 SCALES = {
@@ -69,9 +70,9 @@ SCALES = {
         width=4,
         batch_size=4,
         horizon=20,
-        rates=(0.1,),
+        learning_rates=(0.1,),
         budget=4_000,
-        trainings=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -80,26 +81,26 @@ SCALES = {
         width=100,
         batch_size=100,
         horizon=1000,
-        rates=(0.003, 0.01, 0.03),
+        learning_rates=(0.003, 0.01, 0.03),
         budget=3_000_000,
         seeds=(3, 5, 7, 11),
     ),
 }
 
 LAYERS = 5
-"""Hidden ones."""
+"""Number of hidden layers."""
 
 POINTS = 20
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 TUNING, HELD_OUT = 1_000_000, 1_000_001
-"""Seeds of keys that no run has."""
+"""Seeds of keys that no run uses."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J along each method's run, and the lowest so far."""
+    """Writes J along each method's run, and the lowest J so far."""
     progress("choosing learning rates", 0.0)
-    prepared = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    prepared = _prepare(settings.without_run())
     key, key_theta, key_search = jax.random.split(jax.random.key(seed), 3)
     lowest: dict[str, float] = {}
 
@@ -109,30 +110,29 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         write({**numbers, "best": lowest[name]})
 
     theta = draw_theta(key_theta)
-    training.side_by_side(prepared.methods, key, theta, prepared.evaluate, POINTS, keep, progress)
+    training.side_by_side(prepared.plan, key, theta, keep, progress)
     for tried, theta in prepared.search(key_search):
         steps = {"step": tried, "inner_steps": tried * settings.horizon}
-        keep({"estimator": "random_search", **steps, **prepared.evaluate(theta)})
+        keep({"estimator": "random_search", **steps, **prepared.plan.evaluate(theta)})
 
 
 class Prepared(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        methods: By name.
-        evaluate: Of a theta, J on fresh trainings.
-        search: From a key to pairs of (thetas tried, the best of them) along a random search.
+        plan: The estimators, and J on fresh trainings.
+        search: A function from a key to pairs (number of thetas tried, the best of them) along a
+            random search.
     """
 
-    methods: dict[str, training.Method]
-    evaluate: Callable[[Theta], dict[str, Any]]
+    plan: training.Plan
     search: Callable[[Key], list[tuple[int, Theta]]]
 
 
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> Prepared:
     problem = make_problem(settings)
-    fresh = jax.random.split(jax.random.key(HELD_OUT), settings.trainings)
+    fresh = jax.random.split(jax.random.key(HELD_OUT), settings.num_episodes)
 
     @jax.jit
     def loss(theta):
@@ -146,24 +146,22 @@ def _prepare(settings: Settings) -> Prepared:
     for name in names:
         row = ug.REGISTRY[name]
         estimator = row.build(problem, truncation=settings.truncation, **common)
-        num_updates = settings.budget // (row.passes(settings.num_pairs) * settings.truncation)
-        every = num_updates // POINTS
-        rate = tuning.best_rate(
-            estimator, optax.adam, settings.rates, key[None], theta, POINTS * every, every, loss
-        )
-        methods[name] = training.Method(estimator, optax.adam(rate), num_updates)
+        num_steps = settings.budget // (row.passes(settings.num_pairs) * settings.truncation)
+        every = num_steps // POINTS
+        trial = tuning.Trial(estimator, optax.adam, POINTS * every, every, loss)
+        rate = tuning.best_rate(trial, settings.learning_rates, key[None], theta)
+        methods[name] = training.Method(estimator, optax.adam(rate), num_steps)
     return Prepared(
-        methods,
-        jax.jit(lambda theta: {"loss": loss(theta)}),
+        training.Plan(methods, jax.jit(lambda theta: {"loss": loss(theta)}), POINTS),
         functools.partial(random_search, problem, settings.budget // settings.horizon),
     )
 
 
 def random_search(problem: ug.UnrolledProblem, count: int, key: Key) -> list[tuple[int, Theta]]:
-    """Tries ``count`` thetas by one episode each.
+    """Tries ``count`` thetas with one episode each.
 
     Returns:
-        After each of POINTS parts of them, how many were tried and the best one.
+        The number of thetas tried and the best of them, after each of POINTS equal parts.
     """
     thetas, losses = _tried(problem, count, key)
     ends = [count * (i + 1) // POINTS for i in range(POINTS)]
@@ -184,7 +182,7 @@ def _tried(problem: ug.UnrolledProblem, count: int, key: Key) -> tuple[Theta, ja
 
 
 def draw_theta(key: Key) -> Theta:
-    """As published: log-uniform rates, uniform momenta and shares of units, unconstrained."""
+    """Draws a theta as published: log-uniform rates, uniform momenta and shares, unconstrained."""
     keys = jax.random.split(key, 3)
     tensors = 2 * (LAYERS + 1)
     log_rates = jax.random.uniform(keys[0], (tensors,), minval=jnp.log(1e-4), maxval=jnp.log(1e-2))
@@ -198,7 +196,7 @@ def draw_theta(key: Key) -> Theta:
 
 
 def sgd_by_tensor(log_rate: jax.Array, momentum_logit: jax.Array) -> optax.GradientTransformation:
-    """SGD with momentum, a rate and a momentum for each tensor in the order of the leaves."""
+    """SGD with momentum; each tensor has its own rate and momentum, in the order of the leaves."""
 
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
@@ -214,7 +212,7 @@ def sgd_by_tensor(log_rate: jax.Array, momentum_logit: jax.Array) -> optax.Gradi
 
 
 def logits(params: list[dict[str, jax.Array]], share_logit: jax.Array, x: jax.Array) -> jax.Array:
-    """An MLP of which a hidden layer's units from floor(share x width) on are masked."""
+    """The logits of an MLP; each hidden layer's units from floor(share x width) on are masked."""
     *hidden, out = params
     for layer, share in zip(hidden, jax.nn.sigmoid(share_logit), strict=True):
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
@@ -224,7 +222,7 @@ def logits(params: list[dict[str, jax.Array]], share_logit: jax.Array, x: jax.Ar
 
 
 def make_problem(settings: Settings) -> ug.UnrolledProblem:
-    """Training on digits; a validation loss counts 1.5 ln 10 at most, also where it is NaN."""
+    """Training on digits; a validation loss that is NaN or above 1.5 ln 10 counts as 1.5 ln 10."""
     images = data.load("digits")
     sizes = [64, *LAYERS * [settings.width], 10]
 
@@ -261,7 +259,7 @@ def make_problem(settings: Settings) -> ug.UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The best J so far against training steps."""
+    """Draws the best J so far against training steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     curves.plot(axis, records, "best", x="inner_steps")
@@ -290,13 +288,15 @@ def claims(summary: Summary) -> list[Claim]:
     return [
         curves.compare(
             summary,
-            "best",
-            name,
-            "<",
-            other,
-            f"{name} finds a lower J than {other} at equal training steps",
-            source,
-            "J ",
+            curves.Comparison(
+                "best",
+                name,
+                "<",
+                other,
+                f"{name} finds a lower J than {other} at equal training steps",
+                source,
+                "J ",
+            ),
         )
         for name, other, source in pairs
     ]

@@ -10,21 +10,22 @@ from unrollgrad.problems import theory
 def staggered_variance(
     influence: np.ndarray, truncation: int, noise_period: int | None, updates: int
 ) -> float:
-    """The variance of the mean of consecutive updates of ``gpes``, n workers, one per window.
+    """The variance of the mean of consecutive updates of ``gpes`` with n workers, one per window.
 
-    Worker i begins at window i of an episode and goes on into others, whose noise is its own. What
-    it sees of each episode is a range of windows, and ranges of different episodes are independent;
-    the variance of a range's sum is that of an episode whose other windows have no losses.
+    Worker i begins at window i of an episode and continues into further episodes with noise of
+    their own. It sees a range of windows of each episode, and ranges of different episodes are
+    independent. The variance of a range's sum is the variance of an episode whose other windows
+    have zero loss.
 
     Args:
-        influence: Shape (T, T, P), as everywhere in ``theory``.
-        truncation: K; n = T/K.
-        noise_period: Steps between draws; None: one draw per episode.
-        updates: U, how many are averaged.
+        influence: The influence, shape (T, T, P), as everywhere in ``theory``.
+        truncation: Inner steps per window (K); n = T/K.
+        noise_period: Steps between draws of noise; None: one draw per episode.
+        updates: The number U of updates that are averaged.
 
     Returns:
-        The trace of the variance times U, the episode-pairs (n workers, 1/n of an episode each)
-        that U updates take.
+        The trace of the variance times U; U updates take U episode-pairs (n workers, 1/n of an
+        episode each).
     """
     n = len(influence) // truncation
 

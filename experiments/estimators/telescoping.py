@@ -1,4 +1,4 @@
-"""``telescoping``: the loss at the end of training, minimised window by window."""
+"""``telescoping``: minimises the loss at the end of training window by window."""
 
 import dataclasses
 import functools
@@ -14,64 +14,59 @@ import unrollgrad as ug
 from experiments._framework import curves, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Two numbers of a learning-rate schedule are trained for the loss at the end of an episode.
+class Settings(CommonSettings):
+    """Train two numbers of a learning-rate schedule for the loss at the end of an episode.
 
-    The MLP and the schedule are those of lr_schedule. J is the training loss of the last weights on
-    a fixed batch, which windows see as a telescoping sum of what it changed in each.
+    The MLP and the schedule come from lr_schedule. J is the training loss of the last weights on a
+    fixed batch. It is a telescoping sum: each window contributes the change of the loss within it.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     estimators: tuple[Literal["pes", "es_single", "truncated_es", "full_es"], ...] = (
         "pes",
         "es_single",
         "truncated_es",
         "full_es",
     )
-    """Which estimators."""
+    """The estimators to run."""
     data: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    """Images: digits come with scikit-learn, the others are downloaded or read from files."""
+    """The images. digits come with scikit-learn; the others are downloaded or read from files."""
     data_dir: Path | None = None
-    """A folder with MNIST's or FashionMNIST's files, or for the download."""
+    """The folder that has MNIST's or FashionMNIST's files, or to which they are downloaded."""
     hidden: tuple[int, ...] = (16,)
     """Units of the MLP's hidden layers."""
     batch_size: int = 8
-    """Images in a batch for training."""
-    fixed_size: int = 200
-    """Training images of the fixed batch."""
+    """Images in a training batch."""
+    fixed_batch_size: int = 200
+    """Training images in the fixed batch."""
     horizon: int = 200
     """Inner steps in an episode (T)."""
     truncation: int = 10
     """Inner steps in a window (K)."""
     start: tuple[float, float] = (0.003, 30.0)
-    """theta0 and theta1 to begin with."""
-    num_updates: int = 2000
-    """Outer updates of one window; full_es makes as many fewer as its episodes are longer."""
+    """Initial theta0 and theta1."""
+    num_steps: int = 2000
+    """Outer updates, one window each; full_es makes fewer, with as many inner steps."""
     num_pairs: int = 20
-    """Antithetic pairs: half of the papers' particles."""
+    """Antithetic pairs: half the papers' number of particles."""
     sigma: float = 0.1
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.02
-    """Of Adam, for windows, at the beginning."""
-    full_es_rate: float = 0.3
-    """The same for whole episodes."""
-    last_rate: float = 0.0
-    """What it falls to along a cosine, as a fraction."""
+    """Adam's learning rate at the beginning, for estimators of windows."""
+    full_es_learning_rate: float = 0.3
+    """Adam's learning rate at the beginning, for full_es."""
+    final_fraction: float = 0.0
+    """The share of both learning rates that a cosine decay leaves."""
     cells: tuple[int, int] = (11, 9)
-    """Values of theta0 and of theta1 on the grid behind the picture."""
-    episodes: int = 4
-    """Episodes whose mean is J, on the grid and along the runs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Number of values of theta0 and of theta1 on the grid that the picture shows."""
+    num_episodes: int = 4
+    """Episodes whose mean loss is J, on the grid and along the runs."""
 
 
 SCALES = {
@@ -79,12 +74,12 @@ SCALES = {
         scale="smoke",
         estimators=("pes", "es_single"),
         hidden=(4,),
-        fixed_size=20,
+        fixed_batch_size=20,
         horizon=20,
-        num_updates=8,
+        num_steps=8,
         num_pairs=2,
         cells=(2, 3),
-        episodes=2,
+        num_episodes=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -93,35 +88,35 @@ SCALES = {
         data="fashion_mnist",
         hidden=(100, 100),
         batch_size=100,
-        fixed_size=1000,
+        fixed_batch_size=1000,
         horizon=5000,
-        num_updates=5000,
+        num_steps=5000,
         num_pairs=500,
         learning_rate=0.01,
-        full_es_rate=0.1,
-        last_rate=1.0,
+        full_es_learning_rate=0.1,
+        final_fraction=1.0,
         cells=(31, 25),
         seeds=(0, 1, 2, 3),
     ),
 }
-"""Horizon, rates and particles of the paper are not published: those of lr_schedule."""
+"""The paper does not publish horizon, rates and particles; these come from lr_schedule."""
 
 POINTS = 25
-"""Points of each curve."""
+"""Number of points of each curve."""
 
 RANGES = ((1e-3, 1.0), (0.3, 100.0))
-"""Of theta0 and theta1 on the grid."""
+"""Ranges of theta0 and theta1 on the grid."""
 
 NEAR = 0.3
-"""How far above the grid's minimum J may end, as a fraction of it, to be near: it is about 0.1."""
+"""How far above the grid's minimum (about 0.1) J may end, as a fraction of it, to be near."""
 
 FAR = 1.0
-"""And from where on it is far."""
+"""How far above the grid's minimum J must end, as a fraction of it, to be far."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes J on the grid, once, along each estimator's run, and how rough its way was."""
-    loss, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    """Writes J on the grid, with the first seed only, and J and the roughness of each run."""
+    loss, methods = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
         heat_map.write_grid(loss, RANGES, settings.cells, write)
@@ -135,13 +130,14 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         return {"J": loss(theta[None])[0], **heat_map.named(theta)}
 
     key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
-    training.side_by_side(methods, key, theta, evaluate, POINTS, write_and_keep, progress)
+    plan = training.Plan(methods, evaluate, POINTS)
+    training.side_by_side(plan, key, theta, write_and_keep, progress)
     for name, way in ways.items():
         write({"estimator": name, "roughness": roughness(np.array(way))})
 
 
 def roughness(way: np.ndarray) -> float:
-    """The root mean square of the changes of direction and speed along a way, (points, dim)."""
+    """The root mean square of the second differences along a path of shape (points, dim)."""
     return float(np.sqrt(np.mean(np.sum(np.diff(way, n=2, axis=0) ** 2, axis=1))))
 
 
@@ -157,20 +153,20 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
     methods = {}
     for name in names:
         whole = name == "full_es"
-        count = settings.num_updates * (settings.truncation if whole else 1)
+        count = settings.num_steps * (settings.truncation if whole else 1)
         count = max(1, count // (settings.horizon if whole else 1))
-        rate = settings.full_es_rate if whole else settings.learning_rate
-        schedule = optax.cosine_decay_schedule(rate, count, settings.last_rate)
+        rate = settings.full_es_learning_rate if whole else settings.learning_rate
+        schedule = optax.cosine_decay_schedule(rate, count, settings.final_fraction)
         estimator = ug.REGISTRY[name].build(problem, **common)
         methods[name] = training.Method(estimator, optax.adam(schedule), count)
-    keys = jax.random.split(jax.random.key(1000), settings.episodes)
+    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
     return heat_map.mean_loss(problem, keys), methods
 
 
 def final_problem(settings: Settings) -> UnrolledProblem:
-    """The MLP's training, whose only loss is that of the last weights on the fixed batch."""
+    """The training of the MLP; its only loss is the loss of the last weights on the fixed batch."""
     images = data.load(settings.data, settings.data_dir)
-    count = settings.fixed_size
+    count = settings.fixed_batch_size
     fixed = jnp.asarray(images.train.images[:count]), jnp.asarray(images.train.labels[:count])
     problem = ug.training_problem(
         **image_mlp.task(images, settings.hidden, settings.batch_size),
@@ -184,7 +180,7 @@ def final_problem(settings: Settings) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """J over theta with the runs on it, and J along the runs."""
+    """Draws J over theta with the paths of the runs, and J along the runs."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     heat_map.draw(left, records, (r"$\theta_0$", r"$\theta_1$"), "J: training loss at the end")
@@ -206,7 +202,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Persistent estimators find the best loss at the end; truncated ES looks one window ahead."""
+    """Persistent estimators find the least final loss; truncated ES looks one window ahead."""
     theory = "the sum over windows is the loss at the end"
     return [
         *heat_map.ends_near(summary, "pes", NEAR, theory),
@@ -215,20 +211,22 @@ def claims(summary: Summary) -> list[Claim]:
         *heat_map.ends_far(summary, "truncated_es", FAR, "Vicol et al. 2023"),
         curves.compare(
             summary,
-            "roughness",
-            "es_single",
-            "<",
-            "pes",
-            "es_single's way is smoother than pes's",
-            "Vicol et al. 2023",
-            "roughness ",
+            curves.Comparison(
+                "roughness",
+                "es_single",
+                "<",
+                "pes",
+                "es_single's way is smoother than pes's",
+                "Vicol et al. 2023",
+                "roughness ",
+            ),
         ),
     ]
 
 
 EXPERIMENT = Experiment(
     name="telescoping",
-    about="The loss at the end of training as a sum over windows of what it changed in each.",
+    about="The loss at the end of training, as a sum of its changes in all windows.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

@@ -1,4 +1,4 @@
-"""``toy_regression``: a loss surface on which only far-sighted, smoothed gradients arrive."""
+"""``toy_regression``: a loss surface that only unbiased, smoothed gradients descend."""
 
 import dataclasses
 import functools
@@ -14,6 +14,7 @@ import unrollgrad as ug
 from experiments._framework import curves, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 ARRIVES = {
@@ -30,67 +31,66 @@ ARRIVES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Two learning rates of gradient descent on a wiggly function: who reaches the basin?
+class Settings(CommonSettings):
+    """Train two learning rates of gradient descent on a wiggly function: who reaches the basin?
 
-    The loss is the sum over an episode of 100 steps, as published. It is 2488 where theta begins
-    and 552 at the least point of a fine grid; the plateau in between ends in cliffs and wiggles.
+    The loss is the sum over an episode of 100 steps, as published. It is 2488 at the initial theta
+    and 552 at the lowest point of a fine grid; the plateau in between ends in cliffs and wiggles.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. cpu has half of the published updates."""
+    """Sets the defaults of all other settings. cpu: half of the published updates."""
     estimators: tuple[Literal[tuple(ARRIVES)], ...] = tuple(ARRIVES)  # type: ignore[valid-type]
-    """Which estimators."""
-    num_updates: int = 10_000
-    """Outer updates of one window each. Estimators that need whole episodes (bptt, full_es) make a
-    tenth of that, with as many inner steps."""
+    """The estimators to run."""
+    num_steps: int = 10_000
+    """Outer updates, one window each. Estimators that need whole episodes (bptt, full_es) make a
+    tenth as many, with as many inner steps."""
     num_pairs: int = 50
-    """Antithetic pairs of evolution strategies: half of the papers' particles."""
+    """Antithetic pairs of the evolution strategies: half the papers' number of particles."""
     sigma: float = 0.3
     """Standard deviation of the perturbation."""
     sigma_truncated: float = 1.0
-    """The same for truncated_es, which stays on the plateau with less."""
+    """Standard deviation for truncated_es, which stays on the plateau with a smaller one."""
     learning_rate: float = 1e-2
-    """Of Adam with b1 = 0.99."""
-    grid: int = 100
+    """Learning rate of Adam with b1 = 0.99."""
+    cells: int = 100
     """Points along each side of the loss surface in the picture."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run. bptt, tbptt and forward_mode draw nothing: theirs are equal."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole run. bptt, tbptt and forward_mode draw nothing: their runs are equal."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
         estimators=("tbptt", "es_single"),
-        num_updates=600,
+        num_steps=600,
         num_pairs=20,
         learning_rate=0.1,
-        grid=8,
+        cells=8,
         seeds=(0,),
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", num_updates=20_000, seeds=(0, 1, 2, 3, 4)),
+    "paper": Settings(scale="paper", num_steps=20_000, seeds=(0, 1, 2, 3, 4)),
 }
 
 POINTS = 50
-"""Points of each curve."""
+"""Number of points of each curve."""
 HORIZON, TRUNCATION = 100, 10
 REACH = 5.0
-"""The picture shows thetas from minus this to this."""
+"""The picture shows thetas between minus this and this."""
 BASIN = 600.0
-"""A loss below it is in the basin."""
+"""A theta whose loss is below this is in the basin."""
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the loss surface, once, and theta and its loss along each estimator's run."""
-    theta, methods = _prepare(dataclasses.replace(settings, seeds=(), out=Path()))
+    """Writes the loss surface, with the first seed only, and theta and its loss along each run."""
+    theta, methods = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
-        for i, loss in enumerate(surface(settings.grid).ravel()):
+        for i, loss in enumerate(surface(settings.cells).ravel()):
             write({"estimator": "surface", "step": i, "surface": round(float(loss), 1)})
     key = jax.random.key(seed)
-    training.side_by_side(methods, key, theta, _evaluate, POINTS, write, progress)
+    plan = training.Plan(methods, _evaluate, POINTS)
+    training.side_by_side(plan, key, theta, write, progress)
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +104,7 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, training.Method]]:
             problem, truncation=TRUNCATION, sigma=sigma, num_pairs=settings.num_pairs
         )
         windows = 1 if estimator.truncation else HORIZON // TRUNCATION
-        return training.Method(estimator, optimizer, settings.num_updates // windows)
+        return training.Method(estimator, optimizer, settings.num_steps // windows)
 
     return theta, {name: method(name) for name in settings.estimators}
 
@@ -121,17 +121,17 @@ def _evaluate(theta: jax.Array) -> dict[str, jax.Array]:
 
 
 def surface(side: int) -> np.ndarray:
-    """The summed loss on a grid of thetas; the first index is that of theta[1]."""
+    """The summed loss on a grid of thetas; the first index belongs to theta[1]."""
     at = jnp.linspace(-REACH, REACH, side)
     rows = jax.vmap(jax.vmap(lambda y, x: summed_loss(jnp.stack([x, y])), (None, 0)), (0, None))
     return np.asarray(jax.jit(rows)(at, at))
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The first seed's ways over the loss surface; and the loss against updates."""
+    """Draws the first seed's paths over the loss surface, and the loss against updates."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(13, 5.5), layout="constrained")
     ways, lines = figure.subplots(1, 2)
-    _draw_ways(figure, ways, records, config["grid"])
+    _draw_ways(figure, ways, records, config["cells"])
     curves.plot(lines, records, "loss")
     lines.axhline(BASIN, color="black", lw=0.8, ls=":")
     lines.set(
@@ -146,7 +146,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def _draw_ways(figure: Any, axis: Any, records: list[Record], side: int) -> None:
-    """The surface, as far as it was computed, and theta along each estimator's first run."""
+    """Draws the surface, as far as it was computed, and theta along each estimator's first run."""
     losses = np.full(side * side, np.nan)
     for r in records:
         if r.metric == "surface" and r.step is not None:
@@ -176,7 +176,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Unbiased evolution strategies reach the basin, all others do not."""
+    """Unbiased evolution strategies reach the basin; all other estimators do not."""
     out = []
     for name, arrives in ARRIVES.items():
         if summary.find("loss", estimator=name) is None:
@@ -194,7 +194,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="toy_regression",
-    about="A loss surface of cliffs and wiggles, and the ways of theta over it.",
+    about="A loss surface of cliffs and wiggles, and the paths of theta over it.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

@@ -1,4 +1,4 @@
-"""``variance_lstm``: variance against the number of unrolls, on three texts (Vicol et al. 2021)."""
+"""``variance_lstm``: variance against the number of unrolls on three texts (Vicol et al. 2021)."""
 
 import argparse
 import dataclasses
@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import unrollgrad as ug
 from experiments._framework.experiment import Experiment, Progress, Write
+from experiments._framework.settings import CommonSettings
 from experiments.estimators.variance_lstm_figure import OTHER_SIGMA, claims, draw, show
 from experiments.estimators.window_influence import window_influence
 from experiments.problems.text_lstm import LSTM, VOCABULARY, encode, zero_carry
@@ -24,42 +25,40 @@ from unrollgrad.problems import theory
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Does the variance grow with the number of unrolls? An LSTM on three texts, theta frozen.
+class Settings(CommonSettings):
+    """Does the variance grow with the number of unrolls? An LSTM reads three texts at frozen theta.
 
-    A sample is the mean of one antithetic pair's estimates over the windows of one episode, which
-    always begins at the same place of the same text. Its variance, the trace of the covariance, is
-    divided by the squared norm of the gradient. Beside it stands the closed form for losses that
-    are quadratic in theta, evaluated on window gradients that reverse mode gives exactly.
+    A sample is the mean of one antithetic pair's estimates over the windows (unrolls) of one
+    episode, which always begins at the same place of the same text. Its variance, the trace of the
+    covariance, is divided by the squared norm of the gradient. It is compared with the closed form
+    for losses that are quadratic in theta, evaluated on exact window gradients by reverse mode.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the published settings."""
+    """Sets the defaults of all other settings. paper: the published settings."""
     corpus: Path | None = None
     """The file of the real text. Default: the source of the standard library's argparse."""
     estimators: tuple[Literal["pes", "gpes", "es_single"], ...] = ("pes", "gpes", "es_single")
-    """Which estimators."""
+    """The estimators to run."""
     horizon: int = 200
     """Characters in an episode."""
-    num_unrolls: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
+    num_windows: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200)
     """Windows per episode, divisors of the horizon."""
-    exact_unrolls: int = 100
-    """The closed form is evaluated up to here, for the numbers that divide it: it takes as many
-    backward passes, and memory for its square times the weights."""
+    exact_windows: int = 100
+    """The closed form is evaluated for the numbers of windows that divide this one. It takes this
+    many backward passes, and memory for its square times the number of weights."""
     num_samples: int = 500
     """Antithetic pairs, each through a whole episode."""
     sigma: float = 1e-3
     """Standard deviation of the perturbation."""
-    noise_periods: int = 5
-    """Draws of noise per episode of gpes, where they are at the beginnings of windows."""
+    num_noise_periods: int = 5
+    """Draws of gpes's noise per episode; gpes is measured where each draw begins a window."""
     embed: int = 5
     """Size of the embedding."""
     hidden: int = 5
     """Units of the LSTM."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws new weights, another place of the corpus, other characters and other noise."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed draws new weights, another place of the corpus, other characters and noise."""
 
 
 SCALES = {
@@ -67,10 +66,10 @@ SCALES = {
         scale="smoke",
         estimators=("pes", "es_single"),
         horizon=20,
-        num_unrolls=(1, 20),
-        exact_unrolls=20,
+        num_windows=(1, 20),
+        exact_windows=20,
         num_samples=300,
-        noise_periods=2,
+        num_noise_periods=2,
         embed=2,
         hidden=2,
         seeds=(0,),
@@ -79,35 +78,37 @@ SCALES = {
     "paper": Settings(
         scale="paper",
         horizon=1000,
-        num_unrolls=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+        num_windows=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
         num_samples=25_000,
     ),
 }
 
 BATCH = 50
-"""Pairs that run at the same time."""
+"""Number of pairs that run at the same time."""
 
 
-class _Sizes(NamedTuple):
-    """What decides the shape of a program."""
+class _Measurement(NamedTuple):
+    """What decides the compiled program: the estimator, the sizes, the windows, and the draws."""
 
+    estimator: str
+    num_windows: int
     horizon: int
     embed: int
     hidden: int
     num_samples: int
+    num_noise_periods: int
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes a variance, and what it should be, per text, estimator and number of unrolls.
+    """Writes the variance and its closed form for each text, estimator and number of unrolls.
 
     Raises:
-        ValueError: If the horizon is no multiple of a number of unrolls, or the corpus too short.
+        ValueError: If a number of windows does not divide the horizon, or the corpus is too short.
     """
-    wrong = [n for n in (*settings.num_unrolls, settings.noise_periods) if settings.horizon % n]
+    wrong = [n for n in (*settings.num_windows, settings.num_noise_periods) if settings.horizon % n]
     if wrong:
         raise ValueError(f"`horizon` is {settings.horizon}, which {wrong} do not divide.")
     corpus = inspect.getsource(argparse) if settings.corpus is None else _read(settings.corpus)
-    sizes = _Sizes(settings.horizon, settings.embed, settings.hidden, settings.num_samples)
     theta = initial_theta(settings.embed, settings.hidden, seed)
     symbols = texts(corpus, settings.horizon, seed)
     for i, (text, characters) in enumerate(symbols.items()):
@@ -117,7 +118,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             reader(settings.horizon, settings.embed, settings.hidden),
             jax.random.key(0),  # nothing is drawn
             theta,
-            settings.exact_unrolls,
+            settings.exact_windows,
             data,
         )
         square = float(np.sum(theory.gradient(influence) ** 2))
@@ -125,22 +126,21 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             found = {}
             for j, unrolls in enumerate(_unrolls(settings, name)):
                 key = jax.random.fold_in(jax.random.key(seed), i * settings.horizon + unrolls)
-                samples = functools.partial(
-                    _samples, name, sizes, unrolls, settings.noise_periods, key, theta, data
-                )
+                measured = _measurement(settings, name, unrolls)
+                samples = functools.partial(_samples, measured, key, theta, data)
                 squares = statistics.squares(_flat(samples(settings.sigma))) / square
                 found[unrolls] = numbers = {
                     "variance": float(np.mean(squares)),
                     "variance_se": statistics.standard_error(squares),
                 }
-                if settings.exact_unrolls % unrolls == 0:
+                if settings.exact_windows % unrolls == 0:
                     numbers |= _exact(settings, name, influence, unrolls, square)
                     numbers["ratio"] = numbers["variance"] / numbers["exact"]
-                if name == "pes" and unrolls == max(settings.num_unrolls):
+                if name == "pes" and unrolls == max(settings.num_windows):
                     other = _flat(samples(OTHER_SIGMA * settings.sigma))
                     numbers["other_sigma"] = statistics.total_variance(other) / square
                 write({"text": text, "estimator": name, "unrolls": unrolls, **numbers})
-                done = part + (j + 1) / len(settings.num_unrolls)
+                done = part + (j + 1) / len(settings.num_windows)
                 progress(f"{text}: {name}", (i + done / len(settings.estimators)) / len(symbols))
             if len(found) > 1:
                 slope = _slope({n: x["variance"] for n, x in found.items()})
@@ -155,7 +155,7 @@ def _read(corpus: Path) -> str:
 
 
 def texts(corpus: str, horizon: int, seed: int) -> dict[str, np.ndarray]:
-    """The three texts as symbols, one more than the horizon: the last is only predicted."""
+    """The three texts as horizon + 1 symbols each; the last symbol is only predicted."""
     draws = np.random.default_rng(seed)
     place = draws.integers(len(corpus))
     real = encode(corpus)[(place + np.arange(horizon + 1)) % len(corpus)]
@@ -170,7 +170,7 @@ def initial_theta(embed: int, hidden: int, seed: int) -> jax.Array:
 
 @functools.cache
 def reader(horizon: int, embed: int, hidden: int) -> ug.UnrolledProblem:
-    """The LSTM of ``text_lstm`` on one text that comes as data: (symbols, the following ones)."""
+    """The LSTM of ``text_lstm`` on a text that comes as data: (symbols, following symbols)."""
     model = _lstm(embed, hidden, seed=0)
     graph, unravel = nnx.graphdef(model), _vector(model)[1]
 
@@ -188,33 +188,34 @@ def _lstm(embed: int, hidden: int, seed: int) -> LSTM:
 
 
 def _vector(model: LSTM) -> tuple[jax.Array, Any]:
-    """One leaf's noise compiles many times faster than that of fourteen."""
+    """The weights as one vector: one leaf's noise compiles many times faster than fourteen's."""
     return ravel_pytree(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _unrolls(settings: Settings, name: str) -> list[int]:
-    """The numbers of unrolls that the estimator is measured at."""
-    return [n for n in settings.num_unrolls if name != "gpes" or n % settings.noise_periods == 0]
+    """The numbers of unrolls at which the estimator is measured."""
+    return [
+        n for n in settings.num_windows if name != "gpes" or n % settings.num_noise_periods == 0
+    ]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _measurement(settings: Settings, name: str, num_windows: int) -> _Measurement:
+    sizes = settings.horizon, settings.embed, settings.hidden, settings.num_samples
+    return _Measurement(name, num_windows, *sizes, settings.num_noise_periods)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _samples(
-    name: str,
-    sizes: _Sizes,
-    unrolls: int,
-    noise_periods: int,
-    key: jax.Array,
-    theta: Any,
-    data: Any,
-    sigma: Any,
-) -> Any:
+    measured: _Measurement, key: jax.Array, theta: jax.Array, data: Any, sigma: float
+) -> jax.Array:
     """Every sample's mean estimate over the windows of its episode, stacked."""
-    truncation = sizes.horizon // unrolls
-    estimator = ug.REGISTRY[name].build(
-        reader(sizes.horizon, sizes.embed, sizes.hidden),
+    unrolls, horizon = measured.num_windows, measured.horizon
+    truncation = horizon // unrolls
+    estimator = ug.REGISTRY[measured.estimator].build(
+        reader(horizon, measured.embed, measured.hidden),
         truncation=truncation,
         sigma=sigma,
-        noise_period=sizes.horizon // noise_periods,
+        noise_period=horizon // measured.num_noise_periods,
         num_pairs=1,
     )
     windows = jax.tree.map(lambda x: x.reshape(unrolls, truncation, *x.shape[1:]), data)
@@ -232,7 +233,7 @@ def _samples(
         (_, total), _ = jax.lax.scan(call, begin, (jnp.arange(unrolls), windows))
         return jax.tree.map(lambda x: x / unrolls, total)
 
-    return jax.lax.map(sample, jax.random.split(key, sizes.num_samples), batch_size=BATCH)
+    return jax.lax.map(sample, jax.random.split(key, measured.num_samples), batch_size=BATCH)
 
 
 def _flat(tree: Any) -> np.ndarray:
@@ -243,18 +244,18 @@ def _flat(tree: Any) -> np.ndarray:
 def _exact(
     settings: Settings, name: str, influence: np.ndarray, unrolls: int, square: float
 ) -> dict[str, float]:
-    """The closed form, divided by the gradient's square."""
-    truncation = settings.exact_unrolls // unrolls
+    """The closed form, divided by the squared norm of the gradient."""
+    truncation = settings.exact_windows // unrolls
     period = {
         "pes": truncation,
-        "gpes": settings.exact_unrolls // settings.noise_periods,
+        "gpes": settings.exact_windows // settings.num_noise_periods,
         "es_single": None,
     }[name]
     return {"exact": theory.episode_variance(influence, truncation, period) / square}
 
 
 def _slope(variances: dict[int, float]) -> float:
-    """Of log variance over log unrolls, by least squares."""
+    """The slope of log variance against log unrolls, by least squares."""
     return float(np.polyfit(np.log(list(variances)), np.log(list(variances.values())), 1)[0])
 
 

@@ -15,15 +15,15 @@ TEXTS = {
     "random": "uniformly random characters",
     "repeated": "one repeated character",
 }
-"""What the LSTM reads: window gradients that are as they are, that conflict, that agree."""
+"""The texts of the LSTM: their window gradients are natural, conflict, or agree."""
 
 
 OTHER_SIGMA = 3.0
-"""Times sigma, to see that sigma does not matter."""
+"""A multiple of sigma, which must give the same variance."""
 
 
 def _series(records: list[Record], metric: str) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """The metric by (text, estimator) and number of unrolls, a number for each seed."""
+    """The metric by (text, estimator) and number of unrolls, with a number for each seed."""
     out: dict[tuple[str, str], dict[int, list[float]]] = {}
     for r in records:
         if r.metric == metric:
@@ -33,9 +33,9 @@ def _series(records: list[Record], metric: str) -> dict[tuple[str, str], dict[in
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """A panel per text: measured points with standard errors over seeds, the closed form as lines.
+    """Draws a panel for each text: measured points with standard errors, the closed form as lines.
 
-    The mean over seeds of both.
+    Both are means over seeds.
     """
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, len(TEXTS), sharey=True)
@@ -60,7 +60,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints the variances, and in brackets the closed form, means over seeds."""
+    """Prints the means over seeds of the variances and, in brackets, of the closed form."""
     variances, exact = _series(records, "variance"), _series(records, "exact")
     for (text, name), line in variances.items():
         known = exact.get((text, name), {})
@@ -74,7 +74,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """ES-Single does not depend on the unrolls; PES follows its closed form, and crosses it."""
+    """ES-Single does not depend on the unrolls; PES follows its closed form and crosses it."""
     found = [
         *(_slope_claim(summary, text) for text in TEXTS),
         *(_exact_claim(summary, text, name) for name in ("pes", "gpes") for text in TEXTS),
@@ -112,18 +112,18 @@ def _exact_claim(summary: Summary, text: str, name: str) -> Claim | None:
         return None
     low, high = min(ratios.values()), max(ratios.values())
     pairs = summary.about["config"]["num_samples"] * len(summary.about["seeds"])
-    blind = 3 * math.sqrt(2 / pairs) > 0.15  # what a closed form's ratio may be off by chance
+    blind = 3 * math.sqrt(2 / pairs) > 0.15  # the error of the ratio by chance is too large
     return Claim(
         f"{text} text: {name}'s variance is within 15 % of the exact formula on measured window "
         "gradients",
         "theory, for quadratic losses",
-        f"{low:.3g} to {high:.3g} times it, at {min(ratios)} to {max(ratios)} unrolls",
+        f"ratio {low:.3g} to {high:.3g}, at {min(ratios)} to {max(ratios)} unrolls",
         None if blind else 0.85 <= low and high <= 1.15,
     )
 
 
 def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
-    largest = str(max(summary.about["config"]["num_unrolls"]))
+    largest = str(max(summary.about["config"]["num_windows"]))
     pes = summary.find("variance", text=text, estimator="pes", unrolls=largest)
     single = summary.find("variance", text=text, estimator="es_single", unrolls=largest)
     if pes is None or single is None:
@@ -144,7 +144,7 @@ def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
 
 def _dip_claim(summary: Summary) -> Claim | None:
     ratios = {}
-    for unrolls in sorted(summary.about["config"]["num_unrolls"]):
+    for unrolls in sorted(summary.about["config"]["num_windows"]):
         labels = {"text": "real", "unrolls": str(unrolls)}
         pes = summary.find("variance", estimator="pes", **labels)
         single = summary.find("variance", estimator="es_single", **labels)
@@ -161,7 +161,7 @@ def _dip_claim(summary: Summary) -> Claim | None:
         "real text: with more unrolls pes's variance first falls below es_single's, then grows "
         "above it",
         "Vicol et al. 2023, Fig. 1",
-        f"{plus_minus(low, low_se)} times it with {least} unrolls, {plus_minus(high, high_se)} "
+        f"ratio {plus_minus(low, low_se)} with {least} unrolls, {plus_minus(high, high_se)} "
         f"with {most}",
         None if one_seed else low + 2 * low_se < 1 < high - 2 * high_se,
     )

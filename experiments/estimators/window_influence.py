@@ -1,4 +1,4 @@
-"""What the closed forms of ``ug.problems.theory`` need, measured on any differentiable problem."""
+"""The input of the closed forms of ``ug.problems.theory``, for any differentiable problem."""
 
 import functools
 from typing import Any
@@ -13,17 +13,19 @@ from unrollgrad.types import Key, Theta, UnrolledProblem
 def window_influence(
     problem: UnrolledProblem, key: Key, theta: Theta, num_windows: int, data: Any = None
 ) -> np.ndarray:
-    """How the theta used in each window acts on the mean loss of each: exact, in one episode.
+    """The exact influence of each window's theta on each window's mean loss, in one episode.
 
-    With one theta per window, and as many backward passes as there are windows. As an influence
-    with one step per window it goes into ``ug.problems.theory`` with truncation 1, or m for windows
-    m times as long: the mean of the windows' mean losses is that of all steps.
+    There is one theta for each window, and one backward pass for each window. The result serves
+    ``ug.problems.theory`` as an influence whose steps are windows: truncation 1 stands for these
+    windows, truncation m for windows m times as long, because the mean of the windows' mean losses
+    is the mean loss of all steps.
 
     Args:
         problem: The inner loop, with a static horizon; ``init`` uses the theta of window 0.
-        key: Of ``init``, and folded with t of each step; an estimator's episodes draw other keys.
-        theta: The same in all windows.
-        num_windows: n, a divisor of the horizon.
+        key: The key of ``init``; folded with t, of each step. An estimator's episodes draw other
+            keys.
+        theta: Outer parameters, which are the same in all windows.
+        num_windows: The number of windows n, a divisor of the horizon.
         data: Streaming data, leaves with leading axis ``horizon``.
 
     Returns:

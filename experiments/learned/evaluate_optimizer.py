@@ -15,6 +15,7 @@ import unrollgrad as ug
 from experiments._framework import curves
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary, summarise
+from experiments._framework.settings import CommonSettings
 from experiments.learned import tasks
 from unrollgrad.learned_optimizers import Architecture
 from unrollgrad.running import console, need, positive_int
@@ -33,18 +34,16 @@ POINTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """How well do learned optimizers train tasks that they have not seen, and for longer?
 
     Every seed draws held-out tasks of each family and trains them with every optimizer for 1, 2 and
     5 times the horizon of meta-training. SGD, SGD with momentum 0.9 and Adam have a tuning budget
-    of `--num-rates` log-spaced constant rates, and each is judged by its best one, which is chosen
-    at the horizon on these very tasks. The loss is that of all of a task's training data, which no
-    meta-training or meta-validation has seen; a guess has 1.
+    of `--num-learning-rates` log-spaced constant rates, and each is judged by its best one, which
+    is chosen at the horizon on these very tasks. The loss is that of all of a task's training data,
+    which no meta-training or meta-validation has seen; a guess has 1.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else."""
     files: tuple[Path, ...] = ()
     """Of learned optimizers. Default: those of the repository."""
     families: tuple[Literal[tuple(tasks.FAMILIES)], ...] = (  # type: ignore[valid-type]
@@ -57,16 +56,16 @@ class Settings:
     """Inner steps that the optimizers were meta-trained for. Default: as the files say."""
     num_tasks: int = 8
     """Of each family and seed."""
-    num_rates: int = 15
+    num_learning_rates: int = 15
     """Of each optimizer made by hand."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each has tasks of its own."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed has tasks of its own."""
 
 
 SCALES = {
-    "smoke": Settings(scale="smoke", families=("mlp",), num_tasks=2, num_rates=3, seeds=(0, 1)),
+    "smoke": Settings(
+        scale="smoke", families=("mlp",), num_tasks=2, num_learning_rates=3, seeds=(0, 1)
+    ),
     "cpu": Settings(),
     "paper": Settings(scale="paper", num_tasks=32),
 }
@@ -103,7 +102,7 @@ def filled(settings: Settings) -> Settings:
             say different horizons.
         FileNotFoundError: If a file is not there.
     """
-    for name in ("num_tasks", "num_rates"):
+    for name in ("num_tasks", "num_learning_rates"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
     files = settings.files or tuple(sorted(TRAINED.glob("*.npz")))
     names = [file.stem for file in files]
@@ -146,7 +145,7 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
         for j, name in enumerate([*BY_HAND, *learned]):
             progress(f"{family}, {name}", (i * (len(BY_HAND) + len(learned)) + j) / parts)
             if name in BY_HAND:
-                rates = grid(name, settings.num_rates)
+                rates = grid(name, settings.num_learning_rates)
                 make, thetas = BY_HAND[name].make, jnp.asarray(rates)
                 labels = [f"{name} {rate:.3g}" for rate in rates]
             else:

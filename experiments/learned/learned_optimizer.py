@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import unrollgrad as ug
 from experiments._framework import curves, resuming
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary, read_json
+from experiments._framework.settings import ResumableSettings
 from experiments.learned import tasks
 from experiments.learned.mixture import mean_of
 from unrollgrad.learned_optimizers import ARCHITECTURES
@@ -25,7 +26,7 @@ Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ResumableSettings):
     """Meta-train an optimizer: which estimator gets it furthest in the same inner steps?
 
     Every episode draws a task of a family (MLPs on images, conv nets, LSTMs on text) and a length,
@@ -33,13 +34,14 @@ class Settings:
     way, a guess's being 1. Meta-validation, in which a fixed set of held-out tasks is trained for
     `--horizon` steps, lies between dispatches. Every run's optimizer is written into the results'
     folder, to be loaded by ug.learned_optimizers.load or tested by `evaluate_optimizer`. Ctrl-C and
-    SIGTERM save first; `--resume FOLDER` goes on, also after a kill and with more `--inner-steps`
+    SIGTERM save first; `--resume FOLDER` goes on, also after a kill and with more `--budget`
     or `--seeds`.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. paper: the published MLP and horizons, for an accelerator."""
-    estimator: tuple[Estimator, ...] = ("es_single", "pes", "truncated_es", "tbptt")
+    """Sets the defaults of all other settings. paper: the published MLP and horizons, for an
+    accelerator."""
+    estimators: tuple[Estimator, ...] = ("es_single", "pes", "truncated_es", "tbptt")
     """Which estimators, one after another."""
     architecture: Literal[tuple(ARCHITECTURES)] = "mlp"  # type: ignore[valid-type]
     """What is learned: a schedule of SGD or Adam, or a network that updates every weight."""
@@ -58,37 +60,31 @@ class Settings:
     sigma: float | None = None
     """Standard deviation of the perturbation. Default: 0.1 for schedules, 0.03 for networks (at
     --scale paper 0.01 for both)."""
-    outer_rate: float | None = None
+    learning_rate: float | None = None
     """Adam's learning rate. Default: 0.03 for schedules, 0.01 for networks (at --scale paper
     0.0003 for both)."""
     clip: float = 1.0
     """The gradient's norm is cut to this."""
-    inner_steps: int = 600_000
+    budget: int = 600_000
     """Of each estimator, those before a --resume included."""
     steps_per_point: int = 30_000
     """Inner steps between the points of a curve, where theta is validated and saved."""
-    num_validation: int = 16
+    num_tasks: int = 16
     """Held-out tasks of each family."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
-    resume: Path | None = None
-    """Go on with the run in this folder, with its settings."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        estimator=("es_single", "truncated_es"),
+        estimators=("es_single", "truncated_es"),
         architecture="scheduled_adam",
         horizon=8,
         shortest=4,
         truncation=2,
         num_workers=2,
-        inner_steps=96,
+        budget=96,
         steps_per_point=48,
-        num_validation=2,
+        num_tasks=2,
         seeds=(0,),
     ),
     "cpu": Settings(),
@@ -99,11 +95,11 @@ SCALES = {
         shortest=100,
         truncation=50,
         num_workers=64,
-        outer_rate=3e-4,
+        learning_rate=3e-4,
         sigma=0.01,
-        inner_steps=2_000_000_000,
+        budget=2_000_000_000,
         steps_per_point=20_000_000,
-        num_validation=128,
+        num_tasks=128,
     ),
 }
 
@@ -116,7 +112,7 @@ SMALL = {
 }
 """Of the networks, at all scales but "paper": quicker to run, and quicker to learn."""
 
-MAY_CHANGE = ("inner_steps", "seeds", "out", "resume")
+MAY_CHANGE = ("budget", "seeds", "out", "resume")
 """Settings that may differ in a run that goes on."""
 
 _VALIDATION = 2**20  # a seed that no run has
@@ -129,7 +125,7 @@ def filled(settings: Settings) -> Settings:
         ValueError: If a number is not positive, the horizons do not fit, or those of a run that is
             to go on are not the same, with the differences.
     """
-    for name in ("num_workers", "inner_steps", "steps_per_point", "num_validation", "truncation"):
+    for name in ("num_workers", "budget", "steps_per_point", "num_tasks", "truncation"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
     if not 1 <= settings.shortest <= settings.horizon:
         raise ValueError(
@@ -140,11 +136,11 @@ def filled(settings: Settings) -> Settings:
     settings = dataclasses.replace(
         settings,
         sigma=sigma if settings.sigma is None else settings.sigma,
-        outer_rate=rate if settings.outer_rate is None else settings.outer_rate,
+        learning_rate=rate if settings.learning_rate is None else settings.learning_rate,
     )
     if settings.resume is not None:
         before = read_json(settings.resume / "config.json")
-        resuming.check_same(settings, before, MAY_CHANGE, "inner_steps")
+        resuming.check_same(settings, before, MAY_CHANGE, "budget")
     return settings
 
 
@@ -158,6 +154,19 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
     Raises:
         KeyboardInterrupt: If a signal ended it early; everything is saved by then.
     """
+    for i, name in enumerate(settings.estimators):
+
+        def report(text: str, done: float, i: int = i) -> None:
+            progress(text, (i + done) / len(settings.estimators))
+
+        report(name, 0.0)
+        _meta_train(settings, name, seed, folder, write, report)
+
+
+def _meta_train(
+    settings: Any, name: str, seed: int, folder: Path, write: Write, progress: Progress
+) -> None:
+    """One estimator's run."""
     arguments = arguments_of(settings)
     about = {**resuming.fixed(settings, MAY_CHANGE), "arguments": arguments}
     evaluate = validation(
@@ -165,47 +174,44 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
         settings.architecture,
         tuple(arguments.items()),
         settings.horizon,
-        settings.num_validation,
+        settings.num_tasks,
     )
     key = jax.random.key(seed)
     begin = ARCHITECTURES[settings.architecture](**arguments).init(key)
-    for i, name in enumerate(settings.estimator):
-        estimator, cost = workers(settings, name)
-        num_updates = max(1, settings.inner_steps // cost)
-        progress(name, i / len(settings.estimator))
+    estimator, cost = workers(settings, name)
+    num_steps = max(1, settings.budget // cost)
 
-        def written(step, theta, found, name=name, cost=cost):
-            kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
-            write({"estimator": name, "step": step, "inner_steps": step * cost, **kept})
+    def written(step, found):
+        kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
+        write({"estimator": name, "step": step, "inner_steps": step * cost, **kept})
 
-        def callback(step, theta, found, i=i, name=name, num_updates=num_updates, tell=written):
-            tell(step, theta, found)
-            fraction = (i + step / num_updates) / len(settings.estimator)
-            progress(f"{name}, meta-loss {float(found['meta_loss']):.4g}", fraction)
+    def callback(step, theta, found):
+        written(step, found)
+        progress(f"{name}, meta-loss {float(found['meta_loss']):.4g}", step / num_steps)
 
-        written(0, begin, evaluate(key, begin))
-        result = ug.fit(
-            estimator,
-            begin,
-            outer_optimizer(settings.outer_rate, settings.clip),
-            num_steps=num_updates,
-            key=key,
-            steps_per_dispatch=max(1, settings.steps_per_point // cost),
-            evaluate=evaluate,
-            callback=callback,
-            checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
-            checkpoint_every=1,
-            config=about,
-        )
-        if len(result.history["loss"]) < num_updates:
-            raise KeyboardInterrupt
-        ug.learned_optimizers.save(
-            folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
-            result.theta,
-            architecture=settings.architecture,
-            settings=arguments,
-            notes=about | {"seed": seed, "estimator": name, "inner_steps": num_updates * cost},
-        )
+    written(0, evaluate(key, begin))
+    result = ug.fit(
+        estimator,
+        begin,
+        outer_optimizer(settings.learning_rate, settings.clip),
+        num_steps=num_steps,
+        key=key,
+        steps_per_dispatch=max(1, settings.steps_per_point // cost),
+        evaluate=evaluate,
+        callback=callback,
+        checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
+        checkpoint_every=1,
+        config=about,
+    )
+    if len(result.history["loss"]) < num_steps:
+        raise KeyboardInterrupt
+    ug.learned_optimizers.save(
+        folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
+        result.theta,
+        architecture=settings.architecture,
+        settings=arguments,
+        notes=about | {"seed": seed, "estimator": name, "inner_steps": num_steps * cost},
+    )
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
@@ -222,57 +228,54 @@ def outer_optimizer(rate: float, clip: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
 
 
+class _Training(NamedTuple):
+    """What decides the compiled programs of meta-training; ``arguments`` are the architecture's."""
+
+    families: tuple[str, ...]
+    architecture: str
+    arguments: tuple[tuple[str, Any], ...]
+    shortest: int
+    horizon: int
+    truncation: int
+    num_workers: int
+    stagger: Literal["lockstep", "breakstep", "burn_in"]
+    sigma: float
+
+
 @functools.lru_cache(maxsize=8)
-def _workers(
-    name: str,
-    families: tuple[str, ...],
-    architecture: str,
-    arguments: tuple[tuple[str, Any], ...],
-    lengths: tuple[int, int],
-    truncation: int,
-    num_workers: int,
-    stagger: str,
-    sigma: float,
-) -> GradientEstimator:
-    rule = ARCHITECTURES[architecture](**dict(arguments))
+def _workers(name: str, training: _Training) -> GradientEstimator:
+    rule = ARCHITECTURES[training.architecture](**dict(training.arguments))
+    shortest, longest = training.shortest, training.horizon
 
     def length(key):
-        log = jnp.log(jnp.asarray(lengths, jnp.float32))
+        log = jnp.log(jnp.asarray((shortest, longest), jnp.float32))
         drawn = jnp.exp(jax.random.uniform(key, minval=log[0], maxval=log[1]))
         return jnp.round(drawn).astype(jnp.int32)
 
-    horizon = lengths[1] if lengths[0] == lengths[1] else length
-    count = 2 * num_workers if name == "tbptt" else num_workers
+    horizon = longest if shortest == longest else length
+    count = 2 * training.num_workers if name == "tbptt" else training.num_workers
     row = ug.REGISTRY[name]
     return mean_of(
         [
             ug.average(
                 row.build(
                     tasks.problem(tasks.FAMILIES[family](), rule, horizon),
-                    truncation=truncation,
-                    sigma=sigma,
+                    truncation=training.truncation,
+                    sigma=training.sigma,
                 ),
                 count,
-                stagger=stagger,
+                stagger=training.stagger,
             )
-            for family in families
+            for family in training.families
         ]
     )
 
 
 def workers(settings: Any, name: str) -> tuple[GradientEstimator, int]:
     """The estimator, the same for all seeds, and the inner steps of one call."""
-    estimator = _workers(
-        name,
-        settings.families,
-        settings.architecture,
-        tuple(arguments_of(settings).items()),
-        (settings.shortest, settings.horizon),
-        settings.truncation,
-        settings.num_workers,
-        settings.stagger,
-        settings.sigma,
-    )
+    shared = {k: getattr(settings, k) for k in _Training._fields if k != "arguments"}
+    arguments = tuple(arguments_of(settings).items())
+    estimator = _workers(name, _Training(arguments=arguments, **shared))
     passes = 2 if name == "tbptt" else ug.REGISTRY[name].passes(1)
     each = passes * settings.num_workers * settings.truncation
     return estimator, each * len(settings.families)
@@ -341,13 +344,15 @@ def claims(summary: Summary) -> list[Claim]:
     return [
         curves.compare(
             summary,
-            "meta_loss",
-            name,
-            "<",
-            other,
-            f"{name} ends at a lower meta-loss than {other} at equal inner steps",
-            source,
-            errors=2,
+            curves.Comparison(
+                "meta_loss",
+                name,
+                "<",
+                other,
+                f"{name} ends at a lower meta-loss than {other} at equal inner steps",
+                source,
+                errors=2,
+            ),
         )
         for other in ("truncated_es", "tbptt")
         for name in ("es_single", "pes")
@@ -357,7 +362,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="learned_optimizer",
-    about="An optimizer is meta-trained with each estimator; --resume goes on.",
+    about="An optimizer is meta-trained with each estimator; --resume continues a run.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

@@ -1,4 +1,4 @@
-"""The problems that experiments can be run on, by name, with settings that suit each."""
+"""Problems for experiments by name, each with settings that suit it."""
 
 import dataclasses
 import importlib
@@ -11,17 +11,17 @@ import unrollgrad as ug
 
 
 class Choice(NamedTuple):
-    """A problem on the command line.
+    """A problem that can be chosen on the command line.
 
     Attributes:
-        make: ``make(horizon)`` returns a problem, a theta, and perhaps more.
-        about: What theta is and what is unrolled, in one line.
-        horizon: By default.
-        truncation: By default.
-        sigma: By default, in theta's units.
-        reference: Whose mean is the truth by default: bptt, or full_es (the gradient of the
-            smoothed J) where backpropagation explodes.
-        outer_rate: Of Adam, where theta is trained.
+        make: ``make(horizon)`` returns a problem and a theta; further outputs are ignored.
+        about: One line that says what theta is and what is unrolled.
+        horizon: The default horizon.
+        truncation: The default truncation.
+        sigma: The default sigma, in theta's units.
+        reference: The estimator whose mean is the default true gradient: bptt, or full_es (the
+            gradient of the smoothed J) if backpropagation explodes.
+        learning_rate: Adam's learning rate for training theta with exact gradients.
     """
 
     make: Callable[[int], Any]
@@ -30,11 +30,11 @@ class Choice(NamedTuple):
     truncation: int
     sigma: float
     reference: str = "bptt"
-    outer_rate: float = 0.05
+    learning_rate: float = 0.05
 
 
 def _later(name: str) -> Callable[[int], Any]:
-    """The function ``name`` of the module ``name`` here; flax and scikit-learn take seconds."""
+    """Defers the import of ``name.name``, because flax and scikit-learn take seconds to import."""
 
     def make(horizon: int) -> Any:
         return getattr(importlib.import_module(f"experiments.problems.{name}"), name)(horizon)
@@ -52,7 +52,7 @@ PROBLEMS = {
     ),
     "influence_balancing": Choice(
         ug.problems.influence_balancing,
-        about="The drive of a linear system whose short-term effect has the wrong sign.",
+        about="The drive of a linear system; its short-term effect has the wrong sign.",
         horizon=100,
         truncation=10,
         sigma=0.1,
@@ -99,7 +99,7 @@ PROBLEMS = {
         horizon=100,
         truncation=10,
         sigma=0.1,
-        outer_rate=0.01,
+        learning_rate=0.01,
     ),
     "copy_task": Choice(
         _later("copy_task"),
@@ -107,7 +107,7 @@ PROBLEMS = {
         horizon=16,
         truncation=4,
         sigma=0.05,
-        outer_rate=0.01,
+        learning_rate=0.01,
     ),
     "learned_optimizer": Choice(
         _later("learned_optimizer"),
@@ -115,13 +115,13 @@ PROBLEMS = {
         horizon=100,
         truncation=10,
         sigma=0.01,
-        outer_rate=0.01,
+        learning_rate=0.01,
     ),
 }
 
 
 def with_defaults(settings: Any, **others: Any) -> Any:
-    """Settings with the problem's defaults, all devices, and ``others``, in place of None."""
+    """The settings with None replaced by the problem's defaults, all devices, and ``others``."""
     choice = PROBLEMS[settings.problem]
     truncation = choice.truncation if settings.truncation is None else settings.truncation
     defaults = {

@@ -15,28 +15,29 @@ def copy_task(
 ) -> Example:
     """An LSTM sees random symbols, then a delimiter until the end, while it must repeat them.
 
-    With L = horizon // 2 symbols, the one of step i is wanted at step i + lag, lag = horizon - L:
-    at once after the last symbol, or with an odd horizon one step later. The step loss is the
-    cross-entropy of the wanted symbol in nats, 0 while symbols are shown. An episode draws a batch
-    of sequences; they are in the inner state, with the LSTM's memory. theta has 446 weights.
+    There are L = horizon // 2 symbols. The symbol of step i must be repeated at step i + lag,
+    lag = horizon - L: right after the last symbol, or one step later if the horizon is odd. The
+    step loss is the cross-entropy of that symbol in nats, and 0 while symbols are shown. An episode
+    draws a batch of sequences, which are kept in the inner state beside the LSTM's memory. theta
+    has 446 weights.
 
-    Known: a guess has J = (L / horizon) ln(symbols), 0.347 by default, and perfect memory 0. A
-    truncation that divides the horizon is at most the lag, so that no window has both a symbol and
-    its repetition: ``tbptt`` gives the embeddings of the symbols a gradient of exactly 0, and
-    learns only to read what the other weights happen to remember.
+    Known: a uniform guess has J = (L / horizon) ln(symbols), 0.347 by default, and perfect memory
+    has J = 0. A truncation that divides the horizon is at most the lag, so that no window contains
+    both a symbol and its repetition: ``tbptt`` gives the symbols' embeddings a gradient of exactly
+    0, and learns only to read what the other weights happen to remember.
 
-    Measured here: J is 0.347 at the default theta, near a guess. There ``tbptt`` is off by 17, 12
-    and 10 % of the gradient's norm with truncations of 2, 4 and 8 (by 66 % with horizon 8 and
-    truncation 4), and smoothing by 3 % with sigma 0.05, by 11 % with 0.1. After 1000 steps of
-    Adam(0.01) with 4 workers J is 0.058 on ``bptt`` and 0.27 on ``tbptt``; after 400 with horizon
-    8, 0.0007 and 0.14.
+    Measured: J is 0.347 at the default theta, like a uniform guess. There the bias of ``tbptt`` is
+    17, 12 and 10 % of the gradient's norm with truncations of 2, 4 and 8 (66 % with horizon 8 and
+    truncation 4), and the bias of smoothing is 3 % with sigma 0.05 and 11 % with 0.1. After 1000
+    steps of Adam(0.01) with 4 workers, J is 0.058 with ``bptt`` and 0.27 with ``tbptt``; after 400
+    steps with horizon 8, J is 0.0007 and 0.14.
 
     Args:
         horizon: Inner steps in an episode, at least 2.
-        symbols: How many different ones there are.
+        symbols: Number of different symbols.
         embed: Size of the embedding.
         hidden: Units of the LSTM.
-        batch_size: Sequences; the loss is their mean.
+        batch_size: Number of sequences; the loss is their mean.
 
     Returns:
         ``Example(problem, theta)``; theta is a dict of the weights.
@@ -46,7 +47,7 @@ def copy_task(
 
     References:
         Mujika, Meier and Steger, Approximating real-time recurrent learning with random Kronecker
-        factors, NeurIPS 2018 (the task, with a length that grows). Vicol, Kolter and Swersky, ICML
+        factors, NeurIPS 2018 (the task with a growing length). Vicol, Kolter and Swersky, ICML
         2023, arXiv:2304.11153 (with ES-Single, 100 units).
     """
     length = horizon // 2

@@ -12,22 +12,23 @@ from sklearn import datasets
 Name = Literal["digits", "mnist", "fashion_mnist"]
 
 VALIDATION = {"digits": 597, "mnist": 10_000, "fashion_mnist": 10_000}
-"""Images kept for validation, of 1797 digits and of the 60,000 training images of the others."""
+"""Number of images for validation, out of 1797 digits or the 60,000 training images of the
+others."""
 
 OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
-"""What OpenML calls them; the first 60,000 of its 70,000 images are those for training."""
+"""Names at OpenML; the first 60,000 of its 70,000 images are the training images."""
 
 IMAGES = "train-images-idx3-ubyte"
 LABELS = "train-labels-idx1-ubyte"
 MAGIC = {IMAGES: 2051, LABELS: 2049}
-"""The first four bytes: unsigned bytes in three dimensions, and in one."""
+"""Magic numbers, the first four bytes: unsigned bytes in three dimensions, and in one."""
 
 
 class Split(NamedTuple):
     """Some of the images.
 
     Attributes:
-        images: float32 between -0.5 and 0.5, a row of pixels for each.
+        images: float32 between -0.5 and 0.5; one row of pixels for each image.
         labels: int32, from 0 to 9.
     """
 
@@ -36,7 +37,7 @@ class Split(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Two disjoint parts; the same ones whenever they are loaded."""
+    """Two disjoint parts, which are the same for every load."""
 
     train: Split
     validation: Split
@@ -47,14 +48,14 @@ def load(name: Name, data_dir: Path | None = None) -> Images:
 
     Args:
         name: ``"digits"`` comes with scikit-learn. The others are read from IDX files in
-            ``data_dir`` if there are any, and from OpenML otherwise.
+            ``data_dir`` if it has them, and from OpenML otherwise.
         data_dir: A folder with ``train-images-idx3-ubyte`` and ``train-labels-idx1-ubyte``, with or
-            without ``.gz``; or where downloads are kept, by default scikit-learn's.
+            without ``.gz``; or the folder for downloads. Default: scikit-learn's folder.
 
     Raises:
         FileNotFoundError: If ``data_dir`` has only one of the two files.
-        OSError: If they are to be downloaded and cannot be.
-        ValueError: If a file is damaged or another one than its name says.
+        OSError: If the download fails.
+        ValueError: If a file is damaged, or is not the file that its name says.
     """
     if name == "digits":
         pixels, labels = datasets.load_digits(return_X_y=True)
@@ -71,14 +72,15 @@ def load(name: Name, data_dir: Path | None = None) -> Images:
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The unsigned bytes in an IDX file, which may be compressed (``.gz``).
+    """Reads the unsigned bytes of an IDX file, which may be compressed (``.gz``).
 
     Args:
         path: The file.
-        magic: What its first four bytes must be; the last of them is the number of dimensions.
+        magic: The required first four bytes; the last of them is the number of dimensions.
 
     Raises:
-        ValueError: If it has another magic number, or more or fewer bytes than its header says.
+        ValueError: If the magic number differs, or the number of bytes is not the one in the
+            header.
     """
     content = _content(path)
     dims = magic % 256
@@ -106,7 +108,7 @@ def _content(path: Path) -> bytes:
 
 
 def _find(folder: Path | None, file: str) -> Path | None:
-    """The file, or the compressed one."""
+    """The path of the file or of its compressed form, if one exists."""
     candidates = [folder / file, folder / f"{file}.gz"] if folder else []
     return next((path for path in candidates if path.is_file()), None)
 

@@ -1,4 +1,4 @@
-"""Tuning a learning-rate and momentum schedule for an MLP on scikit-learn's digits.
+"""A learning-rate and momentum schedule for an MLP on scikit-learn's digits.
 
 The data are 1797 real 8x8 images that come with scikit-learn: nothing is downloaded.
 """
@@ -31,19 +31,21 @@ class MLP(nnx.Module):
 def digits(
     horizon: int = 100, *, num_knots: int = 4, hidden: int = 16, batch_size: int = 16
 ) -> Example:
-    """An MLP trained by SGD with momentum; theta is the schedule, the loss that of validation.
+    """SGD with momentum trains an MLP; theta is its schedule, and the loss the validation loss.
 
-    theta = {"log_lr": (num_knots,), "momentum_logit": (num_knots,)}: knots of two piecewise-linear
-    schedules over the episode, log learning rate and logit of the momentum. Every episode draws new
-    weights and new batches from 1200 training images; the step loss is the cross-entropy on a batch
-    of the other 597. At the default theta the rate falls from 0.1 to 0.02 and the momentum is 0.9:
-    training is smooth, so that backpropagation is a good reference.
+    theta = {"log_lr": (num_knots,), "momentum_logit": (num_knots,)} are the knots of two
+    piecewise-linear schedules over the episode: the log learning rate and the logit of the
+    momentum. Every episode draws new weights, and new batches of 1200 training images; the step
+    loss is the cross-entropy on a batch of the other 597 images. At the default theta the rate
+    falls from
+    0.1 to 0.02 and the momentum is 0.9: training is smooth, so that backpropagation is a good
+    reference.
 
     Args:
         horizon: Inner steps in an episode.
         num_knots: Knots per schedule.
         hidden: Units in the hidden layer.
-        batch_size: Of training and of validation.
+        batch_size: Images in a training batch, and in a validation batch.
 
     Returns:
         ``Example(problem, theta)``.
@@ -56,10 +58,10 @@ def digits(
 
 
 def schedule(horizon: int, num_knots: int) -> tuple[Callable[[Any, Any], Any], Any]:
-    """SGD with momentum whose rate and momentum are piecewise linear in t, and a plain theta.
+    """SGD with momentum whose learning rate and momentum are piecewise linear in t.
 
     Returns:
-        ``optimizer(theta, t)``, and theta as ``digits`` says.
+        ``optimizer(theta, t)``, and the default theta of ``digits``.
     """
 
     def at(knots, t):
@@ -77,14 +79,14 @@ def schedule(horizon: int, num_knots: int) -> tuple[Callable[[Any, Any], Any], A
 
 
 def mlp_on_digits(hidden: int, batch_size: int) -> dict[str, Any]:
-    """An MLP on the digits, as the arguments of ``training_problem`` that describe the task.
+    """The arguments of ``training_problem`` that describe the training of an MLP on the digits.
 
-    Training batches are of 1200 fixed images; the meta loss is the cross-entropy on a batch of the
-    other 597.
+    Training batches are drawn from 1200 fixed images; the meta loss is the cross-entropy on a batch
+    of the other 597 images.
 
     Args:
         hidden: Units in the hidden layer.
-        batch_size: Of training and of validation.
+        batch_size: Images in a training batch, and in a validation batch.
 
     Returns:
         ``loss``, ``init_params``, ``sample_batch`` and ``meta_loss``.

@@ -1,4 +1,4 @@
-"""An MLP that learns images by SGD with momentum, at a rate that theta says."""
+"""SGD with momentum trains an MLP on images; theta is its learning rate."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ CLASSES = 10
 
 
 def init_params(key: jax.Array, sizes: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
-    """Weights and biases of the layers between ``sizes``: uniform, with He's variance 2 / inputs.
+    """Draws the layers between ``sizes``: uniform weights of variance 2 / inputs (He), zero biases.
 
-    All are cut from one draw: every draw takes a CPU a second to compile.
+    All weights are cut from one draw, because each draw takes a second to compile on a CPU.
     """
     shapes = list(itertools.pairwise(sizes))
     ends = np.cumsum([m * n for m, n in shapes])
@@ -29,7 +29,7 @@ def init_params(key: jax.Array, sizes: Sequence[int]) -> list[tuple[jax.Array, j
 
 
 def logits(params: list[tuple[jax.Array, jax.Array]], images: jax.Array) -> jax.Array:
-    """Of a batch of images; ReLUs between the layers."""
+    """The logits of a batch of images; there are ReLUs between the layers."""
     *hidden, (weights, bias) = params
     for w, b in hidden:
         images = jax.nn.relu(images @ w + b)
@@ -37,19 +37,19 @@ def logits(params: list[tuple[jax.Array, jax.Array]], images: jax.Array) -> jax.
 
 
 def cross_entropy(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The mean over a batch, in nats."""
+    """The mean cross-entropy over a batch, in nats."""
     images, labels = batch
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels).mean()
 
 
 def accuracy(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The fraction of a batch that is classified correctly: a step function of the weights."""
+    """The fraction of a batch that is classified correctly, a step function of the weights."""
     images, labels = batch
     return jnp.mean(jnp.argmax(logits(params, images), axis=-1) == labels)
 
 
 def sampler(split: Split, batch_size: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """``draw(key) -> batch``, with replacement."""
+    """Returns ``draw(key) -> batch``, which draws with replacement."""
     images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
 
     def draw(key):
@@ -60,7 +60,7 @@ def sampler(split: Split, batch_size: int) -> Callable[[jax.Array], tuple[jax.Ar
 
 
 def task(images: Images, hidden: Sequence[int], batch_size: int) -> dict[str, Any]:
-    """The arguments of ``training_problem`` that say what is learned, in batches for training.
+    """The arguments of ``training_problem`` that describe the task.
 
     Args:
         images: The data.
@@ -79,6 +79,6 @@ def task(images: Images, hidden: Sequence[int], batch_size: int) -> dict[str, An
 
 
 def decaying_sgd(theta: jax.Array, t: Any, constant: float) -> optax.GradientTransformation:
-    """SGD with momentum 0.9 and the rate e^theta[0] / (1 + t / constant)^(e^theta[1])."""
+    """SGD with momentum 0.9 and learning rate e^theta[0] / (1 + t / constant)^(e^theta[1])."""
     rate = jnp.exp(theta[0] - jnp.exp(theta[1]) * jnp.log1p(t / constant))
     return optax.sgd(rate, momentum=0.9)

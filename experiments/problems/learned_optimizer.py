@@ -1,4 +1,4 @@
-"""Training a learned optimizer: theta is all weights of a network that updates every weight."""
+"""A learned optimizer: theta is all weights of a network that computes every weight's update."""
 
 import jax
 
@@ -10,20 +10,20 @@ from unrollgrad.problems import Example
 def learned_optimizer(
     horizon: int = 100, *, width: int = 16, hidden: int = 16, batch_size: int = 16
 ) -> Example:
-    """An MLP on digits is trained by another, small MLP; theta is the weights of that one.
+    """A small MLP, whose weights are theta, trains another MLP on digits.
 
-    The learned optimizer is ``ug.learned_optimizers.mlp``, smaller and quicker than the published
-    one (19 features, two hidden layers of 32, steps of 0.001 d exp(m / 1000)): 8 features of a
-    weight, one hidden layer, steps of 0.01 d exp(m / 10); theta has 178 weights. The task is that
-    of ``digits``: new weights and batches in every episode, and the step loss is the validation
-    cross-entropy. The default theta is random with small outputs, so that the optimizer hardly
-    moves anything.
+    The learned optimizer is ``ug.learned_optimizers.mlp`` with 8 features of a weight, one hidden
+    layer and steps of 0.01 d exp(m / 10); theta has 178 weights. The published one is larger and
+    slower: 19 features, two hidden layers of 32, steps of 0.001 d exp(m / 1000). The task is the
+    task of ``digits``: every episode draws new weights and batches, and the step loss is the
+    validation cross-entropy. The default theta is random with small outputs, so that the optimizer
+    makes tiny steps.
 
     Args:
         horizon: Inner steps in an episode.
         width: Units in the hidden layer of the learned optimizer.
-        hidden: Units in the hidden layer of the network that it trains.
-        batch_size: Of training and of validation.
+        hidden: Units in the hidden layer of the trained network.
+        batch_size: Images in a training batch, and in a validation batch.
 
     Returns:
         ``Example(problem, theta)``; theta is a tree of the weights.

@@ -1,7 +1,7 @@
-"""Ridge regression on scikit-learn's diabetes data by gradient descent; theta is ln of L2's weight.
+"""Ridge regression on the diabetes data by gradient descent; theta is the log weight of L2.
 
-The data are 442 real patients' 10 measurements and the progress of their disease a year later; they
-come with scikit-learn: nothing is downloaded.
+The data are 10 measurements of 442 real patients, and the progress of their disease a year later.
+They come with scikit-learn; nothing is downloaded.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import unrollgrad as ug
 
 
 class Split(NamedTuple):
-    """Inputs and targets, standardised by the training examples' mean and deviation."""
+    """Inputs and targets, standardised by the training examples' mean and standard deviation."""
 
     x: jax.Array
     y: jax.Array
@@ -24,10 +24,10 @@ class Split(NamedTuple):
 
 
 def diabetes() -> Split:
-    """Four fifths of the patients to train on, the others to validate.
+    """Four fifths of the patients are for training, the others for validation.
 
-    Of the orders by ``default_rng(0)``, ``(1)`` and so on, the first with which the validation loss
-    of the ridge solution has a single minimum over L2's weight, so that every start leads there.
+    The order is the first among ``default_rng(0)``, ``(1)`` and so on for which the validation loss
+    of the ridge solution has a single minimum over L2's weight, so that every start leads to it.
     """
     x, y = datasets.load_diabetes(return_X_y=True, scaled=False)
     order = np.random.default_rng(2).permutation(len(x))
@@ -40,14 +40,14 @@ def diabetes() -> Split:
 
 
 def validation_loss(data: Split, w: jax.Array) -> jax.Array:
-    """Half of the sum of squared errors."""
+    """Half the sum of squared errors on the validation data."""
     return 0.5 * jnp.sum((data.x_validation @ w - data.y_validation) ** 2)
 
 
 def ridge(data: Split, horizon: int, learning_rate: float = 1e-3) -> ug.UnrolledProblem:
     """Full-batch gradient descent on |x w - y|^2 / 2 + exp(theta) |w|^2 / 2 from w ~ N(0, 1).
 
-    The step loss is that of validation, after the step; theta is a scalar.
+    The step loss is the validation loss after the step; theta is a scalar.
     """
     square, cross = data.x.T @ data.x, data.x.T @ data.y
 
@@ -62,13 +62,13 @@ def ridge(data: Split, horizon: int, learning_rate: float = 1e-3) -> ug.Unrolled
 
 
 def converged_loss(data: Split, theta: jax.Array) -> jax.Array:
-    """The validation loss where gradient descent ends: that of the ridge solution."""
+    """The validation loss of the ridge solution, to which gradient descent converges."""
     square = data.x.T @ data.x + jnp.exp(theta) * jnp.eye(data.x.shape[1])
     return validation_loss(data, jnp.linalg.solve(square, data.x.T @ data.y))
 
 
 def best_log_l2(data: Split, least: float = -8.0, most: float = 8.0) -> float:
-    """The theta between ``least`` and ``most`` of the least ``converged_loss``, to 1e-3."""
+    """The theta between ``least`` and ``most`` with the lowest ``converged_loss``, to 1e-3."""
     at = jnp.arange(least, most, 1e-3)
     losses = jax.jit(jax.vmap(lambda theta: converged_loss(data, theta)))(at)
     return float(at[jnp.argmin(losses)])

@@ -9,25 +9,25 @@ from unrollgrad.problems import Example
 
 LINKS = 3
 SEEN = 2 + 2 * LINKS
-"""Numbers that the policy sees."""
+"""Number of inputs of the policy."""
 
 
 def swimmer(horizon: int = 1000, *, substeps: int = 5) -> Example:
-    """Swim along x with two motors between three links, in a fluid that holds them sideways.
+    """A swimmer of three links moves along x by two motors; the fluid resists sideways motion.
 
-    Links have length 1 and mass 1; along itself a link meets a resistance of 0.1 times its speed,
-    sideways of 5 times, and turning of 0.4 times. The policy sees the first link's heading, the
-    angles of both joints, the velocity of the middle, and three rates of turning; both torques are
-    3 tanh(W seen / 3). Beyond a right angle a joint pushes back. A step is 0.1 s in five parts, and
-    its loss minus the velocity of the middle along x, plus 0.001 times the squared torques. Angles
-    and rates begin uniformly within +-0.1.
+    Links have length 1 and mass 1. The resistance is 0.1 times a link's speed along itself, 5 times
+    its sideways speed, and 0.4 times its rate of turning. The policy sees the first link's heading,
+    the angles of both joints, the velocity of the middle, and three rates of turning; both torques
+    are 3 tanh(W seen / 3). Beyond a right angle a joint pushes back. A step is 0.1 s in five parts;
+    its loss is minus the velocity of the middle along x, plus 0.001 times the squared torques.
+    Initial angles and rates are uniform within +-0.1.
 
-    It is in place of the papers' Swimmer-v2 (MuJoCo), which has as many gains, 16, and episodes of
-    as many steps, and whose policy begins at zero too. There J is about 0.
+    It replaces the papers' Swimmer-v2 (MuJoCo), which has the same number of gains (16) and of
+    steps, and whose policy also begins at zero, where J is about 0.
 
     Args:
         horizon: Inner steps in an episode.
-        substeps: Parts of a step, of 0.02 s.
+        substeps: Parts of a step, each 0.02 s long.
 
     Returns:
         ``Example(problem, theta)``; theta has the shape (2, 8).

@@ -1,6 +1,6 @@
 """A character-level language model: theta is all weights of an LSTM.
 
-The text is the Python standard library's own source: nothing is downloaded.
+The text is the Python standard library's own source; nothing is downloaded.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from unrollgrad.problems import Example
 from unrollgrad.types import Theta
 
 VOCABULARY = 97
-"""Printable ASCII, the end of a line, and one symbol for all other characters."""
+"""Number of symbols: printable ASCII, the end of a line, and one for all other characters."""
 
 
 class LSTM(nnx.Module):
-    """Symbols to logits: an embedding, one LSTM layer, a linear layer."""
+    """A map from symbols to logits: an embedding, one LSTM layer, a linear layer."""
 
     def __init__(self, symbols: int, embed: int, hidden: int, outputs: int, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(symbols, embed, rngs=rngs)
@@ -30,7 +30,7 @@ class LSTM(nnx.Module):
 
     def __call__(self, carry, symbols):
         """The next carry, and the logits of a batch."""
-        # Not self.embed(symbols), which computes in float32 whatever theta's dtype.
+        # self.embed(symbols) would compute in float32 whatever theta's dtype is.
         carry, hidden = self.cell(carry, self.embed.embedding[symbols])
         return carry, self.out(hidden)
 
@@ -51,24 +51,24 @@ def text_lstm(
 ) -> Example:
     """An LSTM reads text; the step loss is the cross-entropy of the next character, in nats.
 
-    An episode begins at random places of the text. The inner state is those places and the LSTM's
-    memory; theta has 1287 weights. The sizes 5 and 5 are those of the variance measurement of PES
-    (there on the Penn Treebank, with one stream, horizon 1000 and sigma 0.001).
+    An episode begins at random places of the text. The inner state holds these places and the
+    LSTM's memory; theta has 1287 weights. The sizes 5 and 5 come from the variance measurement of
+    PES, which uses the Penn Treebank, one stream, horizon 1000 and sigma 0.001.
 
-    Measured here, with argparse of Python 3.11 (99,661 characters): its entropy per character is
-    2.94 nats, and 2.04 given the character before. J is 4.52 at the default theta (ln 97 = 4.57 is
-    a uniform guess), 2.26 after 400 and 2.08 after 1000 steps of Adam(0.01) on ``bptt`` with 8
-    workers; 2.63 after 2000 of ``pes`` with truncation 10, sigma 0.1 and 64 workers. At the default
-    theta ``tbptt`` is off by 25, 6 and 2 % of the gradient's norm with truncations of 1, 10 and 50,
-    and smoothing by 2 % with sigma 0.1, by 14 % with 0.3.
+    Measured with argparse of Python 3.11 (99,661 characters): its entropy per character is 2.94
+    nats, and 2.04 given the previous character. J is 4.52 at the default theta (a uniform guess has
+    ln 97 = 4.57), 2.26 after 400 and 2.08 after 1000 steps of Adam(0.01) with ``bptt`` and 8
+    workers, and 2.63 after 2000 steps with ``pes``, truncation 10, sigma 0.1 and 64 workers. At the
+    default theta the bias of ``tbptt`` is 25, 6 and 2 % of the gradient's norm with truncations of
+    1, 10 and 50, and the bias of smoothing is 2 % with sigma 0.1 and 14 % with 0.3.
 
     Args:
         horizon: Inner steps in an episode.
-        text: What to read. Default: the source of the standard library's ``argparse``.
+        text: The text. Default: the source of the standard library's ``argparse``.
         embed: Size of the embedding.
         hidden: Units of the LSTM.
-        streams: Places that are read at the same time, each with a memory of its own; the loss is
-            their mean.
+        streams: Places that are read at the same time, each with its own memory; the loss is their
+            mean.
 
     Returns:
         ``Example(problem, theta)``; theta is a dict of the weights.
@@ -102,7 +102,7 @@ def text_lstm(
 
 
 def encode(text: str) -> np.ndarray:
-    """Each character as a number below ``VOCABULARY``, int32."""
+    """Encodes each character as an int32 below ``VOCABULARY``."""
     codes = np.array([ord(character) for character in text], np.int32)
     printable = (codes >= 32) & (codes < 127)
     return np.where(printable, codes - 32, np.where(codes == ord("\n"), 95, 96))

@@ -1,4 +1,4 @@
-"""``train``: the outer loop on any problem with any estimator, in long runs that can go on."""
+"""``train``: the outer loop on any problem with any estimator, in long runs that can be resumed."""
 
 import dataclasses
 import functools
@@ -15,57 +15,54 @@ import unrollgrad as ug
 from experiments._framework import resuming
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary, read_json
+from experiments._framework.settings import ResumableSettings
 from experiments.problems import PROBLEMS, with_defaults
 from unrollgrad.running import need, positive_int
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(ResumableSettings):
     """Train theta of one problem by Adam on one estimator's gradient.
 
-    The objective, the mean loss per inner step, is measured between dispatches, in episodes that
-    are the same at all times. Ctrl-C and SIGTERM save first; `--resume FOLDER` goes on, also after
-    a kill and with more `--num-updates` or `--seeds`, in the same folder.
+    The objective, the mean loss per inner step, is measured between dispatches, always in the same
+    episodes. Ctrl-C and SIGTERM save before the run ends. `--resume FOLDER` continues it in the
+    same folder, also after a kill, and with more `--num-steps` or `--seeds`.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. smoke: seconds. cpu: a minute or less, for most problems. paper:
-    long, with many workers, for an accelerator."""
+    """Sets the defaults of all other settings. smoke: seconds. cpu: a minute or less for most
+    problems. paper: long, with many workers, for an accelerator."""
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimator: Literal[tuple(ug.REGISTRY)] = "pes"  # type: ignore[valid-type]
-    """Of the gradient."""
-    num_updates: int = 500
-    """Outer updates, those before a --resume included."""
-    outer_rate: float | None = None
-    """Adam's learning rate. Default: half of the problem's, whose gradients have less noise."""
+    """The gradient estimator."""
+    num_steps: int = 500
+    """Outer updates, including those before a --resume."""
+    learning_rate: float | None = None
+    """Adam's learning rate. Default: half of the problem's own, which suits exact gradients."""
     num_workers: int = 16
     """Workers of one antithetic pair each; rounded up to a multiple of the devices."""
     stagger: Literal["lockstep", "breakstep", "burn_in"] = "lockstep"
-    """Where in their episodes the workers begin: all at the start, or spread over it."""
+    """Where in their episodes the workers begin. lockstep: at the start; the others: spread out."""
     sigma: float | None = None
     """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
     truncation: int | None = None
     """Inner steps per window (K). Default: the problem's."""
     noise_period: int | None = None
-    """Inner steps between the draws of gpes. Default: two windows."""
+    """Inner steps between two draws of gpes's noise. Default: two windows."""
     horizon: int | None = None
     """Inner steps per episode (T). Default: the problem's."""
-    num_evaluations: int = 32
-    """Episodes in which the objective is measured."""
+    num_episodes: int = 32
+    """Episodes whose mean loss is the objective."""
     steps_per_dispatch: int = 25
-    """Updates in one program; between them lie the points of the curves."""
+    """Updates in one dispatch (a call of a compiled program); curves have a point after each."""
     checkpoint_every: int | None = None
     """Updates between checkpoints. Default: ten dispatches."""
     devices: int | None = None
-    """Devices that share the workers, those of all processes together. Default: all that there are;
-    a CPU is one, unless you say how many it shall be."""
+    """Number of devices that share the workers, in all processes together. Default: all devices. A
+    CPU is one device unless you ask for more."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole run."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
-    resume: Path | None = None
-    """Go on with the run in this folder, with its settings."""
+    """Each seed is a whole run."""
 
 
 SCALES = {
@@ -74,45 +71,47 @@ SCALES = {
         horizon=8,
         truncation=4,
         num_workers=2,
-        num_updates=4,
-        num_evaluations=2,
+        num_steps=4,
+        num_episodes=2,
         steps_per_dispatch=2,
     ),
     "cpu": Settings(),
     "paper": Settings(
         scale="paper",
-        num_updates=10_000,
+        num_steps=10_000,
         num_workers=512,
-        num_evaluations=256,
+        num_episodes=256,
         steps_per_dispatch=100,
         seeds=(0, 1, 2),
     ),
 }
 
-MAY_CHANGE = ("scale", "num_updates", "devices", "seeds", "out", "resume")
-"""Settings that may differ in a run that goes on."""
+MAY_CHANGE = ("scale", "num_steps", "devices", "seeds", "out", "resume")
+"""Settings that may differ in a resumed run."""
 
 SHOWN = 16
-"""Numbers in theta up to which each is recorded."""
+"""Largest number of entries of theta with which each entry is recorded."""
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings with the problem's defaults in place of None.
+    """The settings with None replaced by the problem's defaults.
 
     Raises:
-        ValueError: If a number is not positive, or those of a run that is to go on are not the
-            same, with the differences.
+        ValueError: If a number is not positive, or the settings do not fit the run to resume; the
+            message lists the differences.
     """
-    for name in ("num_updates", "num_workers", "num_evaluations", "steps_per_dispatch"):
+    for name in ("num_steps", "num_workers", "num_episodes", "steps_per_dispatch"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
     if settings.checkpoint_every is not None:
         positive_int("--checkpoint-every", settings.checkpoint_every)
-    filled: Any = with_defaults(settings, outer_rate=PROBLEMS[settings.problem].outer_rate / 2)
+    filled: Any = with_defaults(
+        settings, learning_rate=PROBLEMS[settings.problem].learning_rate / 2
+    )
     if settings.resume is None:
         workers = -(-filled.num_workers // filled.devices) * filled.devices
         return dataclasses.replace(filled, num_workers=workers)
     before = read_json(settings.resume / "config.json")
-    resuming.check_same(filled, before, MAY_CHANGE, "num_updates")
+    resuming.check_same(filled, before, MAY_CHANGE, "num_steps")
     if settings.devices is None:
         most = next(d for d in range(filled.devices, 0, -1) if filled.num_workers % d == 0)
         filled = dataclasses.replace(filled, devices=most)
@@ -133,21 +132,21 @@ def run(
     """Writes the objective and the last update's numbers after every dispatch.
 
     Raises:
-        KeyboardInterrupt: If a signal ended it early; everything is saved by then.
+        KeyboardInterrupt: If a signal ended the run early; everything is saved by then.
     """
     workers, theta, optimizer, evaluate = _prepare(settings)
     key = jax.random.key(seed)
 
     def callback(step: int, theta: Any, found: dict[str, Any]) -> None:
         write({"step": step, **{k: float(x) for k, x in found.items()}})
-        progress(f"objective {float(found['objective']):.4g}", step / settings.num_updates)
+        progress(f"objective {float(found['objective']):.4g}", step / settings.num_steps)
 
     write({"step": 0, **{k: float(x) for k, x in evaluate(key, theta).items()}})
     result = ug.fit(
         workers,
         theta,
         optimizer,
-        num_steps=settings.num_updates,
+        num_steps=settings.num_steps,
         key=key,
         steps_per_dispatch=settings.steps_per_dispatch,
         evaluate=evaluate,
@@ -156,13 +155,13 @@ def run(
         checkpoint_every=settings.checkpoint_every,
         config=resuming.fixed(settings, MAY_CHANGE),
     )
-    if len(result.history["loss"]) < settings.num_updates:
+    if len(result.history["loss"]) < settings.num_steps:
         raise KeyboardInterrupt
 
 
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Any) -> tuple[Any, Any, optax.GradientTransformation, Any]:
-    """Workers, theta, optimizer, evaluation: the same for all seeds, so that they compile once."""
+    """Workers, theta, optimizer and evaluation, cached so that seeds share compiled programs."""
     problem, theta, *_ = PROBLEMS[settings.problem].make(settings.horizon)
     estimator = ug.REGISTRY[settings.estimator].build(
         problem,
@@ -172,18 +171,18 @@ def _prepare(settings: Any) -> tuple[Any, Any, optax.GradientTransformation, Any
     )
     mesh = ug.make_worker_mesh(settings.devices) if settings.devices > 1 else None
     workers = ug.average(estimator, settings.num_workers, mesh=mesh, stagger=settings.stagger)
-    keys = jax.random.split(jax.random.key(0), settings.num_evaluations)
+    keys = jax.random.split(jax.random.key(0), settings.num_episodes)
 
     @jax.jit
     def evaluate(key: jax.Array, theta: Any) -> dict[str, jax.Array]:
         losses = jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(keys)
         return {"objective": jnp.mean(losses), **_numbers(theta)}
 
-    return workers, theta, optax.adam(settings.outer_rate), evaluate
+    return workers, theta, optax.adam(settings.learning_rate), evaluate
 
 
 def _numbers(theta: Any) -> dict[str, jax.Array]:
-    """Every number of a small theta by its place in it; of a large one the root mean square."""
+    """Every entry of a small theta by its place; the root mean square of a large theta."""
     leaves = jax.tree_util.tree_leaves_with_path(theta)
     size = sum(x.size for _, x in leaves)
     if size > SHOWN:
@@ -197,7 +196,7 @@ def _numbers(theta: Any) -> dict[str, jax.Array]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Objective, gradient norm and theta against updates: mean over seeds, its SE as a band."""
+    """Draws objective, gradient norm and theta against updates: means over seeds, SEs as bands."""
     metrics = dict.fromkeys(r.metric for r in records)
     thetas = [m for m in metrics if m.startswith("theta")]
     panels = {"objective": ["objective"], "gradient norm": ["grad_norm"], "theta": thetas}
@@ -225,7 +224,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def _curve(records: list[Record], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all seeds have, the mean over seeds and its standard error (0 for one)."""
+    """Steps that all seeds have, the mean over seeds and its standard error (0 for one seed)."""
     runs: dict[int, dict[int, float]] = {}
     for r in records:
         if r.metric == metric and r.step is not None:
@@ -254,13 +253,13 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """None: no paper says what a run of one's own should give."""
+    """No claims: no paper says what a user's own run should give."""
     return []
 
 
 EXPERIMENT = Experiment(
     name="train",
-    about="The outer loop on any problem with any estimator; --resume goes on.",
+    about="The outer loop on any problem with any estimator; --resume continues a run.",
     settings=Settings,
     scales=SCALES,
     labels=(),

@@ -16,77 +16,78 @@ import unrollgrad as ug
 from experiments._framework import training
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary
+from experiments._framework.settings import CommonSettings
 from experiments.problems import PROBLEMS, with_defaults
 from unrollgrad.diagnostics.report import draw, print_table, row_of
 from unrollgrad.diagnostics.statistics import pooled, root_se
 
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
-"""Places of a training run, as a fraction of its updates."""
+"""Places of a training run, as fractions of its updates."""
 
 
 USUAL = ("full_es", "truncated_es", "pes", "es_single", "gpes", "bptt", "tbptt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """Compare gradient estimators on one problem: bias, variance and cost at frozen theta.
 
-    A sample is one episode of every worker, averaged. The reference is the mean of other samples;
-    where it is bptt, the exact gradient of each episode's loss, the smoothing of evolution
-    strategies, O(sigma^2), counts as bias. Prints a table and writes it, with a picture.
+    A sample is the mean of one episode of every worker. The reference is the mean of other samples.
+    If the reference is bptt, the exact gradient of each episode's loss, the smoothing of evolution
+    strategies, O(sigma^2), counts as bias. The table is printed, and written with a picture.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Defaults of everything else. smoke: seconds. cpu: two minutes. paper: for an accelerator."""
+    """Sets the defaults of all other settings. smoke: seconds. cpu: two minutes. paper: for an
+    accelerator."""
     problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
     """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
-    """Which estimators, in which order. Default: those that are told apart most often."""
+    """The estimators, in the order of the table. Default: those that are compared most often."""
     thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]
     """Where to measure: at the start, in the middle or at the end of training theta."""
-    num_updates: int = 100
+    num_steps: int = 100
     """Outer updates from start to end, by Adam on the reference's gradient."""
     num_workers: int = 6
-    """Workers of one antithetic pair each. Rounded up so that the others can have as many as cost
-    the same (to a multiple of 3 with truncated_es)."""
+    """Workers of one antithetic pair each, rounded up until every other estimator can have a number
+    of workers that costs the same (with truncated_es: to a multiple of 3)."""
     equal: Literal["inner_steps", "workers"] = "inner_steps"
-    """What the estimators have in common. inner_steps: the cheaper have more workers."""
+    """What is equal for all estimators. inner_steps: cheaper estimators have more workers."""
     num_samples: int = 48
     """Independent samples per estimator."""
     num_chains: int = 6
-    """Samples that run on for 20 episodes, for the long-run variance; 0: none."""
+    """Samples that continue for 20 episodes, for the long-run variance; 0 leaves it out."""
     sigma: float | None = None
     """Standard deviation of the perturbation, in theta's units. Default: the problem's."""
     truncation: int | None = None
     """Inner steps per window (K). Default: the problem's."""
     noise_period: int | None = None
-    """Inner steps between the draws of gpes. Default: two windows."""
+    """Inner steps between two draws of gpes's noise. Default: two windows."""
     horizon: int | None = None
     """Inner steps per episode (T). Default: the problem's."""
     reference: Literal["bptt", "full_es"] | None = None
-    """Whose mean counts as the truth: bptt, the gradient of J itself, or full_es, that of the
-    smoothed J. Default: the problem's (full_es where backpropagation explodes)."""
+    """The estimator whose mean counts as the true gradient: bptt (the gradient of J) or full_es
+    (the gradient of the smoothed J). Default: the problem's; full_es where backpropagation
+    explodes."""
     matmul_precision: Literal["highest", "high", "default"] = "highest"
-    """Of all matrix products. Less than highest swallows small differences of losses."""
+    """Precision of all matrix products. A lower one rounds small differences of losses away."""
     devices: int | None = None
-    """Devices that share the samples, those of all processes together. Default: all that there are;
-    a CPU is one, unless you say how many it shall be."""
+    """Number of devices that share the samples, in all processes together. Default: all devices. A
+    CPU is one device unless you ask for more."""
     seeds: tuple[int, ...] = (0,)
-    """Each is a whole repetition, training of theta included."""
-    out: Path = Path("results")
-    """Results go to a new folder in here."""
+    """Each seed is a whole repetition, including the training of theta."""
 
 
 SCALES = {
     "smoke": Settings(
         scale="smoke",
-        estimators=("pes", "bptt"),  # bptt is the reference too, and compiles once
+        estimators=("pes", "bptt"),  # bptt is also the reference, and compiles once
         horizon=8,
         truncation=4,
         num_workers=2,
         num_samples=4,
         num_chains=3,
-        num_updates=2,
+        num_steps=2,
     ),
     "cpu": Settings(),
     "paper": Settings(
@@ -99,14 +100,14 @@ SCALES = {
         num_samples=50,
         num_chains=10,
         thetas=("start", "middle", "end"),
-        num_updates=1000,
+        num_steps=1000,
         seeds=(0, 1, 2),
     ),
 }
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings with the problem's defaults in place of None."""
+    """The settings with None replaced by the problem's defaults."""
     return with_defaults(settings, reference=PROBLEMS[settings.problem].reference)
 
 
@@ -117,7 +118,7 @@ def run(
     write: Callable[[dict[str, Any]], None],
     progress: Callable[[str, float], None],
 ) -> None:
-    """Writes a row per place and estimator, as soon as it is measured; settings are ``filled``."""
+    """Writes a row for each place and estimator as soon as it is measured (``filled`` settings)."""
     names = list(dict.fromkeys(settings.estimators))
     problem, theta, workers, optimizer = _prepare(settings)
     reference = workers[settings.reference]
@@ -143,7 +144,7 @@ def run(
             reference=reference,
             num_samples=settings.num_samples,
             num_chains=settings.num_chains,
-            batch_size=settings.devices,  # the workers are batch enough, and it compiles fastest
+            batch_size=settings.devices,  # the workers fill a batch, and it compiles fastest
             devices=settings.devices,
             matmul_precision=settings.matmul_precision,
             key=jax.random.fold_in(key, zlib.crc32(place.encode())),
@@ -156,9 +157,9 @@ def run(
 def _prepare(
     settings: Any,
 ) -> tuple[ug.UnrolledProblem, Any, dict[str, ug.GradientEstimator], optax.GradientTransformation]:
-    """Problem, theta, workers, outer optimizer: the same for all seeds, so that they compile once.
+    """Problem, theta, workers and outer optimizer, cached so that seeds share compiled programs.
 
-    The estimators and the reference have as many workers as the comparison asks for.
+    The estimators and the reference have the numbers of workers that ``equal`` asks for.
     """
     choice = PROBLEMS[settings.problem]
     problem, theta, *_ = choice.make(settings.horizon)
@@ -179,7 +180,7 @@ def _prepare(
         name: ug.average(ug.REGISTRY[name].build(problem, **common), episodes // passes[name])
         for name in names
     }
-    schedule = optax.cosine_decay_schedule(choice.outer_rate, max(settings.num_updates, 1))
+    schedule = optax.cosine_decay_schedule(choice.learning_rate, max(settings.num_steps, 1))
     return problem, theta, workers, optax.adam(schedule)
 
 
@@ -190,23 +191,23 @@ def _thetas(
     theta: Any,
     key: jax.Array,
 ) -> dict[str, Any]:
-    """Theta at the places that are asked for."""
+    """Theta at the requested places."""
     if set(settings.thetas) == {"start"}:
         return {"start": theta}
     # An update is one estimate: a whole episode of bptt or full_es.
     with jax.default_matmul_precision(settings.matmul_precision):
-        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_updates)
-    if jax.process_count() > 1:  # each has trained its own, and on a GPU sums may differ
+        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_steps)
+    if jax.process_count() > 1:  # each process trained its own, and sums may differ on a GPU
         path = multihost_utils.broadcast_one_to_all(path)
 
     def at(fraction):
-        return jax.tree.map(lambda x: x[round(fraction * settings.num_updates)], path)
+        return jax.tree.map(lambda x: x[round(fraction * settings.num_steps)], path)
 
     return {place: at(PLACES[place]) for place in dict.fromkeys(settings.thetas)}
 
 
 def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
-    """Rows as ``compare`` makes them, pooled over seeds, by the place of theta."""
+    """The rows of ``compare``, pooled over seeds, by the place of theta."""
     flat: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     for r in records:
         estimators = flat.setdefault(r.labels["theta"], {})
@@ -222,19 +223,19 @@ def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw_records(records: list[Record], config: dict[str, Any]) -> Any:
-    """A line of panels per place, as ``Comparison.plot``."""
+    """Draws a row of panels for each place, like ``Comparison.plot``."""
     return draw({f"{config['problem']}, {place}": r for place, r in rows(records).items()})
 
 
 def show(records: list[Record]) -> None:
-    """Prints a table per place."""
+    """Prints a table for each place."""
     groups = rows(records)
     for place, group in groups.items():
         print_table(group, title=f"theta: {place}" if len(groups) > 1 else None)
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """What the papers say of bias and of long-run variance, at every place of theta."""
+    """The papers' claims on bias and on long-run variance, at every place of theta."""
     config = summary.about["config"]
     return [
         claim
@@ -247,7 +248,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 BLIND = 0.3
-"""Of |g|: a bias below it may be missed by a run that counts as having seen none."""
+"""The share of |g| below which a bias may go unnoticed in a run that reports no bias."""
 
 
 def _claims_of_bias(summary: Summary, place: str, config: dict[str, Any]) -> list[Claim]:

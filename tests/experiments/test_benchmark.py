@@ -153,7 +153,7 @@ def test_what_memory_is_too_small_for(floor_fits, monkeypatch, tmp_path, capsys)
         devices=(),
         truncations=(),
         sizes=(),
-        products=(),
+        terms=(),
     )
     folder = present(framework.execute(benchmark.EXPERIMENT, settings))
     records = results.read(folder)

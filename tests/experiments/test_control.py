@@ -98,16 +98,11 @@ def test_best_rate_of_a_parabola(rates, best):
     problem = ug.UnrolledProblem(
         init=lambda key, x: x, step=lambda key, x, state, t: (state, x**2 / 2), horizon=1
     )
-    found = tuning.best_rate(
-        ug.bptt(problem),
-        optax.sgd,
-        rates,
-        jax.random.split(jax.random.key(0), 2),
-        jnp.float32(1),
-        num_updates=4,
-        every=2,
-        loss=lambda x: x**2 / 2 + 1e-3,
+    trial = tuning.Trial(
+        ug.bptt(problem), optax.sgd, num_steps=4, every=2, loss=lambda x: x**2 / 2 + 1e-3
     )
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = tuning.best_rate(trial, rates, keys, jnp.float32(1))
     assert found == best
 
 

@@ -90,7 +90,7 @@ def test_smoke(tmp_path, capsys):
 
 
 def test_weights_that_are_not_finite_are_reported(tmp_path):
-    settings = dataclasses.replace(SMOKE, out=tmp_path, outer_rate=jnp.nan, seeds=(0,))
+    settings = dataclasses.replace(SMOKE, out=tmp_path, learning_rate=jnp.nan, seeds=(0,))
     summary = results.read_summary(present(framework.execute(data_cleaning.EXPERIMENT, settings)))
     _, separation, *_ = data_cleaning.claims(summary)
     assert separation.holds is False

@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,24 +12,21 @@ from experiments import __main__ as cli
 from experiments._framework import experiment as framework
 from experiments._framework import report, results
 from experiments._framework.experiment import SCALES, Claim, Experiment
+from experiments._framework.settings import CommonSettings
 from tests.helpers import present
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """A toy.
 
     Of no meaning.
     """
 
-    scale: Literal["smoke", "cpu", "paper"] = "cpu"
-    """Scale."""
     seeds: tuple[int, ...] = (3, 4)
     """Seeds."""
     fail: str = ""
     """How it fails, and at which seed."""
-    out: Path = Path("results")
-    """Out."""
 
 
 def run(settings, seed, folder, write, progress):

@@ -34,7 +34,7 @@ def test_a_run_that_is_not_finite_is_reported(tmp_path):
     settings = dataclasses.replace(
         influence_balancing.SCALES["smoke"],
         out=tmp_path,
-        num_updates=200,
+        num_steps=200,
         num_pairs=4,
         learning_rate=1e30,
         estimators=("tbptt", "es_single"),

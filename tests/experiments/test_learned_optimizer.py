@@ -189,17 +189,15 @@ def test_smoke(tmp_path, capsys):
 
 @pytest.mark.experiments
 def test_goes_on_as_if_it_had_never_stopped(tmp_path):
-    flags = ["learned_optimizer", "--scale", "smoke", "--estimator", "pes", "--families", "mlp"]
+    flags = ["learned_optimizer", "--scale", "smoke", "--estimators", "pes", "--families", "mlp"]
     cli.main([*flags, "conv", "--out", str(tmp_path / "part")])
     (part,) = (tmp_path / "part").iterdir()
-    cli.main(
-        ["learned_optimizer", "--resume", str(part), "--inner-steps", "192", "--seeds", "0", "1"]
-    )
-    whole = {"inner_steps": 192, "seeds": (0, 1), "families": ("mlp", "conv")}
-    assert numbers(part) == numbers(meta_train(tmp_path / "whole", estimator=("pes",), **whole))
+    cli.main(["learned_optimizer", "--resume", str(part), "--budget", "192", "--seeds", "0", "1"])
+    whole = {"budget": 192, "seeds": (0, 1), "families": ("mlp", "conv")}
+    assert numbers(part) == numbers(meta_train(tmp_path / "whole", estimators=("pes",), **whole))
     for flags, said in (
         (["--sigma", "0.5"], "sigma: 0.1 -> 0.5"),
-        (["--inner-steps", "96"], "inner_steps: 192 -> 96"),
+        (["--budget", "96"], "budget: 192 -> 96"),
         (["--seeds", "0"], "seeds: [0, 1] -> [0]"),
         (["--scale", "paper"], "scale: smoke -> paper"),
     ):

@@ -27,7 +27,7 @@ def test_smoke(tmp_path, capsys):
     cells = [r.value for r in records if r.metric == "J" and r.labels["estimator"] == "grid"]
     assert len(cells) == 6
     lines = [r for r in records if r.metric == "J" and r.labels["estimator"] == "pes"]
-    assert [r.step for r in lines] == list(range(settings.num_updates + 1))
+    assert [r.step for r in lines] == list(range(settings.num_steps + 1))
     assert "the minimum of the grid is" in capsys.readouterr().out
     way = np.array(
         [

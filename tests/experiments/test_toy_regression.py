@@ -23,7 +23,7 @@ def test_smoke(tmp_path, capsys):
     assert [claim.holds for claim in claims] == [True, True]
     assert "summed loss at the end" in capsys.readouterr().out
     points = toy_regression.POINTS + 1
-    assert len(records) == settings.grid**2 + len(settings.estimators) * points * 4
+    assert len(records) == settings.cells**2 + len(settings.estimators) * points * 4
     expect(
         "toy_regression experiment",
         {

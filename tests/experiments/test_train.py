@@ -55,21 +55,21 @@ def test_a_theta_of_many_numbers(tmp_path):
 @pytest.mark.experiments
 def test_it_learns(tmp_path):
     """The Lorenz system's constants are log 10 and log 28."""
-    folder = execute(tmp_path, problem="lorenz", num_updates=300, num_workers=8, truncation=4)
+    folder = execute(tmp_path, problem="lorenz", num_steps=300, num_workers=8, truncation=4)
     found = values(folder)
     assert found[0, 300, "objective"] < 0.01 * found[0, 0, "objective"]
 
 
 @pytest.mark.experiments
 def test_goes_on_as_if_it_had_never_stopped(tmp_path, capsys):
-    whole = execute(tmp_path / "whole", problem="lorenz", num_updates=8, seeds=(0, 1))
-    cli.main(["train", *QUICK[:4], "--num-updates", "4", "--out", str(tmp_path / "part")])
+    whole = execute(tmp_path / "whole", problem="lorenz", num_steps=8, seeds=(0, 1))
+    cli.main(["train", *QUICK[:4], "--num-steps", "4", "--out", str(tmp_path / "part")])
     (part,) = (tmp_path / "part").iterdir()
     with open(part / "metrics.csv", "a") as file:
         file.write("0,6,objec")  # what a kill may leave
-    cli.main(["train", "--resume", str(part), "--num-updates", "8", "--seeds", "0", "1"])
+    cli.main(["train", "--resume", str(part), "--num-steps", "8", "--seeds", "0", "1"])
     assert values(part) == values(whole)
-    assert results.read_json(part / "config.json")["num_updates"] == 8
+    assert results.read_json(part / "config.json")["num_steps"] == 8
     assert results.read_summary(part).find("objective")["n"] == 2
     lines = (part / "metrics.csv").read_text()
     cli.main(["train", "--resume", str(part)])
@@ -83,7 +83,7 @@ def test_what_cannot_go_on(tmp_path):
     before = (folder / "config.json").read_text()
     for flags, said in [
         (["--sigma", "0.5"], "sigma: 0.04 -> 0.5"),
-        (["--num-updates", "2"], "num_updates: 4 -> 2"),
+        (["--num-steps", "2"], "num_steps: 4 -> 2"),
         (["--scale", "smoke", "--problem", "control"], "problem: lorenz -> control"),
         (["--seeds", "5"], "seeds: [0] -> [5]"),
     ]:
@@ -99,7 +99,7 @@ def test_what_cannot_go_on(tmp_path):
         checkpoints.lock(folder / "checkpoints"),
         raises(RuntimeError, "is in use by process"),
     ):
-        cli.main(["train", "--resume", str(folder), "--num-updates", "6"])
+        cli.main(["train", "--resume", str(folder), "--num-steps", "6"])
     assert (folder / "config.json").read_text() == before
     assert results.read_summary(folder).about["status"] == "complete"
     for new, said in [
@@ -115,9 +115,7 @@ def test_what_cannot_go_on(tmp_path):
             cli.main(["train", "--resume", str(folder)])
 
 
-@pytest.mark.parametrize(
-    "flag", ["num-updates", "num-workers", "num-evaluations", "steps-per-dispatch"]
-)
+@pytest.mark.parametrize("flag", ["num-steps", "num-workers", "num-episodes", "steps-per-dispatch"])
 def test_flags_that_are_not_positive_leave_no_folder(flag, tmp_path):
     with raises(ValueError, f"`--{flag}` must be at least 1"):
         cli.main(["train", *QUICK, f"--{flag}", "0", "--out", str(tmp_path)])
@@ -127,7 +125,7 @@ def test_flags_that_are_not_positive_leave_no_folder(flag, tmp_path):
 @pytest.mark.experiments
 def test_stopped_from_outside(tmp_path):
     """By a signal, as a cluster sends it; the run says how it goes on, and goes on."""
-    flags = [*QUICK, "--num-updates", "100", "--checkpoint-every", "2", "--out", str(tmp_path)]
+    flags = [*QUICK, "--num-steps", "100", "--checkpoint-every", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments", "train", *flags],
         cwd=ROOT,

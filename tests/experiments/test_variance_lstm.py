@@ -66,6 +66,6 @@ def test_a_corpus_without_text(tmp_path):
 
 
 def test_unrolls_that_do_not_fit(tmp_path):
-    settings = dataclasses.replace(variance_lstm.SCALES["smoke"], num_unrolls=(1, 3), out=tmp_path)
+    settings = dataclasses.replace(variance_lstm.SCALES["smoke"], num_windows=(1, 3), out=tmp_path)
     with pytest.raises(ValueError, match=r"20, which \[3\] do not divide"):
         framework.execute(variance_lstm.EXPERIMENT, settings)

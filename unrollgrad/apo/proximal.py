@@ -1,14 +1,16 @@
-"""The proximal meta-objective, and the one transformation that descends it while it trains."""
+"""The proximal meta-objective, and the one transformation that descends it during training."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.dtypes import wide
 from unrollgrad._training import inner_optimizers
 from unrollgrad.constraints import constrain, unconstrain
 
@@ -17,46 +19,45 @@ class ApoState(NamedTuple):
     """The state of an optimizer that APO adapts.
 
     Attributes:
-        count: Steps so far.
-        hyperparams: Their current values, by name.
-        base_state: Of the optimizer that has them.
-        meta_state: Of the meta-optimizer; its ``total_notfinite`` counts the meta-gradients that
-            were not finite, and were skipped.
+        count: Number of steps so far.
+        hyperparams: The current hyperparameters, by name.
+        base_state: The state of the optimizer with these hyperparameters.
+        meta_state: The state of the meta-optimizer; its ``total_notfinite`` counts the
+            meta-gradients that were skipped because they were not finite.
     """
 
     count: jax.Array
     hyperparams: Any
-    base_state: Any
+    base_state: optax.OptState
     meta_state: optax.ApplyIfFiniteState
 
 
 class Proximal(NamedTuple):
-    """What the two factories have in common.
+    """The meta-objective and its optimizer: the arguments that both factories document."""
 
-    Attributes:
-        lambda_fsd: Weight of the discrepancy in function space.
-        lambda_wsd: Weight of the squared distance in weight space.
-        discrepancy: ``discrepancy(outputs, reference)``, an array; its mean counts.
-        linearised: Whether the loss is replaced by its first-order expansion.
-        meta_optimizer: Descends the meta-objective.
-        meta_interval: Steps from one meta-step to the next.
-        axis_name: Of a surrounding ``shard_map`` or ``pmap``.
-    """
-
-    lambda_fsd: Any
-    lambda_wsd: Any
-    discrepancy: Any
+    lambda_fsd: chex.Numeric
+    lambda_wsd: chex.Numeric
+    discrepancy: Callable[..., chex.Numeric] | None
     linearised: bool
     meta_optimizer: optax.GradientTransformation
     meta_interval: int
-    axis_name: Any
+    axis_name: str | tuple[str, ...] | None
+
+
+class _Given(NamedTuple):
+    """The keyword arguments of ``update`` that the meta-objective depends on."""
+
+    loss: Callable[..., jax.Array]
+    predict: Callable[..., chex.ArrayTree]
+    batch: object
+    other_batch: object
 
 
 def relative_steps(rate: float) -> optax.GradientTransformation:
-    """The default meta-optimizer: steps of about ``rate``, whatever the size of the meta-gradients.
+    """The default meta-optimizer: its steps are about ``rate``, however small the meta-gradients.
 
-    They are as small as the learning rates, and fall by orders of magnitude during training: an
-    ``eps`` must not stand in for them, nor a long memory (Adam's) hold them down.
+    Meta-gradients are as small as the learning rates and fall by orders of magnitude during
+    training: ``eps`` must not dominate them, and a long memory (Adam's) must not damp the steps.
     """
     return optax.rmsprop(rate, eps=1e-30, bias_correction=True)
 
@@ -75,77 +76,56 @@ def squared_error(outputs: jax.Array, reference: jax.Array) -> jax.Array:
 
 def adapted(
     name: str,
-    start: Callable[[Any], Any],
+    start: Callable[..., chex.ArrayTree],
     constraints: Any,
-    base: Callable[[Any], optax.GradientTransformation],
+    base: inner_optimizers.Optimizer,
     proximal: Proximal,
 ) -> optax.GradientTransformationExtraArgs:
-    """``base(hyperparams)`` with hyperparams that descend the meta-objective.
+    """The optimizer ``base`` with hyperparameters that descend the meta-objective.
 
     Args:
-        name: Of the factory, for errors.
-        start: ``start(params)``, the first hyperparams.
-        constraints: Of the hyperparams; descended are the unconstrained numbers.
-        base: The optimizer with these hyperparams.
+        name: Name of the factory, for errors.
+        start: ``start(params)``, the initial hyperparameters.
+        constraints: Domains of the hyperparameters; the unconstrained numbers are descended.
+        base: ``base(hyperparams, t)``, the optimizer with these hyperparameters.
         proximal: The meta-objective and its optimizer.
     """
     _check(proximal)
-    # Only after 2^31 skips in a row would it apply what is not finite. It is given the leaves in a
-    # list, so that ``optax.tree.get`` finds a name in the hyperparams alone.
+    # A non-finite meta-gradient would be applied only after 2^31 skips in a row. The leaves are
+    # passed as a list, so that ``optax.tree.get`` finds a name in the hyperparameters alone.
     meta: Any = optax.apply_if_finite(proximal.meta_optimizer, max_consecutive_errors=2**31 - 1)
 
-    def optimizer(hyperparams, t):
-        return base(hyperparams)
-
-    def admit(params):
-        if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
-            raise ValueError(
-                f"params have masked leaves, but `loss` and `predict` need them all: mask the base "
-                f"of apo.learning_rate, or use apo.frozen() in apo.preconditioner, not apo.{name}."
-            )
-        return arguments.floating("params", params, "Train the floating leaves alone.")
-
     def init(params):
-        params = admit(params)
+        params = _admitted(name, params)
         hyperparams = start(params)
         return ApoState(
             count=jnp.zeros((), jnp.int32),
             hyperparams=hyperparams,
-            base_state=inner_optimizers.init(optimizer, hyperparams, params),
+            base_state=inner_optimizers.init(base, hyperparams, params),
             meta_state=meta.init(jax.tree.leaves(unconstrain(constraints, hyperparams))),
         )
 
-    def update(
-        updates,
-        state,
-        params=None,
-        *,
-        loss=None,
-        predict=None,
-        batch=None,
-        other_batch=None,
-        **extra_args,
-    ):
-        given = {"loss": loss, "predict": predict, "batch": batch, "other_batch": other_batch}
-        _check_given(name, proximal, {"params": params, **given})
-        params = admit(params)
+    def update(updates, state, params=None, **extra_args):
+        given = _Given(*(extra_args.pop(key, None) for key in _Given._fields))
+        _check_given(name, proximal, {"params": params, **given._asdict()})
+        params = _admitted(name, params)
 
         def step(hyperparams):
             return inner_optimizers.update(
-                optimizer, hyperparams, state.count, updates, state.base_state, params, **extra_args
+                base, hyperparams, state.count, updates, state.base_state, params, **extra_args
             )
 
         def adapt(hyperparams, meta_state):
             free, structure = jax.tree.flatten(unconstrain(constraints, hyperparams))
+            objective = _meta_objective(proximal, updates, params, given)
 
             def value(free):
                 return constrain(constraints, structure.unflatten(free))
 
             def look_ahead(free):
-                return optax.apply_updates(params, step(value(free))[0])
+                return objective(optax.apply_updates(params, step(value(free))[0]))
 
-            objective = _meta_objective(proximal, updates, params, given)
-            gradient = _gradient(proximal.axis_name, lambda x: objective(look_ahead(x)), free)
+            gradient = _gradient(proximal.axis_name, look_ahead, free)
             moved, meta_state = meta.update(gradient, meta_state, free)
             return value(optax.apply_updates(free, moved)), meta_state
 
@@ -163,31 +143,27 @@ def adapted(
 
 
 def _meta_objective(
-    proximal: Proximal, gradient: Any, params: Any, given: dict[str, Any]
-) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-    """Q as a function of the weights after the look-ahead step, and its part that may overflow."""
-    loss, predict = given["loss"], given["predict"]
-    reference = None if known_zero(proximal.lambda_fsd) else predict(params, given["other_batch"])
-
-    def wide(x):
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    proximal: Proximal, gradient: optax.Updates, params: optax.Params, given: _Given
+) -> Callable[[optax.Params], tuple[jax.Array, jax.Array]]:
+    """Q(weights after the look-ahead step), and Q without its weight-space term."""
+    discrepancy = None if known_zero(proximal.lambda_fsd) else proximal.discrepancy
+    reference = None if discrepancy is None else given.predict(params, given.other_batch)
 
     def objective(there):
-        moved = jax.tree.map(lambda x, y: wide(x) - wide(y), there, params)
+        moved = jax.tree.map(lambda x, y: _widened(x) - _widened(y), there, params)
         if proximal.linearised:
             value = optax.tree.vdot(gradient, moved)
         else:
-            value = loss(there, given["batch"])
+            value = given.loss(there, given.batch)
             arguments.check_loss("loss", value)
-        if reference is not None:
-            outputs = predict(there, given["other_batch"])
-            away = proximal.discrepancy(outputs, reference)
+        if discrepancy is not None:
+            away = discrepancy(given.predict(there, given.other_batch), reference)
             if not jnp.issubdtype(arguments.dtype_of(away), jnp.floating):
                 raise TypeError(
-                    f"`discrepancy` must return a real array; got {arguments.describe(away)}. It "
-                    "is given what `predict` returns."
+                    f"`discrepancy` must return a real array; got {arguments.describe(away)}. Its "
+                    "arguments are the outputs of `predict`."
                 )
-            value += proximal.lambda_fsd * jnp.mean(wide(jnp.asarray(away)))
+            value += proximal.lambda_fsd * jnp.mean(_widened(jnp.asarray(away)))
         if known_zero(proximal.lambda_wsd):
             return value, value
         return value + 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True), value
@@ -195,10 +171,16 @@ def _meta_objective(
     return objective
 
 
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(wide(x.dtype))
+
+
 def _gradient(
-    axis_name: Any, objective: Callable[[Any], tuple[jax.Array, jax.Array]], free: Any
-) -> Any:
-    """Of the objective, not finite where that is not; the mean over devices, if there are any."""
+    axis_name: str | tuple[str, ...] | None,
+    objective: Callable[[list[jax.Array]], tuple[jax.Array, jax.Array]],
+    free: list[jax.Array],
+) -> list[jax.Array]:
+    """Gradient of the objective, averaged over devices; NaN where the value is not finite."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     free = mesh_axes.over(frozenset(axes), free)
     gradient, value = jax.grad(objective, has_aux=True)(free)
@@ -211,17 +193,27 @@ def _gradient(
     return jax.lax.pmean(gradient, axes) if axes else gradient
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def known_zero(number: Any) -> bool:
-    """Whether a number is 0, as far as is known while tracing."""
+def known_zero(number: chex.Numeric) -> bool:
+    """Whether a number is known to be 0; a traced number is not known."""
     return not isinstance(number, jax.core.Tracer) and float(number) == 0
 
 
+def _is_masked(x: object) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _admitted(name: str, params: object) -> optax.Params:
+    """The weights, with strongly typed leaves. Raises if a leaf is masked or not floating."""
+    if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+        raise ValueError(
+            f"params have masked leaves, but `loss` and `predict` need them all: mask the base of "
+            f"apo.learning_rate, or use apo.frozen() in apo.preconditioner, not apo.{name}."
+        )
+    return arguments.floating("params", params, "Train the floating leaves alone.")
+
+
 def _check(proximal: Proximal) -> None:
-    """Raises if a setting cannot be."""
+    """Raises if a setting is not valid."""
     arguments.number("lambda_fsd", proximal.lambda_fsd)
     arguments.number("lambda_wsd", proximal.lambda_wsd)
     if not known_zero(proximal.lambda_fsd) and not callable(proximal.discrepancy):
@@ -242,13 +234,13 @@ _GIVEN = {
     "params": "the weights",
     "loss": "loss(params, batch), the scalar that `updates` is the gradient of",
     "predict": "predict(params, other_batch), the outputs that the discrepancy compares",
-    "batch": "that of the gradient",
-    "other_batch": "another one",
+    "batch": "the batch of the gradient",
+    "other_batch": "another batch",
 }
 
 
-def _check_given(name: str, proximal: Proximal, given: dict[str, Any]) -> None:
-    """Raises if an argument of ``update`` is missing, or a function is none."""
+def _check_given(name: str, proximal: Proximal, given: dict[str, object]) -> None:
+    """Raises if an argument of ``update`` is missing, or ``loss`` or ``predict`` not callable."""
     needed = ["params"]
     if not proximal.linearised:
         needed += ["loss", "batch"]
@@ -257,11 +249,8 @@ def _check_given(name: str, proximal: Proximal, given: dict[str, Any]) -> None:
     missing = [key for key in needed if given[key] is None]
     if missing:
         call = ", ".join(["updates", "state", "params", *(f"{key}=..." for key in needed[1:])])
-        raise ValueError(
-            f"`apo.{name}` is missing "
-            + "; ".join(f"`{key}` ({_GIVEN[key]})" for key in missing)
-            + f". Call update({call})."
-        )
+        told = "; ".join(f"`{key}` ({_GIVEN[key]})" for key in missing)
+        raise ValueError(f"`apo.{name}` is missing {told}. Call update({call}).")
     for key in ("loss", "predict"):
         if key in needed and not callable(given[key]):
             raise TypeError(

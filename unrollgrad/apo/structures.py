@@ -5,44 +5,48 @@ A ``Structure`` is a pair of pure functions; write another the same way.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.dtypes import wide
+
+_Leaf = jax.Array | jax.ShapeDtypeStruct
 
 
 class Structure(NamedTuple):
     """A family of positive semidefinite matrices P, linear maps of arrays like one leaf.
 
     Attributes:
-        init: ``init(leaf) -> factors``, any pytree of floating arrays: those of P = I. The leaf has
-            a shape and a dtype.
-        multiply: ``multiply(factors, x)`` is P x, of the shape of x. Positive semidefinite for all
-            factors, since they are learned without any constraint.
+        init: ``init(leaf) -> factors``, the factors of P = I as a pytree of floating arrays. It may
+            use the leaf's shape and dtype only.
+        multiply: ``multiply(factors, x)`` is P x, with the shape of x. P must be positive
+            semidefinite for all factors, because they are learned without constraints.
     """
 
-    init: Callable[[Any], Any]
-    multiply: Callable[[Any, jax.Array], jax.Array]
+    init: Callable[..., chex.ArrayTree]
+    multiply: Callable[..., jax.Array]
 
 
 def kronecker() -> Structure:
     """P = (A ⊗ B) diag(vec S)² (A ⊗ B)ᵀ, for a matrix of weights (inputs, outputs).
 
-    P X = A (S² ∘ (Aᵀ X B)) Bᵀ with A (inputs, inputs), B (outputs, outputs) and S (inputs,
-    outputs), free of constraints: positive semidefinite for all of them, without an inverse or an
-    eigendecomposition. With A and B the eigenvectors of KFAC's two factors and S the inverse roots
-    of the products of their eigenvalues it is KFAC.
+    P X = A (S² ∘ (Aᵀ X B)) Bᵀ with unconstrained A (inputs, inputs), B (outputs, outputs) and
+    S (inputs, outputs): positive semidefinite for all of them, without an inverse or an
+    eigendecomposition. It is KFAC if A and B are the eigenvectors of KFAC's two factors and S the
+    inverse roots of the products of their eigenvalues.
 
-    The last axis of a leaf is its outputs, all others together are its inputs: a convolution's
+    The outputs of a leaf are its last axis, the inputs are all other axes together: a convolution's
     kernel (height, width, channels in, channels out) acts on unfolded patches.
 
     Time: four products of a matrix of weights with A or B. Memory: A, B and S.
     """
 
     def init(leaf):
-        rows, columns = matrix_shape(leaf)
+        rows, columns = _matrix_shape(leaf)
         dtype = _dtype(leaf)
         ones = jnp.ones((rows, columns), dtype)
         return {"a": jnp.eye(rows, dtype=dtype), "b": jnp.eye(columns, dtype=dtype), "s": ones}
@@ -79,37 +83,29 @@ def dense() -> Structure:
 
 
 def diagonal() -> Structure:
-    """P = diag(s)²: a rate for each number. Memory: as the leaf."""
-
-    def init(leaf):
-        return {"s": jnp.ones(leaf.shape, _dtype(leaf))}
-
-    return Structure(init, lambda factors, x: factors["s"].astype(x.dtype) ** 2 * x)
+    """P = diag(s)²: a rate for each number. Memory: one copy of the leaf."""
+    return Structure(lambda leaf: {"s": jnp.ones(leaf.shape, _dtype(leaf))}, _scaled)
 
 
 def identity() -> Structure:
     """P = s² I: one rate for the whole leaf. Memory: one number."""
-
-    def init(leaf):
-        return {"s": jnp.ones((), _dtype(leaf))}
-
-    return Structure(init, lambda factors, x: factors["s"].astype(x.dtype) ** 2 * x)
+    return Structure(lambda leaf: {"s": jnp.ones((), _dtype(leaf))}, _scaled)
 
 
 def frozen() -> Structure:
-    """P = 0: the leaf stays as it is."""
+    """P = 0: the leaf does not change."""
     return Structure(lambda leaf: {}, lambda factors, x: jnp.zeros_like(x))
 
 
-def by_shape(largest: int = 1024) -> Callable[[str, Any], Structure]:
+def by_shape(largest: int = 1024) -> Callable[[str, _Leaf], Structure]:
     """The default rule: matrices and kernels of convolutions ``kronecker``, others ``diagonal``.
 
     A single number is ``identity``. A matrix with more than ``largest`` inputs or outputs, such as
-    an embedding, is ``diagonal``: its factor would have the square of that many numbers. Kernels
-    whose outputs are more than their last axis (attention heads) want a rule of yours.
+    an embedding, is ``diagonal``: a factor would have the square of that many numbers. Kernels with
+    several output axes (attention heads) need a rule of yours.
 
     Args:
-        largest: Inputs or outputs for which there is a factor.
+        largest: Largest number of inputs or outputs that gets a factor.
 
     Raises:
         TypeError: If ``largest`` is not a whole number.
@@ -117,21 +113,29 @@ def by_shape(largest: int = 1024) -> Callable[[str, Any], Structure]:
     """
     largest = arguments.positive_int("largest", largest)
 
-    def rule(path: str, leaf: Any) -> Structure:
+    def rule(path: str, leaf: _Leaf) -> Structure:
         if len(leaf.shape) == 0:
             return identity()
-        if len(leaf.shape) >= 2 and max(matrix_shape(leaf)) <= largest:
+        if len(leaf.shape) >= 2 and max(_matrix_shape(leaf)) <= largest:
             return kronecker()
         return diagonal()
 
     return rule
 
 
-def matrix_shape(leaf: Any) -> tuple[int, int]:
-    """Inputs and outputs of a leaf: all axes but the last, and the last."""
+FACTORIES = (kronecker, dense, diagonal, identity, frozen, by_shape)
+"""Functions that must be called before they can be passed as ``structure``."""
+
+
+def _scaled(factors: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return factors["s"].astype(x.dtype) ** 2 * x
+
+
+def _matrix_shape(leaf: _Leaf) -> tuple[int, int]:
+    """Number of inputs (all axes but the last) and outputs (the last axis) of a leaf."""
     return math.prod(leaf.shape[:-1]), math.prod(leaf.shape[-1:])
 
 
-def _dtype(leaf: Any) -> Any:
-    """At least float32: in 16 bits a factor would not move by less than its last digit."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+def _dtype(leaf: _Leaf) -> jnp.dtype:
+    """At least float32: in 16 bits, small changes of a factor would be rounded away."""
+    return wide(leaf.dtype)

@@ -1,4 +1,4 @@
-"""Bilevel optimization: an outer descent on the solution of an inner one."""
+"""Bilevel optimization: an outer descent through the solution of an inner problem."""
 
 from unrollgrad.bilevel.solve import BilevelResult, solve
 from unrollgrad.bilevel.unrolled import unrolled

@@ -1,42 +1,52 @@
-"""The outer loop over theta, with a cold or a warm start of the inner one."""
+"""The outer loop over theta, with a cold or a warm start of the inner loop."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
-from unrollgrad.bilevel.unrolled import InnerOptimizer, begun, descend
+from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta, descend
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta
 
 
 class BilevelResult(NamedTuple):
-    """What ``solve`` found, and how it got there.
+    """The result of ``solve``, and its path.
 
     Attributes:
         theta: Outer parameters after the last outer step.
-        params: Inner parameters that the last hypergradient was taken at.
+        params: Inner parameters at which the last hypergradient was taken.
         thetas: Theta at every ``every``-th outer step, before its update; leading axis
             ``num_steps / every``. The j-th belongs to ``outer_losses[(j + 1) * every - 1]``.
-        paths: Params likewise, after the inner steps with that theta.
+        paths: The params at these steps, after the inner steps with that theta.
         outer_losses: ``outer(params, theta)`` at all outer steps, ``(num_steps,)``.
     """
 
-    theta: Theta
+    theta: Any
     params: Any
-    thetas: Theta
+    thetas: Any
     paths: Any
     outer_losses: jax.Array
 
 
+class _Progress(NamedTuple):
+    """What one outer step hands to the next."""
+
+    theta: optax.Params
+    inner: tuple[ArrayTree, optax.OptState]  # params, and the state of their optimizer
+    outer_state: optax.OptState
+    v: ArrayTree | None
+    before: optax.Params  # theta before its last update
+
+
 def solve(
-    inner: Callable[[Any, Theta], Any],
+    inner: Callable[..., Numeric],
     hypergradient: Callable[..., HyperGradient],
-    params: Any,
+    params: ArrayTree,
     theta: Theta,
     *,
     inner_optimizer: InnerOptimizer,
@@ -49,39 +59,36 @@ def solve(
 ) -> BilevelResult:
     """Minimises outer(params*(theta), theta) over theta: inner descent, hypergradient, outer step.
 
-    The start decides what is found where the inner minimum is not unique (more weights than data):
+    The start matters if the inner minimum is not unique (more weights than data):
 
-    - "cold": every outer step trains from the given ``params``, so that the result depends on the
-      last theta alone, and training again with it gives the same.
-    - "warm": it goes on from where the last outer step ended, with the inner optimizer's state.
-      Cheaper; and the params remember the thetas on the way: the outer loss can fall below what
-      training afresh with the last theta reaches.
+    - "cold": every outer step trains from the given ``params``. The result depends on the last
+      theta alone, so that training again with it reproduces the result.
+    - "warm": every outer step continues from the last one, with the inner optimizer's state. This
+      is cheaper, but the params remember earlier thetas: the outer loss can fall below the value
+      that training afresh with the last theta reaches.
 
-    With a unique minimum and enough inner steps both are the same.
+    If the minimum is unique and the inner steps suffice, both give the same result.
 
-    Time: per outer step ``inner_steps`` gradients of inner and a hypergradient. Memory: what is
-    kept, one theta and params per ``every`` steps. All in one program, compiled in every
-    call.
+    Time: ``inner_steps`` gradients of inner and one hypergradient per outer step. Memory: one theta
+    and params per ``every`` steps. The loop is one program, which every call compiles.
 
     Args:
         inner: ``inner(params, theta) -> scalar``.
-        hypergradient: Of ``implicit.hypergradient(...)`` or ``bilevel.unrolled(...)``; knows outer.
-        params: Where the inner descent begins.
-        theta: Where the outer one does.
+        hypergradient: ``implicit.hypergradient(...)`` or ``bilevel.unrolled(...)``, made with
+            the outer loss.
+        params: Initial inner parameters.
+        theta: Initial outer parameters.
         inner_optimizer: An optax optimizer, or a function of theta that returns one.
-        inner_steps: Per outer step; 0 with ``unrolled`` and a cold start.
+        inner_steps: Inner steps per outer step; 0 with ``unrolled`` and a cold start.
         outer_optimizer: An optax optimizer.
-        num_steps: Outer steps.
-        start: See above.
-        keep_v: Begin each linear solve where the last one ended.
-        every: Outer steps between those whose theta and params are kept.
-
-    Returns:
-        The end, and both trajectories.
+        num_steps: Number of outer steps.
+        start: "cold" or "warm", see above.
+        keep_v: Whether each linear solve begins at the last solution.
+        every: Interval, in outer steps, at which theta and params are kept.
 
     Raises:
-        ValueError: For another start, a negative number of steps, an ``every`` that does not divide
-            ``num_steps``, or ``keep_v`` where nothing is solved.
+        ValueError: If ``start`` is unknown, a number of steps is not valid, ``every`` does not
+            divide ``num_steps``, or ``keep_v`` is set for a hypergradient without a linear solve.
 
     Example:
         >>> import jax.numpy as jnp, lineax as lx, optax, unrollgrad as ug
@@ -100,7 +107,7 @@ def solve(
     """
     if start not in ("cold", "warm"):
         raise ValueError(f'`start` must be "cold" or "warm"; got {start!r}.')
-    num_steps = arguments.positive_int("num_steps", num_steps)
+    optimizer, num_steps = by_theta(inner_optimizer), arguments.positive_int("num_steps", num_steps)
     every = arguments.positive_int("every", every)
     if not isinstance(inner_steps, int) or inner_steps < 0:
         raise ValueError(f"`inner_steps` must be a whole number, 0 or more; got {inner_steps!r}.")
@@ -110,35 +117,28 @@ def solve(
     if keep_v and jax.eval_shape(hypergradient, params, theta).v is None:
         raise ValueError("`keep_v=True` needs a hypergradient that solves; this one has v = None.")
 
-    def train(theta, params, opt_state):
-        def turn(carry, _):
-            return descend(inner, inner_optimizer, theta, *carry), None
-
-        carry, _ = jax.lax.scan(turn, (params, opt_state), length=inner_steps)
-        return carry
-
-    def outer_step(begin, carry, _):
-        theta, inner_state, outer_state, v, _ = carry
-        trained = train(theta, *(begin if start == "cold" else inner_state))
-        out = hypergradient(trained[0], theta, v)
-        updates, outer_state = outer_optimizer.update(out.grad, outer_state, theta)
-        after = optax.apply_updates(theta, updates)
-        carry = after, trained, outer_state, out.v if keep_v else None, theta
-        return carry, out.outer_loss
-
-    def stretch(begin, carry, _):
-        carry, losses = jax.lax.scan(functools.partial(outer_step, begin), carry, length=every)
-        return carry, (carry[4], carry[1][0], losses)
-
     @jax.jit
     def run(params, theta):
-        begin = params, begun(inner_optimizer, theta).init(params)
-        v = jax.tree.map(jnp.zeros_like, trees.widen(params)) if keep_v else None
-        carry = theta, begin, outer_optimizer.init(theta), v, theta
-        carry, kept = jax.lax.scan(
-            functools.partial(stretch, begin), carry, length=num_steps // every
-        )
-        return carry, kept
+        begin = params, optimizer(theta, 0).init(params)
 
-    (theta, (params, _), *_), (thetas, paths, losses) = run(params, theta)
-    return BilevelResult(theta, params, thetas, paths, losses.ravel())
+        def outer_step(at, _):
+            def inner_step(state, _):
+                return descend(inner, optimizer, at.theta, *state), None
+
+            state = begin if start == "cold" else at.inner
+            trained, _ = jax.lax.scan(inner_step, state, length=inner_steps)
+            out = hypergradient(trained[0], at.theta, at.v)
+            updates, outer_state = outer_optimizer.update(out.grad, at.outer_state, at.theta)
+            theta, v = optax.apply_updates(at.theta, updates), out.v if keep_v else None
+            return _Progress(theta, trained, outer_state, v, at.theta), out.outer_loss
+
+        def stretch(at, _):
+            at, losses = jax.lax.scan(outer_step, at, length=every)
+            return at, (at.before, at.inner[0], losses)
+
+        v = jax.tree.map(jnp.zeros_like, trees.widen(params)) if keep_v else None
+        at = _Progress(theta, begin, outer_optimizer.init(theta), v, theta)
+        return jax.lax.scan(stretch, at, length=num_steps // every)
+
+    at, (thetas, paths, losses) = run(params, theta)
+    return BilevelResult(at.theta, at.inner[0], thetas, paths, losses.ravel())

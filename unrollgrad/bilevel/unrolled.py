@@ -1,11 +1,11 @@
 """The gradient of the outer loss through the last steps of the inner descent."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad._core.unroll import Remat
@@ -14,24 +14,25 @@ from unrollgrad.estimators import bptt
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta, UnrolledProblem
 
-InnerOptimizer = optax.GradientTransformation | Callable[[Theta], optax.GradientTransformation]
+InnerOptimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+"""An optax optimizer, or a function of theta that returns one."""
 
 
 def unrolled(
-    outer: Callable[[Any, Theta], Any],
-    inner: Callable[[Any, Theta], Any],
+    outer: Callable[..., Numeric],
+    inner: Callable[..., Numeric],
     *,
     optimizer: InnerOptimizer,
     num_steps: int,
     remat: Remat = None,
 ) -> Callable[..., HyperGradient]:
-    """Backpropagation through ``num_steps`` inner steps, where ``hypergradient`` is asked for.
+    """Backpropagation through ``num_steps`` inner steps, in place of ``implicit.hypergradient``.
 
-    Estimates d/dtheta of outer(w_K(theta), theta), where w_K is what K = num_steps steps make of
-    the params, which count as constant: the whole path if those are where it begins, its last K
-    steps if they were trained before. At a minimum of inner, with gradient descent of rate alpha,
-    it is ``hypergradient(solver=neumann(K, alpha))``. Unlike that, theta may be in the optimizer,
-    such as its learning rate.
+    Estimates d/dtheta of outer(w_K(theta), theta), where w_K is the result of K = num_steps inner
+    steps from the given params, which count as constant. That is the whole path if they are its
+    initial params, and its last K steps if they were trained before. At a minimum of inner, with
+    gradient descent of rate alpha, it equals ``hypergradient(solver=neumann(K, alpha))``; but here
+    theta may also be in the optimizer, such as its learning rate.
 
     Time: K inner steps forwards and back. Memory: what they compute; less with ``remat``.
 
@@ -43,8 +44,7 @@ def unrolled(
         remat: As in ``bptt``.
 
     Returns:
-        ``f(params, theta, v0=None)`` as ``implicit.hypergradient`` returns it; ``v`` and ``info``
-        are None.
+        ``f(params, theta, v0=None) -> HyperGradient``, with None for ``v`` and ``info``.
 
     Raises:
         ValueError: If ``num_steps`` is not positive.
@@ -57,16 +57,16 @@ def unrolled(
         >>> print(f"{f(1.0, 0.5).grad:.4f}")  # d/drate (1 - rate)^4 / 2
         -0.2500
     """
-    num_steps = arguments.positive_int("num_steps", num_steps)
+    chosen, num_steps = by_theta(optimizer), arguments.positive_int("num_steps", num_steps)
 
-    def f(params: Any, theta: Theta, v0: Any = None) -> HyperGradient:
+    def f(params: ArrayTree, theta: Theta, v0: None = None) -> HyperGradient:
         params = trees.check_floating("params", params)
 
         def init(key, theta):
-            return params, begun(optimizer, theta).init(params)
+            return params, chosen(theta, 0).init(params)
 
         def step(key, theta, state, t):
-            return descend(inner, optimizer, theta, *state), jnp.zeros(())
+            return descend(inner, chosen, theta, *state), jnp.zeros(())
 
         def evaluate(key, theta, state):
             return outer(state[0], theta)
@@ -80,20 +80,18 @@ def unrolled(
 
 
 def descend(
-    inner: Callable[[Any, Theta], Any],
-    optimizer: InnerOptimizer,
+    inner: Callable[..., Numeric],
+    optimizer: inner_optimizers.Optimizer,
     theta: Theta,
-    params: Any,
-    opt_state: Any,
-) -> tuple[Any, Any]:
-    """One inner step: params and the optimizer's state, with this theta's hyperparameters."""
+    params: optax.Params,
+    opt_state: optax.OptState,
+) -> tuple[optax.Params, optax.OptState]:
+    """One inner step, with this theta's hyperparameters: the next params and optimizer state."""
     grad = jax.grad(inner)(params, theta)
-    updates, opt_state = inner_optimizers.update(
-        lambda theta, t: begun(optimizer, theta), theta, 0, grad, opt_state, params
-    )
+    updates, opt_state = inner_optimizers.update(optimizer, theta, 0, grad, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
 
-def begun(optimizer: InnerOptimizer, theta: Theta) -> optax.GradientTransformation:
-    """The optimizer for this theta."""
-    return optimizer(theta) if callable(optimizer) else optimizer
+def by_theta(optimizer: InnerOptimizer) -> inner_optimizers.Optimizer:
+    """The optimizer as a function of theta and of the step, which it ignores."""
+    return lambda theta, t: optimizer(theta) if callable(optimizer) else optimizer

@@ -1,48 +1,62 @@
 """Antithetic pairs: theta + eps and theta - eps through the same window of the same episode."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, rounding
 from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
+from unrollgrad.estimators._window import estimate_of
 from unrollgrad.noise import Noise, gaussian, sample
-from unrollgrad.types import Estimate, Info, Key, Segment, State, Theta
+from unrollgrad.types import Estimate, Key, Segment, Sigma, State, Theta
 
 
 class Pairs(NamedTuple):
-    """How theta is perturbed.
+    """How theta is perturbed, and the windows of pairs that do not persist.
 
     Attributes:
         law: The perturbation law.
-        sigma: The standard deviation, a pytree prefix of theta.
-        num_pairs: Antithetic pairs.
+        sigma: The standard deviation of the perturbations.
+        num_pairs: The number of antithetic pairs.
     """
 
     law: Noise
-    sigma: Any
+    sigma: Sigma
     num_pairs: int
 
     def check(self, theta: Theta) -> None:
         """Raises ValueError if sigma does not fit theta, or would not move it."""
         rounding.check(self.sigma, theta)
 
+    def whole_episode(self, segment: Segment, theta: Theta, _: None) -> tuple[Estimate, None]:
+        """Runs the window of ``full_es``: every pair through the whole episode."""
+        thetas = draw(self, theta, unroll.noise_key(segment.episode, 0))
+        window = run(segment, thetas, None)
+        unit = realised(thetas, self.sigma, window.losses)
+        return estimate(window, self.sigma, theta, unit, unit), None
 
-def pairs(sigma: Any, num_pairs: int, noise: Noise | None = None) -> Pairs:
-    """The arguments of every evolution-strategies factory, checked.
+    def from_mean(self, segment: Segment, theta: Theta, state: State) -> tuple[Estimate, State]:
+        """Runs the window of ``truncated_es``: every pair starts from the state under theta."""
+        period = segment.episode.t // segment.num_steps
+        thetas = draw(self, theta, unroll.noise_key(segment.episode, period))
+        window, thetas, state = run_from_mean(segment, thetas, theta, state)
+        unit = difference(thetas, self.sigma)
+        return estimate(window, self.sigma, theta, unit, unit, mean_pass=True), state
+
+
+def pairs(sigma: Sigma, num_pairs: int, noise: Noise | None = None) -> Pairs:
+    """Checks the arguments that every evolution-strategies factory has.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has a wrong type.
         ValueError: If sigma or num_pairs is not positive.
     """
     arguments.check_sigma(sigma)
-    arguments.positive_int(
-        "num_pairs",
-        num_pairs,
-        " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas.",
-    )
+    note = " It counts antithetic pairs, both signs: 8 pairs are 16 perturbed thetas."
+    arguments.positive_int("num_pairs", num_pairs, note)
     if noise is None:
         return Pairs(gaussian(), sigma, num_pairs)
     if isinstance(noise, tuple) and len(noise) == 2 and all(map(callable, noise)):
@@ -54,7 +68,7 @@ def pairs(sigma: Any, num_pairs: int, noise: Noise | None = None) -> Pairs:
 
 
 def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
-    """The pairs' perturbed thetas, in theta's dtypes, leading axes ``(num_pairs, 2)``."""
+    """Draws the pairs' perturbed thetas, in theta's dtypes, leading axes ``(num_pairs, 2)``."""
     unit = sample(pairs.law, key, theta, pairs.num_pairs)
 
     def perturb(x, s, u):
@@ -66,24 +80,21 @@ def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
     return jax.tree.map(perturb, theta, arguments.broadcast_sigma(pairs.sigma, theta), unit)
 
 
-def realised(thetas: Theta, sigma: Any, window: Any) -> Theta:
-    """The pairs' unit-variance perturbations as they came out, leading axis ``num_pairs``.
+def realised(thetas: Theta, sigma: Sigma, losses: jax.Array) -> Theta:
+    """Computes ``difference(thetas, sigma)`` only after ``losses``.
 
-    ((theta + eps) - (theta - eps)) / (2 sigma), in at least float32: in bfloat16 much of a small
-    eps is lost to rounding, and weighing with what is left keeps the estimate true.
-
-    Args:
-        thetas: What ``draw`` returned.
-        sigma: A pytree prefix of theta.
-        window: What was run with them. The perturbations are computed from the thetas after it, so
-            that no copy of them is held while it runs.
+    While the pairs' windows run, no copy of their perturbations is held in memory.
     """
-    thetas, _ = jax.lax.optimization_barrier((thetas, window))
+    thetas, _ = jax.lax.optimization_barrier((thetas, losses))
     return difference(thetas, sigma)
 
 
-def difference(thetas: Theta, sigma: Any) -> Theta:
-    """(theta_plus - theta_minus) / (2 sigma), leading axis ``num_pairs``."""
+def difference(thetas: Theta, sigma: Sigma) -> Theta:
+    """(theta_plus - theta_minus) / (2 sigma): unit-variance noise, leading axis ``num_pairs``.
+
+    The thetas are those after rounding to theta's dtype, and the result is in at least float32. In
+    bfloat16 rounding loses much of a small eps; weighing with the rest keeps the estimate unbiased.
+    """
 
     def leaf(s, both):
         both = both.astype(wide(both.dtype))
@@ -92,15 +103,10 @@ def difference(thetas: Theta, sigma: Any) -> Theta:
     return jax.tree.map(leaf, arguments.broadcast_sigma(sigma, thetas), thetas)
 
 
-def _round(x: jax.Array, dtype: Any) -> jax.Array:
-    """Rounds to the precision of ``dtype``; XLA may drop a cast there and back, never this."""
+def _round(x: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
+    """Rounds to the precision of ``dtype``; XLA may drop a cast there and back, but not this."""
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-
-
-def spread(state: State, num_pairs: int) -> State:
-    """The same state for both signs of every pair: leading axes ``(num_pairs, 2)``."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *x.shape)), state)
 
 
 def run(
@@ -117,11 +123,11 @@ def run(
 def run_from_mean(
     segment: Segment, thetas: Theta, theta: Theta, state: State
 ) -> tuple[unroll.Window, Theta, State]:
-    """Runs one window of every pair, and of theta itself, all from one state and side by side.
+    """Runs one window of every pair, and of theta itself, side by side from one state.
 
     Returns:
-        The pairs' windows without their states and the pairs' thetas, leading axes
-        ``(num_pairs, 2)``; and the state that theta ends in.
+        The pairs' windows (without states) and thetas, leading axes ``(num_pairs, 2)``; the state
+        at the end of the window under theta itself.
     """
     num_pairs = jax.tree.leaves(thetas)[0].shape[0]
 
@@ -136,23 +142,20 @@ def run_from_mean(
 
     everyone = jax.tree.map(join, thetas, theta)
     windows = jax.vmap(one)(everyone)
-    # The pairs' thetas are cut out after the run: no second copy of them is held while it lasts.
+    # The pairs' thetas are cut out after the run: no second copy of them is held during the run.
     everyone, _ = jax.lax.optimization_barrier((everyone, windows.losses))
     mean = jax.tree.map(lambda x: x[-1], windows.state)
-    return (
-        jax.tree.map(of_pairs, windows._replace(state=None)),
-        jax.tree.map(of_pairs, everyone),
-        mean,
-    )
+    window, thetas = jax.tree.map(of_pairs, (windows._replace(state=()), everyone))
+    return window, thetas, mean
 
 
 def estimate(
     window: unroll.Window,
-    sigma: Any,
+    sigma: Sigma,
     theta: Theta,
     weight: Theta,
     before: Theta,
-    inner_steps: int,
+    mean_pass: bool = False,
 ) -> Estimate:
     """Weighs the pairs' loss differences with their noise.
 
@@ -163,16 +166,12 @@ def estimate(
 
     Args:
         window: The pairs' window.
-        sigma: A pytree prefix of theta.
-        theta: For structure and dtypes.
+        sigma: The standard deviation of the perturbations.
+        theta: Outer parameters; only their structure and dtypes are used.
         weight: Unit-variance noise accumulated up to this window, leading axis ``num_pairs``.
-        before: The same up to the window before; it weighs the evaluation at the start.
-        inner_steps: What the call spent.
+        before: Noise accumulated up to the previous window; it weighs the evaluation at the start.
+        mean_pass: Whether the window was also run once with theta itself.
     """
-
-    def half_difference(x):
-        return (x[:, 0] - x[:, 1]) / 2
-
     ends = jnp.mean(half_difference(window.losses), axis=1)
     if window.end is not None:
         ends = ends + half_difference(window.end)
@@ -185,13 +184,17 @@ def estimate(
 
     grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), weight, before)
     loss = jnp.mean(jax.vmap(jax.vmap(unroll.Window.loss))(window))
-    return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
+    inner_steps = window.losses.size + (window.losses.shape[-1] if mean_pass else 0)
+    return estimate_of(grad, loss, inner_steps)
+
+
+def half_difference(x: jax.Array) -> jax.Array:
+    """Halves the difference between the signs of every pair: axes ``(num_pairs, 2, ...)``."""
+    return (x[:, 0] - x[:, 1]) / 2
 
 
 def weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:
-    """The mean over pairs of difference times noise."""
+    """Averages difference times noise over the pairs."""
     # Full precision: TF32 or bfloat16 products would cost digits where the differences are small.
-    total = jnp.tensordot(
-        differences.astype(noise.dtype), noise, axes=1, precision=jax.lax.Precision.HIGHEST
-    )
-    return total / differences.shape[0]
+    differences, precision = differences.astype(noise.dtype), jax.lax.Precision.HIGHEST
+    return jnp.tensordot(differences, noise, axes=1, precision=precision) / len(differences)

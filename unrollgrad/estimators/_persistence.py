@@ -1,25 +1,26 @@
-"""What makes an estimator persist: noise held for a period, and the sum of all noise so far."""
+"""Persistent evolution strategies: noise held for a period, and the sum of all noise so far."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unrollgrad._checks import arguments
+from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators import _pairs
-from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
+from unrollgrad.estimators._window import made_by, windowed
+from unrollgrad.types import Episode, GradientEstimator, Key, Segment, State, Theta, UnrolledProblem
 
 
 class Weights(NamedTuple):
-    """What weighs the differences of a window's losses.
+    """The noise that weighs the differences of a window's losses.
 
     Attributes:
-        now: All noise up to this window, this one's included.
-        before: All noise up to the window before; zero in the first. It weighs the evaluation at
+        now: The sum of all noise up to and including this window.
+        before: The sum up to the previous window, zero in the first; it weighs the evaluation at
             the window's start.
-        accumulated: The noise of the finished periods, to be carried on; None where a period is a
+        accumulated: The sum over finished periods, which the worker carries; None if a period is a
             whole episode.
         unit: This window's own noise.
     """
@@ -31,10 +32,10 @@ class Weights(NamedTuple):
 
 
 def check_period(noise_period: int | None, truncation: int) -> int | None:
-    """The noise period, a multiple of the truncation; None is once per episode.
+    """Returns the noise period as an int, or None for one draw per episode.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not a multiple of the truncation.
     """
     if noise_period is None:
         return None
@@ -50,24 +51,24 @@ def check_period(noise_period: int | None, truncation: int) -> int | None:
 
 
 def noise_key(episode: Episode, noise_period: int | None) -> Key:
-    """The key of the noise period in which the episode stands."""
+    """Returns the key of the episode's current noise period."""
     return unroll.noise_key(episode, 0 if noise_period is None else episode.t // noise_period)
 
 
 def accumulate(
     t: jax.Array, truncation: int, noise_period: int | None, accumulated: Theta | None, unit: Theta
 ) -> Weights:
-    """Adds a window's noise.
+    """Adds a window's noise to the sum.
 
     Args:
         t: The window's first step.
-        truncation: Its steps.
-        noise_period: Steps between draws; None: one draw per episode.
+        truncation: The window's number of steps.
+        noise_period: Inner steps between draws; None: one draw per episode.
         accumulated: The noise of the finished periods; ignored where t is 0.
         unit: The noise of this window's period.
     """
     if noise_period is None:
-        # In the first window the evaluation at the start is 0, whatever weighs it.
+        # In the first window the evaluation at the start is 0, so its weight does not matter.
         return Weights(unit, unit, None, unit)
     starts, ends = t % noise_period == 0, (t + truncation) % noise_period == 0
     finished = jax.tree.map(lambda a: jnp.where(t == 0, 0, a), accumulated)
@@ -78,13 +79,13 @@ def accumulate(
 
 
 class Persistent(NamedTuple):
-    """What a worker carries whose pairs keep their own inner states.
+    """The carried state of a worker whose pairs keep their own inner states.
 
     Attributes:
         states: Inner states, leading axes ``(num_pairs, 2)``: theta + eps, theta - eps.
-        accumulated: The unit-variance noise of the finished periods, summed; leading axis
-            ``num_pairs``. None where a period is a whole episode.
-        evaluated: (T/K) ``evaluate`` at the end of the last window, ``(num_pairs, 2)``; None
+        accumulated: The sum of the finished periods' unit-variance noise, leading axis
+            ``num_pairs``; None if a period is a whole episode.
+        evaluated: (T/K) ``evaluate`` at the end of the last window, shape ``(num_pairs, 2)``; None
             without ``evaluate``.
     """
 
@@ -94,13 +95,12 @@ class Persistent(NamedTuple):
 
 
 class Persistence(NamedTuple):
-    """How pairs persist: who they are, and how long they hold their noise.
+    """How pairs persist through an episode.
 
     Attributes:
         problem: The inner loop.
         pairs: How theta is perturbed.
-        noise_period: Inner steps between draws, a multiple of the truncation; None: one draw per
-            episode.
+        noise_period: Inner steps between draws; None: one draw per episode.
     """
 
     problem: UnrolledProblem
@@ -108,24 +108,23 @@ class Persistence(NamedTuple):
     noise_period: int | None
 
     def begin(self, episode: Episode, theta: Theta) -> Persistent:
-        """Pairs at the start of an episode, with an empty accumulator."""
-        num_pairs = self.pairs.num_pairs
+        """Returns pairs at the start of an episode, with an empty accumulator."""
+        num_pairs, accumulated, evaluated = self.pairs.num_pairs, None, None
         state = unroll.initial_state(self.problem, episode, theta)
-
-        def zeros(x):
-            return jnp.zeros((num_pairs, *x.shape), wide(x.dtype))
-
-        accumulated = None if self.noise_period is None else jax.tree.map(zeros, theta)
-        evaluated = None
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *x.shape)), state)
+        if self.noise_period is not None:
+            accumulated = jax.tree.map(
+                lambda x: jnp.zeros((num_pairs, *x.shape), wide(x.dtype)), theta
+            )
         if self.problem.evaluate is not None:
             loss = unroll.evaluate_shape(self.problem, episode, theta, state)
             evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
-        return Persistent(_pairs.spread(state, num_pairs), accumulated, evaluated)
+        return Persistent(states, accumulated, evaluated)
 
     def run(
         self, segment: Segment, theta: Theta, carried: Persistent
     ) -> tuple[unroll.Window, Weights, Persistent]:
-        """Runs one window of every pair: the window, its weights, and what is carried on."""
+        """Runs one window of every pair; returns it, its weights, and the new carried state."""
         t, sigma = segment.episode.t, self.pairs.sigma
         key = noise_key(segment.episode, self.noise_period)
         thetas = _pairs.draw(self.pairs, theta, key)
@@ -133,3 +132,21 @@ class Persistence(NamedTuple):
         unit = _pairs.realised(thetas, sigma, window.losses)
         noise = accumulate(t, segment.num_steps, self.noise_period, carried.accumulated, unit)
         return window, noise, Persistent(window.state, noise.accumulated, window.end)
+
+
+def persistent_es(
+    problem: UnrolledProblem, truncation: int, noise_period: int | None, pairs: _pairs.Pairs
+) -> GradientEstimator:
+    """Makes ``gpes``, and with it ``pes`` and ``es_single``."""
+    truncation = inner_loop.check_truncation(problem, truncation)
+    persistence = Persistence(problem, pairs, check_period(noise_period, truncation))
+
+    def window(segment, theta, carried):
+        result, noise, carried = persistence.run(segment, theta, carried)
+        return _pairs.estimate(result, pairs.sigma, theta, noise.now, noise.before), carried
+
+    # `gpes` with the settings of `pes` or `es_single` has its name: they take each other's states.
+    name = {truncation: "pes", None: "es_single"}.get(persistence.noise_period, "gpes")
+    own = {"noise_period": persistence.noise_period} if name == "gpes" else {}
+    fingerprint = made_by(name, problem, truncation=truncation, **own, num_pairs=pairs.num_pairs)
+    return windowed(problem, fingerprint, truncation, persistence.begin, window, pairs.check)

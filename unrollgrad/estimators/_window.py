@@ -1,14 +1,16 @@
-"""What makes an estimator of two functions: admission, continuation, state and ``jit``, once.
+"""Makes an estimator from two functions; checks, episodes, state and ``jit`` are in one place.
 
-An estimator is ``begin(episode, theta) -> carried`` and
-``window(segment, theta, carried) -> (Estimate, carried)``: what one worker carries between calls as
-an episode begins, and one stretch of the episode. ``windowed`` does the rest.
+``begin(episode, theta) -> carried`` makes the estimator's own state at the start of an episode;
+``window(segment, theta, carried) -> (Estimate, carried)`` runs one stretch of the episode.
+``windowed`` does the rest.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
+import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, influence, inner_loop
 from unrollgrad._core import mesh_axes, unroll
@@ -16,6 +18,7 @@ from unrollgrad.types import (
     Episode,
     Estimate,
     GradientEstimator,
+    Info,
     Key,
     MadeBy,
     Segment,
@@ -28,10 +31,16 @@ Begin = Callable[[Episode, Theta], Any]
 Window = Callable[[Segment, Theta, Any], tuple[Estimate, Any]]
 
 
-def made_by(estimator: str, problem: UnrolledProblem, **settings: Any) -> MadeBy:
-    """The fingerprint of an estimator's states: its name, its settings and the horizon."""
+def made_by(estimator: str, problem: UnrolledProblem, **settings: object) -> MadeBy:
+    """Returns the fingerprint of an estimator's states: its name, its settings and the horizon."""
+    inner_loop.check_problem(problem)
     horizon = "sampled" if callable(problem.horizon) else int(problem.horizon)
     return MadeBy(estimator, (*settings.items(), ("horizon", horizon)))
+
+
+def estimate_of(grad: chex.ArrayTree, loss: jax.Array, inner_steps: int) -> Estimate:
+    """Makes an estimate that cost ``inner_steps`` forward inner steps."""
+    return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
 
 
 def windowed(
@@ -42,14 +51,14 @@ def windowed(
     window: Window,
     check: Callable[[Theta], None] = lambda theta: None,
 ) -> GradientEstimator:
-    """An estimator that runs one window of ``truncation`` steps in each call.
+    """Makes an estimator that runs one window of ``truncation`` steps in each call.
 
     Args:
         problem: The inner loop.
-        fingerprint: What a state of this estimator says about its maker.
+        fingerprint: The estimator and settings that its states name as their maker.
         truncation: Inner steps per call; None: every call is a whole episode.
-        begin: ``begin(episode, theta)``, what a worker carries at the start of an episode.
-        window: ``window(segment, theta, carried)``, the estimate of one stretch.
+        begin: ``begin(episode, theta)`` makes the carried state at the start of an episode.
+        window: ``window(segment, theta, carried)`` estimates from one stretch.
         check: ``check(theta)`` raises if the settings do not fit theta's values.
     """
     axis = "horizon" if truncation is None else "truncation"
@@ -63,12 +72,12 @@ def windowed(
         names = mesh_axes.axes((key, theta))
         return Worker(episode, mesh_axes.over(names, carried), fingerprint)
 
-    def estimate(key: Key, theta: Theta, state: Worker, *, data: Any = None):
+    def estimate(key: Key, theta: Theta, state: Worker, *, data: chex.ArrayTree | None = None):
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         arguments.check_data(data, num_steps, axis)
         influence.check_theta(theta, *inner_loop.check_step(problem, key, theta, data))
         arguments.check_worker_state(state, jax.eval_shape(init, key, theta))
-        # Inside `shard_map` the key and theta vary over all axes over which anything here does.
+        # Inside `shard_map` the key and theta vary over every axis over which an argument varies.
         names = mesh_axes.axes((key, theta, state, data))
         key, theta = mesh_axes.over(names, (key, theta))
         if truncation is None:
@@ -79,16 +88,16 @@ def windowed(
         out, carried = window(segment, theta, state.carried)
         return out, Worker(unroll.advance(episode, num_steps), carried, fingerprint)
 
-    # Called outside any `jit` the scan over inner steps would otherwise compile anew every time.
+    # Without `jit`, each call outside of one would compile the scan over inner steps again.
     return GradientEstimator(init, jax.jit(estimate), truncation)
 
 
 def nothing(episode: Episode, theta: Theta) -> None:
-    """What a worker carries whose every call is a whole episode."""
+    """The ``begin`` of an estimator that carries nothing: every call is a whole episode."""
 
 
 def inner_state(problem: UnrolledProblem) -> Begin:
-    """A worker that carries one inner state, advanced with theta itself."""
+    """Makes the ``begin`` of an estimator that carries one inner state, under theta itself."""
 
     def begin(episode, theta):
         return unroll.initial_state(problem, episode, theta)

@@ -9,16 +9,8 @@ import jax.numpy as jnp
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
 from unrollgrad._core.unroll import Remat
-from unrollgrad.estimators._window import inner_state, made_by, nothing, windowed
-from unrollgrad.types import (
-    Estimate,
-    GradientEstimator,
-    Info,
-    Segment,
-    State,
-    Theta,
-    UnrolledProblem,
-)
+from unrollgrad.estimators._window import estimate_of, inner_state, made_by, nothing, windowed
+from unrollgrad.types import Estimate, GradientEstimator, Segment, State, Theta, UnrolledProblem
 
 
 def bptt(
@@ -26,33 +18,30 @@ def bptt(
 ) -> GradientEstimator:
     """Backpropagation through a whole episode: the exact gradient of its loss.
 
-    ``grad`` = d/dtheta [(1/T) sum_t loss_t + evaluate(final state)], through ``init`` too. Unbiased
-    for the gradient of J where ``step`` is differentiable; its only variance is that of the
-    episodes (data, initial states), which grows exponentially with T in chaotic problems.
+    ``grad`` = d/dtheta [(1/T) sum_t loss_t + evaluate(final state)], through ``init`` too. It is
+    unbiased for the gradient of J if ``step`` is differentiable. Its only variance comes from the
+    episodes (data, initial states); in chaotic problems it grows exponentially with T.
 
     With ``last=m`` only the last m steps are differentiated: ``grad`` = d/dtheta [(1/T)
-    sum_{t >= T - m} loss_t + evaluate(final state)] with the state before them a constant. That is
-    biased, by what earlier steps do; for a final loss and an inner descent on a strongly convex
-    loss the bias falls exponentially in m (Shaban et al.).
+    sum_{t >= T - m} loss_t + evaluate(final state)], with the state before them held constant. The
+    bias is the influence of earlier steps; it falls exponentially in m for a final loss and inner
+    descent on a strongly convex loss (Shaban et al.).
 
-    Time: T steps forwards and back; m back. Memory: what T steps (m) compute, or with ``remat``
-    less for more time:
-
-    - ``"step"``: T states and what one step computes; one more forward pass.
-    - ``"sqrt"``: sqrt(T) states and what sqrt(T) steps compute; one more forward pass.
-    - a number n: the same with n states and T/n steps.
+    Time: T steps forwards and T (or m) back. Memory: what T (or m) steps compute. ``remat`` trades
+    one more forward pass for less memory: with ``"step"`` T states and what one step computes, with
+    ``"sqrt"`` sqrt(T) states and what sqrt(T) steps compute, with a number n likewise n and T/n.
 
     Args:
         problem: The inner loop; its horizon must be static and its step differentiable.
-        last: How many steps are differentiated, at the end. Default: all.
+        last: The number of steps, at the end, that are differentiated. Default: all.
         remat: None, ``"step"``, ``"sqrt"`` or the number of states that are kept.
 
     Returns:
         An estimator with ``truncation=None``; streaming ``data`` has leading axis ``horizon``.
 
     Raises:
-        ValueError: For a sampled horizon, ``last`` outside 1 to T, another ``remat`` or, when
-            estimating, a ``while_loop`` in the step.
+        ValueError: If the horizon is sampled, ``last`` is outside 1 to T, ``remat`` is not one of
+            these or, in ``estimate``, the step contains a ``while_loop``.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -64,8 +53,7 @@ def bptt(
 
     References:
         Werbos, Backpropagation through time: what it does and how to do it, Proc. IEEE, 1990.
-        ``last``: Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019.
-        ``"sqrt"``: Chen et al., Training deep nets with sublinear memory cost, 2016.
+        ``last``: Shaban et al., AISTATS 2019. ``"sqrt"``: Chen et al., 2016, arXiv:1604.06174.
     """
     horizon = inner_loop.static_horizon(problem, "bptt")
     last = horizon if last is None else arguments.positive_int("last", last)
@@ -93,12 +81,10 @@ def bptt(
 
 
 def _cut(segment: Segment, place: int) -> tuple[Segment, Segment]:
-    """The steps before ``place``, and those from there on."""
+    """Cuts a segment into the steps before ``place`` and the rest."""
     later = segment.episode._replace(t=segment.episode.t + place)
-    head, tail = (
-        jax.tree.map(lambda x, part=part: x[part], segment.data)
-        for part in (slice(place), slice(place, None))
-    )
+    head = jax.tree.map(lambda x: x[:place], segment.data)
+    tail = jax.tree.map(lambda x: x[place:], segment.data)
     return (
         segment._replace(num_steps=place, data=head),
         segment._replace(episode=later, num_steps=segment.num_steps - place, data=tail),
@@ -109,11 +95,11 @@ def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> 
     """Truncated backpropagation: through one window, whose initial state is held constant.
 
     ``grad`` = d/dtheta of the window's mean loss, with the state at its start a constant (in the
-    first window it is init(theta), differentiated). Biased: the influence of theta on a loss
-    through steps before the window is dropped. Unbiased for J's gradient with truncation = horizon
+    first window it is init(theta), differentiated). It is biased, since the influence of theta
+    through earlier steps is dropped, and unbiased for J's gradient only with truncation = horizon
     or without memory. With ``evaluate`` the window adds (T/K) (L_end - L_start).
 
-    Variance: that of the data alone. Time: K steps forwards and back a call. Memory: what K steps
+    Variance: from the data alone. Time: K steps forwards and back per call. Memory: what K steps
     compute; less with ``remat``, as in ``bptt``.
 
     Args:
@@ -125,21 +111,19 @@ def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> 
         An estimator; streaming ``data`` has leading axis ``truncation``.
 
     Raises:
-        ValueError: If the truncation is not positive or does not divide the horizon, for another
-            ``remat`` or, when estimating, for a ``while_loop`` in the step.
+        ValueError: If the truncation is not positive or does not divide the horizon, ``remat`` is
+            not one of these or, in ``estimate``, the step contains a ``while_loop``.
 
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.tbptt(problem, truncation=10)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.tbptt(problem, truncation=10), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> int(estimate.info.inner_steps), int(state.episode.t)
         (10, 10)
 
     References:
-        Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent
-        network trajectories, Neural Computation, 1990.
+        Williams and Peng, Neural Computation, 1990.
     """
     truncation = inner_loop.check_truncation(problem, truncation)
     inner_loop.check_remat(remat)
@@ -157,7 +141,7 @@ def window(
     remat: Remat = None,
     start: jax.Array | float | None = None,
 ) -> Callable[[Theta], tuple[jax.Array, State]]:
-    """One window's loss, and the state after it, as a function of theta."""
+    """Makes a function of theta that returns the window's loss and the state after it."""
 
     def loss(theta):
         out = unroll.window(segment, theta, state, start, remat)
@@ -169,30 +153,22 @@ def window(
 def gradient(
     name: str, loss: Callable[[Theta], tuple[jax.Array, State]], theta: Theta, inner_steps: int
 ) -> tuple[Estimate, State]:
-    """The gradient of a window's loss, and the state after it."""
+    """Returns the gradient of a window's loss, and the state after it."""
     with no_while_loop(name):
         (value, after), grad = jax.value_and_grad(loss, has_aux=True)(theta)
-    return Estimate(grad, value, Info(jnp.int32(inner_steps))), after
+    return estimate_of(grad, value, inner_steps), after
 
 
-FORWARD_ONLY = (
-    "full_es",
-    "truncated_es",
-    "pes",
-    "es_single",
-    "gpes",
-    "forward_mode",
-    "dodge",
-)
-"""The estimators that only run ``step`` forwards; the registry's rows say the same."""
+FORWARD_ONLY = ("full_es", "truncated_es", "pes", "es_single", "gpes", "forward_mode", "dodge")
+"""The estimators that only run ``step`` forwards; the registry's rows agree with it."""
 
 
 @contextlib.contextmanager
 def no_while_loop(name: str) -> Iterator[None]:
-    """Says what to do about a ``while_loop`` in the step of an estimator that goes backwards.
+    """Explains JAX's error about a ``while_loop`` in a step that is differentiated backwards.
 
     Raises:
-        ValueError: With the estimators that only go forwards.
+        ValueError: If there is one; the message names the estimators that only run forwards.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Forward-mode estimators: the state's derivative is carried along, so that nothing is forgotten.
+"""Forward-mode estimators: the worker carries the state's derivative, so nothing is forgotten.
 
-``forward_mode`` carries it whole, ``dodge`` its product with one direction. Neither looks back: the
-memory does not grow with the truncation.
+``forward_mode`` carries all of it, ``dodge`` its product with one direction. Neither runs
+backwards, so memory does not grow with the truncation.
 """
 
 from collections.abc import Callable
@@ -16,29 +16,21 @@ from unrollgrad._core import mesh_axes, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.estimators import _persistence
-from unrollgrad.estimators._window import made_by, windowed
-from unrollgrad.noise import rademacher, sample
-from unrollgrad.types import (
-    Estimate,
-    GradientEstimator,
-    Info,
-    Segment,
-    State,
-    Theta,
-    UnrolledProblem,
-)
+from unrollgrad.estimators._window import estimate_of, made_by, windowed
+from unrollgrad.noise import cut, rademacher, sample
+from unrollgrad.types import GradientEstimator, Segment, State, Theta, UnrolledProblem
 
 
 class Tangents(NamedTuple):
-    """What a worker carries that knows derivatives of its inner state.
+    """The carried state of a worker with derivatives of its inner state.
 
     Attributes:
         state: The inner state.
         tangents: The derivatives of the state's floating leaves, in their order; with a leading
             axis of dim(theta) for ``forward_mode``.
-        accumulated: The directions of the finished periods, summed; None where there are none.
+        accumulated: The sum of the finished periods' directions; None if there are no periods.
         evaluated: (T/K) ``evaluate`` at the end of the last window and its derivative, shape
-            ``(2,)``; None where it is not needed.
+            ``(2,)``; None if it is not needed.
     """
 
     state: State
@@ -53,41 +45,39 @@ def forward_mode(
     """Forward-mode differentiation (RTRL): the exact gradient, window by window.
 
     The sensitivities d state / d theta are carried through the episode as a batch of dim(theta)
-    tangents. ``grad`` = d/dtheta of the window's mean loss, through all steps before it and
-    ``init``: averaged over an episode's windows at one theta it is ``bptt``'s gradient. With
-    ``evaluate`` the window adds (T/K) (L_end - L_start). Updates of theta inside an episode add a
-    bias that vanishes with the outer learning rate.
+    tangents. ``grad`` = d/dtheta of the window's mean loss, through all earlier steps and ``init``;
+    averaged over an episode's windows at one theta it is ``bptt``'s gradient. With ``evaluate`` the
+    window adds (T/K) (L_end - L_start). Updates of theta inside an episode add a bias that vanishes
+    with the outer learning rate.
 
-    Variance: that of the data alone. Time: K steps forwards, each with dim(theta) tangents. Memory:
-    dim(theta) times (state + theta) and what one step computes, whatever the truncation; each
-    worker of an ``average`` has its own.
+    Variance: from the data alone. Time: K steps forwards, each with dim(theta) tangents. Memory:
+    dim(theta) times (state + theta + what one step computes), whatever the truncation, for each
+    worker of an ``average``.
 
     Args:
-        problem: The inner loop; its step must be differentiable forwards (``while_loop`` is fine,
-            ``jax.custom_vjp`` is not).
+        problem: The inner loop; its step must be differentiable forwards (it may contain a
+            ``while_loop`` but not a ``jax.custom_vjp``).
         truncation: Inner steps per call (K); divides a static horizon.
-        max_bytes: What one worker's tangents and their directions may take; more is an error
-            before anything is allocated. What a step computes on the way is not counted.
+        max_bytes: Limit for one worker's tangents and directions, checked before anything is
+            allocated; what a step computes on the way is not counted.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
 
     Raises:
-        ValueError: If the truncation is not positive or does not divide the horizon, or the
+        ValueError: If a setting is not positive, the truncation does not divide the horizon, or the
             tangents would need more than ``max_bytes``.
 
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.forward_mode(problem, truncation=100)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.forward_mode(problem, truncation=100), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> round(float(estimate.grad), 2)
         35.72
 
     References:
-        Williams and Zipser, A learning algorithm for continually running fully recurrent neural
-        networks, Neural Computation, 1989.
+        Williams and Zipser, Neural Computation, 1989.
     """
     truncation = inner_loop.check_truncation(problem, truncation)
     max_bytes = arguments.positive_int("max_bytes", max_bytes)
@@ -109,7 +99,7 @@ def forward_mode(
         slopes = jnp.mean(along.losses, axis=-1)
         if along.end is not None and along.start is not None:
             slopes = slopes + along.end - along.start
-        out = Estimate(_unflatten(theta, slopes), result.loss(), Info(jnp.int32(truncation)))
+        out = estimate_of(_unflatten(theta, slopes), result.loss(), truncation)
         return out, Tangents(result.state, along.floats)
 
     return windowed(problem, fingerprint, truncation, begin, window)
@@ -120,45 +110,40 @@ def dodge(
 ) -> GradientEstimator:
     """The derivative along one random direction, times that direction (DODGE, forward gradients).
 
-    The limit of ``gpes`` for sigma to 0: the state's derivative along a direction u of random signs
-    is carried through the episode, and the window's slope is weighed with all directions so far:
-    ``grad`` = (u_1 + ... + u_j) dL/du in noise period j, L the mean loss of the window. Averaged
-    over an episode's windows it is unbiased for the gradient of J itself, with no smoothing, where
-    the step is differentiable; in chaotic problems it explodes as that does. ``noise_period=None``
-    holds one direction for the whole episode, ``noise_period=truncation`` draws one in every
-    window: the online forward gradient. With ``evaluate`` a window adds (T/K) (xi_t L_end' -
-    xi_{t-1} L_start'), xi the directions so far.
+    It is the limit of ``gpes`` for sigma to 0: the worker carries the state's derivative along a
+    direction u of random signs, and all directions so far weigh the window's slope: ``grad`` =
+    (u_1 + ... + u_j) dL/du in noise period j, L the window's mean loss. Averaged over an episode's
+    windows it is unbiased for the gradient of J itself, without smoothing, if the step is
+    differentiable; it explodes in chaotic problems, as J's gradient does. ``noise_period=None``
+    keeps one direction for the whole episode; ``noise_period=truncation`` draws one per window, the
+    online forward gradient. With ``evaluate`` a window adds (T/K) (xi_t L_end' - xi_{t-1}
+    L_start'), xi the sum of directions so far.
 
-    Variance: (P - 1) |g|^2 with one direction per episode (P = dim(theta); none at all for P = 1),
-    with more periods about as in ``gpes``. Workers divide it. Time: K steps with one tangent, about
-    2 to 3 forward passes. Memory: 2 states + 2 theta, whatever the truncation.
+    Variance: (P - 1) |g|^2 with one direction per episode (P = dim(theta), so 0 for P = 1), about
+    as in ``gpes`` with more periods; divided by the number of workers. Time: K steps with one
+    tangent, about 2 to 3 forward passes. Memory: 2 states + 2 theta, whatever the truncation.
 
     Args:
-        problem: The inner loop; its step must be differentiable forwards (``while_loop`` is fine,
-            ``jax.custom_vjp`` is not).
+        problem: The inner loop; its step must be differentiable forwards, as in ``forward_mode``.
         truncation: Inner steps per call (K); divides a static horizon.
-        noise_period: Inner steps between draws, a multiple of ``truncation``; None: one draw per
-            episode.
+        noise_period: Inner steps between draws, a multiple of K; None: one draw per episode.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
 
     Raises:
-        ValueError: If the truncation does not divide the horizon or the noise period, or one of
-            them is not positive.
+        ValueError: If a setting is not positive, or K does not divide the horizon or noise period.
 
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.dodge(problem, truncation=100)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.dodge(problem, truncation=100), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> round(float(estimate.grad), 2)
         35.72
 
     References:
-        Silver et al., Learning by directional gradient descent, ICLR 2022. Baydin et al., Gradients
-        without backpropagation, 2022, arXiv:2202.08587. As a family: Li et al., NeurIPS 2023.
+        Silver et al., ICLR 2022. Baydin et al., 2022, arXiv:2202.08587. Li et al., NeurIPS 2023.
     """
     truncation = inner_loop.check_truncation(problem, truncation)
     noise_period = _persistence.check_period(noise_period, truncation)
@@ -196,7 +181,7 @@ def dodge(
             return g.astype(x.dtype)
 
         grad = jax.tree.map(leaf, theta, noise.now, noise.before)
-        out = Estimate(grad, result.loss(), Info(jnp.int32(truncation)))
+        out = estimate_of(grad, result.loss(), truncation)
         return out, Tangents(result.state, along.floats, noise.accumulated, evaluated)
 
     fingerprint = made_by("dodge", problem, truncation=truncation, noise_period=noise_period)
@@ -204,7 +189,7 @@ def dodge(
 
 
 class _Along(NamedTuple):
-    """The derivative of a ``Window`` along a direction; ``floats`` that of its state."""
+    """The derivative of a ``Window`` along a direction; ``floats`` belongs to its state."""
 
     floats: list[jax.Array]
     losses: jax.Array
@@ -215,10 +200,10 @@ class _Along(NamedTuple):
 def _pushforward(
     segment: Segment, theta: Theta, state: State
 ) -> Callable[[Theta, list[jax.Array], jax.Array | None], tuple[unroll.Window, _Along]]:
-    """One window, and its derivative along a direction of theta and a tangent of the state.
+    """Makes ``push(direction, tangents, evaluated)``: one window, and its derivative along both.
 
-    The third argument is the evaluation at the window's start and its derivative, where they were
-    kept; else the state there is evaluated.
+    ``evaluated`` is the evaluation at the window's start and its derivative; if it is None, the
+    state at the start is evaluated.
     """
     floats, rebuild = split(state)
 
@@ -241,7 +226,7 @@ def _dim(theta: Theta) -> int:
 
 
 def _basis(theta: Theta) -> Theta:
-    """The unit directions of theta, leading axis dim(theta)."""
+    """Makes the unit directions of theta, leading axis dim(theta)."""
     dim, first, out = _dim(theta), 0, []
     leaves, structure = jax.tree.flatten(theta)
     for x in leaves:
@@ -252,16 +237,14 @@ def _basis(theta: Theta) -> Theta:
 
 
 def _unflatten(theta: Theta, numbers: jax.Array) -> Theta:
-    """One number per coordinate as a tree like theta."""
-    first, out = 0, []
+    """Makes a tree like theta from one number per coordinate."""
     leaves, structure = jax.tree.flatten(theta)
-    for x in leaves:
-        out.append(numbers[first : first + x.size].reshape(x.shape).astype(x.dtype))
-        first += x.size
-    return structure.unflatten(out)
+    parts = zip(cut(numbers, leaves), leaves, strict=True)
+    return structure.unflatten(part.astype(x.dtype) for part, x in parts)
 
 
 def _check_bytes(dim: int, theta: Theta, state: State, max_bytes: int) -> None:
+    """Raises ValueError if the tangents and their directions need more than ``max_bytes``."""
     sizes = [
         sum(x.size * x.dtype.itemsize for x in t)
         for t in (jax.tree.leaves(theta), floats_of(state))

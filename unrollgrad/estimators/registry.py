@@ -13,54 +13,43 @@ from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 
 class Row(NamedTuple):
-    """What the README says of an estimator, and how to build it from common settings.
+    """An estimator's row in the README, and how to build it from common settings.
 
     Attributes:
         factory: ``factory(problem, *, ...)``.
-        unbiased_for: What its mean over an episode's windows is the gradient of; "biased" if none.
-        variance: Per pair, of the mean over an episode's n windows, for quadratic losses; P is
-            dim(theta), g the gradient.
-        passes: Forward passes over a window for N pairs: ``info.inner_steps`` of one worker is
-            ``passes(num_pairs)`` times the steps of a call.
-        time: Inner steps per call for N pairs; K the truncation, T the horizon, B the cost of a
+        unbiased_for: The function whose gradient ``grad`` estimates without bias on average over an
+            episode's windows, or "biased".
+        variance: Variance per pair of the mean over an episode's n windows, for quadratic losses; P
+            is dim(theta), g the gradient.
+        time: Inner steps per call with N pairs; K is the truncation, T the horizon, B the cost of a
             backward step.
-        memory: At its peak beyond the problem's own, in states S and thetas P; random bits count.
-        paper: Where it comes from.
-        reverse_mode: Whether it differentiates ``step`` in reverse mode.
-        least_pairs: The fewest pairs that it takes.
+        memory: Peak memory beyond the problem's own, in states S and thetas P; random bits count.
+        paper: The source.
+        passes: Forward passes over a window: ``info.inner_steps`` of one worker is
+            ``passes(num_pairs)`` times the steps of a call.
+        reverse_mode: Whether the estimator differentiates ``step`` in reverse mode.
+        least_pairs: The fewest pairs that the estimator takes.
     """
 
     factory: Callable[..., GradientEstimator]
     unbiased_for: str
     variance: str
-    passes: Callable[[int], int]
     time: str
     memory: str
     paper: str
+    passes: Callable[[int], int] = lambda num_pairs: 1
     reverse_mode: bool = False
     least_pairs: int = 1
 
     def takes(self, setting: str) -> bool:
-        """Whether the factory has this keyword."""
+        """Returns whether the factory has this keyword."""
         return setting in inspect.signature(self.factory).parameters
 
     def build(self, problem: UnrolledProblem, **settings: Any) -> GradientEstimator:
-        """Calls the factory with the settings that it takes; pairs are by default the fewest."""
+        """Calls the factory with the settings that it takes; the default is its fewest pairs."""
         if self.least_pairs > 1:
             settings = {"num_pairs": self.least_pairs, **settings}
         return self.factory(problem, **{k: v for k, v in settings.items() if self.takes(k)})
-
-
-def _both_signs(num_pairs: int) -> int:
-    return 2 * num_pairs
-
-
-def _both_signs_and_mean(num_pairs: int) -> int:
-    return 2 * num_pairs + 1
-
-
-def _once(num_pairs: int) -> int:
-    return 1
 
 
 REGISTRY: dict[str, Row] = {
@@ -68,7 +57,7 @@ REGISTRY: dict[str, Row] = {
         full_es,
         unbiased_for="smoothed J",
         variance="(P+1)‖g‖²",
-        passes=_both_signs,
+        passes=lambda num_pairs: 2 * num_pairs,
         time="2NT",
         memory="2NS + 3NP",
         paper="Salimans et al. 2017",
@@ -76,8 +65,8 @@ REGISTRY: dict[str, Row] = {
     "truncated_es": Row(
         truncated_es,
         unbiased_for="biased",
-        variance="(P+1)/n × mean over windows of ‖own g‖²",
-        passes=_both_signs_and_mean,
+        variance="(P+1)/n × mean over windows of ‖the window's own gradient‖²",
+        passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1)K",
         memory="(2N+1)S + 3NP",
         paper="Metz et al. 2019",
@@ -85,8 +74,8 @@ REGISTRY: dict[str, Row] = {
     "pes": Row(
         pes,
         unbiased_for="smoothed J",
-        variance="≈ (P/2)‖g‖² where windows agree, × n where they conflict",
-        passes=_both_signs,
+        variance="≈ (P/2)‖g‖² if windows agree, n times that if they conflict",
+        passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
         memory="2NS + 4NP",
         paper="Vicol et al. 2021",
@@ -95,7 +84,7 @@ REGISTRY: dict[str, Row] = {
         es_single,
         unbiased_for="smoothed J",
         variance="(P+1)‖g‖²",
-        passes=_both_signs,
+        passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
         memory="2NS + 3NP",
         paper="Vicol et al. 2023; Li et al. 2023 (NRES)",
@@ -104,7 +93,7 @@ REGISTRY: dict[str, Row] = {
         gpes,
         unbiased_for="smoothed J",
         variance="usually between pes and es_single",
-        passes=_both_signs,
+        passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
         memory="2NS + 4NP",
         paper="Li et al. 2023",
@@ -112,8 +101,7 @@ REGISTRY: dict[str, Row] = {
     "bptt": Row(
         bptt,
         unbiased_for="J",
-        variance="of the data alone",
-        passes=_once,
+        variance="only the variance of the data",
         time="T(1+B)",
         memory="TS",
         paper="Werbos 1990",
@@ -122,8 +110,7 @@ REGISTRY: dict[str, Row] = {
     "tbptt": Row(
         tbptt,
         unbiased_for="biased",
-        variance="of the data alone",
-        passes=_once,
+        variance="only the variance of the data",
         time="K(1+B)",
         memory="KS",
         paper="Williams & Peng 1990",
@@ -132,17 +119,15 @@ REGISTRY: dict[str, Row] = {
     "forward_mode": Row(
         forward_mode,
         unbiased_for="J",
-        variance="of the data alone",
-        passes=_once,
+        variance="only the variance of the data",
         time="K(1+P)",
-        memory="P(S + P), and P times what a step computes",
+        memory="P(S + P), and P times the memory of a step",
         paper="Williams & Zipser 1989 (RTRL)",
     ),
     "dodge": Row(
         dodge,
         unbiased_for="J",
         variance="(P−1)‖g‖² with one direction per episode",
-        passes=_once,
         time="2K",
         memory="2S + 2P",
         paper="Silver et al. 2022",
@@ -151,7 +136,6 @@ REGISTRY: dict[str, Row] = {
         uoro,
         unbiased_for="J",
         variance="high, no closed form",
-        passes=_once,
         time="K(2+2B)",
         memory="2S + 2P",
         paper="Tallec & Ollivier 2018",
@@ -160,8 +144,8 @@ REGISTRY: dict[str, Row] = {
     "pes_analytic": Row(
         pes_analytic,
         unbiased_for="smoothed J",
-        variance="of one window: as pes, less what its own noise causes",
-        passes=_both_signs_and_mean,
+        variance="of one window: pes's, minus the part caused by its own noise",
+        passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1+B)K",
         memory="(2N+1+K)S + 5NP",
         paper="Vicol et al. 2021",
@@ -170,8 +154,8 @@ REGISTRY: dict[str, Row] = {
     "pes_analytic_replacement": Row(
         pes_analytic_replacement,
         unbiased_for="J up to O(σ²)",
-        variance="below that of pes_analytic",
-        passes=_both_signs_and_mean,
+        variance="lower than pes_analytic's",
+        passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1+B)K",
         memory="(2N+1+K)S + 5NP",
         paper="Vicol et al. 2021, as released",
@@ -180,7 +164,7 @@ REGISTRY: dict[str, Row] = {
     "reparameterized_es": Row(
         reparameterized_es,
         unbiased_for="smoothed J",
-        variance="about the lower of full_es's and backpropagation's, if not few samples explode",
+        variance="about the lower of full_es's and bptt's, unless a few samples explode",
         passes=lambda num_pairs: 2 * max(num_pairs, 3),
         time="2NT(1+B)",
         memory="2NTS + 5NP",

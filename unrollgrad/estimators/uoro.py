@@ -1,9 +1,10 @@
-"""``uoro``: the state's derivative carried along as a random product of two vectors."""
+"""``uoro`` carries the state's derivative along as a random product of two vectors."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,12 +14,11 @@ from unrollgrad._core import mesh_axes, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, inner_product, split
 from unrollgrad.estimators import backprop
-from unrollgrad.estimators._window import made_by, windowed
+from unrollgrad.estimators._window import estimate_of, made_by, windowed
 from unrollgrad.types import (
     Episode,
     Estimate,
     GradientEstimator,
-    Info,
     Segment,
     State,
     Theta,
@@ -27,12 +27,12 @@ from unrollgrad.types import (
 
 
 class RankOne(NamedTuple):
-    """What a ``uoro`` worker carries: d state / d theta is the mean of ``left`` times ``right``.
+    """What a ``uoro`` worker carries: E[``left`` ``right``^T] = d state / d theta.
 
     Attributes:
         state: The inner state.
-        left: Like the state's floating leaves, in their order.
-        right: Like theta, in at least float32.
+        left: One array for each floating leaf of the state, in their order and shapes.
+        right: A tree like theta, in at least float32.
     """
 
     state: State
@@ -43,39 +43,39 @@ class RankOne(NamedTuple):
 def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     """Unbiased online recurrent optimization: the state's derivative as a random rank-one product.
 
-    Instead of G = d state / d theta a pair of vectors is carried with E[left right^T] = G. In each
-    step, with random signs v, left <- a (ds'/ds left) + b v and right <- right / a + (v^T
-    ds'/dtheta) / b; a and b make both parts equally long. ``grad`` = the mean over the window's
+    Instead of G = d state / d theta the worker carries two vectors with E[left right^T] = G. In
+    each step, with random signs v, left <- a (ds'/ds left) + b v and right <- right / a + (v^T
+    ds'/dtheta) / b; a and b make both parts equally long. ``grad`` is the mean over the window's
     steps of (dloss/dstate . left) right + dloss/dtheta. Averaged over an episode's windows it is
-    unbiased for the gradient of J, where the step is differentiable; ``init`` enters in the same
-    way. With ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated like that.
+    unbiased for the gradient of J where the step is differentiable, ``init`` included. With
+    ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated in the same way.
 
     Variance: high, without a closed form, since the signs disturb every number of the state alike,
-    whatever it is worth. Adam's small v is under a root: through it the standard deviation over
-    |grad| (an MLP's learning rate, 12 steps) was 3e7 with b2 = 0.999 and eps_root = 1e-8, 2e4 with
-    b2 = 0.9, 235 with eps_root = 1e-2 and 1.7 with both; 1.6 for ``dodge`` in all four. Prefer that
-    for adaptive optimizers. Time: K steps forwards, each with one tangent and two steps back.
-    Memory: 2 states + 2 theta and what one step computes, whatever the truncation.
+    however little the loss depends on it. Prefer ``dodge`` for adaptive optimizers: Adam takes the
+    root of a small second moment, and through Adam (an MLP's learning rate, 12 steps) the standard
+    deviation over |grad| was 3e7 with b2 = 0.999 and eps_root = 1e-8, 2e4 with b2 = 0.9, 235 with
+    eps_root = 1e-2, 1.7 with both, and 1.6 in all four cases with ``dodge``. Time: K steps
+    forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what one step
+    computes, whatever the truncation.
 
     Args:
-        problem: The inner loop; its step must be differentiable (no ``while_loop`` and no
-            ``jax.custom_vjp`` in it), and its state not complex.
+        problem: The inner loop; its step must be differentiable (it may not contain a
+            ``while_loop`` or a ``jax.custom_vjp``), and its state must not be complex.
         truncation: Inner steps per call (K); divides a static horizon.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
 
     Raises:
-        ValueError: If the truncation is not positive or does not divide the horizon or, when
-            estimating, for a ``while_loop`` in the step.
+        ValueError: If the truncation is not positive or does not divide the horizon or, in
+            ``estimate``, if the step contains a ``while_loop``.
         TypeError: In ``init``, if the state has complex leaves.
 
     Example:
         >>> import jax, unrollgrad as ug
         >>> problem, theta = ug.problems.influence_balancing(horizon=100)
-        >>> estimator = ug.uoro(problem, truncation=10)
-        >>> state = estimator.init(jax.random.key(0), theta)
-        >>> estimate, state = estimator.estimate(jax.random.key(1), theta, state)
+        >>> estimator, key = ug.uoro(problem, truncation=10), jax.random.key(0)
+        >>> estimate, state = estimator.estimate(key, theta, estimator.init(key, theta))
         >>> int(estimate.info.inner_steps), int(state.episode.t)
         (10, 10)
 
@@ -94,73 +94,80 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
 
     def window(segment, theta, carried):
         with backprop.no_while_loop("uoro"):
-            return _uoro(segment, theta, carried)
+            return _window(segment, theta, carried)
 
     return windowed(problem, fingerprint, truncation, begin, window)
 
 
-def _uoro(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate, RankOne]:
-    """One window: every step pushes ``left``, pulls its loss back, and joins what is new."""
-    problem = segment.problem
-    signs = _signs(segment, mesh_axes.axes((theta, segment.episode, carried.state, segment.data)))
-
-    def evaluated(at: RankOne):
-        return _rank_one_gradient(partial(unroll.evaluate, problem, segment.episode), theta, at)
-
-    start = None if problem.evaluate is None else evaluated(carried)
-    begin = partial(_begin, problem, theta, signs)
-    carried = unroll.reset(segment.episode, begin, carried)
+def _window(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate, RankOne]:
+    """Runs one window; its gradient is the mean over its steps, plus what ``evaluate`` adds."""
+    problem, episode = segment.problem, segment.episode
+    signs = _signs(segment, mesh_axes.axes((theta, episode, carried.state, segment.data)))
+    first = unroll.reset(episode, partial(_begin, problem, theta, signs), carried)
 
     def body(carry, key, t, batch):
-        carried, total = carry
-        floats, rebuild = split(carried.state)
+        def step(theta, state):
+            return unroll.one_step(problem, key, theta, state, t, batch)
 
-        def step(theta, floats):
-            after, loss = unroll.one_step(problem, key, theta, rebuild(floats), t, batch)
-            return (floats_of(after), loss), after
-
-        (ends, loss), push, after = jax.linearize(step, theta, floats, has_aux=True)
-        back = jax.linear_transpose(push, theta, floats)
-        v = signs(t + 1, ends)
-        # The loss's own gradient and the new part of the state's, each by one step back.
-        direct, through = back(([jnp.zeros_like(x) for x in ends], jnp.ones_like(loss)))
-        fresh, _ = back((v, jnp.zeros_like(loss)))
-        pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), carried.left)
-        total = jax.tree.map(jnp.add, total, _product(direct, through, carried))
-        left, right = _balanced(pushed, carried.right, v, _widened(fresh))
-        return (RankOne(after, left, right), total), loss
+        before, total = carry
+        after, grad, loss = _advance(step, theta, before, partial(signs, t + 1))
+        return (after, jax.tree.map(jnp.add, total, grad)), loss
 
     total = jax.tree.map(jnp.zeros_like, carried.right)
-    (carried, total), losses = unroll.scan(segment, body, (carried, total))
+    (after, total), losses = unroll.scan(segment, body, (first, total))
     grad = jax.tree.map(lambda a: a / segment.num_steps, total)
     loss = jnp.mean(losses)
     if problem.evaluate is not None:
-        end = unroll.weigh(segment, evaluated(carried))
-        start = unroll.since(segment, unroll.weigh(segment, start), end)
-        value, slope = jax.tree.map(jnp.subtract, end, start)
+        evaluate = partial(unroll.evaluate, problem, episode)
+        end = unroll.weigh(segment, _value_and_grad(evaluate, theta, after))
+        start = unroll.weigh(segment, _value_and_grad(evaluate, theta, carried))
+        value, slope = jax.tree.map(jnp.subtract, end, unroll.since(segment, start, end))
         loss = loss + value
         grad = jax.tree.map(lambda g, e: g + e.astype(g.dtype), grad, slope)
     grad = jax.tree.map(lambda g, x: g.astype(x.dtype), grad, theta)
-    return Estimate(grad, loss, Info(jnp.int32(segment.num_steps))), carried
+    return estimate_of(grad, loss, segment.num_steps), after
 
 
-def _signs(segment: Segment, names: frozenset) -> Callable[[Any, list], list[jax.Array]]:
+def _advance(
+    step: Callable[[Theta, State], tuple[State, jax.Array]],
+    theta: Theta,
+    before: RankOne,
+    signs: Callable[[list[jax.Array]], list[jax.Array]],
+) -> tuple[RankOne, Theta, jax.Array]:
+    """Takes one inner step: what is carried after it, the gradient of its loss, and its loss."""
+    floats, rebuild = split(before.state)
+
+    def of_floats(theta, floats):
+        after, loss = step(theta, rebuild(floats))
+        return (floats_of(after), loss), after
+
+    (ends, loss), push, after = jax.linearize(of_floats, theta, floats, has_aux=True)
+    back = jax.linear_transpose(push, theta, floats)
+    v = signs(ends)
+    # The loss's own gradient and the new part of the state's, each by one step back.
+    direct, through = back(([jnp.zeros_like(x) for x in ends], jnp.ones_like(loss)))
+    fresh, _ = back((v, jnp.zeros_like(loss)))
+    pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), before.left)
+    left, right = _balanced(pushed, before.right, v, _widened(fresh))
+    return RankOne(after, left, right), _product(direct, through, before), loss
+
+
+def _signs(segment: Segment, names: frozenset) -> Callable[..., list[jax.Array]]:
     """``signs(t, floats)``: random signs for the state after t steps of the episode."""
 
     def signs(t, floats):
         key = unroll.noise_key(segment.episode, t)
-        return [
-            mesh_axes.over(
-                names, jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
-            )
+        drawn = [
+            jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
             for i, x in enumerate(floats)
         ]
+        return mesh_axes.over(names, drawn)
 
     return signs
 
 
 def _begin(problem: UnrolledProblem, theta: Theta, signs: Callable, episode: Episode) -> RankOne:
-    """The start of an episode: what ``init`` does with theta, as a product with random signs."""
+    """Begins an episode: the derivative of ``init``, as a product with random signs."""
 
     def initial(theta):
         state = unroll.initial_state(problem, episode, theta)
@@ -169,24 +176,26 @@ def _begin(problem: UnrolledProblem, theta: Theta, signs: Callable, episode: Epi
     floats, back, state = jax.vjp(initial, theta, has_aux=True)
     v = signs(0, floats)
     right = _widened(back(v)[0])
-    none, nothing = [jnp.zeros_like(x) for x in v], jax.tree.map(jnp.zeros_like, right)
+    none, nothing = jax.tree.map(jnp.zeros_like, (v, right))
     return RankOne(state, *_balanced(none, nothing, v, right))
 
 
-def _widened(tree: Theta) -> Theta:
+def _widened(tree: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
 
 
 def _product(direct: Theta, through: list[jax.Array], at: RankOne) -> Theta:
-    """D loss / d theta where d state / d theta is ``left`` times ``right``."""
+    """Computes d loss / d theta where d state / d theta is ``left`` times ``right``."""
     slope = inner_product(through, at.left)
     return jax.tree.map(
         lambda d, r: d.astype(r.dtype) + slope.astype(r.dtype) * r, direct, at.right
     )
 
 
-def _rank_one_gradient(loss: Callable, theta: Theta, at: RankOne) -> tuple[jax.Array, Theta]:
-    """The loss of a state, and d/dtheta of it through the state too."""
+def _value_and_grad(
+    loss: Callable[[Theta, State], jax.Array], theta: Theta, at: RankOne
+) -> tuple[jax.Array, Theta]:
+    """The loss of a state, and its derivative in theta, through the state too."""
     floats, rebuild = split(at.state)
     value, (direct, through) = jax.value_and_grad(
         lambda theta, floats: loss(theta, rebuild(floats)), argnums=(0, 1)
@@ -194,18 +203,18 @@ def _rank_one_gradient(loss: Callable, theta: Theta, at: RankOne) -> tuple[jax.A
     return value, _product(direct, through, at)
 
 
-def _balanced(pushed, right, v, fresh) -> tuple[list[jax.Array], Theta]:
+def _balanced(
+    pushed: list[jax.Array], right: Theta, v: list[jax.Array], fresh: Theta
+) -> tuple[list[jax.Array], Theta]:
     """Joins two rank-one products into one with the same mean, scaled for little variance.
 
     The guards are those of the paper's code: what is 0 stays 0, and nothing is divided by it.
     """
     tiny = 1e-7
 
-    def norm(tree):
-        return optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree))
-
-    def ratio(a, b):
-        return jnp.sqrt((norm(a) + tiny) / (norm(b) + tiny))
+    def ratio(x, y):
+        above, below = (optax.tree.norm(_widened(tree)) + tiny for tree in (x, y))
+        return jnp.sqrt(above / below)
 
     a, b = ratio(right, pushed), ratio(fresh, v)
     left = [(a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
@@ -213,7 +222,7 @@ def _balanced(pushed, right, v, fresh) -> tuple[list[jax.Array], Theta]:
 
 
 def _check_real(state: State) -> None:
-    """Raises TypeError if the state has complex leaves: real signs would see only half of them."""
+    """Raises TypeError if the state has complex leaves: real signs would see only one part."""
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Derivatives through the solution of an inner problem, whatever found it."""
+"""Derivatives through the solution of an inner problem, whichever solver found it."""
 
 from unrollgrad.implicit.decorators import argmin, fixed_point, one_step, root
 from unrollgrad.implicit.health import HypergradientError, HypergradientInfo

@@ -1,23 +1,25 @@
-"""Solvers whose results are differentiated by what they solve, not by how."""
+"""Solvers that are differentiated through the equation that they solve, not through their path."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
+from chex import ArrayTree, Numeric
 from jax.custom_derivatives import SymbolicZero
 
 from unrollgrad._checks import arguments
 from unrollgrad.implicit import linear, trees
+from unrollgrad.implicit.trees import T
 
 Solve = Callable[..., Any]
 
 
 def root(
-    optimality: Callable[..., Any],
+    optimality: Callable[..., ArrayTree],
     *,
     solver: lx.AbstractLinearSolver | None = None,
     has_aux: bool = False,
@@ -28,30 +30,32 @@ def root(
 
         d params = -A^-1 (d optimality / d args) d args.
 
-    Forward and reverse mode and further derivatives, under jit and vmap; exact at an exact root
-    with an exact linear solve. Nothing of ``solve`` is differentiated: it may stop early, loop
-    with ``while_loop`` or, outside jit, leave jax. ``init`` has no gradient. What ``optimality``
-    closes over is differentiated as its arguments are; so ``solve`` may close over it too.
+    Forward mode, reverse mode and higher derivatives work under jit and vmap; they are exact at an
+    exact root with an exact linear solve. ``solve`` itself is not differentiated: it may stop
+    early, loop with ``while_loop`` or, outside jit, leave jax. ``init`` has no gradient. Arrays
+    that ``optimality`` closes over are differentiated as its arguments are, so ``solve`` may close
+    over them too.
 
-    Beware of *second* derivatives inside ``lax.scan`` or ``lax.map`` on jax 0.10: a derivative of
-    ``jax.grad`` is 0 there, since jax loses the rule, as it does that of its own ``custom_root``.
-    jax 0.12 has it right, and so have both in ``jacfwd`` of ``jacfwd``.
+    On jax 0.10, beware of *second* derivatives inside ``lax.scan`` or ``lax.map``: the derivative
+    of ``jax.grad`` is 0 there, since jax loses the rule, as it loses the rule of its
+    own ``custom_root``. jax 0.12 is right, and ``jacfwd`` of ``jacfwd`` is right on both.
 
-    Time: of each derivative, one linear solve with products of A or A^T, each about one evaluation
-    of optimality's derivative. Memory: one linearisation of optimality; no path is kept.
+    Time: one linear solve for each derivative; a product with A or A^T costs about one evaluation
+    of optimality's derivative. Memory: one linearisation of optimality; the path is not kept.
 
     Args:
-        optimality: ``optimality(params, *args, **kwargs)``, a tree like params.
-        solver: Of the linear systems, lineax's or ours; by default ``lineax.GMRES``, restarted
-            after 200 vectors. One that stops early gives that approximation, silently.
-        has_aux: ``solve`` returns ``(params, aux)``; aux has no derivative.
+        optimality: ``optimality(params, *args, **kwargs)``, which returns a tree like params.
+        solver: Solves the linear systems; a solver of lineax or of ``implicit``. The default is
+            ``lineax.GMRES``, restarted after 200 vectors. A solver that stops early raises no
+            error: the derivative is then approximate.
+        has_aux: Whether ``solve`` returns ``(params, aux)``; aux has no derivative.
 
     Returns:
-        The decorator; the decorated function takes and returns what ``solve`` does.
+        The decorator. The decorated function has the arguments and results of ``solve``.
 
     Raises:
-        TypeError: If ``optimality`` is no function; when called, if params have leaves that are
-            not floating, or optimality returns something that is not like them.
+        TypeError: If ``optimality`` is not a function; when called, if a leaf of params is not
+            floating, or the tree that optimality returns is not like params.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -65,28 +69,26 @@ def root(
     References:
         Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
     """
-    return _decorator("optimality", optimality, optimality, solver, has_aux, ())
+    trees.check_function("optimality", optimality)
+    return _implicit(_Equation("optimality", optimality, solver), has_aux)
 
 
 def fixed_point(
-    step: Callable[..., Any],
+    step: Callable[..., ArrayTree],
     *,
     solver: lx.AbstractLinearSolver | None = None,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
     """Decorates ``solve(init, *args) -> params`` where ``params = step(params, *args)``.
 
-    As ``root``, with A = 1 - d step / d params. The step need not be the one that ``solve`` takes:
-    for the lasso or a box it is a proximal or projected gradient step.
-    ``implicit.neumann(K, 1.0)`` as the solver goes through the last K steps.
+    Works as ``root`` does, with A = 1 - d step / d params. The step need not be the one that
+    ``solve`` takes: for the lasso or a box, pass a proximal or projected gradient step. The solver
+    ``implicit.neumann(K, 1.0)`` differentiates through the last K steps.
 
     Args:
-        step: ``step(params, *args, **kwargs)``, a tree like params.
+        step: ``step(params, *args, **kwargs)``, which returns a tree like params.
         solver: As in ``root``.
-        has_aux: As in ``root``.
-
-    Raises:
-        TypeError: As in ``root``.
+        has_aux: As in ``root``, which raises the same errors.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -98,33 +100,32 @@ def fixed_point(
         >>> print(f"{x:.4f} {slope:.4f}")  # -x sin(x) / (1 + sin(x))
         0.7391 -0.2975
     """
+    trees.check_function("step", step)
 
     def residual(params, *args, **kwargs):
         after = step(params, *args, **kwargs)
         _check_like("step", params, after)
         return jax.tree.map(lambda x, y: x - y, params, after)
 
-    return _decorator("step", step, residual, solver, has_aux, ())
+    return _implicit(_Equation("step", residual, solver), has_aux)
 
 
 def argmin(
-    objective: Callable[..., Any],
+    objective: Callable[..., Numeric],
     *,
     solver: lx.AbstractLinearSolver | None = None,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
     """Decorates ``solve(init, *args) -> params`` where params minimise ``objective``.
 
-    As ``root`` of the gradient; A is the Hessian. Where that is singular (more weights than data)
-    pass ``lineax.LSMR(...)`` or ``implicit.dense()``, the derivative of the nearest minimum.
+    Works as ``root`` of the gradient does; A is the Hessian. Where A is singular (more weights than
+    data), pass ``lineax.LSMR(...)`` or ``implicit.dense()`` for the derivative of the nearest
+    minimum.
 
     Args:
         objective: ``objective(params, *args, **kwargs) -> scalar``.
-        solver: As in ``root``; by default ``lineax.CG``, for a minimum with positive curvature.
-        has_aux: As in ``root``.
-
-    Raises:
-        TypeError: As in ``root``.
+        solver: As in ``root``, but the default is ``lineax.CG``, which needs positive curvature.
+        has_aux: As in ``root``, which raises the same errors.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -137,31 +138,28 @@ def argmin(
         >>> print(slope(jnp.zeros(2), 1.0).round(3))  # by hand: (-0.2, -0.2)
         [-0.2 -0.2]
     """
-
-    def gradient(params, *args, **kwargs):
-        return jax.grad(objective)(params, *args, **kwargs)
-
-    tags = lx.positive_semidefinite_tag
-    return _decorator("objective", objective, gradient, solver, has_aux, tags)
+    trees.check_function("objective", objective)
+    tag = lx.positive_semidefinite_tag
+    return _implicit(_Equation("objective", jax.grad(objective), solver, tag), has_aux)
 
 
 def one_step(
-    step: Callable[..., Any], *, num_steps: int = 1, has_aux: bool = False
+    step: Callable[..., ArrayTree], *, num_steps: int = 1, has_aux: bool = False
 ) -> Callable[[Solve], Solve]:
-    """Decorates ``solve(init, *args) -> params`` to be differentiated through its last steps alone.
+    """Decorates ``solve(init, *args) -> params``: differentiated through a few more steps only.
 
-    The result is ``step`` taken ``num_steps`` times more from what solve returns, which counts as
-    a constant. Cheap, no linear solve, nothing to tune. With a step that contracts by q the error
-    of the Jacobian at the fixed point is at most q^K / (1 - q) of the size of d step / d args, for
-    K = num_steps: exact for Newton's step, poor for a slow one.
+    The result is ``num_steps`` = K further applications of ``step`` to the params from ``solve``,
+    which count as a constant. This is cheap, solves no linear system and needs no tuning. If the
+    step contracts by a factor q, the error of the Jacobian at the fixed point is at most
+    q^K / (1 - q) times the norm of d step / d args: 0 for Newton's step, large for slow steps.
 
     Args:
-        step: ``step(params, *args, **kwargs)``, a tree like params.
+        step: ``step(params, *args, **kwargs)``, which returns a tree like params.
         num_steps: K.
-        has_aux: ``solve`` returns ``(params, aux)``.
+        has_aux: As in ``root``.
 
     Raises:
-        TypeError: If ``step`` is no function.
+        TypeError: If ``step`` is not a function.
         ValueError: If ``num_steps`` is not positive.
 
     Example:
@@ -176,20 +174,29 @@ def one_step(
     References:
         Bolte, Pauwels and Vaiter, One-step differentiation of iterative algorithms, NeurIPS 2023.
     """
-    _check_function("step", step)
+    trees.check_function("step", step)
     num_steps = arguments.positive_int("num_steps", num_steps)
 
+    def finish(params, args, kwargs):
+        def again(params, _):
+            after = step(params, *args, **kwargs)
+            _check_like("step", params, after)
+            return trees.narrow(after, params), None
+
+        return jax.lax.scan(again, params, length=num_steps)[0]
+
+    return _decorator(has_aux, finish)
+
+
+def _decorator(has_aux: bool, finish: Callable[..., ArrayTree]) -> Callable[[Solve], Solve]:
+    """Decorates a solver: ``finish(params, args, kwargs)`` adds the derivative of its params."""
+
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)
         def solved(init, *args, **kwargs):
-            params, aux = _solved(solve, has_aux, init, args, kwargs)
-
-            def turn(params, _):
-                after = step(params, *args, **kwargs)
-                _check_like("step", params, after)
-                return trees.narrow(after, params), None
-
-            params, _ = jax.lax.scan(turn, params, length=num_steps)
+            out = _constant(solve(_constant(init), *_constant(args), **_constant(kwargs)))
+            params, aux = out if has_aux else (out, None)
+            params = finish(trees.check_floating("params", params), args, kwargs)
             return (params, aux) if has_aux else params
 
         return solved
@@ -197,111 +204,108 @@ def one_step(
     return decorate
 
 
-def _decorator(
-    name: str,
-    given: Callable,
-    residual: Callable[..., Any],
-    solver: lx.AbstractLinearSolver | None,
-    has_aux: bool,
-    tags: Any,
-) -> Callable[[Solve], Solve]:
-    _check_function(name, given)
-
-    def decorate(solve: Solve) -> Solve:
-        @functools.wraps(solve)
-        def solved(init, *args, **kwargs):
-            params, aux = _solved(solve, has_aux, init, args, kwargs)
-            params = _attached(name, residual, solver, tags, params, args, kwargs)
-            return (params, aux) if has_aux else params
-
-        return solved
-
-    return decorate
-
-
-def _solved(solve: Solve, has_aux: bool, init: Any, args: tuple, kwargs: dict) -> tuple[Any, Any]:
-    """What the solver returns, all of it constant."""
-    out = solve(_constant(init), *_constant(args), **_constant(kwargs))
-    params, aux = out if has_aux else (out, None)
-    return trees.check_floating("params", _constant(params)), _constant(aux)
-
-
-def _constant(tree: Any) -> Any:
+def _constant(tree: T) -> T:
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if _is_array(x) else x, tree)
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     return isinstance(x, jax.Array | float | complex) or hasattr(x, "__jax_array__")
 
 
-def _attached(
-    name: str,
-    residual: Callable[..., Any],
-    solver: lx.AbstractLinearSolver | None,
-    tags: Any,
-    params: Any,
-    args: tuple,
-    kwargs: dict,
-) -> Any:
-    """``params`` with the derivative in all that the residual depends on."""
-    leaves, structure = jax.tree.flatten(params)
-    inputs, rebuild = jax.tree.flatten((args, kwargs))
-    places = [i for i, x in enumerate(inputs) if _is_array(x)]
+class _Equation(NamedTuple):
+    """The equation ``residual(params, *args, **kwargs) = 0``, and how its derivative is solved."""
+
+    name: str  # of the user's function, for error messages
+    residual: Callable[..., ArrayTree]
+    solver: lx.AbstractLinearSolver | None
+    tags: object = ()  # lineax's, of A = d residual / d params
+
+
+def _implicit(equation: _Equation, has_aux: bool) -> Callable[[Solve], Solve]:
+    """Decorates a solver of the equation; the params get the derivative of its solution."""
+
+    def finish(params, args, kwargs):
+        residual, inputs = _trace(equation, params, args, kwargs)
+
+        @jax.custom_jvp
+        def value(unknowns, *inputs):
+            return unknowns
+
+        def rule(primals, tangents):
+            unknowns = value(*primals)  # with its own derivative, for the second one
+            at = unknowns, *primals[1:]
+            return unknowns, _tangents(equation, residual, at, tangents[1:])
+
+        value.defjvp(rule, symbolic_zeros=True)
+        leaves, structure = jax.tree.flatten(params)
+        return structure.unflatten(value(leaves, *inputs))
+
+    return _decorator(has_aux, finish)
+
+
+def _trace(
+    equation: _Equation, params: ArrayTree, args: tuple, kwargs: dict
+) -> tuple[Callable[..., list[jax.Array]], list[jax.Array]]:
+    """The residual as a function ``f(unknowns, *inputs)`` of arrays alone, and its inputs.
+
+    The unknowns are the leaves of params; the inputs are the arrays in the arguments, and those
+    that the user's function closes over.
+    """
+    unknowns, structure = jax.tree.flatten(params)
+    leaves, rebuild = jax.tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if _is_array(x)]
 
     def flat(unknowns, arrays):
-        given = list(inputs)
-        for i, x in zip(places, arrays, strict=True):
-            given[i] = x
-        args, kwargs = rebuild.unflatten(given)
-        params = structure.unflatten(unknowns)
-        out = residual(params, *args, **kwargs)
-        _check_like(name, params, out)
+        given = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
+        args, kwargs = rebuild.unflatten(given.values())
+        out = equation.residual(structure.unflatten(unknowns), *args, **kwargs)
+        _check_like(equation.name, params, out)
         return jax.tree.leaves(out)
 
-    arrays = [jnp.asarray(inputs[i]) for i in places]
-    program: Any = jax.make_jaxpr(flat)(leaves, arrays)
+    arrays = [jnp.asarray(leaves[i]) for i in places]
+    program: Any = jax.make_jaxpr(flat)(unknowns, arrays)
+    jaxpr = getattr(program, "jaxpr", program)  # jax 0.12 has one class for both
 
-    def at(unknowns, *arrays_and_consts):
-        arrays, consts = arrays_and_consts[: len(places)], arrays_and_consts[len(places) :]
-        opened = getattr(program, "jaxpr", program)
-        return jax.core.eval_jaxpr(opened, consts, *unknowns, *arrays)
+    def residual(unknowns, *inputs):
+        arrays, closed_over = inputs[: len(places)], inputs[len(places) :]
+        return jax.core.eval_jaxpr(jaxpr, closed_over, *unknowns, *arrays)
 
-    chosen = _default(leaves, tags) if solver is None else solver
-
-    @jax.custom_jvp
-    def value(unknowns, *inputs):
-        return unknowns
-
-    def rule(primals, tangents):
-        where = [i for i, t in enumerate(tangents[1:]) if not isinstance(t, SymbolicZero)]
-        unknowns, inputs = value(*primals), primals[1:]  # their own derivative, for the second one
-        if not where:
-            return unknowns, [jnp.zeros_like(x) for x in unknowns]
-
-        def of_inputs(*some):
-            whole = dict(enumerate(inputs)) | dict(zip(where, some, strict=True))
-            return at(unknowns, *whole.values())
-
-        moved = [tangents[1 + i] for i in where]
-        _, push = jax.jvp(of_inputs, [inputs[i] for i in where], moved)
-        wide = trees.dtype(unknowns)
-
-        def matvec(x):
-            _, out = jax.jvp(lambda u: at(u, *inputs), [unknowns], [trees.narrow(x, unknowns)])
-            return [y.astype(wide) for y in out]
-
-        seen = [x for x in (*unknowns, *inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        vector = [-p.astype(wide) for p in push]
-        x = linear.differentiable_solve(matvec, vector, chosen, seen, tags)
-        return unknowns, trees.narrow(x, unknowns)
-
-    value.defjvp(rule, symbolic_zeros=True)
-    consts = [jnp.asarray(c) for c in program.consts]
-    return structure.unflatten(value(leaves, *arrays, *consts))
+    return residual, arrays + [jnp.asarray(x) for x in program.consts]
 
 
-def _default(leaves: list[jax.Array], tags: Any) -> lx.AbstractLinearSolver:
-    """To the precision of the dtype, as far as that goes with rounding."""
+def _tangents(
+    equation: _Equation,
+    residual: Callable[..., list[jax.Array]],
+    at: tuple,
+    tangents: Sequence[jax.Array | SymbolicZero],
+) -> list[jax.Array]:
+    """-A^-1 (d residual / d inputs) tangents, with the unknowns and the inputs in ``at``."""
+    unknowns, *inputs = at
+    moving = {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)}
+    if not moving:
+        return [jnp.zeros_like(x) for x in unknowns]
+
+    def of_moving(*some):
+        whole = dict(enumerate(inputs)) | dict(zip(moving, some, strict=True))
+        return residual(unknowns, *whole.values())
+
+    _, push = jax.jvp(of_moving, [inputs[i] for i in moving], list(moving.values()))
+    wide = trees.dtype(unknowns)
+
+    def matvec(x):
+        tangent = trees.narrow(x, unknowns)
+        _, out = jax.jvp(lambda u: residual(u, *inputs), [unknowns], [tangent])
+        return [y.astype(wide) for y in out]
+
+    seen = [x for x in (*unknowns, *inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    vector = [-p.astype(wide) for p in push]
+    solver = equation.solver or _default(unknowns, equation.tags)
+    x = linear.differentiable_solve(matvec, vector, solver, seen, equation.tags)
+    return trees.narrow(x, unknowns)
+
+
+def _default(leaves: list[jax.Array], tags: object) -> lx.AbstractLinearSolver:
+    """A solver whose tolerance is about the precision of the dtype."""
     tolerance = float(jnp.finfo(trees.dtype(leaves)).eps) ** 0.75
     size = optax.tree.size(leaves)
     steps = max(10, min(10 * size, 1000))
@@ -310,13 +314,8 @@ def _default(leaves: list[jax.Array], tags: Any) -> lx.AbstractLinearSolver:
     return lx.GMRES(rtol=tolerance, atol=tolerance, max_steps=steps, restart=min(size, 200))
 
 
-def _check_function(name: str, function: Any) -> None:
-    if not callable(function):
-        raise TypeError(f"`{name}` must be a function; got a {type(function).__name__}.")
-
-
-def _check_like(name: str, params: Any, out: Any) -> None:
-    """Raises TypeError if ``out`` has not the structure and shapes of params."""
+def _check_like(name: str, params: ArrayTree, out: ArrayTree) -> None:
+    """Raises TypeError unless ``out`` has the structure and shapes of params."""
     if difference := arguments.shape_difference(params, out):
         raise TypeError(
             f"`{name}` must return a tree like params, with one equation for each of their "

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import lineax as lx
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad.implicit import health, linear, operators, trees
@@ -15,73 +16,72 @@ class HyperGradient(NamedTuple):
     """A hypergradient.
 
     Attributes:
-        grad: Like theta.
+        grad: A tree like theta.
         outer_loss: ``outer(params, theta)``.
         v: The solution q of (H + damping) q = d outer / d params, like params in one dtype of at
             least float32. It warm-starts the next call.
-        info: What was seen on the way; None where nothing was solved.
+        info: Measurements of the solve. ``v`` and ``info`` are None if nothing was solved.
     """
 
-    grad: Theta
+    grad: Any
     outer_loss: jax.Array
-    v: Any
+    v: ArrayTree | None
     info: health.HypergradientInfo | None
 
 
 def hypergradient(
-    outer: Callable[[Any, Theta], Any],
-    inner: Callable[[Any, Theta], Any],
+    outer: Callable[..., Numeric],
+    inner: Callable[..., Numeric],
     *,
     solver: lx.AbstractLinearSolver,
-    damping: float | jax.Array = 0.0,
-    mixed: Callable[[Any, Theta], Any] | None = None,
-    curvature: Callable[[Any, Theta], lx.AbstractLinearOperator] | None = None,
+    damping: Numeric = 0.0,
+    mixed: Callable[..., Numeric] | None = None,
+    curvature: Callable[..., lx.AbstractLinearOperator] | None = None,
     check: bool = False,
 ) -> Callable[..., HyperGradient]:
-    """The gradient of theta -> outer(params*(theta), theta), params* a minimum of inner.
+    """The gradient of theta -> outer(params*(theta), theta), where params* minimises inner.
 
     By the implicit function theorem, at params with d inner / d params = 0:
 
         H q = a,   grad = d outer / d theta - B^T q,
 
-    with H = d2 inner / d params^2, a = d outer / d params, B = d2 inner / d theta d params. Exact
-    where the params are a minimum, H is invertible and the solve is exact. What the inner
-    optimizer was does not matter: its learning rate gets no gradient from here. With a singular H
-    (more weights than data) a solver of minimal norm (``lineax.LSMR``, ``dense``) gives the
-    derivative of the minimum that is nearest to the params; ``damping`` and few terms of a series
-    approximate it. Off a minimum it is wrong by the distance to it (``info.stationarity``).
+    with H = d2 inner / d params^2, a = d outer / d params, B = d2 inner / d theta d params. It is
+    exact if the params are a minimum, H is invertible and the solve is exact. The inner optimizer
+    does not matter, and its learning rate gets no gradient. If H is singular (more weights than
+    data), a solver of minimal norm (``lineax.LSMR``, ``dense``) gives the derivative of the minimum
+    that is nearest to the params; ``damping`` and few terms of a series approximate it. Away from a
+    minimum the error is proportional to the distance to it (``info.stationarity``).
 
-    Time: one gradient of outer, the solver's products with H (each about two gradients of inner,
-    linearised once) and one mixed product; under jit what of ``info`` is not used costs nothing,
-    all of it 20 products. Memory: the linearised gradient and the solver's vectors, however many
-    numbers are in theta.
+    Time: one gradient of outer, the solver's products with H (each about two gradients of inner;
+    inner's gradient is linearised once) and one product with B^T. All of ``info`` costs 20
+    products; under jit its unused fields cost nothing. Memory: the linearised gradient and the
+    solver's vectors, whatever the size of theta.
 
-    On many devices: with the batches sharded over a mesh and params and theta replicated, inside
-    jit, every product is one all-reduce. (Not inside ``shard_map``, which lineax's operators do
-    not know.)
+    On several devices: with batches sharded over a mesh, and params and theta replicated, each
+    product is one all-reduce inside jit. (lineax's operators do not work inside ``shard_map``.)
 
     Args:
         outer: ``outer(params, theta) -> scalar``.
-        inner: ``inner(params, theta) -> scalar``, what was minimised over params; its batch is
-            closed over.
-        solver: Of lineax (``CG(rtol, atol)``, ``Normal(CG(...))``, ``GMRES``, ``BiCGStab``,
-            ``LSMR``) or ``implicit``'s ``neumann``, ``identity``, ``nystrom``, ``dense``. The
-            right-hand side is given to it with norm 1, so that tolerances are relative to it.
+        inner: ``inner(params, theta) -> scalar``, the loss that params minimise; it closes over its
+            batch.
+        solver: A solver of lineax (``CG(rtol, atol)``, ``Normal(CG(...))``, ``GMRES``,
+            ``BiCGStab``, ``LSMR``) or of ``implicit``: ``neumann``, ``identity``, ``nystrom``,
+            ``dense``. It gets a right-hand side of norm 1, so that its tolerances are relative.
         damping: Added to H. The result is exact for inner + damping / 2 |params - here|^2.
         mixed: inner on another batch, for B.
         curvature: ``curvature(params, theta)``, an operator in place of H: ``gauss_newton(...)``.
-        check: Raise if the result cannot be trusted. Outside jit only (not in ``bilevel.solve``);
-            costs up to 140 products.
+        check: Whether to raise if the result cannot be trusted. It works outside jit only (not in
+            ``bilevel.solve``) and costs up to 140 products.
 
     Returns:
         ``f(params, theta, v0=None) -> HyperGradient(grad, outer_loss, v, info)``; v0 is the ``v``
         of an earlier call.
 
     Raises:
-        TypeError: If outer or inner is no function; when called, for leaves that are not floating
-            or a ``v0`` that is not like ``v``.
-        ValueError: If damping is negative; when called, for losses that are no scalars.
-        HypergradientError: With ``check``, if something is wrong, saying what to do.
+        TypeError: If outer or inner is not a function; when called, if leaves are not floating or
+            ``v0`` is not like ``v``.
+        ValueError: If damping is negative; when called, if a loss is not a scalar.
+        HypergradientError: If ``check`` finds a problem; the message says what to do.
 
     Example:
         >>> import jax, jax.numpy as jnp, lineax as lx, unrollgrad as ug
@@ -99,18 +99,17 @@ def hypergradient(
         differentiation, AISTATS 2020.
     """
     for name, function in {"outer": outer, "inner": inner}.items():
-        if not callable(function):
-            raise TypeError(f"`{name}` must be a function; got a {type(function).__name__}.")
+        trees.check_function(name, function)
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(
-            f"`solver` must be one of lineax or unrollgrad.implicit, such as lineax.CG(1e-6, 1e-6)"
-            f" or implicit.neumann(20); got {arguments.describe(solver)}."
+            "`solver` must come from lineax or unrollgrad.implicit, such as lineax.CG(1e-6, 1e-6) "
+            f"or implicit.neumann(20); got {arguments.describe(solver)}."
         )
     if trees.is_concrete(damping) and not damping >= 0:
         raise ValueError(f"`damping` must not be negative; got {damping}.")
     mixed = inner if mixed is None else mixed
 
-    def f(params: Any, theta: Theta, v0: Any = None) -> HyperGradient:
+    def f(params: ArrayTree, theta: Theta, v0: ArrayTree | None = None) -> HyperGradient:
         params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
         for name, loss in {"outer": outer, "inner": inner, "mixed": mixed}.items():
             arguments.check_loss(name, jax.eval_shape(loss, params, theta))
@@ -126,19 +125,17 @@ def hypergradient(
         a = trees.widen(trees.narrow(a, params))
         if v0 is not None and (problem := arguments.leaf_differences(a, v0, "v0")):
             raise TypeError(
-                "`v0` must be the `v` of an earlier call with such params; expected -> got:\n"
+                "`v0` must be the `v` of an earlier call with like params; expected -> got:\n"
                 + "\n".join(problem)
             )
         solution = linear.solve(operator, a, solver, v0)
-        q = solution.value
-        along = jax.jvp(
-            lambda p: jax.grad(mixed, argnums=1)(p, theta), (params,), (trees.narrow(q, params),)
-        )[1]
+        at, along = (params,), (trees.narrow(solution.value, params),)
+        _, along = jax.jvp(lambda p: jax.grad(mixed, argnums=1)(p, theta), at, along)
         grad = jax.tree.map(lambda b, m: (b - m).astype(b.dtype), direct, along)
-        info = health.examine(operator, gradient, a, solution)
+        case = health.Case(gradient, undamped, operator, a, solver, solution)
+        info = health.examine(case)
         if check and trees.is_concrete(info):
-            place = health.Place(params, inner(params, theta), gradient, undamped)
-            health.check(operator, solver, solution, place, info)
-        return HyperGradient(grad, outer_loss, q, info)
+            health.check(case, info, inner(params, theta))
+        return HyperGradient(grad, outer_loss, solution.value, info)
 
     return f

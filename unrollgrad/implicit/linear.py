@@ -1,56 +1,53 @@
-"""Linear solves by lineax's solvers, and one that is differentiated like the inverse it stands for.
+"""Linear solves with lineax's solvers, and one that differentiates like the inverse it stands for.
 
-The derivative of ``lineax.linear_solve`` itself raises where a solve stopped early, since its
-backward pass has nowhere to report it; here a truncated solve is a result, forwards, backwards and
-again.
+The derivative of ``lineax.linear_solve`` raises where a solve stopped early, since its backward
+pass cannot report it. Here a truncated solve is a result, forwards, backwards and in higher
+derivatives.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import operators, trees
+from unrollgrad.implicit.trees import T
 
 
 class Solution(NamedTuple):
-    """What a solver returned.
+    """The outcome of a linear solve; ``num_steps`` is 0 for a direct solver."""
 
-    Attributes:
-        value: x.
-        result: One of ``lineax.RESULTS``.
-        num_steps: That the solver took; 0 for a direct one.
-    """
-
-    value: Any
-    result: Any
+    value: ArrayTree
+    result: lx.RESULTS
     num_steps: jax.Array
 
 
 def solve(
-    operator: Any, vector: Any, solver: lx.AbstractLinearSolver, start: Any = None
+    operator: lx.AbstractLinearOperator,
+    vector: ArrayTree,
+    solver: lx.AbstractLinearSolver,
+    start: ArrayTree | None = None,
 ) -> Solution:
-    """Solves ``operator x = vector``, and says what became of it.
+    """Solves ``operator x = vector`` for a tree of one floating dtype, from ``start`` or zero.
 
-    The solver gets a vector of norm 1, so that its tolerances are relative to it.
-
-    Args:
-        operator: lineax's.
-        vector: A tree of one floating dtype.
-        solver: lineax's.
-        start: Where an iterative solver begins; zero by default.
+    The solver gets a vector of norm 1, so that its tolerances are relative to the vector's norm.
     """
     size = optax.tree.norm(vector)
     unit = jnp.where(size > 0, size, 1)
     right = trees.scale(1 / unit, vector)
     factor = _factor(operator, right, solver)
     options = {} if start is None else {"y0": trees.scale(1 / (unit * factor), start)}
-    state = solver.init(_scaled(operator, factor, vector), options)
+
+    def scaled(v):
+        return trees.scale(factor, operator.mv(v))
+
+    state = solver.init(operators.function(scaled, right, operators.symmetry(operator)), options)
     value, result, stats = solver.compute(state, right, options)
     # Some solvers divide zero by zero where there is nothing to solve.
     value = jax.tree.map(lambda x: jnp.where(size > 0, x, 0), value)
@@ -59,13 +56,15 @@ def solve(
     return Solution(trees.scale(size * factor, value), result, num_steps)
 
 
-def _factor(operator: Any, right: Any, solver: lx.AbstractLinearSolver) -> Any:
-    """What the matrix is multiplied by for solvers that know absolute numbers; 1 for the others.
+def _factor(
+    operator: lx.AbstractLinearOperator, right: ArrayTree, solver: lx.AbstractLinearSolver
+) -> Numeric:
+    """The factor of the matrix for a solver with absolute thresholds; 1 for the others.
 
     ``lineax.CG`` returns NaN where a curvature is below 100 d times the machine epsilon, in
-    whatever units: 10 for a million unknowns in float32. Multiplied by this power of two it is a
-    millionth. ``lineax.LSMR`` stops early where the matrix is small, ``lineax.Normal`` squares it:
-    they get one of norm about 1, for one product more.
+    whatever units: 10 for a million unknowns in float32. Multiplied by this power of two the
+    threshold is a millionth. ``lineax.LSMR`` stops early where the matrix is small, and
+    ``lineax.Normal`` squares it: they get a matrix of norm about 1, for one product more.
     """
     factor, inner = 1, solver
     if isinstance(solver, lx.LSMR | lx.Normal):
@@ -78,55 +77,32 @@ def _factor(operator: Any, right: Any, solver: lx.AbstractLinearSolver) -> Any:
     return factor
 
 
-def _scaled(operator: Any, factor: Any, like: Any) -> Any:
-    if isinstance(factor, int) and factor == 1:
-        return operator
-
-    def mv(v):
-        return trees.scale(factor, operator.mv(v))
-
-    kinds = {lx.is_positive_semidefinite: lx.positive_semidefinite_tag}
-    kinds |= {lx.is_negative_semidefinite: lx.negative_semidefinite_tag}
-    kinds |= {lx.is_symmetric: lx.symmetric_tag}
-    tags = frozenset(tag for has, tag in kinds.items() if has(operator))
-    return operators.function(mv, like, tags)
-
-
 def differentiable_solve(
-    matvec: Callable[[Any], Any],
-    vector: Any,
+    matvec: Callable[..., ArrayTree],
+    vector: T,
     solver: lx.AbstractLinearSolver,
     seen: Sequence[jax.Array],
-    tags: Any = (),
-) -> Any:
-    """Solves ``matvec(x) = vector``, under jvp, vjp, vmap and again.
+    tags: object = (),
+) -> T:
+    """Solves ``matvec(x) = vector``, with jvp, vjp, vmap and any nesting of them.
 
     jax transposes a linear solve only where *all* of its right-hand side is linear in what is
-    differentiated. ``unseen`` zeros bind its leaves together, so that none of them is constant
-    where another is not: one is added to the vector, and 1 plus one multiplies the matrix.
-
-    Args:
-        matvec: Linear, from vectors like ``vector`` to the same.
-        vector: A tree of one floating dtype.
-        solver: Of lineax.
-        seen: All that ``matvec`` closes over and that may be differentiated.
-        tags: lineax's, of the matrix.
+    differentiated. ``unseen`` zeros tie the leaves together, so that none is constant where another
+    is not: one zero is added to the vector, and 1 plus another multiplies the matrix. ``seen`` are
+    the arrays in the closure of ``matvec`` that may be differentiated, ``tags`` are lineax's.
     """
     nothing = unseen(jax.tree.leaves(vector))
     one = 1 + unseen(seen)
-
-    def bound(x):
-        return trees.scale(one, matvec(x))
 
     def run(matvec, vector):
         return solve(operators.function(matvec, vector, tags), vector, solver).value
 
     vector = jax.tree.map(lambda x: x + nothing.astype(x.dtype), vector)
-    return jax.lax.custom_linear_solve(bound, vector, run, run)
+    return jax.lax.custom_linear_solve(lambda x: trees.scale(one, matvec(x)), vector, run, run)
 
 
 def unseen(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Zero, linear in every leaf; jax does not see that it is constant, and XLA does."""
+    """A zero that is linear in every leaf: XLA sees that it is constant, jax does not."""
     corners = [jnp.sum(jnp.ravel(x)[:1]).real.astype(jnp.float32) for x in leaves]
     total = functools.reduce(jnp.add, corners, jnp.float32(0))
     return jax.lax.select(jnp.zeros((), bool), total, jnp.zeros_like(total))

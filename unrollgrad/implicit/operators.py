@@ -1,16 +1,19 @@
 """Curvature of the inner problem, as lineax operators."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import lineax as lx
+from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import trees
+from unrollgrad.types import Theta
 
 
-def hessian(inner: Callable, params: Any, theta: Any) -> tuple[Any, lx.AbstractLinearOperator]:
-    """The gradient of inner in the params, and the operator of its derivative.
+def hessian(
+    inner: Callable[..., Numeric], params: ArrayTree, theta: Theta
+) -> tuple[ArrayTree, lx.AbstractLinearOperator]:
+    """The gradient of ``inner`` with respect to params, and the Hessian.
 
     The gradient is linearised once, so that a product costs no more than its linear part.
     """
@@ -18,15 +21,18 @@ def hessian(inner: Callable, params: Any, theta: Any) -> tuple[Any, lx.AbstractL
     return gradient, function(push, params, lx.positive_semidefinite_tag)
 
 
-def gauss_newton(predict: Callable, loss: Callable) -> Callable[[Any, Any], Any]:
+def gauss_newton(
+    predict: Callable[..., ArrayTree], loss: Callable[..., Numeric]
+) -> Callable[..., lx.AbstractLinearOperator]:
     """The generalised Gauss-Newton matrix J^T L J, for ``hypergradient(curvature=...)``.
 
-    J is the Jacobian of ``predict`` in params and L the Hessian of ``loss`` in the predictions. It
-    is the Hessian less the term with the second derivative of ``predict``: positive semidefinite
-    where ``loss`` is convex, and equal to it where predict is linear or the residuals vanish.
+    J is the Jacobian of ``predict`` with respect to params, and L is the Hessian of ``loss`` with
+    respect to the predictions. The matrix is the Hessian without the term that contains the second
+    derivative of ``predict``: it is positive semidefinite where ``loss`` is convex, and equals the
+    Hessian where ``predict`` is linear or the residuals vanish.
 
-    A term of the inner loss that does not go through ``predict``, such as weight decay, is not in
-    it: add its curvature to the predictions or to ``damping``.
+    It lacks the terms of the inner loss that do not go through ``predict``, such as weight decay:
+    add their curvature to the predictions or to ``damping``.
 
     Args:
         predict: ``predict(params, theta) -> predictions``, any pytree.
@@ -49,7 +55,7 @@ def gauss_newton(predict: Callable, loss: Callable) -> Callable[[Any, Any], Any]
         Neural Computation, 2002.
     """
 
-    def curvature(params: Any, theta: Any) -> lx.AbstractLinearOperator:
+    def curvature(params, theta):
         params = trees.check_floating("params", params)
         predictions, push = jax.linearize(lambda p: predict(p, theta), params)
         pull = jax.linear_transpose(push, params)
@@ -60,24 +66,32 @@ def gauss_newton(predict: Callable, loss: Callable) -> Callable[[Any, Any], Any]
     return curvature
 
 
-def damped(operator: Any, params: Any, damping: Any) -> lx.AbstractLinearOperator:
+def damped(
+    operator: lx.AbstractLinearOperator, params: ArrayTree, damping: Numeric
+) -> lx.AbstractLinearOperator:
     """``operator + damping``, on vectors of one dtype."""
     wide = trees.widen(params)
 
     def mv(v):
         return trees.add(trees.narrow(operator.mv(trees.narrow(v, params)), wide), v, damping)
 
-    # What still holds when a number is added to the diagonal.
+    return function(mv, wide, symmetry(operator))
+
+
+def symmetry(operator: lx.AbstractLinearOperator) -> object:
+    """The tag of ``operator`` that still holds after adding or multiplying a positive number."""
     if lx.is_positive_semidefinite(operator):
-        return function(mv, wide, lx.positive_semidefinite_tag)
-    return function(mv, wide, lx.symmetric_tag if lx.is_symmetric(operator) else ())
+        return lx.positive_semidefinite_tag
+    return lx.symmetric_tag if lx.is_symmetric(operator) else ()
 
 
-def function(matvec: Callable, like: Any, tags: Any = ()) -> lx.AbstractLinearOperator:
-    """A linear function on trees like ``like``.
+def function(
+    matvec: Callable[..., ArrayTree], like: ArrayTree, tags: object = ()
+) -> lx.AbstractLinearOperator:
+    """The operator of a linear function on trees like ``like``.
 
-    It stays a closure, for solvers that are called where it was made: lineax would convert it for
-    use elsewhere, which fails with arrays on a mesh of explicit axes.
+    ``matvec`` stays a closure, for solvers that are called where it was made: closure conversion,
+    lineax's default, fails for arrays on a mesh with explicit axes.
     """
     structure = jax.eval_shape(lambda: like)
     return lx.FunctionLinearOperator(matvec, structure, tags, closure_convert=False)

@@ -1,36 +1,38 @@
 """Inverse-Hessian solvers that lineax does not have, as lineax solvers.
 
-All solve H q = a for the q with which a hypergradient is made. Those that stop after a number of
-terms give an approximation by intent: that they stopped is no failure.
+They solve H q = a, the linear system of a hypergradient. A solver that stops after a given number
+of terms approximates q by intent, so it reports success.
 """
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
+from chex import ArrayTree, Numeric
+from jax.flatten_util import ravel_pytree
 
 from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
+from unrollgrad.types import Key
 
 _POWER_STEPS = 20
 
 
-class _MatrixFree(lx.AbstractLinearSolver):
-    """What the solvers here have in common: their state is the operator itself."""
+class _MatrixFree(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
+    """The common part of the solvers here: their state is the operator itself."""
 
-    def init(self, operator: Any, options: dict[str, Any]) -> Any:
+    def init(self, operator: lx.AbstractLinearOperator, options: dict):
         if operator.in_size() != operator.out_size():
             raise ValueError("the operator must be square: as many equations as unknowns.")
         return lx.linearise(operator)
 
-    def transpose(self, state: Any, options: dict[str, Any]) -> Any:
+    def transpose(self, state: lx.AbstractLinearOperator, options: dict):
         return state.transpose(), {}
 
-    def conj(self, state: Any, options: dict[str, Any]) -> Any:
+    def conj(self, state: lx.AbstractLinearOperator, options: dict):
         return lx.conj(state), {}
 
     def assume_full_rank(self) -> bool:
@@ -39,45 +41,52 @@ class _MatrixFree(lx.AbstractLinearSolver):
 
 class _Neumann(_MatrixFree):
     terms: int
-    step_size: Any
+    step_size: Numeric | str
 
-    def compute(self, state: Any, vector: Any, options: dict[str, Any]) -> Any:
+    def compute(self, state: lx.AbstractLinearOperator, vector: ArrayTree, options: dict):
         alpha = self.step_size
         if isinstance(alpha, str):
-            alpha = 1 / jnp.maximum(largest_eigenvalue(state), jnp.finfo(jnp.float32).tiny)
+            alpha = 1 / jnp.maximum(_lambda_max(state, vector), jnp.finfo(jnp.float32).tiny)
 
         def richardson(q, _):
             return trees.add(q, trees.add(vector, state.mv(q), -1), alpha), None
 
-        start = options.get("y0")
-        if start is None:  # the first turn from zero needs no product
-            start, turns = trees.scale(alpha, vector), self.terms - 1
-        else:
-            turns = self.terms
-        q, _ = jax.lax.scan(richardson, start, length=turns)
+        start, steps = options.get("y0"), self.terms
+        if start is None:  # the first step from zero needs no product
+            start, steps = trees.scale(alpha, vector), self.terms - 1
+        q, _ = jax.lax.scan(richardson, start, length=steps)
         return q, lx.RESULTS.successful, {"num_steps": jnp.int32(self.terms)}
 
 
-def neumann(
-    terms: int, step_size: float | jax.Array | Literal["auto"] = "auto"
-) -> lx.AbstractLinearSolver:
+def _lambda_max(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array:
+    """The magnitude of the eigenvalue of largest magnitude, from below, by power iteration."""
+
+    def multiply(v, _):
+        size = optax.tree.norm(v)
+        return operator.mv(trees.scale(1 / jnp.where(size > 0, size, 1), v)), None
+
+    v = optax.tree.random_like(jax.random.key(0), like)
+    return optax.tree.norm(jax.lax.scan(multiply, v, length=_POWER_STEPS)[0])
+
+
+def neumann(terms: int, step_size: Numeric | Literal["auto"] = "auto") -> lx.AbstractLinearSolver:
     """The Neumann series: q = alpha sum_{j < K} (1 - alpha H)^j a, the first ``terms`` = K terms.
 
-    It tends to H^-1 a for 0 < alpha < 2 / lambda_max, and multiplies the part of a that belongs to
-    the eigenvalue h by (1 - (1 - alpha h)^K) / h: like a damping of 1 / (alpha K), but sharper.
-    With alpha the rate of gradient descent it is backpropagation through the last K steps, taken
-    at a stationary point. With a warm start (``v0``) it takes K steps of q <- q + alpha (a - H q).
+    The series converges to H^-1 a for 0 < alpha < 2 / lambda_max. It multiplies the component of a
+    with eigenvalue h by (1 - (1 - alpha h)^K) / h: like a damping of 1 / (alpha K), but sharper.
+    If alpha is the rate of gradient descent, it equals backpropagation through the last K steps at
+    a stationary point. From a warm start (``v0``) it takes K steps of q <- q + alpha (a - H q).
 
-    Beyond 2 / lambda_max the series diverges: ``info.converged`` is False once its residual is
-    above that of q = 0, and ``check=True`` compares alpha with lambda_max itself.
+    Beyond 2 / lambda_max the series diverges: ``info.converged`` is False once the residual exceeds
+    the residual of q = 0, and ``check=True`` compares alpha with lambda_max.
 
     Time: ``terms - 1`` products with H (``terms`` from a warm start), and 20 more for "auto".
     Memory: two vectors.
 
     Args:
-        terms: K, at least 1. Some code counts K - 1 iterations after the first term.
-        step_size: alpha; "auto" is 1 / lambda_max by power iteration. An adaptive optimizer's
-            learning rate has nothing to do with it.
+        terms: K, at least 1. Some code counts the K - 1 iterations after the first term instead.
+        step_size: alpha; "auto" is 1 / lambda_max by power iteration. The learning rate of an
+            adaptive optimizer is not a suitable value.
 
     Raises:
         ValueError: If ``terms`` or the step size is not positive.
@@ -91,15 +100,15 @@ def neumann(
 
     References:
         Lorraine, Vicol and Duvenaud, Optimizing millions of hyperparameters by implicit
-        differentiation, AISTATS 2020. There "K' terms" are K' + 1 of the series.
+        differentiation, AISTATS 2020. Their "K' terms" are K' + 1 terms of the series.
     """
     return _Neumann(arguments.positive_int("terms", terms), _step_size(step_size))
 
 
-def identity(step_size: float | jax.Array = 1.0) -> lx.AbstractLinearSolver:
-    """Takes q = alpha a: the inverse Hessian taken to be alpha times the identity (T1-T2).
+def identity(step_size: Numeric = 1.0) -> lx.AbstractLinearSolver:
+    """Approximates the inverse Hessian by alpha times the identity: q = alpha a (T1-T2).
 
-    The first term of the Neumann series. Time: nothing.
+    This is the first term of the Neumann series. Time: no products with H.
 
     Args:
         step_size: alpha.
@@ -122,80 +131,44 @@ def identity(step_size: float | jax.Array = 1.0) -> lx.AbstractLinearSolver:
 
 class _Nystrom(_MatrixFree):
     rank: int
-    rho: Any
-    key: Any
+    rho: Numeric
+    key: Key
 
-    def compute(self, state: Any, vector: Any, options: dict[str, Any]) -> Any:
-        rows, columns = self._sample(state, vector)
-
-        def apply(x):  # C x
-            parts = jax.tree.map(lambda c, x: c.reshape(self.rank, -1) @ x.ravel(), columns, x)
-            return sum(jax.tree.leaves(parts))
-
-        gram = sum(
-            c.reshape(self.rank, -1) @ c.reshape(self.rank, -1).T for c in jax.tree.leaves(columns)
-        )
-        inner = jnp.linalg.solve(rows + gram / self.rho, apply(vector))
-        spread = jax.tree.map(lambda c: jnp.tensordot(inner, c, 1), columns)
-        q = jax.tree.map(
-            lambda a, s: (a / self.rho - s / self.rho**2).astype(a.dtype), vector, spread
-        )
-        return q, lx.RESULTS.successful, {"num_steps": jnp.int32(self.rank)}
-
-    def _sample(self, operator: Any, like: Any) -> tuple[jax.Array, Any]:
-        """The chosen rows at the chosen columns, and the rows, which are H times unit vectors."""
-        leaves, structure = jax.tree.flatten(like)
-        ends = np.cumsum([0, *(x.size for x in leaves)])
-        if self.rank > ends[-1]:
-            raise ValueError(f"`rank`={self.rank} is more than the {ends[-1]} unknowns.")
-        # One coordinate of each of ``rank`` stretches: distinct, without a shuffle of all.
-        edges = np.array([i * int(ends[-1]) // self.rank for i in range(self.rank + 1)])
+    def compute(self, state: lx.AbstractLinearOperator, vector: ArrayTree, options: dict):
+        a, unravel = ravel_pytree(vector)
+        if self.rank > a.size:
+            raise ValueError(f"`rank`={self.rank} is more than the {a.size} unknowns.")
+        # One coordinate from each of ``rank`` stretches: distinct, without a shuffle of all.
+        edges = np.array([i * a.size // self.rank for i in range(self.rank + 1)])
         chosen = jax.random.randint(self.key, (self.rank,), edges[:-1], edges[1:])
 
-        def unit(i):
-            pieces = [
-                jnp.zeros(x.size, x.dtype)
-                .at[jnp.where((i >= begin) & (i < begin + x.size), i - begin, x.size)]
-                .set(1, mode="drop")
-                for begin, x in zip(ends[:-1], leaves, strict=True)
-            ]
-            shaped = [p.reshape(x.shape) for p, x in zip(pieces, leaves, strict=True)]
-            return structure.unflatten(shaped)
+        def row(i):
+            unit = jnp.zeros(a.size, a.dtype).at[i].set(1)
+            return ravel_pytree(state.mv(unravel(unit)))[0]
 
-        columns = jax.vmap(lambda i: operator.mv(unit(i)))(chosen)
-
-        def at(i):
-            parts = [
-                jnp.where(
-                    (i >= begin) & (i < begin + x.size),
-                    c.reshape(self.rank, -1)[:, jnp.clip(i - begin, 0, x.size - 1)],
-                    0,
-                )
-                for begin, x, c in zip(ends[:-1], leaves, jax.tree.leaves(columns), strict=True)
-            ]
-            return functools.reduce(jnp.add, parts)
-
-        return jax.vmap(at)(chosen), columns
+        rows = jax.vmap(row)(chosen)
+        block = rows[:, chosen].T + rows @ rows.T / self.rho
+        q = a / self.rho - jnp.linalg.solve(block, rows @ a) @ rows / self.rho**2
+        stats = {"num_steps": jnp.int32(self.rank)}
+        return unravel(q.astype(a.dtype)), lx.RESULTS.successful, stats
 
 
-def nystrom(
-    rank: int, rho: float | jax.Array, *, key: jax.Array | None = None
-) -> lx.AbstractLinearSolver:
+def nystrom(rank: int, rho: Numeric, *, key: Key | None = None) -> lx.AbstractLinearSolver:
     """Takes q = (H_k + rho)^-1 a, H_k the Nystrom approximation of H from ``rank`` of its rows.
 
-    With C the rows, M the block of them at the same columns: H_k = C^T M^-1 C, and by Woodbury
-    q = a / rho - C^T (M + C C^T / rho)^-1 C a / rho^2. Exact up to the damping rho where H has no
-    more than that rank. There is no step size, and nothing diverges for H >= 0.
+    Let C be the rows and M their block at the same columns. Then H_k = C^T M^-1 C, and by Woodbury
+    q = a / rho - C^T (M + C C^T / rho)^-1 C a / rho^2. It is exact up to the damping rho if the
+    rank of H is at most ``rank``. It needs no step size and cannot diverge for H >= 0.
 
     Time: ``rank`` products with H at once, and a rank x rank solve. Memory: ``rank`` vectors.
 
     Args:
-        rank: How many rows, one from each of as many stretches of the coordinates.
-        rho: Damping of what the rows do not see, in units of H.
-        key: Which rows are drawn; by default the same in every call.
+        rank: The number of rows; one is drawn from each of ``rank`` stretches of the coordinates.
+        rho: Damping of the directions outside the rows' span, in units of H.
+        key: Draws the rows; by default every call draws the same ones.
 
     Raises:
-        ValueError: If rank or rho is not positive, or the rank is above the number of unknowns.
+        ValueError: If rank or rho is not positive, or rank exceeds the number of unknowns.
 
     Example:
         >>> import jax.numpy as jnp, lineax as lx, unrollgrad as ug
@@ -215,13 +188,13 @@ def nystrom(
 
 
 def dense(rcond: float | None = None) -> lx.AbstractLinearSolver:
-    """The pseudo-inverse of the whole matrix: exact, of minimal norm where H is singular.
+    """Multiplies by the pseudo-inverse: exact, and of minimal norm where H is singular.
 
-    Time: d products and a singular value decomposition, d^3. Memory: d^2 numbers.
+    Time: d products with H, and a singular value decomposition in d^3. Memory: d^2 numbers.
 
     Args:
-        rcond: Singular values below this share of the largest count as zero; by default d times
-            the machine epsilon.
+        rcond: Singular values below ``rcond`` times the largest count as zero; the default is d
+            times the machine epsilon.
 
     Example:
         >>> import jax.numpy as jnp, lineax as lx, unrollgrad as ug
@@ -232,23 +205,7 @@ def dense(rcond: float | None = None) -> lx.AbstractLinearSolver:
     return lx.SVD(rcond)
 
 
-def largest_eigenvalue(operator: Any, steps: int = _POWER_STEPS) -> jax.Array:
-    """The eigenvalue of largest magnitude, by power iteration: its magnitude, from below."""
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.in_structure())
-    v = optax.tree.random_like(jax.random.key(0), start)
-
-    def turn(carry, _):
-        v, _ = carry
-        size = optax.tree.norm(v)
-        v = operator.mv(trees.scale(1 / jnp.where(size > 0, size, 1), v))
-        return (v, optax.tree.norm(v)), None
-
-    zero = jnp.zeros((), trees.dtype(start))
-    (_, largest), _ = jax.lax.scan(turn, (v, zero), length=steps)
-    return largest
-
-
-def _step_size(value: Any) -> Any:
+def _step_size(value: Numeric | str) -> Numeric | str:
     if isinstance(value, str):
         if value != "auto":
             raise ValueError(f'`step_size` must be a number or "auto"; got {value!r}.')

@@ -1,58 +1,64 @@
-"""Vectors as pytrees, in one floating dtype of at least float32: what lineax's solvers work on.
+"""Arithmetic of vectors that are pytrees, and checks of arguments.
 
-What ``optax.tree`` has is used from there; these keep the dtypes of their leaves.
+``lineax`` solves in one floating dtype of at least float32. ``optax.tree`` has the functions that
+are not here; those that are keep the dtypes of the leaves.
 """
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 
+T = TypeVar("T")
 
-def dtype(tree: Any) -> Any:
-    """The dtype in which a system of these unknowns is solved: at least float32."""
+
+def dtype(tree: object) -> np.dtype:
+    """The dtype in which a system with these unknowns is solved: at least float32."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
 
 
-def widen(tree: Any) -> Any:
-    """All leaves in the one ``dtype``."""
+def widen(tree: T) -> T:
+    """Casts all leaves to the one ``dtype``."""
     wide = dtype(tree)
     return jax.tree.map(lambda x: jnp.asarray(x, wide), tree)
 
 
-def narrow(tree: Any, like: Any) -> Any:
-    """Each leaf in the dtype of its counterpart."""
+def narrow(tree: T, like: ArrayTree) -> T:
+    """Casts each leaf to the dtype of its counterpart in ``like``."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
-def dot(a: Any, b: Any) -> jax.Array:
+def dot(a: T, b: T) -> jax.Array:
     """The inner product."""
     return jnp.asarray(optax.tree.vdot(a, b))
 
 
-def scale(factor: Any, tree: Any) -> Any:
+def scale(factor: Numeric, tree: T) -> T:
     """``factor`` times every leaf, in the leaf's dtype."""
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
-def add(a: Any, b: Any, factor: Any = 1) -> Any:
-    """``a + factor * b``, in the dtypes of a."""
+def add(a: T, b: T, factor: Numeric = 1) -> T:
+    """``a + factor * b``, in the dtypes of ``a``."""
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)
 
 
-def check_floating(name: str, tree: Any) -> Any:
-    """The tree with leaves that are strongly typed floating arrays.
-
-    Raises:
-        TypeError: If a leaf is not floating.
-        ValueError: If there are no leaves, or one is empty.
-    """
+def check_floating(name: str, tree: ArrayTree) -> ArrayTree:
+    """Returns the tree with strongly typed arrays as leaves; raises as ``arguments.floating``."""
     return arguments.floating(name, tree, "Let the functions close over the others.")
 
 
-def is_concrete(tree: Any) -> bool:
-    """Whether all leaves have values here: nothing is being traced."""
+def check_function(name: str, function: object) -> None:
+    """Raises TypeError if ``function`` cannot be called."""
+    if not callable(function):
+        raise TypeError(f"`{name}` must be a function; got a {type(function).__name__}.")
+
+
+def is_concrete(tree: object) -> bool:
+    """Whether all leaves have values, so that none of them is being traced."""
     return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

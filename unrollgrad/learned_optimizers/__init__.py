@@ -1,9 +1,9 @@
 """Learned optimizers: architectures, and files from which optax optimizers are loaded.
 
 An architecture is a pair of functions: ``init(key) -> theta`` and ``transform(theta)``, an optax
-transformation. In an inner loop it is ``optimizer=lambda theta, t: mlp().transform(theta)`` of
-``training_problem``, and any estimator trains theta. Trained, ``save`` writes it, and ``load``
-gives an ordinary optax optimizer.
+transformation. Pass ``optimizer=lambda theta, t: mlp().transform(theta)`` to ``training_problem``
+and train theta with any estimator. ``save`` writes the trained optimizer to a file, and ``load``
+returns it as an ordinary optax optimizer.
 """
 
 from unrollgrad.learned_optimizers.architecture import Architecture

@@ -1,21 +1,21 @@
-"""What a learned optimizer is: weights, and an optax transformation that they say."""
+"""The contract of a learned optimizer: its weights, and an optax transformation from them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
-from unrollgrad.types import Key, Theta
+from unrollgrad.types import Key
 
 
 class Architecture(NamedTuple):
     """A family of optimizers, one for every theta.
 
     Attributes:
-        init: ``init(key) -> theta``, where meta-training begins.
+        init: ``init(key) -> theta``, the weights with which meta-training begins.
         transform: ``transform(theta) -> optax.GradientTransformation``. Its state has the same
-            structure for every theta, and counts the steps itself.
+            structure for every theta and includes the step count.
     """
 
-    init: Callable[[Key], Theta]
-    transform: Callable[[Theta], optax.GradientTransformation]
+    init: Callable[[Key], Any]
+    transform: Callable[..., optax.GradientTransformation]

@@ -1,25 +1,26 @@
-"""What a learned optimizer sees of a weight, of its tensor, and of the time."""
+"""Inputs of a learned optimizer: features of a weight, of its tensor, and of the time."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 TINY = 1e-10
-"""Added to mean squares: tensors whose root mean square is below 1e-5 look smaller than they are,
-and derivatives are finite where a tensor is zero."""
+"""Added to mean squares, so that derivatives are finite where a tensor is zero. Tensors whose root
+mean square is below 1e-5 look smaller than they are."""
 
 
 def averages(old: jax.Array, new: jax.Array, decays: Sequence[float]) -> jax.Array:
-    """Exponential averages of an array, one for each decay, in the last axis."""
+    """Updated exponential averages of an array, one for each decay, along the last axis."""
     kept = jnp.asarray(decays, old.dtype)
     return kept * old + (1 - kept) * new[..., None]
 
 
 def mean_square(x: jax.Array) -> jax.Array:
-    """Over a tensor, of each feature: from (*shape, features) to (features,)."""
+    """Mean square of each feature over the tensor: from (*shape, features) to (features,)."""
     return jnp.mean(jnp.square(x), axis=tuple(range(x.ndim - 1)))
 
 
@@ -29,33 +30,33 @@ def normalised(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def time(count: jax.Array, times: Sequence[float], dtype: Any) -> jax.Array:
-    """tanh(t / T - 1) for each T: early or late, as seen from T steps."""
+def time(count: chex.Numeric, times: Sequence[float], dtype: chex.ArrayDType) -> jax.Array:
+    """tanh(t / T - 1) for each T: whether step t is early or late relative to T steps."""
     return jnp.tanh(jnp.asarray(count, dtype) / jnp.asarray(times, dtype) - 1)
 
 
 def of_tensor(x: jax.Array, time: jax.Array) -> jax.Array:
-    """Of a whole tensor: how large its features are, its shape, and the time."""
+    """Features of a whole tensor: log root mean squares, log size, number of axes, and the time."""
     sizes = 0.05 * jnp.log(mean_square(x) + TINY)
     shape = [0.1 * math.log(math.prod(x.shape[:-1])), x.ndim - 1]
     return jnp.concatenate([sizes, jnp.asarray(shape, sizes.dtype), time])
 
 
 class Factored(NamedTuple):
-    """Averages of squared gradients, as Adafactor keeps them.
+    """Factored averages of squared gradients (Adafactor).
 
     Attributes:
         rows: The mean over columns, the last axis, of each row: (*batch, rows, decays).
-        columns: The mean over rows of each column: (*batch, columns, decays). Of fewer than two
-            axes None, and ``rows`` are the squares themselves.
+        columns: The mean over rows of each column: (*batch, columns, decays). For tensors with
+            fewer than two axes it is None, and ``rows`` are averages of the squares themselves.
     """
 
     rows: jax.Array
     columns: jax.Array | None
 
 
-def factored_zeros(shape: tuple[int, ...], count: int, dtype: Any) -> Factored:
-    """Before the first gradient, for ``count`` decays."""
+def factored_zeros(shape: tuple[int, ...], count: int, dtype: chex.ArrayDType) -> Factored:
+    """Averages before the first gradient, for ``count`` decays."""
     if len(shape) < 2:
         return Factored(jnp.zeros((*shape, count), dtype), None)
     return Factored(
@@ -65,7 +66,7 @@ def factored_zeros(shape: tuple[int, ...], count: int, dtype: Any) -> Factored:
 
 
 def factored_averages(old: Factored, grad: jax.Array, decays: Sequence[float]) -> Factored:
-    """With one more gradient."""
+    """Averages that include one more gradient."""
     square = jnp.square(grad)
     if old.columns is None:
         return Factored(averages(old.rows, square, decays), None)
@@ -76,7 +77,7 @@ def factored_averages(old: Factored, grad: jax.Array, decays: Sequence[float]) -
 
 
 def factored_rsqrt(found: Factored, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """1 / root of the product of both, of the rows, and of the columns: (*shape, decays) each."""
+    """1 / root of the factored average, of the rows, and of the columns: (*shape, decays) each."""
     rows, columns = found
     if columns is None:
         root = jax.lax.rsqrt(rows + TINY)

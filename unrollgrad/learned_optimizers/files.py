@@ -1,4 +1,4 @@
-"""A learned optimizer in one small file."""
+"""Saves a learned optimizer to one small file, and loads it."""
 
 import json
 import zipfile
@@ -24,29 +24,30 @@ ARCHITECTURES = {
     "adafactor_mlp": adafactor_mlp,
     "rnn_mlp": rnn_mlp,
 }
-"""By the name that stands in a file."""
+"""Architectures by the name that files contain."""
 
 _ABOUT = "about"
 _FORMAT = 1
+_Json = dict[str, Any]
 
 
 class Saved(NamedTuple):
-    """What is in a file.
+    """The content of a file.
 
     Attributes:
         architecture: Its name in ``ARCHITECTURES``.
         settings: Its arguments.
         theta: The weights.
-        notes: What whoever saved it says of it.
+        notes: The notes passed to ``save``.
     """
 
     architecture: str
-    settings: dict[str, Any]
-    theta: Theta
-    notes: dict[str, Any]
+    settings: _Json
+    theta: Any
+    notes: _Json
 
     def build(self) -> Architecture:
-        """The architecture, to train it further."""
+        """Returns the architecture, to train it further."""
         return ARCHITECTURES[self.architecture](**self.settings)
 
 
@@ -55,22 +56,22 @@ def save(
     theta: Theta,
     *,
     architecture: str,
-    settings: dict[str, Any] | None = None,
-    notes: dict[str, Any] | None = None,
+    settings: _Json | None = None,
+    notes: _Json | None = None,
 ) -> None:
     """Writes a learned optimizer to one file, an ``.npz`` of theta's leaves and a JSON text.
 
     Leaves of 16 bits are written as float32.
 
     Args:
-        path: Of the file; it is replaced.
-        theta: Of the architecture.
+        path: Path of the file; an existing file is replaced.
+        theta: Weights of the architecture.
         architecture: Its name in ``ARCHITECTURES``.
-        settings: The arguments it was made with.
-        notes: Anything that JSON can hold, such as how it was trained.
+        settings: The arguments with which the architecture was made.
+        notes: Anything that JSON can represent, such as how theta was trained.
 
     Raises:
-        ValueError: If the architecture is unknown, or theta is not like its ``init``.
+        ValueError: If the architecture is unknown, or theta's shapes differ from its ``init``.
 
     Example:
         >>> import jax, jax.numpy as jnp, tempfile, unrollgrad as ug
@@ -86,15 +87,16 @@ def save(
     """
     settings = settings or {}
     leaves = _by_path(theta)
-    _check_like(leaves, _shapes(architecture, settings), "theta")
+    _check_like(leaves, _shapes(architecture, settings))
     about = {
         "format": _FORMAT,
         "architecture": architecture,
         "settings": settings,
         "notes": notes or {},
     }
-    arrays: dict[str, Any] = {f"theta{name}": _widened(x) for name, x in leaves.items()}
-    arrays[_ABOUT] = np.array(json.dumps(about))
+    arrays: dict[str, Any] = {_ABOUT: np.array(json.dumps(about))}
+    for name, x in leaves.items():
+        arrays[f"theta{name}"] = np.asarray(x, wide(jnp.result_type(x)))
     part = Path(f"{path}.part")
     with part.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -102,23 +104,23 @@ def save(
 
 
 def load(path: str | Path) -> optax.GradientTransformation:
-    """A learned optimizer from a file, as an ordinary optax optimizer.
+    """Loads a learned optimizer from a file, as an ordinary optax optimizer.
 
-    Needs no extra. Its ``update`` takes ``params``, as optax's optimizers with weight
-    decay do; combine it with others by ``optax.chain``. Its steps have the size they were trained
-    for: no learning rate is to be chosen.
+    It does not need an optional package. ``update`` needs ``params``, as for optax's optimizers
+    with weight decay; combine it with others by ``optax.chain``. Its steps have the trained size:
+    do not choose a learning rate.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no file that ``save`` wrote, or of an architecture that this version
-            does not have.
+        ValueError: If ``save`` did not write the file, or this version does not have its
+            architecture.
     """
     saved = read(path)
     return saved.build().transform(saved.theta)
 
 
 def read(path: str | Path) -> Saved:
-    """What is in a file that ``save`` wrote, to look at it or to train it further.
+    """Reads a file that ``save`` wrote, to inspect the optimizer or to train it further.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -141,7 +143,7 @@ def read(path: str | Path) -> Saved:
     found = {name.removeprefix("theta").removesuffix(".npy"): x for name, x in arrays.items()}
     try:
         like = _shapes(architecture, settings)
-        _check_like(found, like, "theta")
+        _check_like(found, like)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     theta = jax.tree_util.tree_map_with_path(
@@ -150,16 +152,12 @@ def read(path: str | Path) -> Saved:
     return Saved(architecture, settings, theta, notes)
 
 
-def _widened(x: Any) -> np.ndarray:
-    x = jnp.asarray(x)
-    return np.asarray(x, wide(x.dtype))
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
+def _by_path(tree: Theta) -> dict[str, Any]:
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _shapes(architecture: str, settings: dict[str, Any]) -> Theta:
+def _shapes(architecture: str, settings: _Json) -> Theta:
+    """Theta of an architecture, with a ``jax.ShapeDtypeStruct`` for every leaf."""
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"the architecture {architecture!r} is unknown; this version has "
@@ -174,12 +172,13 @@ def _shapes(architecture: str, settings: dict[str, Any]) -> Theta:
     return jax.eval_shape(made.init, jax.random.key(0))
 
 
-def _check_like(found: dict[str, Any], like: Theta, what: str) -> None:
+def _check_like(theta: dict[str, Any], like: Theta) -> None:
+    """Raises if the leaves of theta, by path, do not have the shapes of ``like``."""
     wanted = {name: x.shape for name, x in _by_path(like).items()}
-    got = {name: np.shape(x) for name, x in found.items()}
+    got = {name: np.shape(x) for name, x in theta.items()}
     for name in dict.fromkeys([*wanted, *got]):
         if wanted.get(name) != got.get(name):
             raise ValueError(
-                f"{what} does not fit the architecture and its settings: at {name or 'the root'} "
+                f"theta does not fit the architecture and its settings: at {name or 'the root'} "
                 f"it has {got.get(name, 'nothing')}, expected {wanted.get(name, 'nothing')}."
             )

@@ -1,7 +1,6 @@
-"""Architectures with a small MLP that every weight of every tensor goes through."""
+"""Architectures that apply one small MLP to every weight of every tensor."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,10 @@ from unrollgrad.learned_optimizers.per_weight import (
 )
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-"""Of the averages of the gradient."""
+"""Decays of the averages of the gradient."""
 
 TIMES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000.0, 100_000.0)
-"""Steps around which early can be told from late."""
+"""Numbers of steps around which the network can tell early from late."""
 
 
 def mlp(
@@ -33,28 +32,28 @@ def mlp(
 ) -> Architecture:
     """A per-parameter MLP, the design of Metz et al. and of LOLv2; the defaults are LOLv2's.
 
-    A weight's features: its gradient, its value, averages of the gradient, each divided by its root
-    mean square over the tensor; and tanh(t / T - 1) for several T. So neither the loss's scale nor
-    the tensor's matters, between root mean squares of 1e-5 and 1e19.
+    A weight's features are its gradient, its value and averages of the gradient, each divided by
+    its root mean square over the tensor, and tanh(t / T - 1) for several T. The scale of the loss
+    and of the tensor does not matter between root mean squares of 1e-5 and 1e19.
 
     Theta has (2 + len(decays) + len(times) + 1) * hidden[0] + ... + 2 numbers; it begins random
-    with small outputs, as an optimizer that hardly moves anything. Time per step: that of the
-    MLP on all weights, about 2 * (features * hidden[0] + ...) operations for each; memory:
-    len(decays) copies of the weights in the state, (features + hidden) during a step, in one array
-    of all weights' rows: weights that are sharded are gathered for it.
+    with small outputs, as an optimizer that hardly moves the weights. Time per step: the MLP on all
+    weights, about 2 * (features * hidden[0] + ...) operations for each weight. Memory: len(decays)
+    copies of the weights in the state, and (features + hidden) per weight during a step, in one
+    array of all weights' rows: sharded weights are gathered for it.
 
     Args:
-        decays: Of the averages.
+        decays: Decays of the averages.
         times: The T.
         hidden: Units of the hidden layers, at least one layer.
         step: Size of a step whose direction is 1 and log magnitude 0.
-        magnitude: What the second output is multiplied by.
+        magnitude: Factor of the second output, the log magnitude.
 
     Returns:
         An ``Architecture``; ``update`` needs ``params``.
 
     Raises:
-        ValueError: Without a hidden layer.
+        ValueError: If there is no hidden layer.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -70,10 +69,10 @@ def mlp(
         ICML 2019, arXiv:1810.10180. LOLv2: ``MLPLOpt`` of google/learned_optimization.
     """
     check_hidden(hidden)
-    seen = 2 + len(decays)
+    sizes = (2 + len(decays) + len(times), *hidden, 2)
 
-    def init(key: Any) -> Any:
-        return {"layers": networks.init_layers(key, (seen + len(times), *hidden, 2), last=0.1)}
+    def init(key):
+        return {"layers": networks.init_layers(key, sizes, last=0.1)}
 
     return Architecture(init, transform_of(averaging(decays), None, times, step, magnitude))
 
@@ -90,23 +89,12 @@ def adafactor_mlp(
 
     To the features of ``mlp`` it adds, for each decay: the averaged gradient over the root of the
     averaged square (Adam's direction), gradient and averaged gradient over the root of the factored
-    average of squares (Adafactor's), the reciprocal roots of the averages over rows and columns,
-    and that of the average itself for the last decay.
+    average of squares (Adafactor's), and the reciprocal roots of the averages over rows and
+    columns; and, for the last decay, the reciprocal root of the averaged square.
 
-    Memory: len(decays) + 1 copies of the weights and the rows and columns; otherwise as ``mlp``.
-
-    Args:
-        decays: Of the averages, of gradients and of squares.
-        times: As in ``mlp``.
-        hidden: As in ``mlp``.
-        step: As in ``mlp``.
-        magnitude: As in ``mlp``.
-
-    Returns:
-        An ``Architecture``; ``update`` needs ``params``.
-
-    Raises:
-        ValueError: Without a hidden layer.
+    Arguments, result and errors are as for ``mlp``; ``decays`` apply to the averages of gradients
+    and of squares. Memory: len(decays) + 1 copies of the weights and the rows and columns;
+    otherwise as ``mlp``.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -122,19 +110,19 @@ def adafactor_mlp(
         optimizers, CoLLAs 2022, arXiv:2203.11860 (``adafac_mlp_lopt``).
     """
     check_hidden(hidden)
-    seen = 3 + 6 * len(decays)
+    sizes = (3 + 6 * len(decays) + len(times), *hidden, 2)
 
-    def init(key: Any) -> Any:
-        return {"layers": networks.init_layers(key, (seen + len(times), *hidden, 2), last=0.1)}
+    def init(key):
+        return {"layers": networks.init_layers(key, sizes, last=0.1)}
 
-    def begin(zeros: jax.Array) -> Any:
+    def begin(zeros):
         return {
             "mean": jnp.stack([zeros] * len(decays), axis=-1),
             "square": zeros[..., None],
             "factored": features.factored_zeros(zeros.shape, len(decays), zeros.dtype),
         }
 
-    def see(old: Any, g: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    def see(old, g, w):
         new = {
             "mean": features.averages(old["mean"], g, decays),
             "square": features.averages(old["square"], g**2, decays[-1:]),
@@ -159,28 +147,16 @@ def rnn_mlp(
     step: float = 1e-3,
     magnitude: float = 1e-3,
 ) -> Architecture:
-    """``mlp`` with a recurrent network for each tensor that controls it.
+    """``mlp`` with a recurrent network that controls it for each tensor.
 
     A gated recurrent unit, the same for all tensors, reads in every step of each tensor the log
     root mean squares of gradient, weights and averages, the log of its size, its number of axes and
-    the time. What it remembers says what is added to the first layer of the per-parameter MLP for
-    this tensor, and a log magnitude for all its weights.
+    the time. From its memory it computes, for this tensor, a term for the first layer of the
+    per-parameter MLP and a log magnitude for all weights.
 
-    Time: that of ``mlp``, and the recurrent network once for each tensor. Memory: that of ``mlp``.
-
-    Args:
-        decays: As in ``mlp``.
-        times: As in ``mlp``.
-        hidden: As in ``mlp``.
-        units: Of the recurrent network.
-        step: As in ``mlp``.
-        magnitude: As in ``mlp``, for both log magnitudes.
-
-    Returns:
-        An ``Architecture``; ``update`` needs ``params``.
-
-    Raises:
-        ValueError: Without a hidden layer.
+    Arguments, result and errors are as for ``mlp``; ``units`` is the size of the recurrent network,
+    and ``magnitude`` multiplies both log magnitudes. Time and memory: as ``mlp``, plus the
+    recurrent network once for each tensor.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -194,21 +170,21 @@ def rnn_mlp(
     References:
         Wichrowska et al., Learned optimizers that scale and generalize, ICML 2017,
         arXiv:1703.04813; Metz et al., VeLO, 2022, arXiv:2211.09760 (a recurrent network for each
-        tensor, which there chooses the weights of the per-parameter MLP).
+        tensor, which in VeLO chooses the weights of the per-parameter MLP).
     """
     plain = mlp(decays=decays, times=times, hidden=hidden, step=step, magnitude=magnitude)
     read = 2 + len(decays) + 2 + len(times)
 
-    def init(key: Any) -> Any:
+    def init(key):
         keys = jax.random.split(key, 3)
         gru = networks.init_gru(keys[1], read, units)
         control = networks.init_layers(keys[2], (units, hidden[0] + 1), last=0.1)
         return {**plain.init(keys[0]), "gru": gru, "control": control}
 
-    def begin(count: int) -> jax.Array:
+    def begin(count):
         return jnp.zeros((count, units), jnp.float32)
 
-    def control(theta: Any, memory: Any, tensors: jax.Array) -> tuple[Any, Any, Any]:
+    def control(theta, memory, tensors):
         memory = networks.apply_gru(theta["gru"], tensors, memory)
         out = networks.apply_layers(theta["control"], memory)
         return memory, out[:, :-1], out[:, -1]

@@ -1,43 +1,45 @@
-"""Small networks as trees of arrays, without a library: what is saved must load with jax alone."""
+"""Small networks as trees of arrays, without a library: saved files must load with jax alone."""
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from unrollgrad.types import Key, Theta
+from unrollgrad.types import Key
+
+Layer = dict[str, jax.Array]
+"""The weights of one layer, "kernel" and "bias"."""
 
 
-def init_layers(key: Key, sizes: Sequence[int], last: float = 1.0) -> list[Theta]:
-    """Dense layers: kernels of variance 1 / inputs (``last`` times that size in the last)."""
+def init_layers(key: Key, sizes: Sequence[int], last: float = 1.0) -> list[Layer]:
+    """Dense layers; kernels have variance 1 / inputs, and ``last`` multiplies the last kernel."""
     normal = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(key, len(sizes) - 1)
     layers = [
         {"kernel": normal(k, shape, jnp.float32), "bias": jnp.zeros(shape[1], jnp.float32)}
-        for k, shape in zip(
-            jax.random.split(key, len(sizes) - 1), itertools.pairwise(sizes), strict=True
-        )
+        for k, shape in zip(keys, itertools.pairwise(sizes), strict=True)
     ]
     layers[-1]["kernel"] *= last
     return layers
 
 
-def apply_layers(layers: Sequence[Theta], x: jax.Array, context: Any = 0.0) -> jax.Array:
-    """ReLUs between the layers; ``context`` is added to what goes into the first of them."""
+def apply_layers(layers: Sequence[Layer], x: jax.Array, context: chex.Numeric = 0.0) -> jax.Array:
+    """Applies dense layers with ReLUs between them; ``context`` is added to the first output."""
     for i, layer in enumerate(layers):
         x = (x if i == 0 else jax.nn.relu(x)) @ layer["kernel"] + layer["bias"]
         x = x + context if i == 0 else x
     return x
 
 
-def init_gru(key: Key, inputs: int, units: int) -> Theta:
-    """A gated recurrent unit: what is read and what is remembered go through one product."""
+def init_gru(key: Key, inputs: int, units: int) -> Layer:
+    """A gated recurrent unit; one kernel multiplies the input and the memory."""
     kernel = jax.nn.initializers.lecun_normal()(key, (inputs + units, 3 * units), jnp.float32)
     return {"kernel": kernel, "bias": jnp.zeros(3 * units, jnp.float32)}
 
 
-def apply_gru(gru: Theta, x: jax.Array, memory: jax.Array) -> jax.Array:
+def apply_gru(gru: Layer, x: jax.Array, memory: jax.Array) -> jax.Array:
     """The next memory, (..., units)."""
     inputs = x.shape[-1]
     read = x @ gru["kernel"][:inputs] + gru["bias"]

@@ -1,13 +1,15 @@
-"""How learned optimizers run that look at one weight at a time: all weights in one product.
+"""Learned optimizers that apply one small MLP to every weight, with one matrix product for all.
 
-Every weight's features go through the same small MLP, whose two outputs d and m move the weight by
+The MLP maps a weight's features to two outputs d and m; the weight moves by
 ``-step * d * exp(magnitude * m)``.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,45 +22,45 @@ class PerWeightState(NamedTuple):
     """The state of these optimizers.
 
     Attributes:
-        count: int32, steps so far.
-        memory: What is remembered of each tensor, a tree like the weights.
-        controller: The recurrent network's memory, (tensors, units); () where there is none.
+        count: int32, number of steps so far.
+        memory: The memory of each tensor, a tree like the weights.
+        controller: The recurrent network's memory, (tensors, units); () without a controller.
     """
 
     count: jax.Array
-    memory: Any
-    controller: Any
+    memory: chex.ArrayTree
+    controller: jax.Array | tuple[()]
 
 
 class Memory(NamedTuple):
-    """What is remembered of a tensor.
+    """The memory of a tensor, and the features of its weights.
 
     Attributes:
-        begin: ``begin(zeros)``, from zeros like the weights.
-        see: ``see(memory, gradient, weights)`` returns features (*shape, features), the gradient
-            and the weights first, and the next memory.
+        begin: ``begin(zeros)``, the initial memory, from zeros like the weights.
+        see: ``see(memory, gradient, weights)`` returns features (*shape, features), beginning with
+            the gradient and the weights, and the next memory.
     """
 
-    begin: Callable[[jax.Array], Any]
-    see: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    begin: Callable[[jax.Array], chex.ArrayTree]
+    see: Callable[..., tuple[jax.Array, chex.ArrayTree]]
 
 
 class Controller(NamedTuple):
-    """What is said of whole tensors.
+    """A recurrent network that controls whole tensors.
 
     Attributes:
-        begin: ``begin(number of tensors)``, its memory.
-        control: ``control(theta, memory, tensors)`` of the tensors' features (tensors, features)
-            returns the next memory; what to add to the first layer, (tensors, units); and log
-            magnitudes, (tensors,).
+        begin: ``begin(number of tensors)``, its initial memory.
+        control: ``control(theta, memory, features)`` with the tensors' features (tensors, features)
+            returns the next memory; a term for the first layer of the MLP, (tensors, units); and
+            log magnitudes, (tensors,).
     """
 
-    begin: Callable[[int], Any]
-    control: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
+    begin: Callable[[int], jax.Array]
+    control: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def averaging(decays: Sequence[float]) -> Memory:
-    """Gradient, weight, and averages of the gradient."""
+    """A memory of averaged gradients; features: gradient, weight, and these averages."""
 
     def begin(zeros: jax.Array) -> jax.Array:
         return jnp.stack([zeros] * len(decays), axis=-1)
@@ -76,28 +78,26 @@ def transform_of(
     times: Sequence[float],
     step: float,
     magnitude: float,
-) -> Callable[[Any], optax.GradientTransformation]:
-    """From theta = {"layers": ..., perhaps the controller's} to the optax transformation.
+) -> Callable[..., optax.GradientTransformation]:
+    """Returns ``transform(theta)`` for theta = {"layers": ...} plus the controller's weights.
 
-    Leaves without numbers, and those whose gradient is None, stay as they are.
+    Leaves without numbers, and leaves whose gradient is None, do not change.
     """
 
-    def init(params: Any) -> PerWeightState:
-        leaves, structure = jax.tree.flatten(params)
-        for path, w in jax.tree_util.tree_leaves_with_path(params):
-            if jnp.iscomplexobj(w):
-                raise TypeError(
-                    f"a learned optimizer updates real weights; params{jax.tree_util.keystr(path)} "
-                    f"is {jnp.result_type(w)}. Train the others (optax.masked), or hold its real "
-                    "and imaginary parts as two leaves."
-                )
-        zeros = [jnp.zeros_like(w, wide(jnp.result_type(w))) for w in leaves]
-        of_tensors = () if controller is None else controller.begin(len(leaves))
-        remembered = structure.unflatten(memory.begin(x) for x in zeros)
-        return PerWeightState(jnp.zeros((), jnp.int32), remembered, of_tensors)
+    def outputs(theta, state, active, seen):
+        """Both outputs for every weight of the active tensors, and the controller's next memory."""
+        time = features.time(state.count, times, jnp.float32)
+        if controller is None:
+            return _through(theta["layers"], seen, time, None), state.controller
+        active = jnp.array(active)
+        read = jnp.stack([features.of_tensor(x, time) for x in seen])
+        own, context, logs = controller.control(theta, state.controller[active], read)
+        both = _through(theta["layers"], seen, time, context)
+        both = [(d, m + logs[i]) for i, (d, m) in enumerate(both)]
+        return both, state.controller.at[active].set(own.astype(state.controller.dtype))
 
-    def transform(theta: Any) -> optax.GradientTransformation:
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def transform(theta):
+        def update(updates, state, params=None):
             if params is None:
                 raise ValueError(
                     "a learned optimizer looks at the weights: call update(grads, state, params)."
@@ -106,42 +106,52 @@ def transform_of(
             moves = structure.flatten_up_to(updates)
             remembered = structure.flatten_up_to(state.memory)
             active = [i for i, g in enumerate(moves) if g is not None and jnp.size(g)]
-            of_tensors = state.controller
+            seen = []
+            for i in active:
+                g, w = (jnp.asarray(x, wide(jnp.result_type(x))) for x in (moves[i], weights[i]))
+                found, remembered[i] = memory.see(remembered[i], g, w)
+                seen.append(found)
+            both, controlled = [], state.controller
             if active:
-                seen = []
-                for i in active:
-                    g, w = (
-                        jnp.asarray(x, wide(jnp.result_type(x))) for x in (moves[i], weights[i])
-                    )
-                    found, remembered[i] = memory.see(remembered[i], g, w)
-                    seen.append(found)
-                time = features.time(state.count, times, jnp.float32)
-                context = log_magnitudes = None
-                if controller is not None:
-                    tensors = jnp.stack([features.of_tensor(x, time) for x in seen])
-                    own = of_tensors[jnp.array(active)]
-                    own, context, log_magnitudes = controller.control(theta, own, tensors)
-                    of_tensors = of_tensors.at[jnp.array(active)].set(own.astype(of_tensors.dtype))
-                both = _through(theta["layers"], seen, time, context)
-                for j, (i, (d, m)) in enumerate(zip(active, both, strict=True)):
-                    m = m if log_magnitudes is None else m + log_magnitudes[j]
-                    move = -step * d * jnp.exp(magnitude * m)
-                    g = jnp.asarray(moves[i])
-                    moves[i] = move.reshape(g.shape).astype(g.dtype)
-            new = PerWeightState(state.count + 1, structure.unflatten(remembered), of_tensors)
+                both, controlled = outputs(theta, state, active, seen)
+            for i, (d, m) in zip(active, both, strict=True):
+                g, move = jnp.asarray(moves[i]), -step * d * jnp.exp(magnitude * m)
+                moves[i] = move.reshape(g.shape).astype(g.dtype)
+            new = PerWeightState(state.count + 1, structure.unflatten(remembered), controlled)
             return structure.unflatten(moves), new
 
-        return optax.GradientTransformation(init, update)
+        return optax.GradientTransformation(functools.partial(_begin, memory, controller), update)
 
     return transform
 
 
-def _through(
-    layers: list[Any], seen: list[jax.Array], time: jax.Array, context: Any
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Both outputs of the MLP for every weight of every tensor, in one product.
+def _begin(memory: Memory, controller: Controller | None, params: optax.Params) -> PerWeightState:
+    leaves, structure = jax.tree.flatten(params)
+    for path, w in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.iscomplexobj(w):
+            raise TypeError(
+                f"a learned optimizer updates real weights; params{jax.tree_util.keystr(path)} is "
+                f"{jnp.result_type(w)}. Train the others (optax.masked), or hold its real and "
+                "imaginary parts as two leaves."
+            )
+    return PerWeightState(
+        jnp.zeros((), jnp.int32),
+        structure.unflatten(
+            memory.begin(jnp.zeros_like(w, wide(jnp.result_type(w)))) for w in leaves
+        ),
+        () if controller is None else controller.begin(len(leaves)),
+    )
 
-    The time, which all share, goes through its part of the first layer once.
+
+def _through(
+    layers: list[networks.Layer],
+    seen: list[jax.Array],
+    time: jax.Array,
+    context: jax.Array | None,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Both outputs of the MLP for every weight of every tensor, computed in one product.
+
+    The time is common to all weights and multiplies its part of the first layer once.
     """
     first, *others = layers
     own = seen[0].shape[-1]
@@ -158,6 +168,6 @@ def _through(
 
 
 def check_hidden(hidden: Sequence[int]) -> None:
-    """Refuses a network without hidden units."""
+    """Raises if the network has no hidden units."""
     if not hidden or any(units < 1 for units in hidden):
         raise ValueError(f"`hidden` must be units of at least one layer; got {tuple(hidden)}.")

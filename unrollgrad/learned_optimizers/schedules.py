@@ -1,7 +1,7 @@
 """Learned schedules: SGD and Adam whose hyperparameters are theta."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import optax
 
 from unrollgrad._core.dtypes import wide
 from unrollgrad.learned_optimizers.architecture import Architecture
-from unrollgrad.types import Theta
 
 KNOTS = (0, 3, 10, 30, 100, 300, 1000, 3000)
 """Steps at which the log rate is learned."""
@@ -26,8 +25,8 @@ def scheduled_sgd(
 
     Args:
         knots: Steps, increasing.
-        rate: At the beginning of meta-training, everywhere.
-        momentum: At the beginning of meta-training.
+        rate: Initial learning rate for meta-training, the same at all knots.
+        momentum: Initial momentum for meta-training.
 
     Returns:
         An ``Architecture``.
@@ -45,21 +44,7 @@ def scheduled_sgd(
         >>> [round(float(u), 3) for u in updates]
         [-0.5, -0.5]
     """
-    _increasing(knots)
-
-    def init(key):
-        del key  # the same for all
-        return {
-            "log_rate": _everywhere(rate, knots),
-            "momentum_logit": _logit("momentum", momentum),
-        }
-
-    def transform(theta):
-        momentum = jax.nn.sigmoid(theta["momentum_logit"])
-        rate = _schedule(theta["log_rate"], knots)
-        return _widened(optax.sgd(rate, momentum=momentum))
-
-    return Architecture(init, transform)
+    return _scheduled(optax.sgd, knots, rate, {"momentum": momentum})
 
 
 def scheduled_adam(
@@ -67,24 +52,12 @@ def scheduled_adam(
 ) -> Architecture:
     """Adam; theta is the schedule of its rate, and both decays.
 
-    Its moments are float32 at least, and 1e-12 is added to the second one below the root: gradients
-    under 1e-6 take shorter steps than optax.adam's, and derivatives are finite where one is zero.
+    theta = {"log_rate": (len(knots),), "b1_logit": (), "b2_logit": ()}. Knots, rate, result and
+    errors are as for ``scheduled_sgd``; ``b1`` and ``b2`` are the initial decays.
 
-    theta = {"log_rate": (len(knots),), "b1_logit": (), "b2_logit": ()}. The log rate is piecewise
-    linear in log(1 + t) between the knots, and constant after the last one.
-
-    Args:
-        knots: Steps, increasing.
-        rate: At the beginning of meta-training, everywhere.
-        b1: At the beginning of meta-training.
-        b2: At the beginning of meta-training.
-
-    Returns:
-        An ``Architecture``.
-
-    Raises:
-        ValueError: If the knots do not increase, the rate is not positive, or a decay is not
-            between 0 and 1.
+    Its moments are at least float32, and 1e-12 is added to the second moment below the root:
+    gradients under 1e-6 take shorter steps than with optax.adam, and derivatives are finite where a
+    gradient is zero.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -95,24 +68,29 @@ def scheduled_adam(
         >>> [round(float(u), 3) for u in updates]
         [-0.5, -0.5]
     """
-    _increasing(knots)
+    adam = functools.partial(optax.adam, eps_root=1e-12)
+    return _scheduled(adam, knots, rate, {"b1": b1, "b2": b2})
+
+
+def _scheduled(
+    optimizer: Callable[..., optax.GradientTransformation],
+    knots: Sequence[int],
+    rate: float,
+    decays: dict[str, float],
+) -> Architecture:
+    """``optimizer(schedule, **decays)``, whose theta is the log rates and the decays' logits."""
+    if len(knots) == 0 or knots[0] < 0 or any(np.diff(knots) <= 0):
+        raise ValueError(f"`knots` must be steps >= 0 that increase; got {tuple(knots)}.")
 
     def init(key):
-        del key  # the same for all
-        return {
-            "log_rate": _everywhere(rate, knots),
-            "b1_logit": _logit("b1", b1),
-            "b2_logit": _logit("b2", b2),
-        }
+        if not rate > 0:
+            raise ValueError(f"`rate` must be positive; got {rate}.")
+        logits = {f"{name}_logit": _logit(name, decay) for name, decay in decays.items()}
+        return {"log_rate": jnp.full(len(knots), np.log(rate), jnp.float32), **logits}
 
     def transform(theta):
-        adam = optax.adam(
-            _schedule(theta["log_rate"], knots),
-            b1=jax.nn.sigmoid(theta["b1_logit"]),
-            b2=jax.nn.sigmoid(theta["b2_logit"]),
-            eps_root=1e-12,  # finite derivatives where a gradient is zero
-        )
-        return _widened(adam)
+        learned = {name: jax.nn.sigmoid(theta[f"{name}_logit"]) for name in decays}
+        return _widened(optimizer(_schedule(theta["log_rate"], knots), **learned))
 
     return Architecture(init, transform)
 
@@ -126,25 +104,19 @@ def _schedule(log_rate: jax.Array, knots: Sequence[int]) -> optax.Schedule:
 
 
 def _widened(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Moments of float32 at least, updates in the gradients' dtypes."""
+    """The transformation with moments of at least float32 and updates in the gradients' dtypes."""
 
-    def widened(tree: Any) -> Any:
+    def widened(tree):
         return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.result_type(x))), tree)
 
-    def like(old: Any, new: Any) -> Any:
+    def like(old, new):
         return jax.tree.map(lambda a, b: jnp.asarray(b, jnp.result_type(a)), old, new)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates, state, params=None):
         moves, new = transform.update(widened(updates), state, params)
         return like(updates, moves), like(state, new)
 
     return optax.GradientTransformation(lambda params: transform.init(widened(params)), update)
-
-
-def _everywhere(rate: float, knots: Sequence[int]) -> Theta:
-    if not rate > 0:
-        raise ValueError(f"`rate` must be positive; got {rate}.")
-    return jnp.full(len(knots), np.log(rate), jnp.float32)
 
 
 def _logit(name: str, decay: float) -> jax.Array:
@@ -153,8 +125,3 @@ def _logit(name: str, decay: float) -> jax.Array:
             f"`{name}` must lie between 0 and 1, since its logit is theta; got {decay}."
         )
     return jnp.asarray(np.log(decay / (1 - decay)), jnp.float32)
-
-
-def _increasing(knots: Sequence[int]) -> None:
-    if len(knots) == 0 or knots[0] < 0 or any(np.diff(knots) <= 0):
-        raise ValueError(f"`knots` must be steps >= 0 that increase; got {tuple(knots)}.")
