@@ -2,8 +2,8 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import jax
@@ -35,7 +35,7 @@ def present(x: T | None) -> T:
     return x
 
 
-def wrong(x: object) -> Any:
+def mistyped(x: object) -> Any:
     """``x``, which is deliberately not of the type that is asked for."""
     return x
 
@@ -46,7 +46,9 @@ def over_workers(estimate: ug.Estimate) -> ug.AverageInfo:
     return estimate.info
 
 
-def raises(error: type[Exception] | tuple[type[Exception], ...], *parts: str):
+def raises(
+    error: type[Exception] | tuple[type[Exception], ...], *parts: str
+) -> AbstractContextManager[Any]:
     """A context that expects ``error`` with all the parts, in this order, in its message."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
 
@@ -125,7 +127,7 @@ def types(tree: Any) -> list:
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
+def counted() -> Generator[list[int], None, None]:
     """A list with one number: how many programs XLA compiled since the context began."""
     count = [0]
 

@@ -21,7 +21,7 @@ def test_smoke(tmp_path, capsys):
     assert len(claims) == 4
     assert all(claim.holds for claim in claims)
     assert "loss at the end" in capsys.readouterr().out
-    steps = {r.step for r in results.read(folder)}
+    steps = {present(r.step) for r in results.read(folder)}
     assert len(steps) == 61
     assert max(steps) == 600
     expect(
@@ -40,7 +40,7 @@ def test_a_run_that_is_not_finite_is_reported(tmp_path):
         estimators=("tbptt", "es_single"),
     )
     folder = present(framework.execute(influence_balancing.EXPERIMENT, settings))
-    assert max(r.step for r in results.read(folder)) == 200
+    assert max(present(r.step) for r in results.read(folder)) == 200
     claims = {c.says: c for c in influence_balancing.claims(results.read_summary(folder))}
     assert claims["tbptt moves away from it"].holds
     assert not claims["es_single reaches the optimum"].holds

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ ADAM = Architecture(lambda key: jnp.log(0.01), lambda log_rate: optax.adam(jnp.e
 
 
 @functools.cache
-def family(name, part="training"):
+def family(name: str, part: Literal["training", "validation", "test"] = "training"):
     sizes = {"hidden": 8, "length": 8} if name == "lstm" else {"num_rows": 64}
     return tasks.FAMILIES[name](**sizes, part=part)
 
@@ -156,7 +158,7 @@ def meta_train(out, **settings):
     return present(framework.execute(learned_optimizer.EXPERIMENT, settings))
 
 
-def numbers(folder):
+def numbers(folder: Path) -> dict[tuple[Any, ...], float]:
     return {(r.seed, r.step, *r.labels.values(), r.metric): r.value for r in results.read(folder)}
 
 
@@ -259,7 +261,7 @@ def test_evaluation(tmp_path, capsys):
     assert "constant" in printed
     summary = results.read_summary(folder)
     best = evaluate_optimizer.best_rate(summary.results, "mlp", "Adam")
-    assert best.startswith("Adam ")
+    assert present(best).startswith("Adam ")
     (claim,) = evaluate_optimizer.claims(summary)
     assert claim.says.startswith("mlp, constant: training loss at the horizon below")
     adam = [v for k, v in found.items() if k[0] == 0 and k[3][:4] == "Adam" and "1x" in k[4]]

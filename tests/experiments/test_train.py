@@ -142,7 +142,7 @@ def test_stopped_from_outside(tmp_path):
     (folder,) = tmp_path.iterdir()
     assert f"to go on: python -m experiments train --resume {folder}" in errors
     assert results.read_summary(folder).about["status"] == "interrupted"
-    last = max(r.step for r in results.read(folder))
+    last = max(present(r.step) for r in results.read(folder))
     assert (folder / "checkpoints" / "seed-0" / "steps" / str(last)).is_dir()
     cli.main(["train", "--resume", str(folder)])
     steps = [r.step for r in results.read(folder) if r.metric == "objective"]
