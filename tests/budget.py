@@ -54,7 +54,7 @@ class _Counter:
         self.programs, self.last = 0, (0, time.process_time())
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event, duration, **_):
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int):
         self.programs += event == COMPILED
 
     @pytest.hookimpl(wrapper=True)

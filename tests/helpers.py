@@ -2,9 +2,9 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,29 @@ KINDS = (
 )
 """One estimator for each kind of worker state; the others share the code of one of them."""
 
+T = TypeVar("T")
 
-def raises(error: type[Exception] | tuple[type[Exception], ...], *parts: str):
+
+def present(x: T | None) -> T:
+    """``x``, which is not None."""
+    assert x is not None
+    return x
+
+
+def mistyped(x: object) -> Any:
+    """``x``, which is deliberately not of the type that is asked for."""
+    return x
+
+
+def over_workers(estimate: ug.Estimate) -> ug.AverageInfo:
+    """The info of an estimate by ``average``."""
+    assert isinstance(estimate.info, ug.AverageInfo)
+    return estimate.info
+
+
+def raises(
+    error: type[Exception] | tuple[type[Exception], ...], *parts: str
+) -> AbstractContextManager[Any]:
     """A context that expects ``error`` with all the parts, in this order, in its message."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
 
@@ -106,11 +127,11 @@ def types(tree: Any) -> list:
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
+def counted() -> Generator[list[int], None, None]:
     """A list with one number: how many programs XLA compiled since the context began."""
     count = [0]
 
-    def listener(event, duration, **_):
+    def listener(event: str, duration_secs: float, **kwargs: str | int):
         count[0] += event == COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(listener)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +19,11 @@ import unrollgrad as ug
 WORKERS, STEPS = 16, 5
 
 
-def measured():
+def measured() -> dict[str, Any]:
     """What must come out the same, however many processes there are."""
     key, mesh = jax.random.key(0), ug.make_worker_mesh()
     problem, theta = ug.problems.influence_balancing(horizon=20)
-    out = {"devices": mesh.size}
+    out: dict[str, Any] = {"devices": mesh.size}
     for name, estimator, stagger in [
         ("pes", ug.pes(problem, truncation=STEPS, sigma=0.1, num_pairs=2), "lockstep"),
         ("nres", ug.es_single(problem, truncation=STEPS, sigma=0.1), "burn_in"),
@@ -42,6 +43,7 @@ def measured():
     )
     many = ug.average(ug.tbptt(weighed, truncation=STEPS), WORKERS, mesh=mesh)
     estimate, _ = many.estimate(key, theta, many.init(key, theta), data=shared(own))
+    assert isinstance(estimate.info, ug.AverageInfo)
     out["data"] = [float(estimate.grad), float(estimate.info.grad_variance)]
 
     bad = problem._replace(step=lambda key, theta, s, t: (s, theta * np.nan))

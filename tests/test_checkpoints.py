@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import build, numbers, quadratic, raises
+from tests.helpers import build, numbers, present, quadratic, raises
 from unrollgrad._fit import checkpoints
 
 KEY = jax.random.key(0)
@@ -34,7 +35,7 @@ def workers(num_devices=None):
 
 def run(num_steps, folder=None, num_devices=None, **given):
     estimator, theta = workers(num_devices)
-    given = {"optimizer": OUTER, "key": KEY, "config": {"a": 1}, **given}
+    given: dict[str, Any] = {"optimizer": OUTER, "key": KEY, "config": {"a": 1}, **given}
     return ug.fit(
         estimator,
         theta,
@@ -55,8 +56,9 @@ def whole(num_steps):
 
 def assert_same(a, b, **tolerance):
     """Bit for bit, unless told."""
+    exact: dict[str, Any] = {"rtol": 0, "atol": 0}
     for x, y in zip(*(jax.tree.leaves(numbers(tree)) for tree in (a, b)), strict=True):
-        np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0, **tolerance})
+        np.testing.assert_allclose(x, y, **exact | tolerance)
 
 
 def test_goes_on_where_it_was(tmp_path):
@@ -225,7 +227,7 @@ def test_killed_at_random_moments_and_with_a_full_disk(tmp_path):
         process = started(tmp_path, num_steps)
         if kill < kills:
             for _ in range(draws.integers(1, 4)):
-                process.stdout.readline()
+                present(process.stdout).readline()
             time.sleep(draws.uniform(0, 0.1))
             while kill % 2 and process.poll() is None and not half_written(tmp_path):
                 time.sleep(0.0005)

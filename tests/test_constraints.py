@@ -1,5 +1,7 @@
 """Constraints: there and back, derivatives, units, and what is refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ dtypes = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float6
 def test_there_and_back(constraint, values, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         values = jnp.asarray(values, dtype)
-        theta = unconstrain(constraint, values)
+        theta: Any = unconstrain(constraint, values)
         back = jax.jit(lambda theta: constrain(constraint, theta))(theta)
         assert theta.dtype == back.dtype == dtype
         theta, values, back = (np.asarray(x, np.float64) for x in (theta, values, back))
@@ -84,7 +86,7 @@ def test_a_tree_with_a_prefix_and_mixed_dtypes():
         "net": {"a": jnp.ones(3, jnp.bfloat16), "b": np.float64(2.0)},
         "mix": [0.25, 3],
     }
-    theta = unconstrain(kinds, values)
+    theta: Any = unconstrain(kinds, values)
     assert [x.dtype.name for x in jax.tree.leaves(theta)] == ["float32"] * 2 + [
         "bfloat16",
         "float32",

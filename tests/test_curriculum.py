@@ -1,5 +1,7 @@
 """Windows and episodes that grow during training, without compiling again."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import build, numbers, raises
+from tests.helpers import build, mistyped, numbers, raises
 from tests.statistics import Samples
 
 KEY = jax.random.key(0)
@@ -78,7 +80,7 @@ def test_one_program_for_all_stages():
     made = [ug.tbptt(counted(i), truncation=k) for i, k in enumerate([1, 2, 5])]
     growing = ug.curriculum(made, boundaries=[2, 4])
     state = growing.init(KEY, theta)
-    estimate = jax.jit(growing.estimate)
+    estimate: Any = jax.jit(growing.estimate)
     _, state = estimate(KEY, theta, state)
     first = list(traces)
     assert set(first) == {0, 1, 2}
@@ -172,9 +174,9 @@ def test_what_a_curriculum_refuses():
     with raises(ValueError, "`estimators` is empty"):
         ug.curriculum([], [])
     with raises(TypeError, "`estimators[1]` must be a GradientEstimator", "UnrolledProblem"):
-        ug.curriculum([made[0], problem], [1])
+        ug.curriculum([made[0], mistyped(problem)], [1])
     with raises(TypeError, "`estimators[0]` must be a GradientEstimator", "function"):
-        ug.curriculum(made[0], [])
+        ug.curriculum(mistyped(made[0]), [])
     with raises(ValueError, "one fewer than the stages", "1 boundaries [5] for 3 estimators"):
         ug.curriculum(made, [5])
     for bad in [[5, 5], [5, 3]]:
@@ -183,7 +185,7 @@ def test_what_a_curriculum_refuses():
     with raises(ValueError, "`boundaries[0]` must be at least 1", "=0"):
         ug.curriculum(made, [0, 3])
     with raises(TypeError, "`boundaries[1]` must be a whole number", "3.5"):
-        ug.curriculum(made, [1, 3.5])
+        ug.curriculum(made, [1, mistyped(3.5)])
 
     def of(*estimators):
         return ug.curriculum(estimators, range(1, len(estimators)))
@@ -200,7 +202,7 @@ def test_what_a_curriculum_refuses():
     whole = ug.GradientEstimator(
         made[1].init,
         lambda key, theta, state, *, data=None: (
-            made[1].estimate(key, theta, state)[0]._replace(info=()),
+            made[1].estimate(key, theta, state)[0]._replace(info=mistyped(())),
             state,
         ),
         5,
@@ -222,7 +224,7 @@ def test_what_a_curriculum_refuses():
     with raises(TypeError, "made by pes(", "this is curriculum("):
         growing.estimate(KEY, theta, made[0].init(KEY, theta))
     with raises(TypeError, "`key` must be"):
-        growing.estimate(0, theta, state)
+        growing.estimate(mistyped(0), theta, state)
 
 
 def test_truncation_is_that_of_the_stages_where_they_agree():
@@ -245,6 +247,7 @@ def test_a_horizon_that_grows_with_the_outer_step(name):
     def update(key, theta, state, length):
         return estimator(length).estimate(key, theta, state)
 
+    compiled: Any = update
     state = estimator(5).init(KEY, theta)
     seen = []
     for call in range(8):
@@ -252,5 +255,5 @@ def test_a_horizon_that_grows_with_the_outer_step(name):
         seen.append((int(state.episode.horizon[0]), int(state.episode.t[0])))
     # Lengths as given when an episode begins, rounded up to windows of 5.
     assert seen == [(5, 0), (10, 5), (10, 0), (15, 5), (15, 10), (15, 0), (20, 5), (20, 10)]
-    assert update._cache_size() == 1
+    assert compiled._cache_size() == 1
     assert np.all(np.isfinite(jax.tree.leaves(estimate.grad)[0]))

@@ -5,6 +5,7 @@ Every estimator once on a mesh of 8, and its collectives: ``estimators/test_cont
 
 import functools
 import re
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import build, counted, numbers, quadratic, raises
+from tests.helpers import build, counted, mistyped, numbers, present, quadratic, raises
 
 KEY = jax.random.key(0)
 KEYS = [jax.random.fold_in(KEY, i) for i in range(4)]
@@ -137,13 +138,14 @@ def test_nothing_recompiles_on_one_device(which):
 def test_one_all_reduce_with_a_while_loop_in_the_step():
     """In batches, so that a loop is around the workers, too; and the numbers are the same."""
     problem, theta = looped()
-    estimator, out = build("pes", problem), []
+    estimator, out, text = build("pes", problem), [], ""
     mesh = ug.make_worker_mesh(4)
-    for given in [{}, {"mesh": mesh, "batch_size": 1}]:
+    settings: list[dict[str, Any]] = [{}, {"mesh": mesh, "batch_size": 1}]
+    for given in settings:
         many = ug.average(estimator, 8, **given)
         state = many.init(KEY, theta)
         program = jax.jit(many.estimate).lower(KEY, theta, state).compile()
-        text = program.as_text()
+        text = present(program.as_text())
         out.append(program(KEY, theta, state)[0])
     other = "all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
     assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
@@ -313,11 +315,11 @@ def test_errors():
     with raises(ValueError, "Auto; axis 'workers' is Explicit", "make_worker_mesh"):
         ug.average(pes, 8, mesh=explicit)
     with raises(TypeError, "`mesh` must be a jax.sharding.Mesh; got int"):
-        ug.average(pes, 8, mesh=8)
+        ug.average(pes, 8, mesh=mistyped(8))
     with raises(ValueError, "`devices` is 9, but jax sees 8"):
         ug.make_worker_mesh(9)
     with raises(TypeError, "`devices` must be a whole number; got 2.5"):
-        ug.make_worker_mesh(2.5)
+        ug.make_worker_mesh(mistyped(2.5))
     with raises(
         ValueError, "of one device (num_workers=16 over 8 devices); got batch_size=3", "1, 2"
     ):
@@ -326,7 +328,7 @@ def test_errors():
         ug.make_worker_mesh([])
     with raises(ValueError, "`devices` names one twice"):
         ug.make_worker_mesh(jax.devices()[:1] * 2)
-    assert ug.make_worker_mesh(np.array(jax.devices()[2:4])).size == 2
+    assert ug.make_worker_mesh(mistyped(np.array(jax.devices()[2:4]))).size == 2
     with raises(TypeError, "`state` must be what this estimator's `init", "NoneType"):
         ug.average(pes, 8, mesh=mesh).estimate(KEY, quadratic()[1], None)
     with raises(ValueError, "another mesh is in force", "compare(devices=)", "leave `mesh` out"):

@@ -4,7 +4,7 @@ States are abstract (``jax.eval_shape``) wherever no value is looked at; a fixtu
 compiles in every test, and expects nothing.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import build, counted, quadratic, raises, rows, settings
+from tests.helpers import build, counted, mistyped, quadratic, raises, rows, settings
 from unrollgrad.estimators import REGISTRY, backprop
 
 KEY = jax.random.key(0)
@@ -77,8 +77,8 @@ def test_sizes_that_are_no_whole_numbers():
     problem, _ = quadratic()
     for value in [2.0, True, "2", None]:
         with raises(TypeError, "`truncation` must be a whole number", repr(value)):
-            ug.tbptt(problem, truncation=value)
-    assert ug.tbptt(problem, truncation=np.int64(5)).truncation == 5
+            ug.tbptt(problem, truncation=mistyped(value))
+    assert ug.tbptt(problem, truncation=mistyped(np.int64(5))).truncation == 5
 
 
 @every
@@ -197,9 +197,9 @@ def test_episode_loss_checks_the_step():
 @every
 def test_problem_that_is_none(name):
     with raises(TypeError, "`problem` must be an UnrolledProblem", "Example", "Unpack it"):
-        build(name, ug.problems.influence_balancing())
+        build(name, mistyped(ug.problems.influence_balancing()))
     with raises(TypeError, "`problem` must be an UnrolledProblem", "function"):
-        build(name, lambda key: key)
+        build(name, mistyped(lambda key: key))
 
 
 @every
@@ -397,11 +397,11 @@ def test_keys_that_are_none(name, warm):
     state, states = begun(estimator, theta), begun(many, theta)
     for bad in [0, None, np.zeros(2), two]:
         with raises(TypeError, "`key` must be"):
-            estimator.init(bad, theta)
+            estimator.init(mistyped(bad), theta)
         with raises(TypeError, "`key` must be"):
             call(estimator, theta, state, bad)
         with raises(TypeError, "`key` must be"):
-            many.init(bad, theta)
+            many.init(mistyped(bad), theta)
         with raises(TypeError, "`key` must be"):
             call(many, theta, states, bad)
     if estimator.truncation is not None:
@@ -417,7 +417,7 @@ def test_average():
     with raises(ValueError, "`nonfinite` must be one of 'drop', 'propagate'", "'mask'"):
         ug.average(estimator, 2, nonfinite="mask")
     with raises(TypeError, "`estimator` must be a GradientEstimator", "UnrolledProblem"):
-        ug.average(problem, 2)
+        ug.average(mistyped(problem), 2)
     with raises(ValueError, "nested averages"):
         begun(ug.average(ug.average(estimator, 3), 3), theta)
     three = begun(ug.average(estimator, 3), theta)
@@ -426,14 +426,14 @@ def test_average():
 
 
 def train(**changes):
-    arguments = {
+    arguments: dict[str, Any] = {
         "loss": lambda theta, w, batch, key: jnp.sum((w - 1) ** 2),
         "init_params": lambda key: jnp.zeros(2),
         "optimizer": lambda theta, t: optax.sgd(theta),
         "sample_batch": lambda key: None,
         "horizon": 10,
     }
-    return ug.training_problem(**{**arguments, **changes})
+    return ug.training_problem(**arguments | changes)
 
 
 def test_training_problem():
@@ -451,8 +451,9 @@ def test_compare():
     estimators = {"pes": ug.pes(problem, truncation=5, sigma=0.1)}
 
     def compare(**changes):
-        arguments = {"estimators": estimators, "reference": theta, "num_samples": 3, "key": KEY}
-        return ug.diagnostics.compare(problem, theta, **{**arguments, **changes})
+        arguments: dict[str, Any] = {"estimators": estimators, "reference": theta}
+        arguments |= {"num_samples": 3, "key": KEY, **changes}
+        return ug.diagnostics.compare(problem, theta, **arguments)
 
     with raises(ValueError, "`num_samples` must be at least 3", "got 2"):
         compare(num_samples=2)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import build, counted, numbers, quadratic, raises
+from tests.helpers import build, counted, mistyped, numbers, quadratic, raises
 
 KEY = jax.random.key(0)
 OUTER = optax.adam(0.05)
@@ -224,11 +224,11 @@ def test_x64_with_float32_theta():
 def test_errors():
     estimator, theta = workers()
     with raises(TypeError, "`estimator` must be a GradientEstimator", "UnrolledProblem"):
-        ug.fit(quadratic()[0], theta, OUTER, num_steps=1, key=KEY)
+        ug.fit(mistyped(quadratic()[0]), theta, OUTER, num_steps=1, key=KEY)
     with raises(TypeError, "`optimizer` must be an optax transformation", "float"):
-        ug.fit(estimator, theta, 0.1, num_steps=1, key=KEY)
+        ug.fit(estimator, theta, mistyped(0.1), num_steps=1, key=KEY)
     with raises(TypeError, "`data` must be a function of the step", "list"):
-        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, data=[1])
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, data=mistyped([1]))
     with raises(ValueError, "`num_steps` must be at least 1"):
         ug.fit(estimator, theta, OUTER, num_steps=0, key=KEY)
     with raises(ValueError, "`steps_per_dispatch` must be at least 1"):

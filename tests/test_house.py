@@ -8,7 +8,7 @@ import pytest
 import unrollgrad as ug
 
 ROOT = Path(__file__).parents[1]
-ORDER = (
+ORDER: list[str] = (
     "types _checks _core noise constraints _training estimators _workers _fit implicit bilevel apo "
     "learned_optimizers problems diagnostics running"
 ).split()

@@ -62,10 +62,10 @@ def test_a_schedule_that_overwrites_an_injected_hyperparameter():
         def write(state):
             return state._replace(hyperparams={"learning_rate": theta["lr"]})
 
-        def update(grads, state, params):
-            return inner.update(grads, write(state), params)
+        def update(updates, state, params=None):
+            return inner.update(updates, write(state), params)
 
-        return optax.GradientTransformation(lambda p: write(inner.init(p)), update)
+        return optax.GradientTransformation(lambda params: write(inner.init(params)), update)
 
     def problem(rate):
         return ug.training_problem(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import quadratic, raises, settings
+from tests.helpers import mistyped, quadratic, raises, settings
 from tests.statistics import Samples, window_gradients
 from unrollgrad.estimators import REGISTRY
 
@@ -75,7 +75,7 @@ def test_a_law_is_any_pair_of_functions():
 
     problem, theta, influence = ug.problems.linear_recurrence(3, 4, memory=0.5)
     law = (lambda theta: jnp.array([0.0, 1.0, 0.0]), sample)
-    estimator = ug.full_es(problem, sigma=0.1, noise=law)
+    estimator = ug.full_es(problem, sigma=0.1, noise=mistyped(law))
     estimate, _ = estimator.estimate(KEY, theta, estimator.init(KEY, theta))
     exact = ug.problems.theory.gradient(influence(theta))
     np.testing.assert_allclose(estimate.grad, [0, exact[1], 0], rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 import runpy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import matplotlib.pyplot as plt
@@ -48,8 +49,8 @@ def test_the_notebook_is_the_script(script):
     """After a change: jupytext --to ipynb --execute notebooks/NAME.py."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nbformat's, about cell ids
-        notebook = jupytext.read(script.with_suffix(".ipynb"))
-        paired = jupytext.read(script)
+        notebook: Any = jupytext.read(script.with_suffix(".ipynb"))
+        paired: Any = jupytext.read(script)
     cells = [(c.cell_type, c.source) for c in notebook.cells]
     assert cells == [(c.cell_type, c.source) for c in paired.cells]
     code = [c for c in notebook.cells if c.cell_type == "code"]

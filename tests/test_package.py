@@ -7,6 +7,7 @@ from pathlib import Path
 
 import unrollgrad as ug
 from tests import stored
+from tests.helpers import present
 from unrollgrad.estimators import REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_public_names_exist_and_are_documented():
     for name in ug.__all__:
         assert (getattr(ug, name).__doc__ or name == "REGISTRY") is not None
     for row in REGISTRY.values():
-        doc = row.factory.__doc__
+        doc = present(row.factory.__doc__)
         for part in ["Args:", "Returns:", "Raises:", "Example:", ">>>", "References:", "Time:"]:
             assert part in doc, (row.factory.__name__, part)
     assert (ROOT / "unrollgrad" / "py.typed").exists()

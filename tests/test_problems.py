@@ -26,7 +26,7 @@ def loss(problem, theta):
 def test_influence_balancing():
     problem, theta = ug.problems.influence_balancing(horizon=500)
     final = ug.final_loss(problem, lambda key, theta, s: 0.5 * (s[0] - 1) ** 2)
-    at_theta, at_optimum = losses(final, np.float32([theta, -1 / 6]))
+    at_theta, at_optimum = losses(final, np.array([theta, -1 / 6], np.float32))
     np.testing.assert_allclose(at_theta, 8.0, rtol=1e-4)
     assert at_optimum < 1e-8
     sensitivity = {1: 1, 5: 5, 10: 10, 20: 16.5, 30: 9.9, 40: 0.57, 60: -5.9, 100: -6.0}
@@ -98,7 +98,9 @@ def test_chaotic_map_has_its_lyapunov_exponents():
         return jax.lax.scan(step, jnp.float32(0.3), jnp.arange(20_000))[1].mean()
 
     expected = [-0.916, 0.495, 0.693]
-    np.testing.assert_allclose(exponents(np.float32([3.2, 3.9, 4.0])), expected, atol=0.03)
+    np.testing.assert_allclose(
+        exponents(np.array([3.2, 3.9, 4.0], np.float32)), expected, atol=0.03
+    )
 
 
 def test_chaotic_map_explodes_backwards_and_leaves_beyond_four():
@@ -112,7 +114,7 @@ def test_lorenz():
     solution = np.log([10.0, 28.0])
     for horizon, expected in [(100, 750.07), (500, 322.06)]:
         problem, theta = ug.problems.lorenz(horizon)
-        found, at_solution = losses(problem, np.float32([theta, solution]))
+        found, at_solution = losses(problem, np.array([theta, solution], np.float32))
         np.testing.assert_allclose(found, expected, rtol=1e-3)
         assert at_solution < 1e-6
     with jax.enable_x64(True):
@@ -130,5 +132,5 @@ def test_control():
         return jax.vmap(lambda k: ug.episode_loss(problem, k, theta))(keys).mean()
 
     np.testing.assert_allclose(mean(theta), 12.8, rtol=0.05)
-    np.testing.assert_allclose(mean(np.float32([0.0, 0.0, 20.0, 0.0])), 0.094, rtol=0.2)
-    np.testing.assert_allclose(mean(np.float32(ug.problems.LQR_POLICY)), 0.0039, rtol=0.3)
+    np.testing.assert_allclose(mean(np.array([0.0, 0.0, 20.0, 0.0], np.float32)), 0.094, rtol=0.2)
+    np.testing.assert_allclose(mean(np.array(ug.problems.LQR_POLICY, np.float32)), 0.0039, rtol=0.3)

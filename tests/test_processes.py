@@ -67,7 +67,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
         else:
             assert first[name] == expected
     # The streamed data reached the right workers: worker i's gradient is i.
-    variance = np.var(np.arange(16.0), ddof=1) / 16
+    variance = float(np.var(np.arange(16.0), ddof=1)) / 16
     np.testing.assert_allclose(alone["data"], [7.5, variance], rtol=1e-5)
 
 

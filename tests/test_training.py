@@ -1,5 +1,7 @@
 """``training_problem``: any loss, any optax optimizer, theta anywhere; ``final_loss``."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +15,14 @@ KEY = jax.random.key(0)
 
 
 def make(optimizer, horizon=8, **changes):
-    arguments = {
+    arguments: dict[str, Any] = {
         "loss": lambda theta, w, batch, key: jnp.mean((w["w"] - batch) ** 2),
         "init_params": lambda key: {"w": jax.random.normal(key, (3,))},
         "optimizer": optimizer,
         "sample_batch": lambda key: 1 + 0.1 * jax.random.normal(key, (3,)),
         "horizon": horizon,
     }
-    return ug.training_problem(**{**arguments, **changes})
+    return ug.training_problem(**arguments | changes)
 
 
 def estimates(problem, theta, *factories):
@@ -165,7 +167,9 @@ def test_params_with_functions_are_refused_by_name():
         lambda theta, t: optax.sgd(theta, 0.9), init_params=lambda key: {"act": [jnp.tanh]}
     )
     with pytest.raises(TypeError, match=r"`init_params` put .*state\['act'\]\[0\].*partition"):
-        ug.bptt(problem).estimate(KEY, jnp.float32(0.1), ug.bptt(problem).init(KEY, 0.1))
+        ug.bptt(problem).estimate(
+            KEY, jnp.float32(0.1), ug.bptt(problem).init(KEY, jnp.float32(0.1))
+        )
 
 
 def test_final_loss_is_the_loss_of_the_final_state():

@@ -1,6 +1,7 @@
 """``average``: the mean over workers, its variance, and what becomes of bad workers."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import build, numbers, quadratic
+from tests.helpers import build, numbers, over_workers, quadratic
 
 KEY = jax.random.key(0)
 
@@ -84,7 +85,7 @@ def test_episodes_begin_only_where_they_do(name, again, optimized):
 def test_one_worker_has_no_spread():
     theta, one = jnp.float32(0.3), ug.average(build("pes", simple()), 1)
     estimate, _ = one.estimate(KEY, theta, one.init(KEY, theta))
-    assert estimate.info.grad_variance == np.inf
+    assert over_workers(estimate).grad_variance == np.inf
 
 
 def test_grad_variance_is_that_of_the_mean():
@@ -113,13 +114,13 @@ def test_grad_variance_keeps_its_digits(size, how):
         return state, jnp.sum((1000 + 0.01 * state) * theta)
 
     # In batches and on devices: means of batches are joined, then those of devices.
-    both = {"mesh": ug.make_worker_mesh(8), "batch_size": 2}
+    both: dict[str, Any] = {"mesh": ug.make_worker_mesh(8), "batch_size": 2}
     problem = ug.UnrolledProblem(init, step, 2)
     many = ug.average(ug.bptt(problem), 64, **(both if how == "both" else {}))
     theta = jnp.zeros(size)
     state = many.init(KEY, theta)
     estimates = [many.estimate(jax.random.key(i), theta, state)[0] for i in range(40)]
-    values = np.array([e.info.grad_variance for e in estimates])
+    values = np.array([over_workers(e).grad_variance for e in estimates])
     true = size * 0.01**2 / 64
     assert abs(values.mean() / true - 1) < 0.05
     assert values.std() / np.sqrt(40) < 0.02 * true
@@ -161,7 +162,7 @@ def test_bad_workers_are_dropped_restarted_and_counted(name, how):
     problem, call, bad = poisoned(2)
     theta = jnp.float32(0.3)
     estimator = build(name, problem)
-    spread = {
+    spread: dict[str, Any] = {
         "at once": {},
         "in batches": {"batch_size": 1},  # a batch without any good worker among them
         "on devices": {"mesh": ug.make_worker_mesh(8)},
@@ -170,7 +171,7 @@ def test_bad_workers_are_dropped_restarted_and_counted(name, how):
     state = many.init(KEY, theta)
     _, state = many.estimate(call, theta, state)  # steps 0 to 4: all is well
     estimate, after = many.estimate(call, theta, state)
-    assert int(estimate.info.num_nonfinite) == 2
+    assert int(over_workers(estimate).num_nonfinite) == 2
     np.testing.assert_array_equal(np.asarray(after.episode.t), np.where(bad, 0, 10))
     alone = jax.jit(lambda i, state: estimator.estimate(jax.random.fold_in(call, i), theta, state))
     mine = jax.device_put(state, jax.devices()[0])
@@ -179,18 +180,21 @@ def test_bad_workers_are_dropped_restarted_and_counted(name, how):
     grads = grads[~bad]
     np.testing.assert_allclose(estimate.grad, np.mean(grads), rtol=1e-4)
     np.testing.assert_allclose(
-        estimate.info.grad_variance, np.var(grads, ddof=1) / len(grads), rtol=1e-3, atol=1e-6
+        over_workers(estimate).grad_variance,
+        np.var(grads, ddof=1) / len(grads),
+        rtol=1e-3,
+        atol=1e-6,
     )
     # In the next call they begin again and contribute.
     estimate, again = many.estimate(call, theta, after)
-    assert int(estimate.info.num_nonfinite) == 0
+    assert int(over_workers(estimate).num_nonfinite) == 0
     assert np.isfinite(float(estimate.grad))
     np.testing.assert_array_equal(np.asarray(again.episode.t), np.where(bad, 5, 15))
     if name == "pes":
         shown = ug.average(estimator, 8, nonfinite="propagate", **spread)
         estimate, after = shown.estimate(call, theta, state)
         assert np.isnan(float(estimate.grad))
-        assert int(estimate.info.num_nonfinite) == 2
+        assert int(over_workers(estimate).num_nonfinite) == 2
         np.testing.assert_array_equal(np.asarray(after.episode.t), 10)
 
 
@@ -208,7 +212,7 @@ def test_all_workers_bad(num_devices):
     estimate, _ = jax.jit(many.estimate)(KEY, theta, state)
     assert np.isnan(float(estimate.grad))
     assert np.isnan(float(estimate.loss))
-    assert int(estimate.info.num_nonfinite) == 3
+    assert int(over_workers(estimate).num_nonfinite) == 3
 
 
 def test_all_workers_bad_because_theta_is_rounded():

@@ -27,7 +27,7 @@ class Trial(NamedTuple):
     optimizer: Callable[..., optax.GradientTransformation]
     num_steps: int
     every: int
-    loss: Callable[[Theta], jax.Array]
+    loss: Callable[..., jax.Array]
 
 
 def best_rate(trial: Trial, rates: Sequence[float], keys: Key, theta: Theta) -> float:

@@ -18,7 +18,7 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.problems import data
 from unrollgrad.running import need
-from unrollgrad.types import Key, Theta
+from unrollgrad.types import Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Prepared(NamedTuple):
     """
 
     plan: training.Plan
-    search: Callable[[Key], list[tuple[int, Theta]]]
+    search: Callable[[Key], list[tuple[int, dict[str, jax.Array]]]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -157,7 +157,9 @@ def _prepare(settings: Settings) -> Prepared:
     )
 
 
-def random_search(problem: ug.UnrolledProblem, count: int, key: Key) -> list[tuple[int, Theta]]:
+def random_search(
+    problem: ug.UnrolledProblem, count: int, key: Key
+) -> list[tuple[int, dict[str, jax.Array]]]:
     """Tries ``count`` thetas with one episode each.
 
     Returns:
@@ -172,7 +174,9 @@ def random_search(problem: ug.UnrolledProblem, count: int, key: Key) -> list[tup
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _tried(problem: ug.UnrolledProblem, count: int, key: Key) -> tuple[Theta, jax.Array]:
+def _tried(
+    problem: ug.UnrolledProblem, count: int, key: Key
+) -> tuple[dict[str, jax.Array], jax.Array]:
     def one(i):
         key_theta, key_episode = jax.random.split(jax.random.fold_in(key, i))
         theta = draw_theta(key_theta)
@@ -181,7 +185,7 @@ def _tried(problem: ug.UnrolledProblem, count: int, key: Key) -> tuple[Theta, ja
     return jax.lax.map(one, jnp.arange(count), batch_size=50)
 
 
-def draw_theta(key: Key) -> Theta:
+def draw_theta(key: Key) -> dict[str, jax.Array]:
     """Draws a theta as published: log-uniform rates, uniform momenta and shares, unconstrained."""
     keys = jax.random.split(key, 3)
     tensors = 2 * (LAYERS + 1)

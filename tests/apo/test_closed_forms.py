@@ -1,6 +1,7 @@
 """Where the hyperparameters go on a quadratic with gradient noise, against closed forms."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def adapted(optimizer, num_steps):
     return run(jax.random.key(0))
 
 
-def settings(linearised, rate, num_steps, **changes):
+def settings(linearised, rate, num_steps, **changes) -> dict[str, Any]:
     return {
         "lambda_fsd": LAMBDA_FSD,
         "lambda_wsd": LAMBDA_WSD,
@@ -164,7 +165,7 @@ def test_the_meta_gradient_is_the_derivative_of_the_objective():
         return scale * jnp.stack([jnp.cos(w), w @ g])
 
     rate = 0.3
-    meta = {**settings(False, 1.0, 1), "meta_optimizer": optax.sgd(1.0)}
+    meta = settings(False, 1.0, 1, meta_optimizer=optax.sgd(1.0))
     optimizer = apo.learning_rate(lambda r: optax.adam(r, b1=0.5), rate, **meta)
 
     @jax.jit

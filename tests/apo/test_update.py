@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import unrollgrad as ug
-from tests.helpers import raises
+from tests.helpers import mistyped, raises
 from unrollgrad import apo
 
 BOTH = ["learning_rate", "preconditioner"]
@@ -130,9 +130,9 @@ def test_discrepancies(name):
         return whole, update(w, undefined, predict)
 
     assert [int(x) for x in counts(w)] == [0, 1]
-    for wrong in (lambda a, b: {"d": a}, lambda a, b: a + 1j, lambda a, b: "a"):
+    for bad in (lambda a, b: {"d": a}, lambda a, b: a + 1j, lambda a, b: "a"):
         with raises(TypeError, "`discrepancy` must return a real array; got"):
-            jax.eval_shape(lambda w: update(w, wrong, predict), w)  # noqa: B023
+            jax.eval_shape(lambda w: update(w, bad, predict), w)  # noqa: B023
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -183,7 +183,7 @@ def test_bad_settings(name):
 
 def test_bad_bases_and_rates():
     with raises(TypeError, "`base` must be a function of the hyperparameters", "optax.adam"):
-        apo.learning_rate(optax.adam(0.1), 0.1)
+        apo.learning_rate(mistyped(optax.adam(0.1)), 0.1)
     with raises(ValueError, "'learning_rate'", "0 < value < inf", "got -0.1"):
         apo.learning_rate(optax.sgd, -0.1)
     for first in (None, {}):
@@ -195,7 +195,7 @@ def test_bad_bases_and_rates():
         with raises(ValueError, "`initial_rate` must be"):
             apo.preconditioner(rate)
     with raises(TypeError, "`initial_rate` must be a number"):
-        apo.preconditioner(optax.sgd)
+        apo.preconditioner(mistyped(optax.sgd))
 
 
 def test_leaves_without_a_rule():
@@ -204,9 +204,9 @@ def test_leaves_without_a_rule():
 
     with raises(ValueError, "no structure for params['first']", "returned None", "apo.kronecker()"):
         jax.eval_shape(apo.preconditioner(0.1, structure=rule).init, weights())
-    for wrong in ("dense", apo.dense):
+    for structure in ("dense", apo.dense):
         with raises(TypeError, "`structure` must be a Structure", "dense"):
-            apo.preconditioner(0.1, structure=wrong)
+            apo.preconditioner(0.1, structure=mistyped(structure))
     with raises(ValueError, "apo.dense() for float32[200,200] would keep 40000 x 40000", "6 GiB"):
         wide = jax.ShapeDtypeStruct((200, 200), jnp.float32)
         jax.eval_shape(apo.preconditioner(0.1, structure=apo.dense()).init, wide)
@@ -454,7 +454,7 @@ def test_traced_settings(make_of):
         return updates, state.hyperparams
 
     found, expected = jax.jit(lambda rates: (jax.lax.map(step, rates), step(0.2)))(
-        np.float32([0.1, 0.2])
+        np.array([0.1, 0.2], np.float32)
     )
     found = jax.tree.map(lambda x: np.asarray(x)[1], found)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)

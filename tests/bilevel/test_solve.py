@@ -1,5 +1,7 @@
 """``bilevel.solve`` and ``bilevel.unrolled``."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -64,7 +66,7 @@ def test_warm_start_projects_on_and_on_and_cold_start_once():
             inner,
             moved,
             jnp.zeros(2),
-            0.0,
+            np.float64(0.0),
             inner_optimizer=optax.sgd(1.0),
             inner_steps=50,
             outer_optimizer=optax.sgd(1.0),
@@ -109,7 +111,7 @@ def test_unrolled_tunes_the_inner_rate(remat):
     def outer(w, log_rate):
         return inner(w, log_rate)
 
-    settings = {
+    settings: dict[str, Any] = {
         "inner_optimizer": lambda log_rate: optax.sgd(jnp.exp(log_rate)),
         "inner_steps": 0,
         "outer_optimizer": optax.adam(optax.cosine_decay_schedule(0.1, 200), b2=0.9),
@@ -143,8 +145,8 @@ def test_the_inner_optimizer_follows_theta(inject):
     result = bilevel.solve(
         lambda w, theta: w**2 / 2,
         moved,
-        1.0,
-        0.0,
+        np.float64(1.0),
+        np.float64(0.0),
         inner_optimizer=optimizer,
         inner_steps=1,
         outer_optimizer=optax.sgd(0.1),
@@ -166,7 +168,7 @@ def test_errors():
     f = implicit.hypergradient(problem.outer, problem.inner, solver=lx.CG(**TIGHT))
 
     def run(**changes):
-        settings = {
+        settings: dict[str, Any] = {
             "inner_optimizer": optax.sgd(0.3),
             "inner_steps": 1,
             "outer_optimizer": optax.sgd(0.1),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -202,19 +203,20 @@ def test_another_theta_or_seed_compiles_nothing_new():
 
 def test_the_matmul_precision_is_highest_unless_told_and_recorded(tmp_path):
     seen = []
+    config: Any = jax.config
 
     def step(key, theta, state, t):
-        seen.append(jax.config.jax_default_matmul_precision)
+        seen.append(config.jax_default_matmul_precision)
         return state, theta**2
 
     problem = ug.UnrolledProblem(lambda key, theta: 0.0, step, 4)
     for precision in ["highest", "default"]:
-        given = {} if precision == "highest" else {"matmul_precision": precision}
+        given: dict[str, Any] = {} if precision == "highest" else {"matmul_precision": precision}
         comparison = ug.diagnostics.compare(
             problem,
-            1.0,
+            np.float32(1.0),
             {"pes": ug.pes(problem, truncation=4, sigma=0.1)},
-            reference=2.0,
+            reference=np.float32(2.0),
             num_samples=3,
             num_chains=0,
             key=jax.random.key(0),
@@ -292,7 +294,7 @@ def test_workers_left_out_are_counted_and_shown(capsys):
         problem,
         theta,
         {"pes": workers},
-        reference=0.0,
+        reference=np.float32(0.0),
         num_samples=10,
         num_chains=0,
         key=jax.random.key(0),
@@ -308,7 +310,8 @@ def test_bad_input():
     estimator = ug.pes(problem, truncation=4, sigma=0.1)
 
     def compare(estimators=None, **changes):
-        settings = {"reference": theta, "num_samples": 5, "key": jax.random.key(0), **changes}
+        settings: dict[str, Any] = {"reference": theta, "num_samples": 5, "key": jax.random.key(0)}
+        settings |= changes
         return ug.diagnostics.compare(problem, theta, estimators or {"pes": estimator}, **settings)
 
     for chains in [1, 2, 6, -3]:
@@ -341,7 +344,7 @@ def test_what_thetas_values_say_against_it_is_said():
 def test_repetitions_are_pooled_without_a_bias_of_the_pooling():
     """Repetitions of an unbiased sampler: no bias is seen, and the error shrinks."""
     draws = np.random.default_rng(3)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": "x", **statistics.describe(draws.normal(size=(30, 4)) + 1, np.ones((1, 4)))}
         for _ in range(400)
     ]

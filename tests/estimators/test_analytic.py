@@ -65,7 +65,7 @@ def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
         return s, jnp.sum((s - 1) ** 2)
 
     problem = ug.UnrolledProblem(lambda key, theta: jnp.full(3, 20.0), step, 8)
-    theta = np.float32([0.3, -0.2, 0.1])
+    theta = np.array([0.3, -0.2, 0.1], np.float32)
     s, ds, exact = np.full(3, 20.0), 0.0, np.zeros(3)
     for _ in range(8):
         s, ds = 0.5 * s + theta, 0.5 * ds + 1
@@ -84,7 +84,7 @@ def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
 
 def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not():
     """Loss exp(theta), nothing remembered: smoothing multiplies the gradient by e^(sigma^2/2)."""
-    sigma, theta = 0.5, np.float32([0.1, -0.3])
+    sigma, theta = 0.5, np.array([0.1, -0.3], np.float32)
 
     def step(key, theta, s, t):
         return s, jnp.sum(jnp.exp(theta))
@@ -139,7 +139,7 @@ def oscillation_program(factory):
 @pytest.mark.parametrize("frequency", [3.0, 200.0])
 def test_reparameterized_es(frequency):
     """Unbiased for the smoothed J; about as good as the better of the two it is made of."""
-    theta = np.float32([0.4, -0.2])
+    theta = np.array([0.4, -0.2], np.float32)
     damped = np.exp(-((frequency * SIGMA) ** 2) / 2)
     plain, smoothed = (
         2 * theta + frequency / 10 * np.cos(frequency * theta) * factor for factor in (1, damped)

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import build, call_steps, counted, numbers, quadratic, rows, types
+from tests.helpers import build, call_steps, counted, numbers, present, quadratic, rows, types
 from unrollgrad._core import unroll
 from unrollgrad.estimators import REGISTRY, _pairs
 from unrollgrad.types import Segment
@@ -255,7 +255,7 @@ def exact_gradient(num_steps: int):
     windows.
     """
     problem, theta = kitchen_sink(), theta_of_all_kinds()
-    evaluate, scale = problem.evaluate, HORIZON // num_steps
+    evaluate, scale = present(problem.evaluate), HORIZON // num_steps
     first = problem._replace(horizon=num_steps, evaluate=lambda *args: scale * evaluate(*args))
 
     def loss(theta, keys):
@@ -509,7 +509,7 @@ def test_a_mesh_shards_states_and_reduces_once(name):
     for call in sharded.calls:
         assert all(g.is_fully_replicated for g in jax.tree.leaves(call.estimate))
         workers = NamedSharding(sharded.mesh, P("workers"))
-        for leaf in filter(jnp.size, jax.tree.leaves(call.after)):
+        for leaf in [x for x in jax.tree.leaves(call.after) if x.size]:
             assert leaf.sharding.is_equivalent_to(workers, leaf.ndim)
     other = "all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
     assert len(re.findall(r" all-reduce(?:-start)?\(", sharded.compiled.as_text())) == 1
@@ -556,9 +556,9 @@ def test_states_survive_orbax(tmp_path):
         checkpointer.wait_until_finished()
         saved = iter(checkpointer.restore(tmp_path / "state", filled(alone.calls[0].before)))
     leaves, structure = jax.tree.flatten(call.before)
-    leaves = [np.asarray(next(saved)) if np.size(x) else np.asarray(as_data(x)) for x in leaves]
+    leaves = [jnp.asarray(next(saved) if np.size(x) else as_data(x)) for x in leaves]
     again = structure.unflatten(
-        [jax.random.wrap_key_data(x) if x.dtype == np.uint32 else jnp.asarray(x) for x in leaves]
+        [jax.random.wrap_key_data(x) if x.dtype == np.uint32 else x for x in leaves]
     )
     assert_equal(call.before, again)
     out = alone.estimator.estimate(call.key, alone.theta, again, data=call.data)
@@ -669,8 +669,8 @@ def test_sigma_may_change_inside_an_episode():
     for sigma in [0.1, 0.4]:
         state = run(state, sigma)
     law, noise = ug.noise.gaussian(), jax.random.fold_in(OTHER, 2)
-    unit = sum(law.sample(jax.random.fold_in(noise, j), (), theta, 1) for j in range(2))
-    np.testing.assert_allclose(state.carried.accumulated, unit, rtol=1e-4, atol=1e-4)
+    units: list[Any] = [law.sample(jax.random.fold_in(noise, j), (), theta, 1) for j in range(2)]
+    np.testing.assert_allclose(state.carried.accumulated, sum(units), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
@@ -716,6 +716,7 @@ def test_bf16_uses_the_realised_difference(name, optimized):
 def test_the_difference_of_bf16_signs_has_more_than_8_bits():
     both = jnp.asarray([[[256.0, 1.0], [-0.00390625, 3.0]]], jnp.bfloat16)  # (pairs, signs, 2)
     difference = _pairs.difference(both, 0.5)
+    assert isinstance(difference, jax.Array)
     assert difference.dtype == jnp.float32
     np.testing.assert_array_equal(difference, [[256.00390625, -2.0]])
 
@@ -732,5 +733,5 @@ def test_three_thetas_for_a_pair(name):
     problem = ug.UnrolledProblem(lambda key, theta: jnp.zeros(()), step, 4)
     estimator = REGISTRY[name].build(problem, truncation=2, sigma=0.1, num_pairs=num_pairs)
     args = KEY, theta, jax.eval_shape(estimator.init, KEY, theta)
-    plan = jax.jit(estimator.estimate).lower(*args).compile().memory_analysis()
+    plan = present(jax.jit(estimator.estimate).lower(*args).compile().memory_analysis())
     assert plan.temp_size_in_bytes < 3.3 * num_pairs * theta.nbytes

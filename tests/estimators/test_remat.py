@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import numbers, quadratic, raises
+from tests.helpers import mistyped, numbers, quadratic, raises
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 
@@ -165,9 +165,9 @@ def test_errors():
     problem, _ = quadratic()
     for bad in ["steps", 0, -1, 1.5, True]:
         with raises(ValueError, "`remat` must be None", repr(bad)):
-            ug.bptt(problem, remat=bad)
+            ug.bptt(problem, remat=mistyped(bad))
         with raises(ValueError, "`remat` must be None", repr(bad)):
-            ug.tbptt(problem, truncation=5, remat=bad)
+            ug.tbptt(problem, truncation=5, remat=mistyped(bad))
     with raises(ValueError, "`last`=21", "horizon of 20"):
         ug.bptt(problem, last=21)
     with raises(ValueError, "`last` must be at least 1"):

@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_quadratic(name):
         return state + theta, jnp.sum(jnp.exp(state + theta))
 
     problem = ug.UnrolledProblem(lambda key, theta: jnp.zeros(2), step, 4)
-    theta = np.float32([0.1, -0.3])
+    theta = np.array([0.1, -0.3], np.float32)
     t = np.arange(1, 5)[:, None]
     x = theta.astype(float)
     smoothed = (t * np.exp(t * x + (t * sigma) ** 2 / 2)).mean(axis=0)

@@ -129,8 +129,8 @@ def thinned(records: list[Record], name: str, seeds: list[int]) -> list[Record]:
     for label, values in fewer.labels.items():
         records = [r for r in records if r.labels[label] in values]
     records = _few_rates(records)
-    steps: dict[tuple, set[int | None]] = {}
-    grids: dict[tuple, dict[int | None, dict[str, float]]] = {}
+    steps: dict[tuple, dict[int | None, None]] = {}  # ordered sets
+    grids: dict[tuple, dict[int, dict[str, float]]] = {}
     for r in records:
         steps.setdefault(_series(r), {})[r.step] = None
         if r.labels.get("estimator") == "grid" and r.step is not None:

@@ -18,13 +18,14 @@ from experiments.apo import (
     proximal_training,
 )
 from experiments.cost import apo_cost
+from tests.helpers import present
 from tests.stored import expect
 from unrollgrad import apo
 
 
 def smoke(module, tmp_path):
     settings = dataclasses.replace(module.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(module.EXPERIMENT, settings)
+    folder = present(framework.execute(module.EXPERIMENT, settings))
     assert (folder / "figure.png").stat().st_size > 10_000
     return results.read(folder), results.read_summary(folder)
 

@@ -12,6 +12,7 @@ from experiments import __main__ as command
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.cost import benchmark, benchmark_figure, floors, timing, workloads
+from tests.helpers import present
 from unrollgrad.estimators import REGISTRY
 
 WORKLOAD = workloads.Workload(ug.problems.lorenz, 4, 3, 6, 0.1)
@@ -20,7 +21,7 @@ WORKLOAD = workloads.Workload(ug.problems.lorenz, 4, 3, 6, 0.1)
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(benchmark.SCALES["smoke"], out=tmp_path, devices=(1, 8))
-    folder = framework.execute(benchmark.EXPERIMENT, settings)
+    folder = present(framework.execute(benchmark.EXPERIMENT, settings))
     assert (folder / "figure.png").stat().st_size > 10_000
     records = results.read(folder)
     parts = {"estimators", "workers", "devices", "truncation", "horizon", "size", "products"}
@@ -154,7 +155,7 @@ def test_what_memory_is_too_small_for(floor_fits, monkeypatch, tmp_path, capsys)
         sizes=(),
         terms=(),
     )
-    folder = framework.execute(benchmark.EXPERIMENT, settings)
+    folder = present(framework.execute(benchmark.EXPERIMENT, settings))
     records = results.read(folder)
     assert {r.labels["estimator"] for r in records if r.metric == "median_ratio"} == {"tbptt"}
     found = {r.metric: r.value for r in records if r.labels["estimator"] == "es_single"}

@@ -14,14 +14,14 @@ from experiments._framework import experiment as framework
 from experiments._framework import results, tuning
 from experiments.estimators import control
 from experiments.problems.swimmer import swimmer
-from tests.helpers import raises
+from tests.helpers import present, raises
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(control.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(control.EXPERIMENT, settings)
+    folder = present(framework.execute(control.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = control.claims(summary)
     assert len(claims) == 9

@@ -11,6 +11,7 @@ import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import copy_task
+from tests.helpers import present
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.experiments
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(copy_task.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(copy_task.EXPERIMENT, settings)
+    folder = present(framework.execute(copy_task.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = copy_task.claims(summary)
     assert [claim.holds for claim in claims] == [None] * 4

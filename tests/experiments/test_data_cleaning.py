@@ -11,6 +11,7 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.bilevel import data_cleaning
+from tests.helpers import present
 
 pytestmark = pytest.mark.experiments
 
@@ -61,7 +62,7 @@ def test_auc():
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(SMOKE, out=tmp_path)
-    folder = framework.execute(data_cleaning.EXPERIMENT, settings)
+    folder = present(framework.execute(data_cleaning.EXPERIMENT, settings))
     records, summary = results.read(folder), results.read_summary(folder)
     accuracies = {
         r.labels["series"]: r.value for r in records if r.metric == "test_accuracy"
@@ -90,7 +91,7 @@ def test_smoke(tmp_path, capsys):
 
 def test_weights_that_are_not_finite_are_reported(tmp_path):
     settings = dataclasses.replace(SMOKE, out=tmp_path, learning_rate=jnp.nan, seeds=(0,))
-    summary = results.read_summary(framework.execute(data_cleaning.EXPERIMENT, settings))
+    summary = results.read_summary(present(framework.execute(data_cleaning.EXPERIMENT, settings)))
     _, separation, *_ = data_cleaning.claims(summary)
     assert separation.holds is False
     assert "not finite" in separation.ours

@@ -10,6 +10,7 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.bilevel import data_cleaning, distillation
+from tests.helpers import present
 
 pytestmark = pytest.mark.experiments
 
@@ -39,7 +40,7 @@ def test_both_solvers_descend():
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(SMOKE, out=tmp_path)
-    folder = framework.execute(distillation.EXPERIMENT, settings)
+    folder = present(framework.execute(distillation.EXPERIMENT, settings))
     records, summary = results.read(folder), results.read_summary(folder)
     for name in settings.solvers:
         gain = summary.find("over_random", series=f"{name}, gain")

@@ -13,6 +13,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import report, results
 from experiments._framework.experiment import SCALES, Claim, Experiment
 from experiments._framework.settings import CommonSettings
+from tests.helpers import present
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def only_folder(path):
 
 
 def test_a_run_leaves_everything(tmp_path, capsys):
-    folder = framework.execute(TOY, Settings(out=tmp_path))
+    folder = present(framework.execute(TOY, Settings(out=tmp_path)))
     assert folder == only_folder(tmp_path)
     files = ["config.json", "figure.png", "metrics.csv", "summary.json"]
     assert sorted(p.name for p in folder.iterdir()) == files
@@ -111,7 +112,7 @@ def test_no_work_is_a_message_and_no_folder(tmp_path):
 
 
 def test_one_seed_has_no_standard_error(tmp_path):
-    folder = framework.execute(TOY, Settings(seeds=(0,), out=tmp_path))
+    folder = present(framework.execute(TOY, Settings(seeds=(0,), out=tmp_path)))
     assert results.read_summary(folder).find("loss", estimator="a")["se"] is None
 
 
@@ -151,7 +152,7 @@ def test_seeds_that_are_no_list_of_different_numbers(seeds, tmp_path):
 
 def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cli.EXPERIMENTS, "toy", TOY)
-    folder = framework.execute(TOY, Settings(out=tmp_path))
+    folder = present(framework.execute(TOY, Settings(out=tmp_path)))
     picture = (folder / "figure.png").read_bytes()
     (folder / "figure.png").unlink()
     cli.main(["plot", str(folder)])
@@ -170,7 +171,7 @@ def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
 def test_a_record_replaces_the_one_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "RECORDED", tmp_path / "records")
     for seeds in [(3, 4), (5,)]:
-        folder = framework.execute(TOY, Settings(seeds=seeds, out=tmp_path / "results"))
+        folder = present(framework.execute(TOY, Settings(seeds=seeds, out=tmp_path / "results")))
         cli.main(["record", str(folder), "--variant", "again"])
         kept = only_folder(tmp_path / "records")
         assert kept.name == "toy-again"
@@ -228,7 +229,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     recorded, out = tmp_path / "results", tmp_path / "RESULTS.md"
     with pytest.raises(FileNotFoundError, match="no results in"):
         cli.main(["report", "--folder", str(recorded), "--out", str(out)])
-    done = framework.execute(TOY, Settings(out=recorded))
+    done = present(framework.execute(TOY, Settings(out=recorded)))
     with pytest.raises(KeyboardInterrupt):
         framework.execute(TOY, Settings(fail="interrupt 4", out=recorded))
     cli.main(["report", "--folder", str(recorded), "--out", str(out)])

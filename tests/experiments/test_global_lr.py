@@ -11,13 +11,14 @@ import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import global_lr
+from tests.helpers import present
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(global_lr.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(global_lr.EXPERIMENT, settings)
+    folder = present(framework.execute(global_lr.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = global_lr.claims(summary)
     assert len(claims) == 5

@@ -9,13 +9,14 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.cost import hypergradient_cost
+from tests.helpers import present
 
 pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(hypergradient_cost.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(hypergradient_cost.EXPERIMENT, settings)
+    folder = present(framework.execute(hypergradient_cost.EXPERIMENT, settings))
     records = results.read(folder)
     assert {r.labels["kind"] for r in records} >= {"floor", "neumann", "CG"}
     assert all(r.value > 0 for r in records)

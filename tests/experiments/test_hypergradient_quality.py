@@ -11,6 +11,7 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.bilevel import hypergradient_quality as quality
+from tests.helpers import present
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def x64():
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(quality.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(quality.EXPERIMENT, settings)
+    folder = present(framework.execute(quality.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = {claim.says: claim for claim in quality.claims(summary)}
     assert len(claims) == 6  # without that of 5 terms

@@ -7,6 +7,7 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import influence_balancing
+from tests.helpers import present
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments
@@ -14,13 +15,13 @@ pytestmark = pytest.mark.experiments
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(influence_balancing.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(influence_balancing.EXPERIMENT, settings)
+    folder = present(framework.execute(influence_balancing.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = influence_balancing.claims(summary)
     assert len(claims) == 4
     assert all(claim.holds for claim in claims)
     assert "loss at the end" in capsys.readouterr().out
-    steps = {r.step for r in results.read(folder)}
+    steps = {present(r.step) for r in results.read(folder)}
     assert len(steps) == 61
     assert max(steps) == 600
     expect(
@@ -38,8 +39,8 @@ def test_a_run_that_is_not_finite_is_reported(tmp_path):
         learning_rate=1e30,
         estimators=("tbptt", "es_single"),
     )
-    folder = framework.execute(influence_balancing.EXPERIMENT, settings)
-    assert max(r.step for r in results.read(folder)) == 200
+    folder = present(framework.execute(influence_balancing.EXPERIMENT, settings))
+    assert max(present(r.step) for r in results.read(folder)) == 200
     claims = {c.says: c for c in influence_balancing.claims(results.read_summary(folder))}
     assert claims["tbptt moves away from it"].holds
     assert not claims["es_single reaches the optimum"].holds

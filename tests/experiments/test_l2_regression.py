@@ -11,13 +11,14 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import l2_regression
 from experiments.problems import ridge
+from tests.helpers import present
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(l2_regression.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(l2_regression.EXPERIMENT, settings)
+    folder = present(framework.execute(l2_regression.EXPERIMENT, settings))
     summary, records = results.read_summary(folder), results.read(folder)
     claims = l2_regression.claims(summary)
     assert [claim.holds for claim in claims] == [True, True]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.learned import evaluate_optimizer, learned_optimizer, tasks
 from experiments.learned.mixture import mean_of
-from tests.helpers import raises
+from tests.helpers import present, raises
 from tests.stored import expect
 from unrollgrad.learned_optimizers import Architecture
 
@@ -24,7 +26,7 @@ ADAM = Architecture(lambda key: jnp.log(0.01), lambda log_rate: optax.adam(jnp.e
 
 
 @functools.cache
-def family(name, part="training"):
+def family(name: str, part: Literal["training", "validation", "test"] = "training"):
     sizes = {"hidden": 8, "length": 8} if name == "lstm" else {"num_rows": 64}
     return tasks.FAMILIES[name](**sizes, part=part)
 
@@ -153,10 +155,10 @@ def test_the_mean_of_estimators():
 
 def meta_train(out, **settings):
     settings = dataclasses.replace(learned_optimizer.SCALES["smoke"], out=out, **settings)
-    return framework.execute(learned_optimizer.EXPERIMENT, settings)
+    return present(framework.execute(learned_optimizer.EXPERIMENT, settings))
 
 
-def numbers(folder):
+def numbers(folder: Path) -> dict[tuple[Any, ...], float]:
     return {(r.seed, r.step, *r.labels.values(), r.metric): r.value for r in results.read(folder)}
 
 
@@ -217,7 +219,7 @@ def test_settings_that_are_wrong(tmp_path):
 
 def evaluate(out, *files):
     settings = dataclasses.replace(evaluate_optimizer.SCALES["smoke"], out=out, files=files)
-    return framework.execute(evaluate_optimizer.EXPERIMENT, settings)
+    return present(framework.execute(evaluate_optimizer.EXPERIMENT, settings))
 
 
 @pytest.mark.experiments
@@ -259,7 +261,7 @@ def test_evaluation(tmp_path, capsys):
     assert "constant" in printed
     summary = results.read_summary(folder)
     best = evaluate_optimizer.best_rate(summary.results, "mlp", "Adam")
-    assert best.startswith("Adam ")
+    assert present(best).startswith("Adam ")
     (claim,) = evaluate_optimizer.claims(summary)
     assert claim.says.startswith("mlp, constant: training loss at the horizon below")
     adam = [v for k, v in found.items() if k[0] == 0 and k[3][:4] == "Adam" and "1x" in k[4]]

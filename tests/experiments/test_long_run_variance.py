@@ -11,6 +11,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import long_run_variance
 from experiments.estimators.staggered_variance import staggered_variance
+from tests.helpers import present
 from tests.stored import expect
 from unrollgrad.problems import theory
 
@@ -18,7 +19,7 @@ from unrollgrad.problems import theory
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(long_run_variance.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(long_run_variance.EXPERIMENT, settings)
+    folder = present(framework.execute(long_run_variance.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = {claim.says: claim.holds for claim in long_run_variance.claims(summary)}
     assert len(claims) == 1 + 1 + 1

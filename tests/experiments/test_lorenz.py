@@ -11,13 +11,14 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments._framework.results import Summary
 from experiments.estimators import lorenz
+from tests.helpers import present
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(lorenz.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(lorenz.EXPERIMENT, settings)
+    folder = present(framework.execute(lorenz.EXPERIMENT, settings))
     summary, records = results.read_summary(folder), results.read(folder)
     claims = {claim.says: claim.holds for claim in lorenz.claims(summary)}
     assert claims["nres recovers (a, r) within 2%"]

@@ -11,13 +11,14 @@ from experiments._framework import experiment as framework
 from experiments._framework import heat_map, results
 from experiments.estimators import lr_schedule
 from experiments.problems import image_mlp
+from tests.helpers import present
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(lr_schedule.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(lr_schedule.EXPERIMENT, settings)
+    folder = present(framework.execute(lr_schedule.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     near, unmoved = lr_schedule.claims(summary)
     assert near.says == "accuracy: es_single ends within 5% of the grid's minimum"

@@ -12,6 +12,7 @@ import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import many_hyperparameters as many
+from tests.helpers import present
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.experiments
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(many.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(many.EXPERIMENT, settings)
+    folder = present(framework.execute(many.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = many.claims(summary)
     assert [claim.holds for claim in claims] == [None] * 4
@@ -47,9 +48,9 @@ def test_momentum_of_each_tensor_is_that_of_optax():
     for i in range(3):
         grads = [jnp.sin(i + x) for x in leaves]
         got, state = ours.update(tree.unflatten(grads), state)
-        wanted = [o.update(g, s) for o, g, s in zip(theirs, grads, states, strict=True)]
-        states = [s for _, s in wanted]
-        for mine, (want, _) in zip(jax.tree.leaves(got), wanted, strict=True):
+        updates = [o.update(g, s) for o, g, s in zip(theirs, grads, states, strict=True)]
+        wanted, states = zip(*updates, strict=True)
+        for mine, want in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(mine, want, rtol=1e-5)
 
 

@@ -10,12 +10,13 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.bilevel import overfit_validation as overfit
+from tests.helpers import present
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(overfit.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(overfit.EXPERIMENT, settings)
+    folder = present(framework.execute(overfit.EXPERIMENT, settings))
     summary = results.read_summary(folder)
 
     def last(metric, decay):

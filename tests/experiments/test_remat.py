@@ -7,13 +7,14 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.cost import remat
+from tests.helpers import present
 
 pytestmark = pytest.mark.experiments
 
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(remat.SCALES["smoke"], out=tmp_path)
-    records = results.read(framework.execute(remat.EXPERIMENT, settings))
+    records = results.read(present(framework.execute(remat.EXPERIMENT, settings)))
     printed = capsys.readouterr().out
     found = {(r.labels["workload"], r.labels["remat"], r.step, r.metric): r.value for r in records}
     for name in remat.KINDS:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import matplotlib.text
 import numpy as np
@@ -60,7 +60,7 @@ def other(records: list[Record]) -> list[Record]:
     return [r._replace(value=r.value * factors[*r.labels.values(), r.metric]) for r in records]
 
 
-def missing(name: str, text: str, left_out: dict[str, tuple[str, ...]]) -> list[str]:
+def missing(name: str, text: str, left_out: Mapping[str, tuple[str, ...]]) -> list[str]:
     """The methods that the text does not name."""
     found = {
         record.labels[label]

@@ -11,13 +11,14 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import telescoping
 from experiments.problems import data, image_mlp
+from tests.helpers import present
 from tests.stored import expect
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(telescoping.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(telescoping.EXPERIMENT, settings)
+    folder = present(framework.execute(telescoping.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = telescoping.claims(summary)
     assert len(claims) == 3
@@ -53,7 +54,8 @@ def test_j_is_the_loss_of_the_last_weights():
     train = data.load("digits").train
     batch = jnp.asarray(train.images[:20]), jnp.asarray(train.labels[:20])
     wanted = image_mlp.cross_entropy(state.params, batch)
-    assert float(problem.evaluate(key, theta, state)) == pytest.approx(float(wanted), rel=1e-5)
+    found = present(problem.evaluate)(key, theta, state)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_roughness():

@@ -9,6 +9,7 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import toy_regression
+from tests.helpers import present
 from tests.stored import expect
 
 pytestmark = pytest.mark.experiments
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.experiments
 
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(toy_regression.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(toy_regression.EXPERIMENT, settings)
+    folder = present(framework.execute(toy_regression.EXPERIMENT, settings))
     summary, records = results.read_summary(folder), results.read(folder)
     claims = toy_regression.claims(summary)
     assert [claim.holds for claim in claims] == [True, True]

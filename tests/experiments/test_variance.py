@@ -16,6 +16,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.problems import PROBLEMS
 from experiments.tools import variance
+from tests.helpers import present
 from tests.stored import expect
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
     # text_lstm reads the standard library's source, another one in every Python.
     monkeypatch.setattr("inspect.getsource", lambda _: (ROOT / "LICENSE").read_text())
     settings = dataclasses.replace(variance.SCALES["smoke"], problem=problem, out=tmp_path)
-    folder = framework.execute(variance.EXPERIMENT, settings)
+    folder = present(framework.execute(variance.EXPERIMENT, settings))
     printed = capsys.readouterr().out
     assert "nan" not in printed
     summary = results.read_summary(folder)
@@ -64,7 +65,7 @@ def test_every_row_rows(tmp_path, capsys):
         num_chains=0,
         out=tmp_path,
     )
-    folder = framework.execute(variance.EXPERIMENT, settings)
+    folder = present(framework.execute(variance.EXPERIMENT, settings))
     (rows,) = variance.rows(results.read(folder)).values()
     assert [row["name"] for row in rows] == list(ug.REGISTRY)
     assert all(row["norm"] > 0 for row in rows)
@@ -83,7 +84,7 @@ def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
         devices=2,
         out=tmp_path,
     )
-    folder = framework.execute(variance.EXPERIMENT, settings)
+    folder = present(framework.execute(variance.EXPERIMENT, settings))
     printed = capsys.readouterr().out
     assert "theta: start" in printed
     assert "theta: end" in printed
@@ -161,7 +162,7 @@ def test_equal_workers(tmp_path):
         out=tmp_path,
     )
     (group,) = variance.rows(
-        results.read(framework.execute(variance.EXPERIMENT, settings))
+        results.read(present(framework.execute(variance.EXPERIMENT, settings)))
     ).values()
     assert {row["name"]: row["inner_steps"] for row in group} == {
         "truncated_es": 48,
@@ -202,7 +203,7 @@ def test_same_seed_same_numbers(tmp_path):
             num_chains=0,
             out=tmp_path / str(i),
         )
-        folder = framework.execute(variance.EXPERIMENT, settings)
+        folder = present(framework.execute(variance.EXPERIMENT, settings))
         values.append(results.read_summary(folder).find("variance", estimator="pes")["mean"])
     assert values[0] == values[1] != values[2]
 

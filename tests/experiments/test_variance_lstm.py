@@ -9,6 +9,7 @@ from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.estimators import variance_lstm, variance_lstm_figure
 from experiments.problems.text_lstm import VOCABULARY, encode
+from tests.helpers import present
 from tests.stored import expect
 
 
@@ -19,7 +20,7 @@ def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(
         variance_lstm.SCALES["smoke"], corpus=corpus, out=tmp_path / "results"
     )
-    folder = framework.execute(variance_lstm.EXPERIMENT, settings)
+    folder = present(framework.execute(variance_lstm.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     printed = capsys.readouterr().out
     assert all(f"{text:>9} {'pes':>10}  variance" in printed for text in variance_lstm_figure.TEXTS)

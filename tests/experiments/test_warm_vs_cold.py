@@ -11,12 +11,13 @@ import pytest
 from experiments._framework import experiment as framework
 from experiments._framework import results
 from experiments.bilevel import warm_vs_cold
+from tests.helpers import present
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(warm_vs_cold.SCALES["smoke"], out=tmp_path)
-    folder = framework.execute(warm_vs_cold.EXPERIMENT, settings)
+    folder = present(framework.execute(warm_vs_cold.EXPERIMENT, settings))
     records = results.read(folder)
     summary = results.read_summary(folder)
     assert (folder / "figure.png").stat().st_size > 0

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.helpers import numbers, raises
+from tests.helpers import mistyped, numbers, raises
 from tests.quadratics import ridge
 from unrollgrad import implicit
 
@@ -411,7 +411,7 @@ def test_mixed_dtypes():
     def total(theta):
         return sum(jnp.sum(x.astype(jnp.float64)) for x in jax.tree.leaves(solve(None, theta)))
 
-    theta = {"a": np.array([1.0, 2.0], jnp.bfloat16), "b": np.float32([3.0])}
+    theta = {"a": np.array([1.0, 2.0], jnp.bfloat16), "b": np.array([3.0], np.float32)}
     gradient = jax.jit(jax.grad(total))(theta)
     assert gradient["a"].dtype == jnp.bfloat16
     assert gradient["b"].dtype == jnp.float32
@@ -431,9 +431,9 @@ def test_a_solver_outside_jax():
 
 def test_errors():
     with raises(TypeError, "`optimality`", "function"):
-        implicit.root(3.0)
+        implicit.root(mistyped(3.0))
     with raises(TypeError, "`step`", "function"):
-        implicit.one_step(None)
+        implicit.one_step(mistyped(None))
     with raises(ValueError, "`num_steps`", "0"):
         implicit.one_step(lambda x: x, num_steps=0)
     wrong = implicit.root(lambda x, a: {"u": x["u"] - a, "w": x["u"]})(lambda init, a: init)

@@ -6,7 +6,7 @@ import lineax as lx
 import numpy as np
 import pytest
 
-from tests.helpers import numbers, raises
+from tests.helpers import numbers, present, raises
 from tests.quadratics import quadratic, ridge
 from unrollgrad import implicit
 
@@ -22,7 +22,7 @@ def _both(outer, inner, w, theta, **settings):
 
 def _check(outer, inner, w, theta, **settings):
     """The info, if nothing is wrong."""
-    return implicit.hypergradient(outer, inner, check=True, **settings)(w, theta).info
+    return present(implicit.hypergradient(outer, inner, check=True, **settings)(w, theta).info)
 
 
 def test_nothing_is_wrong():
@@ -135,7 +135,7 @@ def test_whether_it_is_solved_does_not_depend_on_the_solver(settings):
 def test_an_inner_problem_that_is_not_solved():
     problem, w = ridge(), np.zeros(8)
     f = implicit.hypergradient(problem.outer, problem.inner, solver=lx.CG(**TIGHT))
-    seen = jax.jit(lambda w, theta: f(w, theta).info.stationarity)
+    seen = jax.jit(lambda w, theta: present(f(w, theta).info).stationarity)
     for _ in range(3):
         gradient = problem.hessian @ (w - problem.params)
         stationarity = seen(w, problem.theta)

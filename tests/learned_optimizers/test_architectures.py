@@ -1,6 +1,7 @@
 """Architectures of learned optimizers: optax's contract, and what they compute."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -15,7 +16,7 @@ from unrollgrad.learned_optimizers import ARCHITECTURES, features, networks
 
 KEY = jax.random.key(0)
 SMALL = {"decays": (0.5, 0.9), "times": (3.0, 30.0), "hidden": (8, 4), "step": 0.1}
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "scheduled_sgd": {},
     "scheduled_adam": {},
     "mlp": SMALL,
@@ -219,7 +220,7 @@ def by_hand(theta, w, grads, step, magnitude):
 
 def test_mlp_is_its_formula():
     """Eagerly, as a user would try it."""
-    optimizer = ug.learned_optimizers.mlp(**SMALL, magnitude=0.5).transform(thetas()["mlp"])
+    optimizer: Any = ug.learned_optimizers.mlp(**SMALL, magnitude=0.5).transform(thetas()["mlp"])
     params, grads = trees()
     w, gs = jnp.asarray(params["kernel"]), grads["kernel"]
     state, found = optimizer.init(w), []
@@ -252,10 +253,11 @@ def test_a_schedule_that_is_constant_is_optax():
 
 def test_a_schedule_between_its_knots():
     rule = ug.learned_optimizers.scheduled_sgd(knots=(0, 3, 15), momentum=1e-9)
-    theta = jax.jit(rule.init)(KEY) | {"log_rate": np.log(np.float32([1.0, 0.25, 0.0625]))}
+    log_rates = np.log(np.array([1.0, 0.25, 0.0625], np.float32))
+    theta = jax.jit(rule.init)(KEY) | {"log_rate": log_rates}
     w = np.ones(1, np.float32)
     found = jax.jit(lambda theta: updates_of(rule.transform(theta), w, np.ones((30, 1)))[0])(theta)
-    rates = -np.asarray(found)[:, 0]
+    rates = np.negative(found)[:, 0]
     np.testing.assert_allclose(rates[[0, 1, 3, 7, 15, 29]], [1, 0.5, 0.25, 0.125] + [0.0625] * 2)
 
 
@@ -268,15 +270,16 @@ def test_knots_that_do_not_increase(knots):
 
 def test_hyperparameters_without_a_logarithm():
     sgd, adam = ug.learned_optimizers.scheduled_sgd, ug.learned_optimizers.scheduled_adam
-    for make, name, value in [
+    for make, name, value in (
         (sgd, "momentum", 0.0),
         (sgd, "momentum", 1.0),
         (adam, "b1", 0.0),
         (adam, "b2", 1.0),
         (adam, "rate", 0.0),
-    ]:
+    ):
+        arguments: dict[str, Any] = {name: value}
         with raises(ValueError, f"`{name}` must", f"got {value}"):
-            make(**{name: value}).init(KEY)
+            make(**arguments).init(KEY)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -326,7 +329,7 @@ def test_a_network_without_hidden_units(name):
 
 
 def test_factored_squares_of_rank_one_are_exact():
-    rows, columns = np.float32([1.0, 2.0, 0.5]), np.float32([3.0, 0.1])
+    rows, columns = np.array([1.0, 2.0, 0.5], np.float32), np.array([3.0, 0.1], np.float32)
     grad = np.outer(rows, columns)
 
     @jax.jit

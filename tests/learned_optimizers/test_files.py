@@ -1,6 +1,7 @@
 """Learned optimizers in files: what goes in comes out, and what is wrong is said."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -23,8 +24,8 @@ def theta_of(name, *settings):
 def saved(path, name="mlp", **changes):
     settings = SMALL if "mlp" in name else {"knots": (0, 10)}
     theta = theta_of(name, *settings.items())
-    arguments = {"architecture": name, "settings": settings, "notes": {"seed": 3}} | changes
-    save(path, theta, **arguments)
+    arguments: dict[str, Any] = {"architecture": name, "settings": settings, "notes": {"seed": 3}}
+    save(path, theta, **arguments | changes)
     return theta
 
 

@@ -3,6 +3,7 @@
 import json
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from unrollgrad.learned_optimizers.mlps import adafactor_mlp, mlp, rnn_mlp
 from unrollgrad.learned_optimizers.schedules import scheduled_adam, scheduled_sgd
 from unrollgrad.types import Theta
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Callable[..., Architecture]] = {
     "scheduled_sgd": scheduled_sgd,
     "scheduled_adam": scheduled_adam,
     "mlp": mlp,
