@@ -24,7 +24,6 @@ from unrollgrad.types import Key
 
 _Tree = TypeVar("_Tree")
 _History = dict[str, dict[str, np.ndarray]]  # records by kind and name
-_KEPT = 2  # newest checkpoints, besides the best
 
 
 class Checkpoints(NamedTuple):
@@ -47,15 +46,8 @@ class Checkpoints(NamedTuple):
     ) -> None:
         """Writes a checkpoint in the background, after the pending one is on the disk.
 
-        Args:
-            step: The number of steps done.
-            tree: The state of the run, any pytree of arrays and keys.
-            history: The records so far.
-            about: The description that a resumed run must match.
-            loss: The checkpoint with the lowest is the best.
-
-        Raises:
-            OSError: If this checkpoint, or the pending one, cannot be written.
+        A resumed run must match ``about``; the checkpoint with the lowest ``loss`` is the best.
+        Raises OSError if this checkpoint or the pending one cannot be written.
         """
         self.finish()
         args = need("orbax.checkpoint", "orbax").args
@@ -82,11 +74,14 @@ class Checkpoints(NamedTuple):
             self.finish()
         return max(_steps(self.folder), default=None)
 
-    def restore(self, like: _Tree, about: dict[str, object]) -> tuple[int, _Tree, _History] | None:
+    def restore(
+        self, like: _Tree, about: dict[str, object], num_steps: int
+    ) -> tuple[int, _Tree, _History] | None:
         """The newest checkpoint's step, tree (laid out as ``like``) and history, if there is one.
 
         Raises:
-            ValueError: If it belongs to another run; the message lists the differences.
+            ValueError: If it is beyond ``num_steps``, or belongs to another run (the message lists
+                the differences).
             OSError: If it cannot be read; the message says from which step the run could resume.
         """
         step = self.manager.latest_step()
@@ -100,6 +95,11 @@ class Checkpoints(NamedTuple):
             raise ValueError(
                 f"{self.folder} holds another run. There -> here:\n{differences}\n"
                 "Go on with the same arguments, or use another checkpoint_dir."
+            )
+        if step > num_steps:
+            raise ValueError(
+                f"`num_steps` is {num_steps}, but the run in {self.folder} has done {step} steps. "
+                "Ask for as many or more, or use another checkpoint_dir."
             )
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in _plain(like)]
         items = args.Composite(run=args.StandardRestore(shapes), history=args.StandardRestore())
@@ -153,7 +153,7 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
     with _locked(folder), ThreadPoolExecutor(max_workers=1) as writer:
         (folder / "steps").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(_KEPT), best]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
             best_fn=lambda metrics: metrics["loss"],  # without it orbax does not write the loss
             best_mode="min",
             create=False,
@@ -235,8 +235,7 @@ def _typed(like: _Tree, leaves: list[jax.Array]) -> _Tree:
 def about(tree: object, key: Key, config: object) -> dict[str, object]:
     """The description that a resumed run must match, as JSON: structure, key and configuration.
 
-    Raises:
-        ValueError: If there are several processes and an array of the tree is local to one.
+    Raises ValueError if there are several processes and an array of the tree is local to one.
     """
     if jax.process_count() > 1 and any(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         raise ValueError(

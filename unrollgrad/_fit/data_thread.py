@@ -42,7 +42,10 @@ def prefetched(
             batches.append(batch(step))
         # The last dispatch does not use the copies that fill its batches up.
         batches += [batches[-1]] * (size - len(batches))
-        return batches if main_stacks else _stacked(batches)
+        return batches if main_stacks else stacked(batches)
+
+    def stacked(batches):
+        return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
 
     def chunks():
         ahead = pool.submit(make, done)
@@ -50,7 +53,7 @@ def prefetched(
             ready = ahead.result()
             if first < num_steps:
                 ahead = pool.submit(make, first)
-            yield _stacked(ready) if main_stacks else ready
+            yield stacked(ready) if main_stacks else ready
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         if not callable(data):
@@ -60,7 +63,3 @@ def prefetched(
             yield chunks()
         finally:
             closing.set()
-
-
-def _stacked(batches):
-    return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)

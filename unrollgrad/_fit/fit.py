@@ -65,21 +65,18 @@ class _Run:
 
     carry: _Carry
     done: int
-    steps: list[dict[str, np.ndarray]]  # one record per dispatch
-    evaluations: list[dict[str, np.ndarray]]
+    records: dict[str, list[dict[str, np.ndarray]]]  # "steps", by dispatch, and "evaluations"
 
     def history(self) -> dict[str, dict[str, np.ndarray]]:
-        """Step and evaluation records, concatenated; empty kinds are omitted."""
-        parts = {"steps": self.steps, "evaluations": self.evaluations}
+        """The records, concatenated."""
         return {
-            name: {k: np.concatenate([r[k] for r in records]) for k in records[0]}
-            for name, records in parts.items()
-            if records
+            kind: {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
+            for kind, rows in self.records.items()
         }
 
     def result(self) -> FitResult:
         """The result so far."""
-        flat = {k: x for records in self.history().values() for k, x in records.items()}
+        flat = {k: x for rows in self.history().values() for k, x in rows.items()}
         return FitResult(*self.carry, flat)
 
 
@@ -169,8 +166,9 @@ def fit(
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         carry = _begin(estimator, theta, optimizer, key)
         about = {} if store is None else checkpoints.about(carry, key, config)
-        run = _begun(store, carry, about, num_steps)
-        saved = run.done
+        found = None if store is None else store.restore(carry, about, num_steps)
+        saved, carry, history = found or (0, carry, {})
+        run = _Run(carry, saved, {kind: [rows] for kind, rows in history.items()})
         try:
             with (
                 prefetched(data, run.done, num_steps, size) as batches,
@@ -182,11 +180,10 @@ def fit(
                     _observe(run, key, evaluate, callback)
                     stopping = on_any_process(bool(stop))
                     ends = run.done == num_steps or stopping
-                    losses = run.steps[-1]["loss"]
+                    losses = run.records["steps"][-1]["loss"]
                     if store is not None and (ends or run.done - saved >= every):
-                        store.save(
-                            run.done, run.carry, run.history(), about, float(np.mean(losses))
-                        )
+                        loss = float(np.mean(losses))
+                        store.save(run.done, run.carry, run.history(), about, loss)
                         saved = run.done
                     progress(f"loss {losses[-1]:.4g}", run.done)
                 if store is not None:
@@ -200,22 +197,6 @@ def fit(
     return run.result()
 
 
-def _begun(
-    store: checkpoints.Checkpoints | None, carry: _Carry, about: dict[str, object], num_steps: int
-) -> _Run:
-    """The run in the last checkpoint, or a fresh one if there is no checkpoint."""
-    found = None if store is None else store.restore(carry, about)
-    if store is None or found is None:
-        return _Run(carry, 0, [], [])
-    done, carry, history = found
-    if done > num_steps:
-        raise ValueError(
-            f"`num_steps` is {num_steps}, but the run in {store.folder} has done {done} steps. "
-            "Ask for as many or more, or use another checkpoint_dir."
-        )
-    return _Run(carry, done, *([history[k]] * (k in history) for k in ("steps", "evaluations")))
-
-
 def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
     carry, count, records, finite = program(run.carry, steps)
@@ -223,7 +204,7 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     record = {k: np.array(x[:count]) for k, x in jax.device_get(records).items()}
     # Only now, since an interrupt may come while the device computes.
     run.carry, run.done = carry, run.done + count
-    run.steps.append(record)
+    run.records.setdefault("steps", []).append(record)
     bad = [
         f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
         for path, ok in jax.tree_util.tree_leaves_with_path(finite)
@@ -237,23 +218,18 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
         )
 
 
-def _observe(
-    run: _Run,
-    key: Key,
-    evaluate: Callable[..., dict[str, Any]] | None,
-    callback: Callable[..., None] | None,
-) -> None:
+def _observe(run: _Run, key: Key, evaluate, callback) -> None:
     """Evaluates theta, records the values, and calls the callback."""
     if evaluate is None and callback is None:
         return
     # A copy, which the user may keep: the next dispatch takes over the buffers.
     theta = jax.tree.map(jnp.copy, run.carry.theta)
-    metrics = {k: x[-1] for k, x in run.steps[-1].items()}
+    metrics = {k: x[-1] for k, x in run.records["steps"][-1].items()}
     if evaluate is not None:
         at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
         found = _checked(evaluate(at, theta), run)
         row = {"evaluated_at": np.asarray(run.done), **found}
-        run.evaluations.append({k: x[None] for k, x in row.items()})
+        run.records.setdefault("evaluations", []).append({k: x[None] for k, x in row.items()})
         metrics |= found
     if callback is not None:
         callback(run.done, theta, metrics)
@@ -304,15 +280,15 @@ def _checked(found: object, run: _Run) -> dict[str, np.ndarray]:
             f"`evaluate` must return a dict of numbers by name, such as {{'test_loss': 0.1}}; got "
             f"{type(found).__name__} {found!r:.100}."
         )
-    taken = sorted({"evaluated_at", *run.steps[-1]} & set(found))
+    taken = sorted({"evaluated_at", *run.records["steps"][-1]} & set(found))
     if taken:
         raise ValueError(f"`evaluate` returns {taken}, which `fit` records itself; rename it.")
     values = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
     for name, x in values.items():
         if not jnp.issubdtype(x.dtype, np.number) and x.dtype != bool:
             raise TypeError(f"`evaluate` must return numbers; {name!r} is {found[name]!r:.100}.")
-    if run.evaluations:
-        before = {k: x.shape[1:] for k, x in run.evaluations[-1].items() if k != "evaluated_at"}
+    if rows := run.records.get("evaluations"):
+        before = {k: x.shape[1:] for k, x in rows[-1].items() if k != "evaluated_at"}
         now = {k: x.shape for k, x in values.items()}
         if now != before:
             raise ValueError(
@@ -341,9 +317,7 @@ def _begin(
 
 
 @functools.lru_cache(maxsize=1)
-def _program(
-    estimator: GradientEstimator, optimizer: optax.GradientTransformation, size: int
-) -> Callable[..., tuple]:
+def _program(estimator, optimizer, size) -> Callable[..., tuple]:
     """``_dispatch``, compiled; only the last program is kept, for another call of ``fit``."""
     return jax.jit(functools.partial(_dispatch, estimator, optimizer, size), donate_argnums=(0,))
 

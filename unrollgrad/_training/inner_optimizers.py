@@ -26,8 +26,7 @@ from unrollgrad._checks import arguments
 from unrollgrad._core import float_leaves
 from unrollgrad.types import Theta
 
-Optimizer = Callable[..., optax.GradientTransformation]
-"""``optimizer(theta, t)``."""
+Optimizer = Callable[..., optax.GradientTransformation]  # optimizer(theta, t)
 
 _STEPS = 6  # radam's derivatives are NaN from the third on
 _LONGEST = 8  # axes are cut to this length for a trial ...
@@ -144,26 +143,20 @@ class Shapes(NamedTuple):
 
     def clipped(self) -> "Shapes":
         """Shapes with no axis above ``_LONGEST``."""
-        shapes = [tuple(min(d, _LONGEST) for d in x.shape) for x in self.leaves]
-        leaves = [x.update(shape=shape) for x, shape in zip(self.leaves, shapes, strict=True)]
+        leaves = [x.update(shape=tuple(min(d, _LONGEST) for d in x.shape)) for x in self.leaves]
         return self._replace(leaves=tuple(leaves))
 
 
 def shapes(tree: object) -> Shapes:
     """The ``Shapes`` of a tree of arrays."""
     leaves, structure = jax.tree.flatten(tree)
-    dtypes = map(arguments.dtype_of, leaves)
-    return Shapes(
-        structure, tuple(map(jax.ShapeDtypeStruct, map(np.shape, leaves), map(np.dtype, dtypes)))
-    )
+    dtypes = (arguments.dtype_of(x) for x in leaves)
+    return Shapes(structure, tuple(map(jax.ShapeDtypeStruct, map(np.shape, leaves), dtypes)))
 
 
-def when_differentiated(updates: chex.ArrayTree, report: Callable[[], None]) -> chex.ArrayTree:
+def when_differentiated(updates: optax.Updates, report: Callable[[], None]) -> optax.Updates:
     """The updates; calls ``report`` when their derivative is traced, in any mode."""
-
-    @jax.custom_jvp
-    def same(x):
-        return x
+    same = jax.custom_jvp(lambda x: x)
 
     @same.defjvp
     def rule(primals, tangents):
