@@ -8,10 +8,11 @@ import pytest
 import unrollgrad as ug
 
 ROOT = Path(__file__).parents[1]
-ORDER: list[str] = (
-    "types _checks _core noise constraints _training estimators _workers _fit implicit bilevel apo "
-    "learned_optimizers problems diagnostics running"
-).split()
+ORDER: list[str] = [
+    *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
+    *("_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems", "diagnostics"),
+    "running",
+]
 """The rooms of ``unrollgrad``: each imports only from rooms that stand before it."""
 MOST_PARAMETERS = 6
 PUBLIC_FACTORIES = {

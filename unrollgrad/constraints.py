@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import optional_packages
@@ -211,7 +212,7 @@ def _broadcast(constraints, tree: object, name: str):
         ) from error
 
 
-def _floating(path: tuple, value: object) -> jax.Array:
+def _floating(path: tuple, value: ArrayLike) -> jax.Array:
     """``value`` as an array of its own floating dtype, or float32."""
     dtype = arguments.dtype_of(value)
     if jnp.issubdtype(dtype, jnp.floating) and hasattr(value, "dtype"):

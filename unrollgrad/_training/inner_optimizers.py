@@ -35,7 +35,7 @@ _SINGULAR = {"sqrt", "rsqrt", "cbrt", "pow", "log", "log1p", "acos", "asin", "ac
 _SINGULAR |= {"cholesky", "eigh", "qr", "svd"}
 
 
-def init(optimizer: Optimizer, theta: Theta, params: chex.ArrayTree) -> optax.OptState:
+def init(optimizer: Optimizer, theta: Theta, params: optax.Params) -> optax.OptState:
     """The optimizer's state for fresh weights.
 
     Raises:
@@ -61,9 +61,9 @@ def update(
     optimizer: Optimizer,
     theta: Theta,
     t: chex.Numeric,
-    grad: chex.ArrayTree,
+    grad: optax.Updates,
     state: optax.OptState,
-    params: chex.ArrayTree,
+    params: optax.Params,
     /,
     **extra: object,
 ) -> tuple[optax.Updates, optax.OptState]:
