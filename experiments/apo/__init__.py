@@ -1,1 +1,1 @@
-"""Amortized proximal optimization."""
+"""Experiments on amortized proximal optimization (APO)."""

@@ -1,8 +1,9 @@
-"""``apo_autoencoder``: the learned preconditioner on an autoencoder of digits, in 16 bits too."""
+"""``apo_autoencoder``: the learned preconditioner on an autoencoder of digits, also in 16 bits."""
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 from sklearn import datasets
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
@@ -22,41 +24,41 @@ from unrollgrad.running import need
 
 APO = "APO preconditioner"
 GRIDS = {"SGD": (1e-3, 1.0), "Adam": (1e-4, 1e-1)}
-"""Ends of nine rates."""
+"""Lowest and highest of the nine learning rates, which are spaced geometrically."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Reconstruction of scikit-learn's digits through a bottleneck, by a deep tanh autoencoder.
+    """A deep tanh autoencoder reconstructs scikit-learn's digits through a bottleneck.
 
-    The loss is the binary cross-entropy of the pixels, summed over an image, less its floor. SGD
-    with momentum 0.9 and Adam at nine rates, and the APO preconditioner with one setting; all in
-    float32, and with weights, gradients and products in bfloat16.
+    The loss is the binary cross-entropy of the pixels, summed over an image, less its minimum, the
+    entropy of the pixels. SGD with momentum 0.9 and Adam run at nine rates, the APO preconditioner
+    with one setting. All run in float32, and with weights, gradients and products in bfloat16.
     """
 
     widths: tuple[int, ...] = (64, 32, 16, 6, 16, 32, 64)
-    """Units of every layer, the 64 pixels first and last."""
+    """Number of units in every layer; the first and the last are the 64 pixels."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """Of weights, gradients and activations."""
+    """Types of weights, gradients and activations."""
     initial_learning_rate: float = 0.03
-    """Of the preconditioner, which begins as this times the identity."""
+    """The preconditioner is initialized as this number times the identity."""
     lambda_fsd: float = 3.0
-    """Weight of the discrepancy, the Bernoulli KL divergence summed over an image."""
+    """Weight of the discrepancy: the Bernoulli KL divergence, summed over an image."""
     lambda_wsd: float = 0.0
-    """Weight of half of the squared distance between the weights before and after a step."""
+    """Weight of half the squared distance between the weights before and after a step."""
     meta_learning_rate: float = 0.01
-    """Of the meta-optimizer, RMSprop."""
+    """Learning rate of the meta-optimizer, RMSprop."""
     meta_interval: int = 1
-    """Steps from one meta-step to the next."""
+    """Number of training steps per meta-step."""
     batch_size: int = 128
-    """Images."""
+    """Number of images per batch."""
     num_steps: int = 5000
-    """Of training."""
+    """Number of training steps."""
     points: int = 50
-    """Of each curve; they divide the steps."""
+    """Number of points on each curve; it divides the number of steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed draws its first weights and its batches."""
+    """Each seed draws its initial weights and its batches."""
 
 
 SCALES = {
@@ -69,16 +71,16 @@ SCALES = {
 
 
 class Autoencoder(nnx.Module):
-    """Layers with tanh between them, linear at the bottleneck and at the end."""
+    """Linear layers, each followed by tanh except the bottleneck and the last."""
 
-    def __init__(self, widths: tuple[int, ...], dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, widths: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs):
         self.layers = nnx.List(
             nnx.Linear(a, b, dtype=dtype, param_dtype=dtype, rngs=rngs)
             for a, b in itertools.pairwise(widths)
         )
 
     def __call__(self, x):
-        """Logits of the pixels."""
+        """The logits of the pixels."""
         bottleneck = len(self.layers) // 2
         for i, layer in enumerate(self.layers, start=1):
             x = layer(x)
@@ -88,7 +90,7 @@ class Autoencoder(nnx.Module):
 
 
 def bernoulli_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
-    """KL of the pixels' Bernoulli distributions, summed over an image, in float32."""
+    """KL divergence of the pixels' Bernoulli distributions, summed over an image, in float32."""
     logits, reference = logits.astype(jnp.float32), reference.astype(jnp.float32)
     entropies = [
         optax.sigmoid_binary_cross_entropy(x, jax.nn.sigmoid(reference))
@@ -97,8 +99,8 @@ def bernoulli_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     return jnp.sum(entropies[0] - entropies[1], axis=-1)
 
 
-def task(widths: tuple[int, ...], batch: int, dtype: Any) -> Task:
-    """The autoencoder and all 1797 digits."""
+def task(widths: tuple[int, ...], batch: int, dtype: DTypeLike) -> Task:
+    """The training task: the autoencoder and all 1797 digits."""
     pixels, _ = datasets.load_digits(return_X_y=True)
     pixels = jnp.asarray(pixels, jnp.float32) / 16
     entropy = -jnp.sum(jax.scipy.special.xlogy(pixels, pixels), -1)
@@ -126,8 +128,8 @@ def task(widths: tuple[int, ...], batch: int, dtype: Any) -> Task:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the loss along every run, and at its end."""
-    setting = settings.without_run()  # all that the program depends on
+    """Writes the loss during every run, and at its end."""
+    setting = settings.without_run()  # the cache key of the compiled program
     cells = [(dtype, method) for dtype in settings.dtypes for method in (*GRIDS, APO)]
     for i, (dtype, method) in enumerate(cells):
         progress(f"{method}, {dtype}", i / len(cells))
@@ -143,8 +145,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 @functools.cache
-def _program(settings: Settings, dtype: str, method: str) -> Any:
-    """All rates of one method, compiled once for all seeds."""
+def _program(
+    settings: Settings, dtype: str, method: str
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Training at all rates of one method, from a key; compiled once for all seeds."""
     here = task(settings.widths, settings.batch_size, DTYPES[dtype])
 
     def optimizer(rate):
@@ -172,7 +176,7 @@ def _program(settings: Settings, dtype: str, method: str) -> Any:
 
 
 def _finals(records: list[Record]) -> dict[tuple[str, str], dict[str, float]]:
-    """The mean over seeds of the loss at the end, by dtype and method, by rate."""
+    """The final loss, averaged over seeds, by (dtype, method) and then by rate."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for r in records:
         if r.metric == "final":
@@ -185,7 +189,7 @@ def _finals(records: list[Record]) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Loss against steps, means over the seeds, at each method's best rate."""
+    """Draws the mean loss over seeds against steps, at each method's best rate."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     methods = list(dict.fromkeys(r.labels["method"] for r in records))
@@ -210,14 +214,14 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints the losses at the end, means over the seeds."""
+    """Prints the final losses at the best rates, averaged over the seeds."""
     for (dtype, method), line in _finals(records).items():
         rate = best(line)
         print(f"{dtype:>8}, {method:>18}, rate {rate:>8}: loss {line[rate]:.4f}")
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Better than the first-order methods at their best rates; 16 bits cost little."""
+    """The preconditioner beats first-order methods at their best rates, in each precision."""
     chosen = best_results(summary, "final", "dtype", "method")
 
     def text(result):

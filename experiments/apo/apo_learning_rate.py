@@ -1,7 +1,8 @@
-"""``apo_learning_rate``: learning rates found while training, from three beginnings."""
+"""``apo_learning_rate``: learning rates found during training, from three initial values."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ GRIDS = {
     "RMSprop": (1e-4, 10**-1.5),
     "Adam": (1e-4, 10**-1.5),
 }
-"""Ends of the nine fixed rates."""
+"""Lowest and highest of the nine fixed rates, which are spaced geometrically."""
 
 BEGINNINGS = {
     "SGD": (1e-4, 1e-2, 1.0),
@@ -43,46 +44,47 @@ BEGINNINGS = {
     "RMSprop": (1e-6, 1e-4, 1e-2),
     "Adam": (1e-6, 1e-4, 1e-2),
 }
+"""Initial rates of APO."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Learning rates by amortized proximal optimization, on scikit-learn's digits.
+    """Amortized proximal optimization (APO) adapts learning rates on scikit-learn's digits.
 
-    Each from three initial rates, two decades from one to the next, beside nine fixed rates, and
-    the same nine with a tenth of the rate from half of the steps on and a hundredth from three
-    quarters on. Labels are wrong with a probability, drawn anew for every batch, so that the loss
-    cannot go to zero: its floor is the labels' entropy. The loss is that of all images, exact over
-    the wrong labels.
+    APO starts from three initial rates, each a factor of 100 above the last. It is compared with
+    nine fixed rates, and with a step decay: the same nine rates, divided by 10 after half of the
+    steps and by 100 after three quarters. Every batch draws wrong labels with some probability, so
+    the lowest possible loss is the labels' entropy, not zero. The reported loss is on all images,
+    in expectation over the wrong labels.
     """
 
     nets: tuple[Literal["MLP", "conv net"], ...] = ("MLP", "conv net")
-    """32 hidden units; two convolutions of 8 and 16 channels."""
+    """MLP: 32 hidden units. conv net: two convolutions with 8 and 16 channels."""
     bases: tuple[Literal["SGD", "momentum", "RMSprop", "Adam"], ...] = (
         "SGD",
         "momentum",
         "RMSprop",
         "Adam",
     )
-    """Optimizers whose rate is adapted."""
+    """Optimizers whose learning rate is adapted."""
     lambda_fsd: float = 3.0
     """Weight of the KL divergence between the predictions before and after a step."""
     lambda_wsd: float = 1.0
-    """Weight of half of the squared distance between the weights before and after a step."""
+    """Weight of half the squared distance between the weights before and after a step."""
     meta_learning_rate: float = 0.1
-    """Of the meta-optimizer, RMSprop."""
+    """Learning rate of the meta-optimizer, RMSprop."""
     meta_interval: int = 10
-    """Steps from one meta-step to the next."""
+    """Number of training steps per meta-step."""
     wrong_labels: float = 0.1
-    """Probability that a label is drawn from all ten."""
+    """Probability that a label is replaced by a uniform draw from all ten classes."""
     batch_size: int = 64
-    """Images."""
+    """Number of images per batch."""
     num_steps: int = 10_000
-    """Of training."""
+    """Number of training steps."""
     points: int = 50
-    """Of each curve; they divide the steps."""
+    """Number of points on each curve; it divides the number of steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed draws its first weights and its batches."""
+    """Each seed draws its initial weights and its batches."""
 
 
 SCALES = {
@@ -103,14 +105,14 @@ class ConvNet(nnx.Module):
         self.out = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, x):
-        """Logits of a batch of 64 pixels each."""
+        """The logits of a batch of images with 64 pixels each."""
         x = nnx.relu(self.first(x.reshape(-1, 8, 8, 1)))
         x = nnx.relu(self.second(x))
         return self.out(x.reshape(len(x), -1))
 
 
 def task(net: str, batch: int, wrong: float) -> Task:
-    """Classification of all 1797 digits, with labels that are sometimes wrong."""
+    """The training task: classification of all 1797 digits, with some wrong labels."""
 
     def build(key):
         rngs = nnx.Rngs(key)
@@ -145,13 +147,13 @@ def task(net: str, batch: int, wrong: float) -> Task:
 
 
 def floor(wrong: float) -> float:
-    """The entropy of a label, in nats: no predictions have a lower loss."""
+    """The entropy of a label, in nats: the lowest possible expected loss."""
     right, other = 1 - wrong + wrong / 10, wrong / 10
     return -(right * np.log(right) + 9 * other * np.log(other)) if wrong else 0.0
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the curves of every rate, and the loss at the end."""
+    """Writes the curves of every rate, and the final losses."""
     cells = [(net, base) for net in settings.nets for base in settings.bases]
     for i, (net, base) in enumerate(cells):
         progress(f"{net}, {base}", i / len(cells))
@@ -170,10 +172,15 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def _curves(
-    settings: Settings, seed: int, net: str, base: str, method: str, rates: Any
+    settings: Settings,
+    seed: int,
+    net: str,
+    base: str,
+    method: str,
+    rates: np.ndarray | tuple[float, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and rates along training, from every rate in turn."""
-    setting = settings.without_run()  # all that the program depends on
+    """Losses and learning rates during training, for every initial rate."""
+    setting = settings.without_run()  # the cache key of the compiled program
     losses, found = _program(setting, net, base, method)(
         jax.random.key(seed), jnp.asarray(rates, jnp.float32)
     )
@@ -181,8 +188,10 @@ def _curves(
 
 
 @functools.cache
-def _program(settings: Settings, net: str, base: str, method: str) -> Any:
-    """All rates of one method, compiled once for all seeds."""
+def _program(
+    settings: Settings, net: str, base: str, method: str
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Training at all rates of one method, from a key; compiled once for all seeds."""
     steps = settings.num_steps
     here = task(net, settings.batch_size, settings.wrong_labels)
 
@@ -214,7 +223,7 @@ def _program(settings: Settings, net: str, base: str, method: str) -> Any:
 
 
 def _series(records: list[Record], metric: str, **labels: str) -> dict[str, dict[int, np.ndarray]]:
-    """By rate and seed, in order of steps."""
+    """The values in order of steps, by rate and then by seed."""
     out: dict[str, dict[int, list[float]]] = {}
     for r in records:
         if r.metric == metric and all(r.labels[k] == v for k, v in labels.items()):
@@ -223,13 +232,13 @@ def _series(records: list[Record], metric: str, **labels: str) -> dict[str, dict
 
 
 def finals(records: list[Record], net: str, base: str, method: str) -> dict[str, float]:
-    """The mean over seeds of the loss at the end, by rate."""
+    """The final loss, averaged over seeds, by rate."""
     found = _series(records, "final", net=net, base=base, method=method)
     return {rate: float(np.mean(list(line.values()))) for rate, line in found.items()}
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Losses above, rates below, a column for each net and base."""
+    """Draws losses (top) and rates (bottom), one column for each network and base optimizer."""
     cells = list(dict.fromkeys((r.labels["net"], r.labels["base"]) for r in records))
     figure = need("matplotlib.figure", "matplotlib").Figure(
         figsize=(3.2 * max(2, len(cells)), 6.4), layout="constrained"
@@ -265,7 +274,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints the losses at the end, means over the seeds."""
+    """Prints the final losses, averaged over the seeds."""
     for net, base in dict.fromkeys((r.labels["net"], r.labels["base"]) for r in records):
         fixed, decay = (finals(records, net, base, method) for method in (FIXED, DECAY))
         ours = finals(records, net, base, APO)
@@ -278,7 +287,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Insensitive to the first rate, and as good as the best fixed one."""
+    """APO is insensitive to the initial rate, and as good as the best fixed rate."""
     out = []
     source = "Bae et al. 2022 (there ResNets on CIFAR)"
     lowest = best_results(summary, "final", "net", "base", "method")

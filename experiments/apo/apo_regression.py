@@ -1,4 +1,4 @@
-"""``apo_regression``: a preconditioner learned on a badly conditioned linear network."""
+"""``apo_regression``: learns a preconditioner on a badly conditioned linear network."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,34 +23,34 @@ INPUTS, HIDDEN, OUTPUTS = 6, 6, 10
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Regression of A x on x ~ N(0, I) by the linear network x W1 W2, in double precision.
+    """The linear network x W1 W2 learns the map A x for x ~ N(0, I), in double precision.
 
-    The singular values of A are spaced geometrically from 1 to 1 / condition. SGD, Adam and natural
-    gradient descent, each with a grid of rates, beside the APO preconditioner with one setting.
+    The singular values of A are spaced geometrically from 1 to 1 / condition. The APO
+    preconditioner has one setting; SGD, Adam and natural gradient descent have a grid of rates.
     """
 
     condition: float = 1e10
-    """Largest singular value of A over the smallest."""
+    """Condition number of A: its largest singular value divided by its smallest."""
     initial_learning_rate: float = 0.1
-    """Of the preconditioner, which begins as this times the identity."""
+    """The preconditioner is initialized as this number times the identity."""
     lambda_fsd: float = 1.0
     """Weight of the squared error between the outputs before and after a step."""
     lambda_wsd: float = 0.0
-    """Weight of half of the squared distance between the weights before and after a step."""
+    """Weight of half the squared distance between the weights before and after a step."""
     meta_learning_rate: float = 0.003
-    """Of the meta-optimizer, RMSprop."""
+    """Learning rate of the meta-optimizer, RMSprop."""
     meta_interval: int = 1
-    """Steps from one meta-step to the next."""
+    """Number of training steps per meta-step."""
     damping: float = 1e-12
-    """Of the exact Fisher matrix in natural gradient descent."""
+    """Damping of the exact Fisher matrix in natural gradient descent."""
     batch_size: int = 128
-    """Rows, drawn anew for every step."""
+    """Number of rows per batch; every step draws new rows."""
     num_steps: int = 10_000
-    """Of training."""
+    """Number of training steps."""
     points: int = 100
-    """Of each curve; they divide the steps."""
+    """Number of points on each curve; it divides the number of steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed draws A, the first weights and the batches."""
+    """Each seed draws A, the initial weights and the batches."""
 
 
 SCALES = {
@@ -64,13 +64,13 @@ GRIDS = {
     "Adam": (1e-4, 1.0),
     "natural gradient": (1e-2, 1.0),
 }
-"""Ends of nine rates."""
+"""Lowest and highest of the nine learning rates, which are spaced geometrically."""
 
 APO = "APO preconditioner"
 
 
 def task(seed: int, condition: float, batch: int) -> Task:
-    """The network and its data."""
+    """The training task: the linear network and its data."""
     left, right = jax.random.split(jax.random.key(seed))
     rank = min(INPUTS, OUTPUTS)
     u, _ = jnp.linalg.qr(jax.random.normal(left, (INPUTS, rank)))
@@ -100,8 +100,8 @@ def task(seed: int, condition: float, batch: int) -> Task:
     )
 
 
-def natural_gradient(rate: Any, damping: float) -> optax.GradientTransformation:
-    """Steps along (F + damping I)^-1 g with the exact Fisher matrix F = E[J'J], x ~ N(0, I)."""
+def natural_gradient(rate: float | jax.Array, damping: float) -> optax.GradientTransformation:
+    """Steps along -(F + damping I)^-1 g; F = E[J'J] is the exact Fisher matrix for x ~ N(0, I)."""
 
     def update(updates, params):
         flat, unflatten = ravel_pytree(params)
@@ -119,8 +119,8 @@ def natural_gradient(rate: Any, damping: float) -> optax.GradientTransformation:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the loss along every run, and at its end, with its logarithm."""
-    makers: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    """Writes the loss during every run, the final loss and its logarithm."""
+    makers: dict[str, Callable[[jax.Array], optax.GradientTransformation]] = {
         "SGD": optax.sgd,
         "Adam": lambda rate: optax.adam(rate, eps=1e-16),
         "natural gradient": lambda rate: natural_gradient(rate, settings.damping),
@@ -148,20 +148,20 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def preconditioner(settings: Settings) -> optax.GradientTransformation:
-    """Of these settings."""
+    """The APO preconditioner with these settings."""
     return apo.preconditioner(
         settings.initial_learning_rate,
         lambda_fsd=settings.lambda_fsd,
         lambda_wsd=settings.lambda_wsd,
         discrepancy=apo.squared_error,
-        # The gradients become small by orders of magnitude, and eps must not stand in for them.
+        # The gradients shrink by orders of magnitude; eps must not dominate them.
         meta_optimizer=optax.rmsprop(settings.meta_learning_rate, eps=1e-30),
         meta_interval=settings.meta_interval,
     )
 
 
 def _logs(records: list[Record]) -> dict[str, dict[str, float]]:
-    """The mean over seeds of log10 of the loss at the end, by method and rate."""
+    """log10 of the final loss, averaged over seeds, by method and rate."""
     found: dict[str, dict[str, list[float]]] = {}
     for r in records:
         if r.metric == "log10_final":
@@ -174,7 +174,7 @@ def _logs(records: list[Record]) -> dict[str, dict[str, float]]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Loss against steps, every seed, at each method's best rate."""
+    """Draws the loss of every seed against steps, at each method's best rate."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for i, (method, line) in enumerate(_logs(records).items()):
@@ -198,15 +198,15 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints the best rate and the loss of every method, geometric means over the seeds."""
+    """Prints every method's best rate and its final loss, the geometric mean over seeds."""
     for method, line in _logs(records).items():
         rate = best(line)
         print(f"{method:>18}, rate {rate:>6}: loss {10 ** line[rate]:.2e}")
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Ten times below Adam."""
-    chosen = best_results(summary, "log10_final", "method")
+    """The preconditioner's loss is at least ten times below Adam's."""
+    chosen = {m: r for (m,), r in best_results(summary, "log10_final", "method").items()}
     ours, adam = chosen[APO], chosen["Adam"]
 
     def text(method):

@@ -1,7 +1,8 @@
-"""``apo_rosenbrock``: the paths of two parameters in a curved valley."""
+"""``apo_rosenbrock``: the paths of optimizers over two parameters in a curved valley."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,25 @@ APO_RATE, APO_DENSE, NEWTON = "APO learning rate", "APO preconditioner", "Newton
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Minimising (1 - x)² + 100 (y - x²)² from one point, without noise.
+    """Five methods minimise (1 - x)² + 100 (y - x²)² from one point, without noise.
 
-    Gradient descent and Adam at the best of nine rates, APO's learning rate for gradient descent,
-    APO's dense preconditioner, and Newton's method on the preconditioner's objective. The outputs
-    of the discrepancy are the residuals (1 - x, 10 (y - x²)) √2; there is no distance in weights.
+    They are gradient descent and Adam at the best of nine rates, APO's learning rate for gradient
+    descent, APO's dense preconditioner, and Newton's method on the preconditioner's objective. The
+    discrepancy compares the residuals √2 (1 - x, 10 (y - x²)); lambda_wsd is 0.
     """
 
     start: tuple[float, float] = (-1.0, 1.5)
-    """Where all begin, up to a normal perturbation of 0.05 that the seed draws."""
+    """Initial point of all methods; each seed adds a normal perturbation of scale 0.05."""
     initial_learning_rates: tuple[float, float] = (1e-3, 1e-3)
-    """Of the learning rate, and of the preconditioner, which begins as that times the identity."""
+    """Initial learning rate, and initial preconditioner (this number times the identity)."""
     lambda_fsd: tuple[float, float] = (1.0, 10.0)
-    """Weight of the squared error between the residuals before and after a step, of the two."""
+    """Weight of the residuals' squared error in a step: for the rate, for the preconditioner."""
     meta_learning_rates: tuple[float, float] = (0.03, 0.03)
-    """Of their meta-optimizers, RMSprop."""
+    """Rates of the meta-optimizer RMSprop: for the learning rate, for the preconditioner."""
     num_steps: int = 400
-    """Of every method; APO takes a meta-step in each."""
+    """Number of steps of every method; APO takes a meta-step in each of them."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed draws where it begins."""
+    """Each seed draws its perturbation of ``start``."""
 
 
 SCALES = {
@@ -49,19 +50,19 @@ SCALES = {
 }
 
 
-def residuals(point: jax.Array, _: Any = None) -> jax.Array:
-    """Half of their squared length is the function."""
+def residuals(point: jax.Array, _: object = None) -> jax.Array:
+    """The residuals; Rosenbrock's function is half their squared norm."""
     x, y = point
     return jnp.sqrt(2.0) * jnp.stack([1 - x, 10 * (y - x**2)])
 
 
-def rosenbrock(point: jax.Array, _: Any = None) -> jax.Array:
-    """The function; its minimum is 0 at (1, 1)."""
+def rosenbrock(point: jax.Array, _: object = None) -> jax.Array:
+    """Rosenbrock's function; its minimum is 0 at (1, 1)."""
     return jnp.sum(residuals(point) ** 2) / 2
 
 
 def path(optimizer: optax.GradientTransformation, start: jax.Array, num_steps: int) -> jax.Array:
-    """All points, the first one included."""
+    """All points of the path, including ``start``."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(carry, _):
@@ -83,7 +84,7 @@ def path(optimizer: optax.GradientTransformation, start: jax.Array, num_steps: i
 
 
 def newton(lambda_fsd: float) -> optax.GradientTransformation:
-    """Steps along -(H + lambda_fsd G)^-1 g, what the dense preconditioner is to become."""
+    """Steps along -(H + lambda_fsd G)^-1 g, the optimum of the dense preconditioner; G = J'J."""
 
     def update(updates, params):
         jacobian = jax.jacobian(residuals)(params)
@@ -94,7 +95,7 @@ def newton(lambda_fsd: float) -> optax.GradientTransformation:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes every path and the function along it."""
+    """Writes every path and the values of the function on it."""
     noise = jax.random.normal(jax.random.key(seed), (2,))
     start = jnp.asarray(settings.start) + 0.05 * noise
     rate, dense = (
@@ -135,8 +136,13 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
                 write({"method": method, "step": j, "x": x, "y": y, "loss": value})
 
 
-def _best(maker: Any, rates: np.ndarray, start: jax.Array, settings: Settings) -> jax.Array:
-    """The path that ends lowest."""
+def _best(
+    maker: Callable[[jax.Array], optax.GradientTransformation],
+    rates: np.ndarray,
+    start: jax.Array,
+    settings: Settings,
+) -> jax.Array:
+    """The path whose rate reaches the lowest final value."""
     paths = jax.vmap(lambda rate: path(maker(rate), start, settings.num_steps))(jnp.asarray(rates))
     ends = jax.vmap(rosenbrock)(paths[:, -1])
     return paths[jnp.argmin(jnp.where(jnp.isfinite(ends), ends, jnp.inf))]
@@ -149,7 +155,7 @@ def _line(records: list[Record], method: str, seed: int, metric: str) -> list[fl
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The first seed's paths over the function's contours; the function against steps."""
+    """Draws the first seed's paths over contours, and all seeds' function values against steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     x, y = np.meshgrid(np.linspace(-1.6, 1.6, 200), np.linspace(-0.6, 2.2, 200))
@@ -171,7 +177,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints where each method ends."""
+    """Prints the final function values of each method, one per seed."""
     for method in dict.fromkeys(r.labels["method"] for r in records):
         ends = [
             _line(records, method, s, "loss")[-1] for s in dict.fromkeys(r.seed for r in records)
@@ -180,7 +186,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """The preconditioner ends below the others that know first derivatives only."""
+    """The preconditioner ends below all other methods that use only first derivatives."""
     ends = {r["method"]: r for r in summary.results if r["metric"] == "loss"}
     text = ", ".join(
         f"{method} {r['mean']:.1e}" + (f" ± {r['se']:.0e}" if r["se"] is not None else "")

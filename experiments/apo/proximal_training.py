@@ -1,4 +1,4 @@
-"""Inner training as the APO experiments do it: a task, an optimizer, whole runs in one scan."""
+"""Training for the APO experiments: a task, an optimizer, and a whole run in one scan."""
 
 import math
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from unrollgrad.types import Key
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """A network with its data and its loss.
 
     Attributes:
-        init: ``init(key) -> params``.
-        sample: ``sample(key) -> batch``.
+        init: ``init(key) -> params`` draws initial weights.
+        sample: ``sample(key) -> batch`` draws a batch.
         predict: ``predict(params, batch) -> outputs``.
         loss: ``loss(params, batch) -> scalar``.
         evaluate: ``evaluate(params) -> scalar``, the loss on all data.
@@ -26,19 +26,19 @@ class Task(NamedTuple):
 
     init: Callable[[Key], Any]
     sample: Callable[[Key], Any]
-    predict: Callable[[Any, Any], Any]
-    loss: Callable[[Any, Any], jax.Array]
-    evaluate: Callable[[Any], jax.Array]
+    predict: Callable[..., jax.Array]
+    loss: Callable[..., jax.Array]
+    evaluate: Callable[..., jax.Array]
 
 
 def train(
     task: Task, optimizer: optax.GradientTransformation, key: Key, num_steps: int, points: int
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """Trains from fresh weights; every step draws two batches, the second for the discrepancy.
+    """Trains from initial weights; every step draws a second batch for the discrepancy.
 
     Returns:
-        The weights; and after every ``num_steps / points`` steps the loss on all data, and the
-        learning rate that APO has found (NaN where none is adapted).
+        The final weights, the losses on all data and the learning rates that APO has found (NaN if
+        the optimizer does not adapt one); losses and rates have shape (points,).
 
     Raises:
         ValueError: If ``points`` does not divide ``num_steps``.
@@ -74,32 +74,33 @@ def train(
 
 
 def last_tenth(losses: jax.Array) -> jax.Array:
-    """The mean over the last tenth of the points: the end of training, with less of its noise."""
+    """The final loss, averaged over the last tenth of the points to reduce noise."""
     return jnp.mean(losses[..., -max(1, losses.shape[-1] // 10) :], axis=-1)
 
 
 def best(finals: dict[str, float]) -> str:
-    """The rate with the lowest number, one that is not finite last."""
+    """The rate with the lowest final value; a value that is not finite counts as infinite."""
     return min(finals, key=lambda rate: finals[rate] if math.isfinite(finals[rate]) else math.inf)
 
 
-def best_results(summary: Summary, metric: str, *labels: str) -> dict[Any, dict[str, Any]]:
-    """The result with the lowest mean of each series, by the values of these labels.
+def best_results(
+    summary: Summary, metric: str, *labels: str
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The result with the lowest mean of each series, by the tuple of these labels' values.
 
-    Of a series without any finite mean it is one whose mean is None, as in ``summary.json``.
+    If all means of a series are None (not finite), its first result is returned.
     """
-    out: dict[Any, dict[str, Any]] = {}
+    out: dict[tuple[str, ...], dict[str, Any]] = {}
     for result in summary.results:
         if result["metric"] == metric:
             series = tuple(result[label] for label in labels)
-            series = series[0] if len(series) == 1 else series
             mean, held = result["mean"], out.get(series, {"mean": None})["mean"]
             if series not in out or (mean is not None and (held is None or mean < held)):
                 out[series] = result
     return out
 
 
-def _rate(state: Any) -> jax.Array:
+def _rate(state: object) -> jax.Array:
     if isinstance(state, apo.ApoState) and "learning_rate" in state.hyperparams:
         return state.hyperparams["learning_rate"]
     return jnp.full((), jnp.nan)

@@ -1,4 +1,4 @@
-"""``data_cleaning``: a weight per training image, learned where half of the labels are wrong."""
+"""``data_cleaning``: learns a weight per training image when half of the labels are wrong."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,34 +21,34 @@ from unrollgrad.running import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Data hyper-cleaning: a linear classifier of digits, trained on labels that are partly wrong.
+    """Data hyper-cleaning: a linear classifier of digits is trained on partly wrong labels.
 
-    The inner loss is sum_i sigmoid(theta_i) CE_i + num_train decay |w|^2, the outer one the
-    cross-entropy on clean validation images; theta begins at 0, where all weights are equal. The
-    papers do it with MNIST, 20,000 images for training and 5,000 for validation; here it is
-    scikit-learn's digits at every scale.
+    The inner loss is sum_i sigmoid(theta_i) CE_i + num_train decay |w|^2, where CE_i is the
+    cross-entropy of training image i. The outer loss is the cross-entropy on clean validation
+    images. theta starts at 0, where all weights are equal. The papers use MNIST with 20,000
+    training and 5,000 validation images; all scales here use scikit-learn's digits.
     """
 
     corruption: float = 0.5
-    """The share of training images whose label is replaced by another one."""
+    """Fraction of the training images whose label is replaced by a wrong one."""
     num_train: int = 1000
-    """Training images, one outer parameter each."""
+    """Number of training images; each has one outer parameter."""
     num_validation: int = 300
-    """Clean images of the outer loss; the rest of the 1797 are for testing."""
+    """Number of clean images in the outer loss; the rest of the 1797 images are the test set."""
     decay: float = 1e-4
-    """Of the squared weights of the classifier, relative to the mean cross-entropy."""
+    """Coefficient of the classifier's squared norm |w|^2, relative to the mean cross-entropy."""
     inner_steps: int = 20
-    """Per outer step, from where the last one ended."""
+    """Inner steps per outer step; they start from the previous inner parameters."""
     inner_learning_rate: float = 0.3
-    """Of the inner SGD with momentum 0.9, on the mean cross-entropy."""
+    """Learning rate of the inner SGD with momentum 0.9, on the mean cross-entropy."""
     cg_steps: int = 20
-    """At most, of each hypergradient's conjugate gradients."""
+    """Maximum number of conjugate-gradient steps in each hypergradient."""
     num_steps: int = 200
-    """Outer steps."""
+    """Number of outer steps."""
     learning_rate: float = 0.1
-    """Of the outer Adam."""
+    """Learning rate of the outer Adam."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed draws the three sets and the wrong labels."""
+    """Each seed draws the three data sets and the wrong labels."""
 
 
 SCALES = {
@@ -58,16 +58,16 @@ SCALES = {
 }
 
 POINTS = 20
-"""Points of the curve."""
+"""Approximate number of points on the curve."""
 
 BINS = 10
-"""Of the weights in the picture."""
+"""Bins of the weights' histogram in the picture."""
 
 DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""Among them the reference with a tuned decay chooses, by its accuracy on the validation set."""
+"""Candidates for the baseline with a tuned decay; validation accuracy chooses among them."""
 
 METRICS = "test_accuracy", "gain", "gain_over_tuned", "gain_over_validation", "auc", "mean_weight"
-"""That are shown."""
+"""Metrics that ``show`` prints."""
 
 REFERENCES = {
     "no cleaning": "C1",
@@ -75,7 +75,10 @@ REFERENCES = {
     "clean labels only": "C2",
     "validation set only": "C3",
 }
-"""What the curve is compared with, and its colour."""
+"""Baselines of the curve, with their colours."""
+
+Classifier = dict[str, jax.Array]
+"""Parameters of a linear classifier, "w" and "b"."""
 
 
 class Data(NamedTuple):
@@ -86,13 +89,13 @@ class Data(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Three sets, and which labels of the first are wrong.
+    """The data of a seed.
 
     Attributes:
-        train: With wrong labels.
-        validation: Clean.
-        test: Clean.
-        wrong: Whether a training label is wrong.
+        train: Training set; some of its labels are wrong.
+        validation: Validation set with clean labels.
+        test: Test set with clean labels.
+        wrong: For each training label, whether it is wrong.
     """
 
     train: Data
@@ -102,7 +105,7 @@ class Task(NamedTuple):
 
 
 def digits(key: jax.Array, *sizes: int) -> list[Data]:
-    """Sets of these sizes of scikit-learn's digits, pixels from 0 to 1, and one of the rest."""
+    """Splits scikit-learn's digits, pixels in [0, 1], into sets of these sizes and the rest."""
     images, labels = datasets.load_digits(return_X_y=True)
     order = np.asarray(jax.random.permutation(key, len(images)))
     parts = np.split(order, np.cumsum(sizes))
@@ -113,7 +116,7 @@ def digits(key: jax.Array, *sizes: int) -> list[Data]:
 
 
 def task(settings: Settings, seed: int) -> Task:
-    """The sets of a seed."""
+    """Draws the data of a seed."""
     split, which, other = jax.random.split(jax.random.key(seed), 3)
     train, validation, test = digits(split, settings.num_train, settings.num_validation)
     size = settings.num_train
@@ -123,29 +126,29 @@ def task(settings: Settings, seed: int) -> Task:
     return Task(Data(train.images, labels), validation, test, wrong)
 
 
-def zeros() -> dict[str, jax.Array]:
-    """A linear classifier before training."""
+def zeros() -> Classifier:
+    """The linear classifier before training: all parameters are zero."""
     return {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}
 
 
-def cross_entropies(params: Any, data: Data) -> jax.Array:
-    """One for each image."""
+def cross_entropies(params: Classifier, data: Data) -> jax.Array:
+    """The cross-entropy of each image."""
     logits = data.images @ params["w"] + params["b"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
 
 
-def accuracy(params: Any, data: Data) -> jax.Array:
-    """The share of images that are classified right."""
+def accuracy(params: Classifier, data: Data) -> jax.Array:
+    """The fraction of images that are classified correctly."""
     logits = data.images @ params["w"] + params["b"]
     return jnp.mean(jnp.argmax(logits, -1) == data.labels)
 
 
-def minimise(loss: Callable[[Any], jax.Array], num_steps: int = 400) -> Any:
-    """The minimum of a strongly convex loss of a linear classifier, from zero by L-BFGS."""
+def minimise(loss: Callable[[Classifier], jax.Array], num_steps: int = 400) -> Classifier:
+    """Minimises a strongly convex loss of a linear classifier by L-BFGS, starting from zero."""
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def turn(carry, _):
+    def step(carry, _):
         params, state = carry
         value, grad = value_and_grad(params, state=state)
         updates, state = optimizer.update(
@@ -153,12 +156,12 @@ def minimise(loss: Callable[[Any], jax.Array], num_steps: int = 400) -> Any:
         )
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(turn, (zeros(), optimizer.init(zeros())), length=num_steps)
+    (params, _), _ = jax.lax.scan(step, (zeros(), optimizer.init(zeros())), length=num_steps)
     return params
 
 
-def losses(task: Task, decay: float) -> tuple[Callable, Callable]:
-    """Outer, a mean over the validation images, and inner, a sum over the training images."""
+def losses(task: Task, decay: float) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """The outer loss, a mean over validation images, and the inner loss, a sum over training."""
 
     def inner(params, theta):
         weighted = jnp.sum(jax.nn.sigmoid(theta) * cross_entropies(params, task.train))
@@ -170,8 +173,8 @@ def losses(task: Task, decay: float) -> tuple[Callable, Callable]:
     return outer, inner
 
 
-def clean(settings: Settings, task: Task, params: Any) -> bilevel.BilevelResult:
-    """Learns theta, from 0."""
+def clean(settings: Settings, task: Task, params: Classifier) -> bilevel.BilevelResult:
+    """Learns theta, starting from 0; the inner parameters start at ``params``."""
     size = settings.num_train
     outer, inner = losses(task, settings.decay)
     solver = lx.CG(rtol=1e-3, atol=1e-3, max_steps=settings.cg_steps)
@@ -189,7 +192,7 @@ def clean(settings: Settings, task: Task, params: Any) -> bilevel.BilevelResult:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the test accuracy of the references and along the cleaning, and the weights."""
+    """Writes the test accuracies of the baselines and during cleaning, and the final weights."""
     here = task(settings, seed)
     progress("references", 0.0)
 
@@ -237,7 +240,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def _write_weights(weights: np.ndarray, wrong: np.ndarray, write: Write) -> None:
-    """Writes the mean and the histogram of the weights of clean and of corrupted images."""
+    """Writes the mean and the histogram of the weights, for clean and for corrupted images."""
     for name, group in {"clean": weights[~wrong], "corrupted": weights[wrong]}.items():
         shares = np.histogram(group, BINS, (0.0, 1.0))[0] / len(group)
         bins = {f"{(i + 0.5) / BINS:.2f}": float(share) for i, share in enumerate(shares)}
@@ -245,17 +248,18 @@ def _write_weights(weights: np.ndarray, wrong: np.ndarray, write: Write) -> None
 
 
 def auc(theta: jax.Array, wrong: jax.Array) -> float:
-    """How often a clean image has the larger weight, of all pairs; a tie counts half."""
+    """The fraction of (clean, corrupted) pairs whose clean image weighs more; a tie counts 1/2."""
     more = theta[~wrong][:, None] - theta[wrong]
     return float(jnp.mean((jnp.sign(more) + 1) / 2))
 
 
 def _every(num_steps: int) -> int:
+    """The outer steps between points of the curve; it divides ``num_steps``."""
     return next(n for n in range(max(num_steps // POINTS, 1), num_steps + 1) if num_steps % n == 0)
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The test accuracy against outer steps, and the shares of the weights."""
+    """Draws the test accuracy against outer steps, and the histogram of the weights."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     accuracies = [r for r in records if r.metric == "test_accuracy"]
@@ -285,13 +289,13 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def _values(records: list[Record], series: str, metric: str) -> list[float]:
-    """By seed, at the last step."""
+    """Values at the last step, one per seed."""
     found = [r for r in records if r.labels["series"] == series and r.metric == metric]
     return list({r.seed: r.value for r in found}.values())
 
 
 def show(records: list[Record]) -> None:
-    """Prints the accuracies at the end and the mean weights."""
+    """Prints the final accuracies and the mean weights."""
     for name in dict.fromkeys(r.labels["series"] for r in records):
         for metric in METRICS:
             values = _values(records, name, metric)
@@ -305,7 +309,7 @@ def _mean(values: list[float]) -> str:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Cleaning gains 5 points, and the weights find the wrong labels."""
+    """Cleaning gains 5 points of accuracy, and the weights identify the wrong labels."""
     out = []
     share = f"{100 * summary.about['config']['corruption']:g} %"
     source = "aim of this experiment; the task is of Franceschi et al. 2017"
@@ -324,7 +328,7 @@ def claims(summary: Summary) -> list[Claim]:
     weights = {name: summary.find("mean_weight", series=name) for name in ("clean", "corrupted")}
     if separation and all(weights.values()):
         ours, holds = "the weights are not finite", False
-        if separation["mean"] is not None:  # null in strict JSON: it was not finite
+        if separation["mean"] is not None:  # null in JSON stands for a value that is not finite
             means = ", ".join(f"{name} {w['mean']:.2f}" for name, w in weights.items() if w)
             ours = f"AUC {separation['mean']:.3f}; mean weights: {means}"
             holds = separation["mean"] > 0.9
@@ -333,7 +337,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _claims_of_controls(summary: Summary) -> list[Claim]:
-    """Cleaning is better than what needs no weights; cannot tell within two standard errors."""
+    """Cleaning beats baselines without weights; undecided within two standard errors of zero."""
     out = []
     controls = {
         "gain_over_tuned": "equal weights and a decay that is tuned on the validation images",
@@ -361,7 +365,7 @@ def _compared(summary: Summary) -> str:
 
 
 def points(result: dict[str, Any]) -> str:
-    """A share in per cent, with its standard error."""
+    """Formats a fraction in per cent, with its standard error."""
     se = f" ± {100 * result['se']:.1f}" if result["se"] is not None else ""
     return f"{100 * result['mean']:.1f}{se}"
 

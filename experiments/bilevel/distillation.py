@@ -1,4 +1,4 @@
-"""``distillation``: ten images, learned so that a classifier trained on them knows the digits."""
+"""``distillation``: learns ten images such that a classifier trained on them knows digits."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.bilevel.data_cleaning import (
+    Classifier,
     Data,
     accuracy,
     cross_entropies,
@@ -35,34 +36,34 @@ SOLVERS: dict[str, Callable[[int], lx.AbstractLinearSolver]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Dataset distillation: one learned image for each digit, with a linear classifier.
+    """Dataset distillation: learns one image for each digit, with a linear classifier.
 
-    The inner loss is the cross-entropy on the ten images and exp(-4) |w|^2, five steps of Adam on
-    it with a warm start for each outer step of RMSprop; the images begin at zero. All this is the
-    paper's; its data are MNIST and batches of 100, here it is all of ``num_train`` images of
-    scikit-learn's digits, at every scale.
+    The inner loss is the cross-entropy on the ten images plus exp(log_decay) |w|^2. Each outer step
+    of RMSprop follows five warm-started inner steps of Adam; the images start at zero. These
+    choices are the paper's. The paper uses batches of 100 from MNIST; here the outer loss is on
+    all ``num_train`` images of scikit-learn's digits, at every scale.
     """
 
     solvers: tuple[Literal["identity", "CG"], ...] = ("identity", "CG")
-    """What stands for the inverse Hessian. The paper's is the identity."""
+    """Approximations of the inverse Hessian. The paper uses the identity."""
     num_train: int = 1200
-    """Real images of the outer loss; the rest of the 1797 are held out."""
+    """Number of real images in the outer loss; the rest of the 1797 images are held out."""
     log_decay: float = -4.0
-    """Of the squared weights of the classifier."""
+    """Logarithm of the coefficient of |w|^2 in the inner loss."""
     inner_steps: int = 5
-    """Per outer step, from where the last one ended."""
+    """Inner steps per outer step; they start from the previous inner parameters."""
     inner_learning_rate: float = 0.05
-    """Of the inner Adam."""
+    """Learning rate of the inner Adam."""
     cg_steps: int = 20
-    """At most, of each hypergradient's conjugate gradients."""
+    """Maximum number of conjugate-gradient steps in each hypergradient."""
     num_steps: int = 1000
-    """Outer steps."""
+    """Number of outer steps."""
     learning_rate: float = 1e-2
-    """Of the outer RMSprop."""
+    """Learning rate of the outer RMSprop."""
     num_draws: int = 20
-    """Times that ten random real images are drawn."""
+    """Number of random draws of ten real images, for the baseline."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed draws the two sets."""
+    """Each seed draws the training set and the held-out set."""
 
 
 SCALES = {
@@ -72,26 +73,26 @@ SCALES = {
 }
 
 POINTS = 20
-"""Points of each curve."""
+"""Approximate number of points on each curve."""
 
 FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
-"""By which the class means are multiplied; the best on the real training images is reported.
+"""Scales of the class means; the scale with the lowest loss on real training images is used.
 
-Learned images choose their scale too. It has the effect of another decay.
+Learned images choose their scale too, and it acts like a change of the decay.
 """
 
 REFERENCES = {"class means": "C2", "random images": "C3"}
-"""What the curves are compared with, and its colour."""
+"""Baselines of the curves, with their colours."""
 
 
-def inner(params: Any, images: jax.Array, log_decay: float) -> jax.Array:
-    """The loss of a classifier on one image for each digit."""
+def inner(params: Classifier, images: jax.Array, log_decay: float) -> jax.Array:
+    """The loss of a classifier on ten images, one for each digit."""
     fit = jnp.mean(cross_entropies(params, Data(images, jnp.arange(10))))
     return fit + math.exp(log_decay) * optax.tree.norm(params, squared=True)
 
 
 def distil(settings: Settings, train: Data, solver: str) -> bilevel.BilevelResult:
-    """Learns the images, from zero."""
+    """Learns the images, starting from zero."""
 
     def loss(params, theta):
         return inner(params, theta, settings.log_decay)
@@ -127,7 +128,7 @@ def random_images(key: jax.Array, data: Data) -> jax.Array:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes accuracies on held-out images of classifiers trained anew, and the images."""
+    """Writes the images, and held-out accuracies of classifiers trained on them from zero."""
     split, draws = jax.random.split(jax.random.key(seed))
     train, test = digits(split, settings.num_train)
 
@@ -174,7 +175,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             _write_images(name, result.thetas[-1], write)
 
 
-def _write_images(series: str, images: Any, write: Write) -> None:
+def _write_images(series: str, images: jax.Array, write: Write) -> None:
     """Writes the ten images of a series, pixel by pixel."""
     for label, image in enumerate(images):
         for i, pixel in enumerate(image):
@@ -182,13 +183,14 @@ def _write_images(series: str, images: Any, write: Write) -> None:
 
 
 def _every(num_steps: int) -> int:
+    """The outer steps between points of a curve; it divides ``num_steps``."""
     return next(n for n in range(max(num_steps // POINTS, 1), num_steps + 1) if num_steps % n == 0)
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """The images, and accuracies against outer steps.
+    """Draws the images, and accuracies against outer steps.
 
-    Learned images are shown through sigmoid(5 x), with and without what all ten have in common.
+    Learned images are shown as sigmoid(5 x), once as they are and once less their common mean.
     """
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 9), layout="constrained")
     pixels = [r for r in records if r.metric == "pixel"]
@@ -234,7 +236,7 @@ def _squashed(images: np.ndarray) -> np.ndarray:
 
 
 def show(records: list[Record]) -> None:
-    """Prints the accuracies at the end, by kind of images."""
+    """Prints the final accuracies for each kind of images."""
     for name in dict.fromkeys(r.labels["series"] for r in records):
         for metric in ("accuracy", "accuracy_warm", "over_random", "over_means"):
             found = [r for r in records if r.labels["series"] == name and r.metric == metric]
@@ -246,7 +248,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Distilled images beat random real ones; and whether they beat class means."""
+    """Distilled images beat random real images and class means."""
     out = []
     comparisons = {
         "over_random": ("ten random real images", "random images"),

@@ -20,7 +20,7 @@ from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 WEIGHTS = 11
-"""Ten features and a bias."""
+"""Number of weights: ten features and a bias."""
 
 CG, IDENTITY = "CG", "identity"
 AUTO, GIVEN = "Neumann, 1 / lambda_max", "Neumann, inner rate"
@@ -29,26 +29,27 @@ MINIMUM, WARM = "unrolled, from the minimum", "unrolled, from a warm start"
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Linear regression with a decay rate for each weight: the exact hypergradient is known.
+    """Linear regression with a decay rate for each weight, so the exact hypergradient is known.
 
-    The data are scikit-learn's diabetes, since the paper's Boston housing is no longer there:
-    features and targets standardized, with a column of ones. All is in float64.
+    The data are scikit-learn's diabetes data, because scikit-learn removed the paper's Boston
+    housing. Features and targets are standardized; the bias is a column of ones. All computations
+    use float64.
     """
 
     terms: tuple[int, ...] = (*range(1, 13), 14, 16, 20, 25, 32, 40, 50, 100, 200, 400, 800)
-    """Terms of Neumann, steps of CG and unrolling, rows of Nystrom (as many as weights)."""
+    """Neumann terms, steps of CG and unrolling, or Nystrom rows (at most one row per weight)."""
     inner_learning_rate: float = 0.05
-    """Of inner gradient descent. The largest curvature is about 8."""
+    """Learning rate of inner gradient descent. The largest inner Hessian eigenvalue is about 8."""
     rhos: tuple[float, ...] = (0.1, 1e-3)
-    """Dampings of Nystrom. The smallest curvature is about 0.02."""
+    """Damping values of Nystrom. The smallest inner Hessian eigenvalue is about 0.02."""
     log_decay: float = -7.0
-    """Theta, the same for all weights."""
+    """The value of theta for every weight."""
     warm_up: int = 20
-    """Inner steps, from zero to the warm start: far from the minimum."""
+    """Inner steps from zero to the warm start, which is far from the minimum."""
     validation: float = 0.1
-    """Share of validation rows."""
+    """Fraction of the rows that are validation data."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed is a split of the data."""
+    """Each seed draws a split of the data."""
 
 
 SCALES = {
@@ -59,7 +60,7 @@ SCALES = {
 
 
 class Data(NamedTuple):
-    """Rows and targets; one target per row, as one prediction."""
+    """Rows and targets for training and validation; each row has one scalar target."""
 
     rows: jax.Array
     targets: jax.Array
@@ -68,10 +69,10 @@ class Data(NamedTuple):
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes how far every method is from the exact hypergradient, by its number of terms.
+    """Writes the error of every method and number of terms relative to the exact hypergradient.
 
-    gain is the cosine less that of the fewest terms; fall, how far it has been below an earlier one
-    at most; apart, the distance to Neumann with the inner rate.
+    "gain" is the cosine less the cosine with the fewest terms; "fall" is the largest decrease of
+    the cosine below an earlier value; "apart" is the distance to Neumann with the inner rate.
     """
     with jax.enable_x64(True):
         data = diabetes(jax.random.key(seed), settings.validation)
@@ -97,7 +98,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def diabetes(key: jax.Array, validation: float) -> Data:
-    """A random split of scikit-learn's data, standardized by the training rows."""
+    """Splits scikit-learn's data at random and standardizes them by the training rows."""
     rows, targets = map(jnp.asarray, datasets.load_diabetes(return_X_y=True))
     order = jax.random.permutation(key, len(rows))
     held_out, train = jnp.split(order, [int(validation * len(rows))])
@@ -110,8 +111,8 @@ def diabetes(key: jax.Array, validation: float) -> Data:
     return Data(rows[train], targets[train], rows[held_out], targets[held_out])
 
 
-def losses(data: Data) -> tuple[Callable, Callable]:
-    """Inner and outer: mean squared errors, the inner one with sum_i exp(theta_i) w_i^2."""
+def losses(data: Data) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Inner and outer loss: mean squared errors; the inner adds sum_i exp(theta_i) w_i^2."""
 
     def inner(params, theta):
         errors = data.rows @ params - data.targets
@@ -124,7 +125,7 @@ def losses(data: Data) -> tuple[Callable, Callable]:
 
 
 def minimum(data: Data, theta: jax.Array) -> jax.Array:
-    """Of inner, by the normal equations."""
+    """The minimum of the inner loss, by the normal equations."""
     rows, n = data.rows, len(data.rows)
     normal = rows.T @ rows / n + jnp.diag(jnp.exp(theta))
     return jnp.linalg.solve(normal, rows.T @ data.targets / n)
@@ -132,17 +133,18 @@ def minimum(data: Data, theta: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _descend(settings: Settings, data: Data, theta: jax.Array) -> jax.Array:
+    """The warm start: inner gradient descent from zero."""
     inner, _ = losses(data)
 
-    def turn(params, _):
+    def step(params, _):
         return params - settings.inner_learning_rate * jax.grad(inner)(params, theta), None
 
-    params, _ = jax.lax.scan(turn, jnp.zeros(WEIGHTS), length=settings.warm_up)
+    params, _ = jax.lax.scan(step, jnp.zeros(WEIGHTS), length=settings.warm_up)
     return params
 
 
 def _kinds(settings: Settings) -> Iterator[tuple[str, tuple[str, float]]]:
-    """By method: its kind, and its step size or damping."""
+    """Yields each method with its kind and its number, a step size or a damping."""
     yield CG, ("cg", 0.0)
     yield AUTO, ("auto", 0.0)
     yield GIVEN, ("neumann", settings.inner_learning_rate)
@@ -161,7 +163,7 @@ def _terms(settings: Settings, kind: str) -> tuple[int, ...]:
 
 @functools.cache
 def _hypergradient(kind: str, terms: int) -> Callable[..., jax.Array]:
-    """Compiled once for all splits, step sizes and dampings."""
+    """A function compiled once for all splits, step sizes and dampings."""
 
     @jax.jit
     def f(data, params, theta, number):
@@ -185,7 +187,7 @@ def _hypergradient(kind: str, terms: int) -> Callable[..., jax.Array]:
 
 
 def compare(grad: jax.Array, exact: jax.Array) -> dict[str, float]:
-    """The cosine, 1 less it (without cancellation), and the distance relative to exact's norm."""
+    """The cosine, 1 - cosine (without cancellation), and the distance relative to |exact|."""
     size, wanted = jnp.linalg.norm(grad), jnp.linalg.norm(exact)
     gap = jnp.sum((grad / size - exact / wanted) ** 2) / 2
     distance = jnp.linalg.norm(grad - exact) / wanted
@@ -193,7 +195,7 @@ def compare(grad: jax.Array, exact: jax.Array) -> dict[str, float]:
 
 
 def _curves(records: list[Record], metric: str) -> dict[str, dict[int, list[float]]]:
-    """Values over the seeds, by method and terms."""
+    """The values of all seeds, by method and number of terms."""
     found: dict[str, dict[int, list[float]]] = {}
     for r in records:
         if r.metric == metric:
@@ -203,11 +205,11 @@ def _curves(records: list[Record], metric: str) -> dict[str, dict[int, list[floa
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """1 less the cosine, and the distance, against the number of terms: means and all seeds."""
+    """Draws 1 - cosine and the distance against the number of terms: means and all seeds."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(1, 2)
     names = {"cosine_gap": "1 - cosine similarity", "distance": "relative L2 distance"}
-    lowest = 1e-16  # rounding; a logarithm has no zero
+    lowest = 1e-16  # about the rounding error; a logarithmic axis has no zero
     for axis, (metric, name) in zip(axes, names.items(), strict=True):
         curves = _curves(records, metric)
         last = max(k for curve in curves.values() for k in curve)
@@ -226,14 +228,14 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.set(xscale="log", yscale="log", xlabel="terms (the thin line: as many as weights)")
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(1e-8, 3)  # CG goes on to rounding
+    axes[0].set_ylim(1e-8, 3)  # CG falls further, to the rounding error
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4)
     return figure
 
 
 def show(records: list[Record]) -> None:
-    """Prints cosine and distance at some numbers of terms, means over the splits."""
+    """Prints mean cosine and distance over the splits, at some numbers of terms."""
     cosines, distances = _curves(records, "cosine"), _curves(records, "distance")
     for method, curve in cosines.items():
         chosen = [k for k in (1, 5, WEIGHTS, 50, max(curve)) if k in curve]
@@ -249,7 +251,7 @@ def _mean(values: list[float]) -> float:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """CG is exact at the number of weights, Neumann's cosine rises, unrolling is Neumann."""
+    """CG is exact after as many steps as weights; Neumann's cosine rises; unrolling is Neumann."""
 
     def of(metric, method, terms):
         return summary.find(metric, method=method, terms=str(terms))

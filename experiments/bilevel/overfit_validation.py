@@ -1,4 +1,4 @@
-"""``overfit_validation``: as many decay rates as weights, tuned until 50 images are all right."""
+"""``overfit_validation``: one decay rate per weight, tuned until 50 images are all correct."""
 
 import dataclasses
 from pathlib import Path
@@ -17,37 +17,37 @@ from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
 IMAGES = 50
-"""Of training, and as many of validation."""
+"""Number of training images, and of validation images."""
 
 FIXED, TUNED = "fixed", "tuned"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Weight decay with a rate for every weight, tuned online by identity hypergradients.
+    """Every weight has its own decay rate, tuned online by identity hypergradients.
 
-    On 50 + 50 of scikit-learn's digits; the other 1697 are the test set. The paper has MNIST and
-    CIFAR-10. Beside it, the same training with the decay rates left where they begin.
+    The data are scikit-learn's digits: 50 training and 50 validation images; the other 1697 are the
+    test set. The paper uses MNIST and CIFAR-10. The control run keeps the initial decay rates.
     """
 
     models: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
-    """Softmax regression, and a network with one hidden layer."""
+    """linear: softmax regression. mlp: a network with one hidden layer."""
     hidden: int = 32
-    """Units of the hidden layer."""
+    """Number of units in the hidden layer."""
     num_steps: int = 10_000
-    """Outer steps."""
+    """Number of outer steps."""
     inner_steps: int = 5
-    """Per outer step, on all training images."""
+    """Inner steps per outer step; each uses all training images."""
     inner_learning_rate: float = 1e-3
-    """Of Adam, which is never reset. 1e-4 in the paper, with ten times the steps."""
+    """Learning rate of the inner Adam, never reset. Paper: 1e-4, with ten times the steps."""
     learning_rate: float = 1e-2
-    """Of RMSprop."""
+    """Learning rate of the outer RMSprop."""
     log_decay: float = -4.0
-    """Theta at the beginning, the same for all weights."""
+    """Initial value of theta for every weight: the logarithm of its decay rate."""
     points: int = 200
-    """Points of each curve; they divide the outer steps."""
+    """Number of points on each curve; it divides the number of outer steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed draws its images and first weights."""
+    """Each seed draws its images and initial weights."""
 
 
 SCALES = {
@@ -58,7 +58,7 @@ SCALES = {
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the accuracies along each run."""
+    """Writes the accuracies during each run."""
     cells = [(m, d) for m in settings.models for d in (TUNED, FIXED)]
     for i, (model, decay) in enumerate(cells):
         progress(f"{model}, {decay}", i / len(cells))
@@ -75,7 +75,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 def tune(
     settings: Settings, key: jax.Array, model: str, tuned: bool
 ) -> tuple[ug.bilevel.BilevelResult, np.ndarray]:
-    """The result, and (points, 3) accuracies: of training, validation and test."""
+    """The result, and accuracies of shape (points, 3): training, validation and test."""
     images, labels = map(jnp.asarray, datasets.load_digits(return_X_y=True))
     images = (images / 16 - 0.5).astype(jnp.float32)
     key_rows, key_weights = jax.random.split(key)
@@ -119,7 +119,7 @@ def tune(
 
 
 def predict(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """Logits, with ReLUs between the layers."""
+    """The logits of a network with ReLUs between its layers."""
     *before, last = params
     for layer in before:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
@@ -134,13 +134,13 @@ def _init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
 
 
 def _when(accuracies: np.ndarray, every: int) -> dict[str, float]:
-    """The first recorded outer step with all validation images right, if there is one."""
+    """The first recorded outer step with all validation images correct, if there is one."""
     right = np.flatnonzero(accuracies[:, 1] == 1)
     return {"reached": float((right[0] + 1) * every)} if len(right) else {}
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Accuracies against outer steps, a panel per model: means and all seeds."""
+    """Draws accuracies against outer steps, one panel per model: means and all seeds."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4.8), layout="constrained")
     models = list(dict.fromkeys(r.labels["model"] for r in records))
     axes = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
@@ -179,7 +179,7 @@ def _line(
 
 
 def show(records: list[Record]) -> None:
-    """Prints the last accuracies, means over the seeds."""
+    """Prints the final accuracies, averaged over the seeds."""
     seeds = list(dict.fromkeys(r.seed for r in records))
     for model, decay in dict.fromkeys((r.labels["model"], r.labels["decay"]) for r in records):
         cells = []
@@ -192,7 +192,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Validation accuracy reaches 100 %, test accuracy does not follow."""
+    """Validation accuracy reaches 100 %; test accuracy stays lower."""
 
     def of(metric, model, decay=TUNED):
         return summary.find(metric, model=model, decay=decay)

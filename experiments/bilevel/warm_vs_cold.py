@@ -1,4 +1,4 @@
-"""``warm_vs_cold``: which of many solutions a bilevel problem ends at (Vicol et al. 2022)."""
+"""``warm_vs_cold``: which of many solutions a bilevel problem reaches (Vicol et al. 2022)."""
 
 import dataclasses
 import functools
@@ -33,42 +33,42 @@ from experiments.problems.fourier import (
 class Settings(CommonSettings):
     """Two regressions on a Fourier basis with more weights than data, in float64.
 
-    "one point": theta is one synthetic point (x, y), the inner problem fits it, the outer loss is
-    the mean squared error on 5 real points. The real x are drawn one in each fifth of (-pi, pi),
-    within the middle half of it; x and y of the synthetic point begin at normal numbers of scale
-    0.5. The inner solution is the one nearest to where the inner descent begins, which one
-    gradient step finds, up to ``damping``.
+    "one point": theta is one synthetic point (x, y). The inner problem fits it, and the outer loss
+    is the mean squared error on 5 real points. One real x is drawn from the middle half of each
+    fifth of (-pi, pi). The synthetic x and y are initialized from a normal distribution of scale
+    0.5. The inner solution is the one nearest to the initial weights; one gradient step finds it,
+    up to ``damping``.
 
-    "antidistillation": theta are 13 targets on a grid, for 3 real points, one in each third of
-    (-pi, pi). There are many thetas of outer loss zero; the nearest to the start is
-    pinv(M) y, with M the map from theta to the predictions.
+    "antidistillation": theta consists of 13 targets on a grid; there are 3 real points, one in each
+    third of (-pi, pi). Many thetas have outer loss zero; the one nearest to the initial theta is
+    pinv(M) y, where M maps theta to the predictions.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. paper: more seeds."""
     targets: tuple[Literal["alternating", "normal"], ...] = ("alternating", "normal")
-    """Real targets of one point: -0.5 and 0.5 in turn plus normal numbers of scale 0.1, of which
-    one point from zero can fit little; or normal numbers of scale 0.5."""
+    """Real targets of "one point". alternating: -0.5 and 0.5 in turn plus normal noise of scale
+    0.1, which one point trained from zero can hardly fit. normal: normal noise of scale 0.5."""
     frequencies: int = 10
-    """N of one point; 2 N + 1 weights."""
+    """Number N of frequencies in "one point"; it has 2 N + 1 weights."""
     adam_learning_rates: tuple[float, ...] = (0.05, 0.1)
-    """Of Adam as the outer optimizer of one point, with optax's defaults."""
+    """Learning rates of the outer Adam of "one point", with optax's defaults otherwise."""
     gd_learning_rate: float = 1.0
-    """Of gradient descent in its place."""
+    """Learning rate of gradient descent, a further outer optimizer of "one point"."""
     num_steps: int = 200_000
-    """Outer steps of one point; what there is after a quarter of them is written too: Adam's path
-    is chaotic, and with the lower rate warm's loss still falls then."""
+    """Outer steps of "one point". The losses after a quarter of them are written too: Adam's path
+    is chaotic, and with the lower rate the warm start's loss is still falling there."""
     damping: float = 1e-4
-    """Of one point: the inner problem has damping / 2 |w - start|^2 besides, and the hypergradient
-    is exact for that."""
+    """The inner problem of "one point" also has the term damping / 2 |w - start|^2; the
+    hypergradient is exact for this damped problem."""
     more_frequencies: int = 20
-    """N of antidistillation."""
+    """Number N of frequencies in "antidistillation"."""
     terms: tuple[int, ...] = (1, 5, 20, 200)
-    """K of the Neumann series, alpha = 1 / lambda_max; the damping beside is 1 / (alpha K)."""
+    """Neumann terms K, with alpha = 1 / lambda_max; each is compared with damping 1 / (alpha K)."""
     descent_steps: int = 2000
-    """Outer steps of antidistillation: gradient descent, the rate 1 over the norm of its matrix."""
+    """Outer steps of "antidistillation": gradient descent with rate 1 / (norm of its matrix)."""
     seeds: tuple[int, ...] = tuple(range(16))
-    """Each seed draws the real points of both, and where the synthetic point begins."""
+    """Each seed draws the real points of both problems, and the initial synthetic point."""
 
 
 SCALES = {
@@ -80,16 +80,19 @@ SCALES = {
 }
 
 KEPT = 500
-"""Thetas of a path of one point to train again with; every tenth is written."""
+"""Number of thetas kept from a path of "one point" for re-training; every tenth is written."""
 RANK = 1e-10
-"""Singular values below this share of the largest count as zero."""
+"""Singular values below this fraction of the largest count as zero."""
+
+Ends = dict[tuple[str, str], tuple[jax.Array, jax.Array]]
+"""The final theta and outer loss, by case and method."""
 
 
 def fill(settings: Settings) -> Settings:
-    """As they are.
+    """Checks the settings and returns them unchanged.
 
     Raises:
-        ValueError: If the steps of one point cannot be cut into what is kept.
+        ValueError: If ``num_steps`` is not a multiple of the number of thetas that are kept.
     """
     if settings.num_steps % KEPT or settings.num_steps < KEPT:
         raise ValueError(f"`num_steps` must be a multiple of {KEPT}; got {settings.num_steps}.")
@@ -97,7 +100,7 @@ def fill(settings: Settings) -> Settings:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes the losses along each run of one point, and where antidistillation ends."""
+    """Writes the losses during each run of "one point", and the ends of "antidistillation"."""
     with jax.enable_x64(True):
         optimizers = [f"adam {rate:g}" for rate in settings.adam_learning_rates]
         optimizers.append(f"gd {settings.gd_learning_rate:g}")
@@ -109,7 +112,13 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 class Paths(NamedTuple):
-    """Outer losses of one point, of each data set."""
+    """Outer losses of "one point".
+
+    Attributes:
+        cold: The losses with cold starts, after every step.
+        warm: The losses with warm starts, after every step.
+        again: The losses after training again from zero, for each kept theta of ``warm``.
+    """
 
     cold: jax.Array
     warm: jax.Array
@@ -118,7 +127,7 @@ class Paths(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _descents(settings: Settings, name: str) -> Callable[[Data], Paths]:
-    """Compiled once for all seeds: of warm's kept thetas, what training from zero makes."""
+    """The descents of "one point" on a batch of data sets, compiled once for all seeds."""
     kind, rate = name.split()
     optimizer = {"adam": optax.adam, "gd": optax.sgd}[kind](float(rate))
 
@@ -152,9 +161,7 @@ def _descents(settings: Settings, name: str) -> Callable[[Data], Paths]:
     return jax.jit(jax.vmap(descend))
 
 
-def _write_one_point(
-    settings: Settings, name: str, key: jax.Array, write: Callable[[dict[str, Any]], None]
-) -> None:
+def _write_one_point(settings: Settings, name: str, key: jax.Array, write: Write) -> None:
     drawn = [one_point_data(kind, key) for kind in settings.targets]
     data = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
     paths = jax.tree.map(np.asarray, _descents(settings, name)(data))
@@ -162,7 +169,7 @@ def _write_one_point(
     for i, kind in enumerate(settings.targets):
         labels = {"part": "one point", "case": f"{kind}, {name}"}
         cold, warm, again = (path[i] for path in paths)
-        at = slice(every - 1, None, every)  # the last of each stretch is kept
+        at = slice(every - 1, None, every)  # the same steps at which thetas are kept
         curves = {"cold": cold[at], "warm": warm[at], "re-trained": again}
         for method, curve in curves.items():
             for j in range(9, KEPT, 10):
@@ -184,9 +191,7 @@ def _write_one_point(
             write({**labels, "method": method, "satisfied": float(both)})
 
 
-def _write_antidistillation(
-    settings: Settings, key: jax.Array, write: Callable[[dict[str, Any]], None]
-) -> None:
+def _write_antidistillation(settings: Settings, key: jax.Array, write: Write) -> None:
     keys = jax.random.split(key)
     x, y = one_in_each(keys[0], 3, 0.6), jax.random.normal(keys[1], (3,))
     part = {"part": "antidistillation"}
@@ -212,8 +217,8 @@ def _write_antidistillation(
 
 
 @functools.lru_cache(maxsize=1)
-def _displacements(settings: Settings) -> Callable[[jax.Array, jax.Array], Any]:
-    """Theta and outer loss at the end, by case and method, and the theta nearest to zero."""
+def _displacements(settings: Settings) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, Ends]]:
+    """A function of real x and y: the theta nearest to zero, and the ends of all methods."""
     rows = features(grid(), settings.more_frequencies)
     zero, start = jnp.zeros(rows.shape[1]), jnp.zeros(TARGETS)
     hessian = rows.T @ rows
@@ -244,7 +249,7 @@ def _displacements(settings: Settings) -> Callable[[jax.Array, jax.Array], Any]:
             def slope(theta):
                 return f(inverse @ rows.T @ theta, theta).grad
 
-            matrix = jax.vmap(slope)(jnp.eye(TARGETS)) - slope(start)  # it is affine
+            matrix = jax.vmap(slope)(jnp.eye(TARGETS)) - slope(start)  # slope is affine in theta
             result = ug.bilevel.solve(
                 inner,
                 f,
@@ -271,7 +276,7 @@ def _displacements(settings: Settings) -> Callable[[jax.Array, jax.Array], Any]:
 
 
 def show(records: list[Record]) -> None:
-    """Prints every seed of one point, and the mean distances."""
+    """Prints the outer losses of "one point" for every seed, and the mean distances."""
     ends = chosen(records, "one point", "end")
     for case, method in ends:
         values = "  ".join(f"{v:.3f}" for v in ends[case, method].values())
@@ -285,7 +290,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Warm remembers what its thetas do not say; few terms choose another solution."""
+    """Warm starts store more in the weights than in theta; few terms reach another solution."""
     ends = [r for r in summary.results if r["metric"] == "over_cold" and r["method"] == "warm"]
     out = [_of_one_point(summary, r["case"]) for r in ends]
     cases = {r["case"]: r for r in summary.results if r["metric"] == "gap"}
@@ -333,8 +338,8 @@ def claims(summary: Summary) -> list[Claim]:
 
 
 def _of_one_point(summary: Summary, case: str) -> Claim:
+    """The claim of a case; it is undecided within one standard error of the bound."""
     where = {"part": "one point", "case": case}
-    """Holds, or does not, by more than a standard error; else the run cannot tell."""
     parts, ratios, counts = [], {}, []
     for method in ("cold", "warm", "re-trained", "re-trained, best"):
         end, over, hit = (

@@ -1,4 +1,4 @@
-"""The picture of ``warm_vs_cold``, and how its records are looked up."""
+"""The figure of ``warm_vs_cold``, and the lookup of its records."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from experiments.problems.fourier import TARGETS, grid
 from unrollgrad.running import need
 
 BOUND = 0.8
-"""Times the outer loss of the cold start."""
+"""Bound of the claims, as a ratio to the cold start's outer loss."""
 WIDEST = 2.0
+"""Larger ratios are drawn at this value."""
 COLORS = {"cold": "C0", "warm": "C3", "re-trained": "C1"}
 
 
 def chosen(
     records: list[Record], part: str, metric: str, case: str | None = None
 ) -> dict[tuple[str, str], dict[tuple[int, int | None], float]]:
-    """Values by seed and step, by case and method."""
+    """Values by (case, method), then by (seed, step)."""
     out: dict[tuple[str, str], dict[tuple[int, int | None], float]] = {}
     for r in records:
         if r.metric == metric and r.labels["part"] == part and case in (None, r.labels["case"]):
@@ -27,7 +28,7 @@ def chosen(
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Losses and ratios of one point; targets and distances of antidistillation."""
+    """Draws losses and ratios of "one point", and targets and distances of "antidistillation"."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 8), layout="constrained")
     (losses, ratios), (targets, distances) = figure.subplots(2, 2)
     _draw_losses(losses, records, config)
