@@ -51,7 +51,7 @@ class _Carry(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """The outer steps of one dispatch: ``number`` steps, the first of which is step ``first``."""
+    """The outer steps of one dispatch: ``number`` steps from step ``first`` on."""
 
     key: Key
     first: chex.Numeric

@@ -70,7 +70,7 @@ def update(
     """The updates, and the next state in the dtypes of the old one.
 
     The hyperparameters that ``optax.inject_hyperparams`` keeps in the state are computed from this
-    theta and t; optax alone would keep those of the theta with which the episode began.
+    theta and t; optax alone would use the theta with which the episode began.
 
     Raises:
         TypeError: If the optimizer needs a Python number and gets an array.
@@ -241,8 +241,8 @@ def _tried(
     The trial is ours, not the user's, so an optimizer that it does not suit (a line search, one
     that holds traced values) passes in silence.
     """
-    # Two leaves compile fastest. What they are blamed for must be seen on the real structure too:
-    # an optimizer may treat vectors and matrices in different ways, or refuse another structure.
+    # Two leaves compile fastest. A fault that they show must appear on the real structure too: an
+    # optimizer may treat vectors and matrices in different ways, or refuse another structure.
     dtypes = dict.fromkeys(x.dtype for x in params.leaves)
     few = shapes([(np.ones((4, 4), dtype), np.ones(4, dtype)) for dtype in dtypes])
     small = sum(math.prod(x.shape) for x in theta.leaves + params.leaves) <= _MOST_NUMBERS
