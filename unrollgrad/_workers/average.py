@@ -360,7 +360,7 @@ def _check_one_worker(state: WorkerState, stagger: str) -> None:
 def _check_state(state: WorkerState, num_workers: int) -> None:
     if not hasattr(state, "episode"):
         raise TypeError(
-            f"`state` must come from this estimator's `init(key, theta)`; got a "
+            f"`state` must be what this estimator's `init(key, theta)` returns; got a "
             f"{type(state).__name__}."
         )
     shape = jnp.shape(state.episode.t)
