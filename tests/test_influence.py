@@ -110,8 +110,33 @@ def straight_through(x, slope):
 
 straight_through.defvjp(lambda x, slope: (x, None), lambda _, g: (g, g))
 
+
+@jax.custom_jvp
+def with_rule(x, slope):
+    return x
+
+
+with_rule.defjvp(lambda primals, tangents: (primals[0], tangents[0] + tangents[1]))
+
+
+def printed(theta, s):
+    jax.debug.callback(lambda x: None, jnp.sum(theta["other"]))
+    return s, s * theta["used"]
+
+
 STEPS = {
     # name: (step, the leaf that is dead)
+    "nested jit": (
+        lambda th, s: (
+            s,
+            jax.jit(lambda a, b: jax.jit(lambda a, b: (b, a * s))(a, b))(th["used"], th["other"])[
+                1
+            ],
+        ),
+        "other",
+    ),
+    "derivative rule": (lambda th, s: (s, with_rule(s, jnp.sum(th["other"]))), "used"),
+    "effect": (printed, ""),
     "jit": (
         lambda th, s: jax.jit(lambda a, b: (a * s, b))(th["used"], th["other"])[:1] * 2,
         "other",

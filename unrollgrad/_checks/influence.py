@@ -35,7 +35,6 @@ def check_theta(theta: Theta, init: ClosedJaxpr, step: ClosedJaxpr) -> None:
     ]
     if not dead:
         return
-    which = "no leaf of `theta`" if len(dead) == len(named) else _listed(dead)
     reason = (
         "no data flows to a loss through `init`, `step` or `evaluate`, so that the true gradient "
         "is zero (what evolution strategies return is noise). Usual causes: a schedule that "
@@ -45,18 +44,15 @@ def check_theta(theta: Theta, init: ClosedJaxpr, step: ClosedJaxpr) -> None:
         "`lambda theta, t: optax.sgd(theta['lr'] * schedule(t))`"
     )
     if len(dead) == len(named):
-        raise ValueError(f"{which} can influence the loss: {reason}.")
+        raise ValueError(f"no leaf of `theta` can influence the loss: {reason}.")
+    names = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
     warnings.warn(
-        f"{which} cannot influence the loss: {reason}; or take it out of theta.", stacklevel=2
+        f"{names} cannot influence the loss: {reason}; or take it out of theta.", stacklevel=2
     )
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
-
-
 def _reaching(init: ClosedJaxpr, step: ClosedJaxpr) -> list[bool]:
-    """Which leaves of theta reach a loss."""
+    """Returns which leaves of theta reach a loss."""
     num_state, num_theta = len(init.out_avals), len(init.in_avals) - 1  # `init` takes the key, too
     losses = [True] * (len(step.out_avals) - num_state)
     read = [False] * num_state

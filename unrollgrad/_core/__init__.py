@@ -1,1 +1,1 @@
-"""What everything else is built on: episodes and the one scan, dtypes, mesh axes."""
+"""The foundation: episodes and the one scan over inner steps, dtypes, mesh axes, extras."""

@@ -1,4 +1,4 @@
-"""The floating leaves of an inner state: those that have derivatives."""
+"""The floating leaves of an inner state: the leaves that have derivatives."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from unrollgrad.types import State
 
 
 def split(state: State) -> tuple[list[jax.Array], Callable[[list[jax.Array]], State]]:
-    """The floating leaves of a state, and the state with others in their places."""
+    """Returns the floating leaves of a state, and a function that replaces them."""
     leaves, structure = jax.tree.flatten(state)
     where = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
@@ -24,12 +24,12 @@ def split(state: State) -> tuple[list[jax.Array], Callable[[list[jax.Array]], St
 
 
 def floats_of(state: State) -> list[jax.Array]:
-    """The floating leaves of a state."""
+    """Returns the floating leaves of a state."""
     return split(state)[0]
 
 
 def inner_product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """The inner product, in at least float32."""
+    """Computes the inner product in at least float32."""
     parts = [
         jnp.sum(x.astype(wide(x.dtype)) * y.astype(wide(y.dtype)))
         for x, y in zip(a, b, strict=True)

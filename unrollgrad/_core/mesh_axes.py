@@ -1,7 +1,7 @@
 """Inside ``jax.shard_map``: values that differ between devices, and gradients that stay local.
 
-A replicated theta used with device-varying data gets its gradient *summed* over the devices by
-``jax.grad``, silently. Making theta varying first keeps each worker's gradient its own.
+If a replicated theta is used with data that varies over devices, ``jax.grad`` silently *sums* its
+gradient over the devices. If theta is made varying first, each worker keeps its own gradient.
 """
 
 from typing import Any
@@ -9,15 +9,15 @@ from typing import Any
 import jax
 
 
-def axes(tree: Any) -> frozenset:
-    """The mesh axes over which any leaf varies; empty outside ``shard_map``."""
+def axes(tree: object) -> frozenset[str]:
+    """Returns the mesh axes over which any leaf varies; empty outside ``shard_map``."""
     return frozenset().union(
         *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
     )
 
 
-def over(names: frozenset, tree: Any) -> Any:
-    """``tree`` with every leaf varying over the axes ``names``, in addition to its own."""
+def over(names: frozenset[str], tree: Any) -> Any:
+    """Makes every leaf of ``tree`` vary over the axes ``names``, in addition to its own axes."""
 
     def leaf(x):
         missing = tuple(sorted(names - jax.typeof(x).manual_axis_type.varying))
@@ -27,7 +27,7 @@ def over(names: frozenset, tree: Any) -> Any:
 
 
 def like(shapes: Any, tree: Any) -> Any:
-    """``tree`` with every leaf varying over the axes of its counterpart, as ``eval_shape`` says."""
+    """Makes every leaf of ``tree`` vary as its counterpart does in ``shapes`` (``eval_shape``)."""
 
     def leaf(shape, x):
         kind = shape.manual_axis_type

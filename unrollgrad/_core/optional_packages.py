@@ -1,4 +1,4 @@
-"""What comes with the ``experiments`` extra: imported on use, with a message that names it."""
+"""Packages of the ``experiments`` extra: imported on use, with a message that names the extra."""
 
 import importlib
 from typing import Any
@@ -8,7 +8,7 @@ def need(module: str, package: str) -> Any:
     """Imports a module, or says how to install its package.
 
     Raises:
-        ImportError: If it is not there.
+        ImportError: If the package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -17,7 +17,7 @@ def need(module: str, package: str) -> Any:
 
 
 def console() -> Any:
-    """A rich console, wide enough for our tables where nobody watches."""
+    """Makes a rich console; if it is not a terminal, it is wide enough for our tables."""
     console = need("rich.console", "rich").Console()
     if not console.is_terminal:
         console.width = 120

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, nothing elsewhere."""
+"""A progress bar on a terminal."""
 
 import contextlib
 import sys
@@ -7,22 +7,21 @@ from typing import Any
 
 from unrollgrad._core import optional_packages
 
-_shown: list[Any] = []
+_shown: list[object] = []
 
 
 @contextlib.contextmanager
 def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float], None]]:
-    """Yields ``progress(text, done)``: what is being done, and how much of ``total`` is.
+    """Yields ``progress(text, done)``, which shows a text and the part of ``total`` that is done.
 
-    With a ``unit`` it shows how many there are per second. Without rich, where standard error is no
-    terminal, and inside another bar it shows nothing.
+    With a ``unit`` it shows the rate per second. Without rich, if standard error is not a terminal,
+    and inside another bar it shows nothing.
     """
-    if _shown or not sys.stderr.isatty():
-        yield lambda text, done: None
-        return
-    try:
-        rich: Any = optional_packages.need("rich.progress", "rich")
-    except ImportError:
+    rich: Any = None
+    if not _shown and sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            rich = optional_packages.need("rich.progress", "rich")
+    if rich is None:
         yield lambda text, done: None
         return
     columns = [

@@ -49,10 +49,8 @@ def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
             )
         windows = -(-jnp.asarray(horizon, jnp.int32) // truncation)
         horizon = truncation * jnp.maximum(windows, 1)
-    episode = Episode(
-        key, jnp.zeros((), jnp.int32), arguments.strong(jnp.asarray(horizon, jnp.int32))
-    )
-    return mesh_axes.over(mesh_axes.axes(key), episode)
+    horizon = arguments.strong(jnp.asarray(horizon, jnp.int32))
+    return mesh_axes.over(mesh_axes.axes(key), Episode(key, jnp.zeros((), jnp.int32), horizon))
 
 
 def continue_or_begin(
@@ -146,11 +144,10 @@ def scan(
 
     first = jax.tree.map(lambda x: x[:whole].reshape(stretches, length, *x.shape[1:]), inputs)
     carry, out = jax.lax.scan(stretch, carry, first)
-    out = out.ravel()
     if whole == num_steps:
-        return carry, out
+        return carry, out.ravel()
     carry, rest = stretch(carry, jax.tree.map(lambda x: x[whole:], inputs))
-    return carry, jnp.concatenate([out, rest])
+    return carry, jnp.concatenate([out.ravel(), rest])
 
 
 def _remade(body: Callable) -> Callable:
@@ -237,14 +234,9 @@ def window(
     start: chex.Numeric | None = None,
     remat: Remat = None,
 ) -> Window:
-    """Runs one window.
+    """Runs one window from ``state``, which ``enter`` returned; ``remat`` as in ``bptt``.
 
-    Args:
-        segment: The window.
-        theta: Outer parameters, perturbed or not.
-        state: The state at the window's start, from ``enter``.
-        start: The ``end`` of the window before, if the caller kept it; None evaluates ``state``.
-        remat: The states that backpropagation keeps; see ``bptt``.
+    ``start`` is the ``end`` of the window before; if it is None, the state is evaluated again.
     """
     problem, episode = segment.problem, segment.episode
     after, losses = unroll(segment, theta, state, remat)

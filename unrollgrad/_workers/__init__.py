@@ -1,1 +1,1 @@
-"""Many workers as one estimator: the mean, devices, places in the episode, stages."""
+"""Many workers as one estimator: their mean, devices, places in the episode, and stages."""

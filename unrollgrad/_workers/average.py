@@ -1,6 +1,7 @@
 """Many workers as one estimator: the mean over them, on one device or many."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,11 +18,6 @@ from unrollgrad._workers.mesh import axis_size, placed
 from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
 
 _Data = chex.ArrayTree | None
-
-_NO_DATA = (
-    'stagger="burn_in" runs the workers in `init`, where there is no `data`. Use "breakstep", or '
-    "sample batches in `step` (training_problem's `sample_batch`)."
-)
 
 _BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys; larger than any worker's index
 
@@ -154,7 +150,10 @@ def average(
         arguments.check_data(data, num_workers, "num_workers", what="worker")
         _check_state(state, num_workers)
         if data is not None and stagger == "burn_in":
-            raise ValueError(_NO_DATA)
+            raise ValueError(
+                'stagger="burn_in" runs the workers in `init`, where there is no `data`. Use '
+                '"breakstep", or sample batches in `step` (`sample_batch` of training_problem).'
+            )
         out, (count, num_nonfinite_losses), state = step(key, theta, state, data)
         if not isinstance(count, jax.core.Tracer) and int(count) == 0:
             raise FloatingPointError(_all_bad(num_workers, int(num_nonfinite_losses), theta))
@@ -171,8 +170,7 @@ class _Workers(NamedTuple):
         num_workers: The number of workers on all devices.
         chunks: (number of chunks, workers in a chunk) of one device; a chunk runs at a time.
         axis: The mesh axis over which the workers are spread; None on a single device.
-        stagger: As in ``average``.
-        nonfinite: As in ``average``.
+        stagger, nonfinite: As in ``average``.
     """
 
     estimator: GradientEstimator
@@ -184,12 +182,12 @@ class _Workers(NamedTuple):
 
 
 def _begin_all(workers: _Workers, key: Key, theta: Theta) -> WorkerState:
-    """The first states of this device's workers, chunk by chunk."""
+    """Makes the first states of this device's workers, chunk by chunk."""
     return _join(jax.lax.map(lambda index: _begin(workers, key, theta, index), _indices(workers)))
 
 
 def _begin(workers: _Workers, key: Key, theta: Theta, index: jax.Array) -> WorkerState:
-    """The first states of the workers ``index``."""
+    """Makes the first states of the workers ``index``."""
     estimator, num_workers = workers.estimator, workers.num_workers
     state = jax.vmap(estimator.init, in_axes=(0, None))(_keys(key, index), theta)
     if workers.stagger == "lockstep":
@@ -209,10 +207,10 @@ def _begin(workers: _Workers, key: Key, theta: Theta, index: jax.Array) -> Worke
 def _step_all(
     workers: _Workers, key: Key, theta: Theta, state: WorkerState, data: _Data
 ) -> tuple[Estimate, tuple[jax.Array, jax.Array], WorkerState]:
-    """One call of this device's workers, chunk by chunk.
+    """Runs one call of this device's workers, chunk by chunk.
 
     Returns:
-        The estimate; how many workers are in it, and how many had a non-finite loss; the states.
+        The estimate, the number of workers in it and with a non-finite loss, and the new states.
     """
 
     def chunk(total, inputs):
@@ -234,7 +232,7 @@ def _step_all(
 def _step(
     workers: _Workers, key: Key, theta: Theta, index: jax.Array, state: WorkerState, data: _Data
 ) -> tuple[mean_and_variance.Moments, WorkerState]:
-    """One call of the workers ``index``: the moments of their estimates, and their new states."""
+    """Runs one call of the workers ``index``; returns their moments and their new states."""
     each, after = _call(workers.estimator, _keys(key, index), theta, state, data)
     finite = _finite(each)
     good = finite if workers.nonfinite == "drop" else jnp.ones_like(finite)
@@ -247,7 +245,7 @@ def _step(
 def _call(
     estimator: GradientEstimator, keys: Key, theta: Theta, state: WorkerState, data: _Data = None
 ) -> tuple[Estimate, WorkerState]:
-    """One call of every worker; all but theta have a leading axis."""
+    """Runs one call of every worker; all arguments but theta have a leading axis."""
 
     def one(key, state, data):
         return estimator.estimate(key, theta, state, data=data)
@@ -260,9 +258,8 @@ def _keys(key: Key, index: jax.Array) -> Key:
 
 
 def _indices(workers: _Workers) -> jax.Array:
-    """The indices of this device's workers among all workers, shape ``chunks``."""
-    num_chunks, size = workers.chunks
-    own = num_chunks * size
+    """Returns the indices of this device's workers among all workers, shape ``chunks``."""
+    own = math.prod(workers.chunks)
     first = 0 if workers.axis is None else own * jax.lax.axis_index(workers.axis)
     return (first + jnp.arange(own, dtype=jnp.int32)).reshape(workers.chunks)
 
@@ -273,7 +270,7 @@ def _compiled(
     in_specs: tuple[PartitionSpec, ...],
     out_specs: tuple[PartitionSpec, ...] | PartitionSpec,
 ) -> Callable:
-    """The function under ``jit``, spread over the mesh if there is one."""
+    """Puts the function under ``jit``, spread over the mesh if there is one."""
     if mesh is None:
         return jax.jit(function)
     # `check_vma=False`, as in jax.pmap: the types do not say what differs between devices. Else
@@ -310,7 +307,7 @@ def _join(tree: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def _finite(each: Estimate) -> jax.Array:
-    """Which workers' loss and gradient are finite, shape ``(num_workers,)``."""
+    """Returns which workers' loss and gradient are finite, shape ``(num_workers,)``."""
     finite = jnp.isfinite(each.loss)
     for g in jax.tree.leaves(each.grad):
         finite &= jnp.all(jnp.isfinite(g), axis=tuple(range(1, g.ndim)))
@@ -375,13 +372,12 @@ def _check_state(state: WorkerState, num_workers: int) -> None:
 
 
 def _all_bad(num_workers: int, num_nonfinite_losses: int, theta: Theta) -> str:
+    cause = "Lower sigma or the inner step size"
     if num_nonfinite_losses == 0:
         cause = (
             "All losses are finite, so it is the derivatives: a square root or norm at zero, as in "
             "optax.adam without eps_root, or steps that amplify"
         )
-    else:
-        cause = "Lower sigma or the inner step size"
     narrow = [
         f"theta{jax.tree_util.keystr(path)} is {x.dtype}"
         for path, x in jax.tree_util.tree_leaves_with_path(theta)

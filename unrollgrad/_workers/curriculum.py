@@ -2,8 +2,9 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,17 +12,17 @@ from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
 from unrollgrad.types import Episode, Estimate, GradientEstimator, Key, MadeBy, Theta, WorkerState
 
-_TAG = 0x63757272  # the keys of a stage's first state are those of no worker
+_TAG = 0x63757272  # folded into the key of a stage's first state; larger than a worker's index
 
 
 class CurriculumState(NamedTuple):
     """The state of a ``curriculum``.
 
     Attributes:
-        episode: Where the workers of the present stage stand.
-        calls: int32, calls so far.
-        carried: What else the present stage's state holds, as a list of leaves: the stages differ
-            in what their states say of themselves.
+        episode: The place of the present stage's workers in their episodes.
+        calls: int32, the number of calls so far.
+        carried: The other leaves of the present stage's state, as a list, because the structures
+            of the stages' states name their estimators and therefore differ.
         made_by: The stages and their boundaries.
     """
 
@@ -36,33 +37,33 @@ def curriculum(
 ) -> GradientEstimator:
     """One estimator after another: longer windows or episodes as training goes on.
 
-    The first call, and all calls before ``boundaries[0]``, go to ``estimators[0]``; those from
-    ``boundaries[i - 1]`` on to ``estimators[i]``. A new stage begins with a fresh state of its own,
-    so with new episodes for all workers. Each call is that of the stage's estimator: within a stage
-    the estimate has its bias and variance. An episode that a change of stage cuts short leaves its
-    later windows out; let a stage last a multiple of T/K calls where that matters.
+    Calls before ``boundaries[0]``, counted from 0, run ``estimators[0]``; calls from
+    ``boundaries[i - 1]`` on run ``estimators[i]``. A new stage begins with a fresh state, so all
+    workers begin new episodes. Within a stage the estimate has the bias and variance of the stage's
+    estimator. A change of stage cuts episodes short and leaves their later windows out; let a stage
+    last a multiple of T/K calls if that matters.
 
-    The stages may differ in truncation, horizon, sigma, noise period, the whole problem; not in
-    theta, in the shapes of the worker states (number of workers and pairs, inner state), or in the
-    kind of estimate. To grow the horizon alone, a sampler does it in one program: see
+    The stages may differ in truncation, horizon, sigma, noise period or the whole problem, but not
+    in theta, in the shapes of the worker states (number of workers and pairs, inner state), or in
+    the kind of estimate. To grow the horizon alone, a sampler does it in one program: see
     ``UnrolledProblem.horizon``.
 
-    Time per call and memory: those of the present stage. Everything is compiled in the first call,
-    one program for all stages, which takes as long as compiling each of them. Average inside:
+    A call takes the time and memory of the present stage. The first call compiles one program for
+    all stages, which takes as long as compiling each of them. Average inside:
     ``curriculum([average(pes(...), 64), ...], ...)``. The average of a curriculum gives the same
     numbers, but in its ``vmap`` every stage runs in every call.
 
     Args:
-        estimators: The stages: workers or, better, averages of them.
+        estimators: The stages: averages of workers, or single workers.
         boundaries: The calls, counted from 0, at which the second, third, ... stage begins.
 
     Returns:
-        An estimator; its ``truncation`` is that of the stages if they agree, else None.
+        An estimator; its ``truncation`` is the stages' common truncation, or None.
 
     Raises:
-        TypeError: If a stage is no GradientEstimator or a boundary no whole number.
-        ValueError: Without stages, for boundaries that do not increase or are not one fewer than
-            the stages, for stages that do not fit together and, when estimating, for ``data``.
+        TypeError: If a stage is not a GradientEstimator or a boundary is not a whole number.
+        ValueError: If there are no stages, if the boundaries do not increase or are not one fewer
+            than the stages, if the stages do not fit together, or if ``data`` is passed.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -83,12 +84,14 @@ def curriculum(
     def init(key: Key, theta: Theta) -> CurriculumState:
         key = arguments.typed_key(key)
         stages = shapes(key, theta)
-        _check_same_shapes(stages)
+        _check_alike(stages, "state", *_SAME_STATES)
         state = estimators[0].init(key, theta)
         calls = mesh_axes.over(mesh_axes.axes(state.episode.t), jnp.zeros((), jnp.int32))
         return CurriculumState(state.episode, calls, _carried(state), _made_by(stages, boundaries))
 
-    def estimate(key: Key, theta: Theta, state: CurriculumState, *, data: Any = None):
+    def estimate(
+        key: Key, theta: Theta, state: CurriculumState, *, data: chex.ArrayTree | None = None
+    ) -> tuple[Estimate, CurriculumState]:
         if data is not None:
             raise ValueError(
                 "a curriculum takes no `data`: its stages may need different lengths of it. Sample "
@@ -100,25 +103,24 @@ def curriculum(
         key, theta, state = mesh_axes.over(names, (key, theta, state))
         begins = jnp.asarray(boundaries, jnp.int32)
 
-        def stage(number: int, like: WorkerState) -> Callable[..., Any]:
+        def stage(number: int, like: WorkerState) -> Callable:
             def run(key, theta, state):
-                def carry_on():
-                    return _restored(like, state)
-
                 def begin():
                     fresh = estimators[number].init(jax.random.fold_in(key, _TAG), theta)
                     return mesh_axes.over(names, fresh)
 
-                own = carry_on()
+                own = _restored(like, state)
                 if number > 0:
-                    own = jax.lax.cond(state.calls == boundaries[number - 1], begin, carry_on)
+                    is_first = state.calls == boundaries[number - 1]
+                    own = jax.lax.cond(is_first, begin, lambda: _restored(like, state))
                 out, own = estimators[number].estimate(key, theta, own)
                 return mesh_axes.over(names, (out, own.episode, _carried(own)))
 
             return run
 
         branches = [stage(i, like) for i, like in enumerate(shapes(key, theta))]
-        _check_same_estimates([jax.eval_shape(run, key, theta, state)[0] for run in branches])
+        estimates = [jax.eval_shape(run, key, theta, state)[0] for run in branches]
+        _check_alike(estimates, "estimate", *_SAME_ESTIMATES)
         number = jnp.sum(state.calls >= begins, dtype=jnp.int32)
         out, episode, carried = jax.lax.switch(number, branches, key, theta, state)
         return out, state._replace(episode=episode, calls=state.calls + 1, carried=carried)
@@ -165,28 +167,25 @@ def _carried(state: WorkerState) -> list[jax.Array]:
 
 
 def _restored(like: WorkerState, state: CurriculumState) -> WorkerState:
-    """The state of the stage whose states are like ``like``."""
+    """Returns the state of the present stage, with the structure of ``like``."""
     structure = jax.tree.structure(like._replace(episode=None))
     return structure.unflatten(state.carried)._replace(episode=state.episode)
 
 
-def _check_same_shapes(stages: list[WorkerState]) -> None:
-    for i, other in enumerate(stages[1:], start=1):
-        if lines := arguments.leaf_differences(stages[0], other):
-            raise ValueError(
-                "the stages of a curriculum must have worker states of the same shapes, since one "
-                f"state serves them all; `estimators[{i}]` differs from `estimators[0]`:\n"
-                + "\n".join(lines)
-                + "\nUse the same kind of estimator, num_pairs and num_workers in all stages."
-            )
+_SAME_STATES = (
+    "have worker states of the same shapes, since one state serves them all",
+    "Use the same kind of estimator, num_pairs and num_workers in all stages.",
+)
+_SAME_ESTIMATES = (
+    "return the same kind of estimate",
+    "Use `average` in all stages or in none, and losses of one dtype.",
+)
 
 
-def _check_same_estimates(estimates: list[Estimate]) -> None:
-    for i, other in enumerate(estimates[1:], start=1):
-        if lines := arguments.leaf_differences(estimates[0], other, "estimate"):
+def _check_alike(trees: list, name: str, must: str, advice: str) -> None:
+    for i, other in enumerate(trees[1:], start=1):
+        if lines := arguments.leaf_differences(trees[0], other, name):
             raise ValueError(
-                "the stages of a curriculum must return the same kind of estimate; "
-                f"`estimators[{i}]` differs from `estimators[0]`:\n"
-                + "\n".join(lines)
-                + "\nUse `average` in all stages or in none, and losses of one dtype."
+                f"the stages of a curriculum must {must}; `estimators[{i}]` differs from "
+                "`estimators[0]`:\n" + "\n".join([*lines, advice])
             )

@@ -1,7 +1,8 @@
 """Mean and spread of many gradients, gathered from chunks and devices without losing digits."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,20 +11,20 @@ from unrollgrad._core.dtypes import wide
 from unrollgrad.types import AverageInfo, Estimate, Key, Theta
 
 SKETCH = 128
-"""Numbers per device that stand for its mean gradient in ``grad_variance``."""
+"""The largest number of numbers that stand for a device's mean gradient in ``grad_variance``."""
 
 
 class Moments(NamedTuple):
-    """What is known of some workers' estimates together.
+    """Mean, spread and counts of several workers' estimates.
 
     Attributes:
-        count: int32, the workers that count.
-        grad: Their mean gradient, at least float32; 0 if none counts.
-        loss: Their mean loss.
-        squares: The sum over them of |their gradient - the mean|^2.
-        inner_steps: int32, spent by all.
-        num_nonfinite: int32, those with a non-finite loss or gradient.
-        num_nonfinite_losses: int32, those of them with a non-finite loss.
+        count: int32, the number of workers in the mean.
+        grad: The mean gradient, at least float32; 0 if no worker is in the mean.
+        loss: The mean loss.
+        squares: The sum over the workers in the mean of |gradient - mean gradient|^2.
+        inner_steps: int32, the inner steps of all workers.
+        num_nonfinite: int32, the number of workers with a non-finite loss or gradient.
+        num_nonfinite_losses: int32, the number of workers with a non-finite loss.
     """
 
     count: jax.Array
@@ -36,7 +37,7 @@ class Moments(NamedTuple):
 
 
 def of(each: Estimate, finite: jax.Array, counted: jax.Array) -> Moments:
-    """The moments of estimates with a leading axis, of which ``counted`` contribute."""
+    """Computes the moments of estimates with a leading axis; ``counted`` ones are in the mean."""
     count = jnp.sum(counted, dtype=jnp.int32)
 
     def mean(x):
@@ -59,7 +60,7 @@ def of(each: Estimate, finite: jax.Array, counted: jax.Array) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both together (Chan, Golub and LeVeque 1979)."""
+    """Combines the moments of two groups of workers (Chan, Golub and LeVeque 1979)."""
     count = a.count + b.count
 
     def weight(x):
@@ -79,24 +80,20 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def over_devices(own: Moments, axis: str, key: Key) -> Moments:
-    """The moments of all devices' workers together, in one ``psum``.
+    """Combines ``own``, the moments of each device's workers, in one ``psum`` over ``axis``.
 
-    What the devices' means add to ``squares``, sum_d n_d |m_d - m|^2, needs m, which is only known
-    after the sum; and E[x^2] - m^2 would lose its digits. So each device adds, in a place of its
-    own, a sketch of m_d: ``SKETCH`` sums of its coordinates with random signs, the same signs
-    everywhere. For any vector v, E|sketch(v)|^2 = |v|^2 (Charikar, Chen and Farach-Colton 2002),
-    exactly so for theta of at most ``SKETCH`` numbers.
-
-    Args:
-        own: Those of this device.
-        axis: The devices' axis.
-        key: The same on all devices; of the signs.
+    With n_d workers and the mean m_d on device d, ``squares`` grows by sum_d n_d |m_d - m|^2. This
+    needs the mean m, known only after the sum; E[x^2] - m^2 would lose its digits. So each device
+    adds, in its own place, a sketch of m_d: ``SKETCH`` sums of the coordinates of m_d with random
+    signs, drawn from ``key``, the same on all devices. For any vector v E|sketch(v)|^2 = |v|^2
+    (Charikar, Chen and Farach-Colton 2002), without variance if theta has at most ``SKETCH``
+    numbers.
     """
     device, num_devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     widest = jnp.result_type(own.loss, own.squares, *jax.tree.leaves(own.grad))
 
     def place(x):
-        """``x`` where this device's place is, 0 in those of the others."""
+        """Puts ``x`` in this device's place, and 0 in the places of the others."""
         return jnp.zeros((num_devices, *x.shape), widest).at[device].set(x.astype(widest))
 
     def scaled(x):
@@ -133,20 +130,16 @@ def over_devices(own: Moments, axis: str, key: Key) -> Moments:
 
 
 def estimate(moments: Moments, theta: Theta) -> Estimate:
-    """The mean as an estimate for theta; NaN if no worker counts."""
+    """Returns the mean as an estimate for theta; NaN if no worker is in the mean."""
     count = moments.count
 
     def mean(x):
         return jnp.where(count > 0, x, jnp.nan)
 
     pairs = jnp.float32(count) * (jnp.float32(count) - 1)
-    info = AverageInfo(
-        inner_steps=moments.inner_steps,
-        num_nonfinite=moments.num_nonfinite,
-        grad_variance=jnp.where(
-            count > 1, moments.squares.astype(jnp.float32) / jnp.maximum(pairs, 1), jnp.inf
-        ),
-    )
+    variance = moments.squares.astype(jnp.float32) / jnp.maximum(pairs, 1)
+    variance = jnp.where(count > 1, variance, jnp.inf)
+    info = AverageInfo(moments.inner_steps, moments.num_nonfinite, variance)
     grad = jax.tree.map(lambda g, x: mean(g).astype(x.dtype), moments.grad, theta)
     return Estimate(grad, mean(moments.loss), info)
 
@@ -155,7 +148,7 @@ def _where(good: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(good.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
 
-def _sketch(key: Key, tree: Any) -> jax.Array:
+def _sketch(key: Key, tree: chex.ArrayTree) -> jax.Array:
     flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
     signed = flat * jax.random.rademacher(key, flat.shape, flat.dtype)
     size = min(SKETCH, flat.size)

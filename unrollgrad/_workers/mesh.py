@@ -2,8 +2,8 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
+import chex
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -17,14 +17,14 @@ def make_worker_mesh(
 ) -> Mesh:
     """A mesh with one axis, over which ``average(mesh=)`` spreads its workers.
 
-    After ``jax.distributed.initialize()`` the devices are those of all processes.
+    After ``jax.distributed.initialize()`` jax sees the devices of all processes.
 
     Args:
-        devices: The devices, or how many of those jax sees, by default all.
+        devices: The devices, or their number; by default all devices that jax sees.
         axis: The name of the axis; its type is Auto.
 
     Raises:
-        ValueError: If there are fewer devices, or one is named twice.
+        ValueError: If there are fewer devices, or a device is named twice.
         TypeError: If ``devices`` is neither a whole number nor devices.
 
     Example:
@@ -47,11 +47,11 @@ def make_worker_mesh(
 
 
 def axis_size(mesh: Mesh, axis: str) -> int:
-    """The number of devices along ``axis``.
+    """Returns the number of devices along ``axis``.
 
     Raises:
-        TypeError: If ``mesh`` is none.
-        ValueError: If it has no such axis, one that is not Auto, or no device of this process.
+        TypeError: If ``mesh`` is not a ``jax.sharding.Mesh``.
+        ValueError: If it lacks the axis, has one that is not Auto, or no device of this process.
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(
@@ -63,16 +63,14 @@ def axis_size(mesh: Mesh, axis: str) -> int:
             f"`mesh` has no axis {axis!r}; its axes are {', '.join(map(repr, mesh.axis_names))}. "
             "Name one of them, `average(..., axis=...)`, or use ug.make_worker_mesh()."
         )
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    not_auto = {name: kind for name, kind in kinds.items() if kind is not AxisType.Auto}
-    if not_auto:
-        name, kind = next(iter(not_auto.items()))
-        raise ValueError(
-            f"`average` needs a mesh whose axes are Auto; axis {name!r} is {kind.name}, which "
-            "makes the sharding part of every array's type, and `step` is not written for that. "
-            "Build it with ug.make_worker_mesh(), or with "
-            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))."
-        )
+    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True):
+        if kind is not AxisType.Auto:
+            raise ValueError(
+                f"`average` needs a mesh whose axes are Auto; axis {name!r} is {kind.name}, which "
+                "makes the sharding part of every array's type, and `step` is not written for "
+                "that. Build it with ug.make_worker_mesh(), or with "
+                "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))."
+            )
     if not mesh.local_devices:
         raise ValueError(
             f"`mesh` has no device of process {jax.process_index()}: every process has to take "
@@ -81,17 +79,15 @@ def axis_size(mesh: Mesh, axis: str) -> int:
     return mesh.shape[axis]
 
 
-def placed(tree: Any, sharding: NamedSharding) -> Any:
-    """Concrete arrays laid out over the mesh: whatever comes, one layout and one program."""
+def placed(tree: chex.ArrayTree | None, sharding: NamedSharding) -> chex.ArrayTree | None:
+    """Lays concrete arrays out over the mesh, so that all calls share one layout and program."""
 
     def leaf(x):
-        if isinstance(x, jax.core.Tracer):
-            return x
-        if isinstance(x, jax.Array) and x.sharding == sharding:
+        if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.sharding == sharding):
             return x
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
-        return _on_all_processes(x, sharding)  # device_put would ask them all whether x is the same
+        return _on_all_processes(x, sharding)  # device_put would compare x over all processes
 
     return jax.tree.map(leaf, tree)
 
@@ -102,7 +98,7 @@ def _on_all_processes(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def on_any_process(flag: bool) -> bool:
-    """Whether ``flag`` is set in any process; all of them must ask."""
+    """Returns whether ``flag`` is set in any process; all processes must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

@@ -1,9 +1,9 @@
-"""Workers at different places of their episodes.
+"""Workers at different windows of their episodes, so that each update sees all windows.
 
-In lockstep all workers stand at the same window, and an update sees that window alone. Staggered,
-each update sees all of them.
+In lockstep all workers stand at the same window, and an update sees that window alone.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,7 +14,7 @@ from unrollgrad.types import Episode, WorkerState
 
 
 def shorten_first(episode: Episode, index: jax.Array, num_workers: int, truncation: int) -> Episode:
-    """Breakstep: worker i's first episode ends after ceil((i + 1) / num_workers * T/K) windows."""
+    """Breakstep: ends worker i's first episode after ceil((i + 1) / num_workers * T/K) windows."""
     windows = episode.horizon // truncation
     first = windows - _share(num_workers - 1 - index, num_workers, windows)
     return episode._replace(horizon=truncation * first)
@@ -23,8 +23,8 @@ def shorten_first(episode: Episode, index: jax.Array, num_workers: int, truncati
 def end_first(before: Episode, after: Episode) -> Episode:
     """Breakstep: keeps a first episode to its shortened horizon.
 
-    A call draws the horizon of an episode that it begins; for the first one that ``init`` has set
-    is put in its place. At the end of an episode the horizon becomes 0: nothing is set any more.
+    A call that begins an episode draws its horizon. In the first episode the horizon of ``init``
+    replaces it; at the end of an episode the horizon becomes 0, so later ones are not replaced.
     """
     first = (before.t == 0) & (before.horizon > 0)
     horizon = jnp.where(first, before.horizon, after.horizon)
@@ -41,12 +41,8 @@ def burn_in(
 ) -> WorkerState:
     """Runs worker i for floor(i / num_workers * T/K) windows.
 
-    Args:
-        call: ``call(number, state) -> state`` runs every worker for one window.
-        state: Of fresh workers, with a leading axis.
-        index: Their numbers.
-        num_workers: Of how many.
-        truncation: K.
+    ``call(number, state) -> state`` runs every worker for one window. ``state`` is the state of the
+    fresh workers ``index`` out of ``num_workers``, with a leading axis; ``truncation`` is K.
     """
 
     def behind(state):
@@ -55,17 +51,13 @@ def burn_in(
 
     def move(carry):
         number, state = carry
-        chosen = behind(state)
-
-        def leaf(new, old):
-            return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        return number + 1, jax.tree.map(leaf, call(number, state), state)
+        choose = functools.partial(jax.vmap(jnp.where), behind(state))
+        return number + 1, jax.tree.map(choose, call(number, state), state)
 
     state = mesh_axes.like(jax.eval_shape(call, 0, state), state)
     return jax.lax.while_loop(lambda carry: jnp.any(behind(carry[1])), move, (0, state))[1]
 
 
 def _share(index: jax.Array, num_workers: int, windows: jax.Array) -> jax.Array:
-    """floor(index / num_workers * windows), without the product, which may exceed int32."""
+    """Computes floor(index / num_workers * windows); the product itself may exceed int32."""
     return windows // num_workers * index + windows % num_workers * index // num_workers
