@@ -1,6 +1,7 @@
-"""The house as DESIGN has it: who may import whom, and what a user sees."""
+"""The structure of the package: its imports, and the names that a user sees."""
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ import pytest
 import unrollgrad as ug
 
 ROOT = Path(__file__).parents[1]
-ORDER: list[str] = (
+ORDER: Sequence[str] = (
     "types _checks _core noise constraints _training estimators _workers _fit implicit bilevel apo "
     "learned_optimizers problems diagnostics running"
 ).split()
-"""The rooms of ``unrollgrad``: each imports only from rooms that stand before it."""
+"""The rooms of ``unrollgrad``: each imports only from earlier rooms."""
 MOST_PARAMETERS = 6
 PUBLIC_FACTORIES = {
     "average",
