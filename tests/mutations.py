@@ -106,12 +106,12 @@ MUTATIONS = [
     Mutation(
         "missing init gradient of pairs",
         "estimators/_pairs.py",
-        "return unroll.window(segment, theta, state, start, reset=unroll.reset_forwards)",
+        "state = unroll.enter(segment, theta, state, unroll.reset_forwards)",
         "mean = jax.tree.map(lambda x: x.mean((0, 1)).astype(x.dtype), thetas)\n"
         "        init = segment.problem.init\n"
         "        fixed = segment.problem._replace(init=lambda key, _: init(key, mean))\n"
         "        here = segment._replace(problem=fixed)\n"
-        "        return unroll.window(here, theta, state, start, reset=unroll.reset_forwards)",
+        "        state = unroll.enter(here, theta, state, unroll.reset_forwards)",
         STATISTICS,
     ),
     Mutation(
@@ -167,7 +167,7 @@ MUTATIONS = [
     Mutation(
         "bad workers stay in the mean",
         "_workers/average.py",
-        'good = finite if nonfinite == "drop" else jnp.ones_like(finite)',
+        'good = finite if workers.nonfinite == "drop" else jnp.ones_like(finite)',
         "good = jnp.ones_like(finite)",
         "tests/test_workers.py",
     ),

@@ -1,7 +1,6 @@
 """The structure of the package: its imports, and the names that a user sees."""
 
 import ast
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,11 @@ import pytest
 import unrollgrad as ug
 
 ROOT = Path(__file__).parents[1]
-ORDER: Sequence[str] = (
-    "types _checks _core noise constraints _training estimators _workers _fit implicit bilevel apo "
-    "learned_optimizers problems diagnostics running"
-).split()
+ORDER: list[str] = [
+    *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
+    *("_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems", "diagnostics"),
+    "running",
+]
 """The rooms of ``unrollgrad``: each imports only from earlier rooms."""
 MOST_PARAMETERS = 6
 PUBLIC_FACTORIES = {

@@ -1,9 +1,9 @@
 """Hyperparameters that must be positive, or between bounds, as an unconstrained theta.
 
-An outer optimizer walks over all real numbers; a learning rate may not. A ``Constraint`` is a pair
-of pure functions between the two. Keep the unconstrained numbers as theta and call ``constrain``
-inside ``init``, ``step`` or ``optimizer``. All that belongs to theta is then in unconstrained
-units: gradients, the outer learning rate, and the ``sigma`` of evolution strategies. With
+An outer optimizer may reach any real number, but a learning rate must be positive. A ``Constraint``
+is a pair of pure functions between the two. Keep the unconstrained numbers as theta and call
+``constrain`` inside ``init``, ``step`` or ``optimizer``. Everything about theta is then in
+unconstrained units: gradients, outer learning rate and ``sigma`` of evolution strategies. With
 ``positive``, sigma = 0.1 perturbs a learning rate by about 10 %; with ``unit_interval`` it moves
 0.5 by 0.025 and 0.99 by 0.001.
 
@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import optional_packages
@@ -35,9 +36,9 @@ class Constraint:
 
     Attributes:
         name: Shown in reports and errors.
-        domain: The values it allows, in words, such as ``"0 < value < 1"``.
-        to_value: From any real number into the domain.
-        to_theta: Its inverse; not finite for a value outside the domain or at its boundary.
+        domain: The allowed values, in words, such as ``"0 < value < 1"``.
+        to_value: Maps any real number into the domain.
+        to_theta: Inverse of ``to_value``; not finite outside the domain and at its boundary.
     """
 
     name: str
@@ -49,15 +50,15 @@ class Constraint:
 def box(low: float, high: float) -> Constraint:
     """Values between two bounds.
 
-    The value is measured from the nearer bound, so that it is never beyond one by rounding, and its
-    derivative (high - low) s (1 - s), with s = sigmoid(theta), is accurate on both sides.
+    The value is computed from the nearer bound, so that rounding never carries it beyond a bound
+    and its derivative (high - low) s (1 - s), with s = sigmoid(theta), is accurate on both sides.
 
     Args:
-        low: Excluded, as is ``high``.
-        high: In the dtype of theta it must differ from ``low``.
+        low: The lower bound, excluded.
+        high: The upper bound, excluded; it must differ from ``low`` in the dtype of theta.
 
     Raises:
-        ValueError: If they are not finite numbers with low < high.
+        ValueError: If the bounds are not finite numbers with low < high.
     """
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
@@ -83,23 +84,20 @@ unit_interval = dataclasses.replace(box(0.0, 1.0), name="unit_interval")
 free = Constraint("free", "any finite number", lambda theta: theta, lambda value: value)
 
 
-def constrain(constraints: Any, theta: Theta) -> Any:
-    """The values that an unconstrained theta stands for.
+def constrain(constraints: object, theta: Theta) -> Any:
+    """The tree of values that an unconstrained theta represents.
 
-    Pure and elementwise, in theta's dtypes, for ``jit``, ``vmap`` and derivatives in both modes; a
-    derivative is finite wherever the value is. ``positive`` overflows to inf beyond theta = 88 in
+    Pure and elementwise, in theta's dtypes, under ``jit``, ``vmap`` and derivatives in both modes;
+    a derivative is finite wherever the value is. ``positive`` overflows to inf beyond theta = 88 in
     float32.
 
     Args:
         constraints: A pytree prefix of theta with a ``Constraint`` at every leaf.
-        theta: Unconstrained, any pytree of floating arrays.
-
-    Returns:
-        A tree like theta.
+        theta: Unconstrained numbers, any pytree of floating arrays.
 
     Raises:
-        TypeError: If a leaf of ``constraints`` is no ``Constraint``, or one of theta not floating.
-        ValueError: If ``constraints`` is no prefix of theta.
+        TypeError: If a leaf of ``constraints`` is not a ``Constraint``, or theta is not floating.
+        ValueError: If ``constraints`` is not a prefix of theta.
 
     Example:
         >>> from unrollgrad.constraints import constrain, positive, unconstrain, unit_interval
@@ -115,8 +113,8 @@ def constrain(constraints: Any, theta: Theta) -> Any:
     return jax.tree.map(lambda constraint, x: constraint.to_value(x), full, theta)
 
 
-def unconstrain(constraints: Any, values: Any) -> Theta:
-    """The theta that stands for ``values``: the inverse of ``constrain``.
+def unconstrain(constraints: object, values: object) -> Any:
+    """The theta that represents ``values``: the inverse of ``constrain``.
 
     ``constrain(constraints, unconstrain(constraints, values))`` is ``values`` up to rounding theta:
     an error of about max(1, |theta|) units in the last place (of the larger bound, with ``box``).
@@ -126,12 +124,9 @@ def unconstrain(constraints: Any, values: Any) -> Theta:
         values: Any pytree of numbers. Floating arrays keep their dtypes; Python numbers and integer
             arrays become float32.
 
-    Returns:
-        A tree like ``values``, of arrays.
-
     Raises:
-        TypeError: If a leaf of ``constraints`` is no ``Constraint``, or a value no real number.
-        ValueError: If ``constraints`` is no prefix of ``values``; or if a value lies outside its
+        TypeError: If a leaf of ``constraints`` is not a ``Constraint``, or a value not real.
+        ValueError: If ``constraints`` is not a prefix of ``values``, or a value lies outside its
             constraint's domain or, in its dtype, at the boundary. Values that are traced by a JAX
             transformation are not checked and give NaN or infinity.
     """
@@ -157,20 +152,12 @@ def unconstrain(constraints: Any, values: Any) -> Theta:
     return jax.tree_util.tree_map_with_path(leaf, full, values)
 
 
-def report(constraints: Any, theta: Theta) -> list[dict[str, Any]]:
-    """Theta in both units, for a log or a table.
-
-    Args:
-        constraints: A pytree prefix of theta with a ``Constraint`` at every leaf.
-        theta: Unconstrained; concrete, not traced.
+def report(constraints: object, theta: Theta) -> list[dict[str, Any]]:
+    """Theta in both units, for a log or a table; arguments and errors as in ``constrain``.
 
     Returns:
         One dict per leaf with ``leaf`` (its path), ``constraint`` (its name), ``theta`` and
-        ``value``: floats, or nested lists of floats for an array.
-
-    Raises:
-        TypeError: As ``constrain``.
-        ValueError: As ``constrain``.
+        ``value``: floats, or nested lists of floats for an array. Theta must not be traced.
 
     Example:
         >>> from unrollgrad import constraints
@@ -179,7 +166,6 @@ def report(constraints: Any, theta: Theta) -> list[dict[str, Any]]:
     """
     theta = arguments.floating_theta(theta)
     full = _broadcast(constraints, theta, "theta")
-
     leaves = jax.tree_util.tree_leaves_with_path(theta)
     return [
         {
@@ -192,15 +178,13 @@ def report(constraints: Any, theta: Theta) -> list[dict[str, Any]]:
     ]
 
 
-def table(constraints: Any, theta: Theta) -> None:
+def table(constraints: object, theta: Theta) -> None:
     """Prints ``report``. Needs rich (``pip install "unrollgrad[experiments]"``)."""
     console = optional_packages.console()
     rows = report(constraints, theta)
-    shown = optional_packages.need("rich.table", "rich").Table(
-        box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    box = optional_packages.need("rich.box", "rich").SIMPLE_HEAD
+    make = optional_packages.need("rich.table", "rich").Table
+    shown = make(box=box, show_edge=False, padding=(0, 1, 0, 0))
     for column in rows[0]:
         shown.add_column(column, justify="right" if column in ("theta", "value") else "left")
     for row in rows:
@@ -209,8 +193,8 @@ def table(constraints: Any, theta: Theta) -> None:
     console.print(shown)
 
 
-def _broadcast(constraints: Any, tree: Any, name: str) -> Any:
-    """``constraints`` as a tree with the structure of ``tree``."""
+def _broadcast(constraints, tree: object, name: str):
+    """A ``Constraint`` for every leaf of ``tree``."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(constraints):
         if not isinstance(leaf, Constraint):
             raise TypeError(
@@ -228,7 +212,7 @@ def _broadcast(constraints: Any, tree: Any, name: str) -> Any:
         ) from error
 
 
-def _floating(path: Any, value: Any) -> jax.Array:
+def _floating(path: tuple, value: ArrayLike) -> jax.Array:
     """``value`` as an array of its own floating dtype, or float32."""
     dtype = arguments.dtype_of(value)
     if jnp.issubdtype(dtype, jnp.floating) and hasattr(value, "dtype"):

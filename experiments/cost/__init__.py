@@ -1,1 +1,1 @@
-"""Time and memory beside the floor."""
+"""Time and memory of estimators, compared with a floor."""

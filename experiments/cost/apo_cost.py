@@ -1,4 +1,4 @@
-"""``apo_cost``: time and memory of a training step with APO, beside one without."""
+"""``apo_cost``: time and memory of a training step with and without APO."""
 
 import dataclasses
 import functools
@@ -20,23 +20,23 @@ from unrollgrad.running import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Training a square ReLU network: time and memory of APO over a plain step's.
+    """Training a square ReLU network: time and memory of a step with APO over a plain step.
 
-    Runs of all kinds in turn; medians of the ratios of one turn, a preconditioner's beside one
-    whose factors stay. Memory is what the compiled program of one step plans for its temporaries,
-    in copies of the weights.
+    All kinds run in turn; a ratio compares two runs of the same turn, and medians are reported. A
+    preconditioner is compared with one whose factors stay fixed. Memory is the temporaries that
+    XLA plans for one step, in copies of the weights.
     """
 
     width: int = 512
-    """Inputs, outputs and units of the hidden layers."""
+    """Number of inputs, of outputs and of units in each hidden layer."""
     layers: int = 4
-    """Matrices of weights."""
+    """Weight matrices."""
     batch_size: int = 256
-    """Rows."""
+    """Rows in a batch."""
     meta_interval: int = 10
     """Steps from one meta-step to the next."""
     num_steps: int = 20
-    """Of one run, in one program: a multiple of the interval."""
+    """Steps of one run, in one program: a multiple of `--meta-interval`."""
     num_repeats: int = 15
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
@@ -51,7 +51,7 @@ SCALES = {
 
 
 def optimizers(settings: Settings) -> dict[str, tuple[optax.GradientTransformation, str]]:
-    """By kind, and what each is compared with."""
+    """Each kind's optimizer, and the kind that it is compared with."""
     interval = {"meta_interval": settings.meta_interval}
     return {
         "SGD": (optax.sgd(1e-3), "SGD"),
@@ -64,7 +64,7 @@ def optimizers(settings: Settings) -> dict[str, tuple[optax.GradientTransformati
 
 
 def predict(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Logits."""
+    """The logits of the network."""
     x = batch[0]
     for w in params[:-1]:
         x = jax.nn.relu(x @ w)
@@ -72,13 +72,15 @@ def predict(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.
 
 
 def loss(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The cross-entropy."""
+    """The mean cross-entropy on a batch."""
     logits = predict(params, batch)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
-def program(settings: Settings, optimizer: Any, seed: int) -> tuple[Callable, float]:
-    """Some steps, compiled, as a function without arguments; and the memory that one plans."""
+def program(
+    settings: Settings, optimizer: optax.GradientTransformation, seed: int
+) -> tuple[Callable[[], object], float]:
+    """A compiled run without arguments, and the planned memory of one step in weight copies."""
     optimizer = optax.with_extra_args_support(optimizer)
     keys = jax.random.split(jax.random.key(seed), 4 + settings.layers)
     width, rows = settings.width, settings.batch_size
@@ -115,7 +117,7 @@ def program(settings: Settings, optimizer: Any, seed: int) -> tuple[Callable, fl
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes milliseconds per step and the ratio of every repeat, and memory."""
+    """Writes milliseconds per step and the time ratio of every repeat, and memory."""
     kinds = optimizers(settings)
     if settings.num_steps % settings.meta_interval:
         raise ValueError(
@@ -153,7 +155,7 @@ def _medians(records: list[Record], metric: str) -> dict[str, float]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Every repeat's ratio, and memory."""
+    """Every repeat's time ratio, and memory."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     kinds = [
@@ -187,7 +189,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """30 % more time, and a copy of the weights more memory."""
+    """APO takes at most 30 % more time, and one more copy of the weights in memory."""
     out = []
     for kind in ("rate of SGD", "rate of Adam", "preconditioner"):
         ratio = summary.find("median_ratio", kind=kind)
@@ -214,7 +216,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="apo_cost",
-    about="Time and memory of a training step with APO beside one without.",
+    about="Time and memory of a training step with and without APO.",
     settings=Settings,
     scales=SCALES,
     labels=("kind",),

@@ -1,10 +1,10 @@
-"""``benchmark``: time and memory of every estimator beside its unrolls alone, on this machine."""
+"""``benchmark``: time and memory of every estimator over its bare unrolls, on this machine."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,46 +22,46 @@ USUAL = tuple(n for n in REGISTRY if n not in ("forward_mode", "pes_analytic_rep
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Time, memory and compile time of estimators, beside the floor: the same unrolls alone.
+    """Time, memory and compile time of estimators, compared with a floor: the bare unrolls.
 
-    The floor is one jitted vmap and scan of the same particles and inner steps, a mean pass
-    counted, with perturbed thetas that are given; for bptt and tbptt the bare value_and_grad of the
-    same windows. Estimator and floor run in turn, whole episodes; medians and quartiles of the
-    ratios; episodes for which the device's memory is too small are named. Memory counts a worker's
-    state twice, as it goes in and as it comes out, where fit overwrites it. "tiny" is influence
+    The floor is one jitted vmap and scan of the same particles and inner steps (including a pass
+    with theta itself), with given perturbed thetas; for bptt and tbptt it is the bare
+    value_and_grad of the same windows. Estimator and floor run whole episodes in turn; medians and
+    quartiles of the ratios are reported, and so are episodes that run out of memory. Memory counts
+    a worker's state twice, as argument and as result, where fit overwrites it. "tiny" is influence
     balancing, "medium" the schedule of a 784-100-10 MLP at batch 100, "learned optimizer" all
-    weights of a small optimizer, "meta-training" those of a larger one on tasks that every episode
-    draws anew, "large" the schedule of a transformer; two stand a second time, in windows of one
-    step ("K=1"). Then sweeps: workers, devices, truncation and horizon (what compiling takes),
-    theta's size (memory), and implicit hypergradients beside bare Hessian products.
+    weights of a small optimizer, "meta-training" all weights of a larger one on new tasks in every
+    episode, "large" the schedule of a transformer; "K=1" marks windows of one step. Then sweeps
+    follow: workers, devices, truncation and horizon (compile time), theta's size (memory), and
+    implicit hypergradients over bare Hessian products.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings, and the size of "large"."""
     workloads: tuple[Literal[NAMES], ...] = NAMES  # type: ignore[valid-type]
-    """What is unrolled."""
+    """The inner loops to unroll."""
     estimators: tuple[Literal[tuple(REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
-    """By name. Left out by default: forward_mode, which pays for each number in theta, and
-    pes_analytic_replacement, which runs what pes_analytic runs."""
+    """Estimators by name. Default: all but forward_mode, whose cost grows with dim(theta), and
+    pes_analytic_replacement, whose program is the same as pes_analytic's."""
     particles: int | None = None
-    """Trajectories side by side, both signs of all pairs. Default: the workload's, at --scale
-    paper 4096 of all but "large"."""
+    """Trajectories side by side, counting both signs of all pairs. Default: the workload's; at
+    --scale paper 4096 for all but "large"."""
     num_pairs: int = 1
-    """Antithetic pairs of a worker."""
+    """Antithetic pairs per worker."""
     workers: tuple[int, ...] = (1, 8, 64, 512)
-    """Of one pair, on "learned optimizer". Each sweep may be empty."""
+    """Numbers of workers with one pair, on "learned optimizer". Each sweep may be empty."""
     devices: tuple[int, ...] = (1,)
-    """Over how many 512 workers on "tiny" are spread; more than there are CPUs are made."""
+    """Numbers of devices for 512 workers on "tiny"; CPU devices are created as needed."""
     truncations: tuple[int, ...] = (10, 100, 1000)
-    """On "tiny"; and horizons of ten times as much."""
+    """Truncations on "tiny"; the horizons of the sweep are ten times as long."""
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Of theta and state, where a step computes next to nothing."""
+    """Sizes of theta and of the state, for a step of negligible cost."""
     terms: tuple[int, ...] = (10, 40)
-    """With the Hessian, of implicit hypergradients."""
+    """Products with the Hessian per implicit hypergradient."""
     num_repeats: int = 11
     """Runs of each program."""
     num_compilations: int = 3
-    """Of each program, after a first that is not counted."""
+    """Compilations of each program, after a first one that is not counted."""
     seeds: tuple[int, ...] = (0,)
     """Each seed is a whole measurement."""
 
@@ -85,7 +85,7 @@ SCALES = {
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes every repeat's seconds and ratio, and their medians."""
+    """Writes seconds and ratio of every repeat, and their medians."""
     parts = {
         "estimators": _estimators,
         "workers": _workers,
@@ -108,7 +108,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
                 write({**labels, **numbers})
 
 
-Cell = tuple[dict[str, Any], Callable[[Callable[[float], None]], Iterator[dict[str, Any]]]]
+Labels = dict[str, str | int]
+Numbers = dict[str, float]
+Cell = tuple[Labels, Callable[[Callable[[float], None]], Iterator[Numbers]]]
+"""The labels of one measurement, and the measurement, which takes a progress callback."""
 
 
 def _estimators(settings: Settings, key: jax.Array) -> Iterator[Cell]:
@@ -181,7 +184,7 @@ def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
     for number in settings.terms:
         kinds = hypergradient_cost.kinds(problem, number)
         for name in (kind for kind in kinds if kind != "floor"):
-            programs: dict[str, Callable[[], Any]] = {
+            programs: dict[str, Callable[[], object]] = {
                 kind: functools.partial(jax.jit(kinds[kind]), problem.params, problem.theta)
                 for kind in (name, "floor")
             }
@@ -189,16 +192,16 @@ def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
             yield labels, functools.partial(_ratios, programs, settings.num_repeats)
 
 
-_COMPILED: dict[tuple[Any, ...], dict[str, timing.Compiled]] = {}
+_COMPILED: dict[tuple[object, ...], dict[str, timing.Compiled]] = {}
 
 
 def _beside(
     settings: Settings,
-    labels: dict[str, Any],
+    labels: Labels,
     make: functools.partial[floors.Case],
     progress: Callable[[float], None],
-) -> Iterator[dict[str, Any]]:
-    """An episode of an estimator and of its floor, in turn; or that memory is too small for it."""
+) -> Iterator[Numbers]:
+    """Measures an episode of the estimator and of its floor in turn, or reports out of memory."""
     try:
         yield from _episodes(settings, labels, make, progress)
     except jax.errors.JaxRuntimeError as error:
@@ -213,7 +216,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _fits(make: functools.partial[floors.Case]) -> bool:
-    """Whether the floor alone does."""
+    """Whether the floor alone fits into memory."""
     case = make()
     try:
         jax.block_until_ready(timing.compiled(case.floor, *case.floor_args).call(*case.floor_args))
@@ -226,15 +229,15 @@ def _fits(make: functools.partial[floors.Case]) -> bool:
 
 def _episodes(
     settings: Settings,
-    labels: dict[str, Any],
+    labels: Labels,
     make: functools.partial[floors.Case],
     progress: Callable[[float], None],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Numbers]:
     case = make()
     workload: Workload = make.args[0]
     what = *labels.values(), workload.truncation, workload.windows
     name = settings.scale, settings.num_compilations, *what, *sorted(make.keywords.items())
-    if name not in _COMPILED:  # else by a seed before: seeds are in the arguments alone
+    if name not in _COMPILED:  # programs are shared by all seeds, which only enter the arguments
         _COMPILED[name] = timing.compiled_in_turn(
             {"estimator": (case.episode, case.args), "floor": (case.floor, case.floor_args)},
             settings.num_compilations,
@@ -244,7 +247,7 @@ def _episodes(
                 f"{kind}_compile_seconds": program.seconds,
                 f"{kind}_mebibytes": program.mebibytes,
             }
-    programs: dict[str, Callable[[], Any]] = {
+    programs: dict[str, Callable[[], object]] = {
         "estimator": functools.partial(_COMPILED[name]["estimator"].call, *case.args),
         "floor": functools.partial(_COMPILED[name]["floor"].call, *case.floor_args),
     }
@@ -257,9 +260,9 @@ def _episodes(
 
 
 def _ratios(
-    programs: dict[str, Callable[[], Any]], num_repeats: int, progress: Callable[[float], None]
-) -> Iterator[dict[str, Any]]:
-    """Of the program that is not the floor: every repeat, then medians and quartiles."""
+    programs: dict[str, Callable[[], object]], num_repeats: int, progress: Callable[[float], None]
+) -> Iterator[Numbers]:
+    """Measures the other program against the floor: every repeat, then medians and quartiles."""
     (name,) = set(programs) - {"floor"}
     times = []
     for repeat, seconds in timing.in_turn(programs, num_repeats, progress):
@@ -277,15 +280,16 @@ def _ratios(
 
 def _memory(
     settings: Settings, name: str, key: jax.Array, size: int, progress: Callable[[float], None]
-) -> Iterator[dict[str, Any]]:
-    """The peak of one call, its state donated, per pair and in copies of theta."""
+) -> Iterator[Numbers]:
+    """The peak memory of one call with donated state, per pair, in copies of theta."""
     num_pairs = 16
     problem, theta = leaky_sum(20, size)
     estimator = REGISTRY[name].build(problem, truncation=10, sigma=0.1, num_pairs=num_pairs)
     state = jax.tree.map(jnp.copy, estimator.init(key, theta))  # to be donated
     args = key, theta, state
     program = timing.compiled(estimator.estimate, *args, donate=(2,))
-    yield {"copies_per_pair": program.mebibytes * 2**20 / (theta.nbytes * num_pairs)}
+    theta_bytes = sum(x.nbytes for x in jax.tree.leaves(theta))
+    yield {"copies_per_pair": program.mebibytes * 2**20 / (theta_bytes * num_pairs)}
 
     carried = [state]
 
@@ -298,7 +302,7 @@ def _memory(
 
 
 def _fill(settings: Settings) -> Settings:
-    """Raises for numbers that are none, before anything is measured."""
+    """Checks all numbers before anything is measured."""
     numbers = {
         "--particles": [] if settings.particles is None else [settings.particles],
         "--num-pairs": [settings.num_pairs],
@@ -317,15 +321,14 @@ def _fill(settings: Settings) -> Settings:
     for devices in settings.devices:
         if 512 % devices:
             raise ValueError(
-                f"`--devices` must divide the 512 workers that are spread; got {devices}. Use a "
-                "power of two."
+                f"`--devices` must divide the 512 workers; got {devices}. Use a power of two."
             )
     return settings
 
 
 EXPERIMENT = Experiment(
     name="benchmark",
-    about="Time and memory of every estimator beside its unrolls alone, on this machine.",
+    about="Time and memory of every estimator over its bare unrolls, on this machine.",
     settings=Settings,
     scales=SCALES,
     labels=("part", "workload", "estimator", "number"),

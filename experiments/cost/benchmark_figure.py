@@ -1,4 +1,4 @@
-"""The picture, the table and the claims of ``benchmark``."""
+"""The figure, the tables and the claims of ``benchmark``."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +10,9 @@ from experiments._framework.results import Record, Summary
 from unrollgrad import running
 from unrollgrad.running import need
 
+Lines = dict[tuple[str, str], dict[int, float]]
+"""Values by number, for each (workload, estimator)."""
+
 CORE = ("pes", "es_single", "truncated_es", "full_es", "tbptt", "bptt")
 TARGETS = {
     "medium": 5,
@@ -18,11 +21,11 @@ TARGETS = {
     "learned optimizer, K=1": 5,
     "meta-training": 15,
 }
-"""Percent over the floor, at most."""
+"""The largest accepted excess over the floor, in percent."""
 
 
-def _table(records: list[Record], part: str, metric: str) -> dict[tuple[str, str], dict]:
-    """A metric that stands once per seed, by (workload, estimator), by number: means over seeds."""
+def _table(records: list[Record], part: str, metric: str) -> Lines:
+    """Means over seeds of a metric written once per seed, by (workload, estimator) and number."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for r in records:
         if r.labels["part"] == part and r.metric == metric:
@@ -40,7 +43,7 @@ def slope(line: dict[int, float]) -> float:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Ratios with quartiles; time against workers; compile time; memory: what was measured."""
+    """Panels that were measured: ratios with quartiles, time by workers, compile time, memory."""
     parts = {r.labels["part"] for r in records}
     panels: dict[str, Callable[[Any, list[Record]], None]] = {
         "estimators": _draw_ratios,
@@ -112,7 +115,7 @@ def _draw_ratios(axis: Any, records: list[Record]) -> None:
     axis.set_ylim(None, max([1.3, *(1.1 * x for x in values)]))
 
 
-def _draw_lines(axis: Any, lines: dict[tuple[str, str], dict], x: str, y: str) -> None:
+def _draw_lines(axis: Any, lines: Lines, x: str, y: str) -> None:
     for (_, estimator), line in lines.items():
         axis.plot(list(line), list(line.values()), "o-", label=estimator)
     axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
@@ -140,7 +143,7 @@ def show(records: list[Record]) -> None:
 
 
 def _print_estimators(records: list[Record]) -> None:
-    """Prints every estimator on every workload, beside the floor."""
+    """Prints the table of all estimators on all workloads, compared with the floor."""
     console, table = running.console(), need("rich.table", "rich").Table
     main = table(title="beside the floor, medians (quartiles)", title_justify="left", box=None)
     for name in ("workload", "estimator", "ratio", "", "estimates/s", "us/step", "compile s"):
@@ -175,7 +178,7 @@ def _print_estimators(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """Our targets."""
+    """Our targets for time, growth, memory, compile time and repeatability."""
     records = [
         Record(0, None, {k: r[k] for k in ("part", "workload", "estimator", "number")}, *pair)
         for r in summary.results
@@ -191,7 +194,7 @@ def claims(summary: Summary) -> list[Claim]:
     ]
 
 
-_FLOORS = {(1.0,): ", its floor not", (0.0,): ", its floor too"}
+_FLOORS: dict[tuple[float, ...], str] = {(1.0,): ", its floor not", (0.0,): ", its floor too"}
 
 
 def _claims_of_time(records: list[Record]) -> Iterator[Claim]:
@@ -277,7 +280,7 @@ def _claims_of_compiling(records: list[Record]) -> Iterator[Claim]:
 
 
 def _claims_of_repeats(summary: Summary) -> Iterator[Claim]:
-    """How far a run's median ratio can be from the mean over the runs, by their standard error."""
+    """The standard error bounds how far one run's median ratio is from the mean over runs."""
     far = {
         f"{r['estimator']} on {r['workload']}": (r["n"] - 1) * r["se"] / r["mean"]
         for r in summary.results

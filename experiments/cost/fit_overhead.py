@@ -1,4 +1,4 @@
-"""``fit_overhead``: what ``fit`` costs beyond a bare scan of the same updates."""
+"""``fit_overhead``: the cost of ``fit`` beyond a bare scan of the same updates."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,15 +15,16 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
 from unrollgrad.running import need
+from unrollgrad.types import GradientEstimator, Key, Theta
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Seconds per outer step of `fit` and of a bare jitted scan over the same updates.
+    """Time per outer step of `fit` and of a bare jitted scan over the same updates.
 
-    PES with windows of one step on influence balancing, 100 steps per dispatch: a step is some 20
-    microseconds, so that whatever is done around it shows. Both in turn; the first, which compiles,
-    does not count.
+    The estimator is PES with windows of one step on influence balancing, with 100 steps per
+    dispatch. A step takes about 20 microseconds, so overheads show. The two run in turn; the first
+    turn, which compiles, does not count.
     """
 
     num_steps: int = 20_000
@@ -44,7 +45,7 @@ PER_DISPATCH = 100
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes every repeat's microseconds per step, and their ratio."""
+    """Writes microseconds per step of both programs, and their ratio, for every repeat."""
     problem, theta = ug.problems.influence_balancing(horizon=100)
     pes = {"truncation": 1, "sigma": 0.1}
     layouts = {
@@ -69,13 +70,25 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({"layout": name, "step": repeat, **micros, "ratio": ratio})
 
 
-def _fit(estimator: Any, optimizer: Any, theta: Any, key: jax.Array, num: int) -> Callable:
+def _fit(
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    theta: Theta,
+    key: Key,
+    num: int,
+) -> Callable[[], object]:
     return lambda: ug.fit(
         estimator, theta, optimizer, num_steps=num, key=key, steps_per_dispatch=PER_DISPATCH
     )
 
 
-def _bare(estimator: Any, optimizer: Any, theta: Any, key: jax.Array, num: int) -> Callable:
+def _bare(
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    theta: Theta,
+    key: Key,
+    num: int,
+) -> Callable[[], object]:
     @jax.jit
     def stretch(carry, first):
         def update(carry, i):
@@ -110,7 +123,7 @@ def _medians(records: list[Record], metric: str) -> dict[str, float]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Every repeat's ratio."""
+    """The ratio of every repeat."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for layout, median in _medians(records, "ratio").items():
@@ -134,13 +147,13 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """None: no paper speaks of it."""
+    """No claims: no paper reports this overhead."""
     return []
 
 
 EXPERIMENT = Experiment(
     name="fit_overhead",
-    about="What fit costs beyond a bare scan of the same updates.",
+    about="The cost of fit beyond a bare scan of the same updates.",
     settings=Settings,
     scales=SCALES,
     labels=("layout",),

@@ -1,16 +1,17 @@
-"""What an estimator is measured against: its unrolls alone, in plain jax, and itself as run.
+"""Estimators as ``average`` runs them, and their floors: the bare unrolls in plain jax.
 
 A floor runs the same particles through the same inner steps, in one jitted program of vmap and
-scan, with perturbed thetas that are given: no noise, no estimate. ``bptt`` and ``tbptt`` have the
-bare ``value_and_grad`` of the same windows, from given states where no episode begins; in windows
-of one step, every one includes a beginning. What else differentiates (``dodge``, ``uoro``,
-``pes_analytic``, ``reparameterized_es``) is measured against its forward passes, and must take
-more.
+scan, with given perturbed thetas: it draws no noise and estimates nothing. The floor of ``bptt``
+and ``tbptt`` is the bare ``value_and_grad`` of the same windows, from given states inside an
+episode; with windows of one step, every window includes an ``init``. The other estimators that
+differentiate (``dodge``, ``uoro``, ``pes_analytic``, ``reparameterized_es``) are compared with
+their forward passes, so their ratio must be higher.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,20 +19,20 @@ import optax
 import unrollgrad as ug
 from experiments.cost.workloads import Workload
 from unrollgrad.estimators import REGISTRY
-from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem
+from unrollgrad.types import GradientEstimator, Key, State, Theta, UnrolledProblem, WorkerState
 
 
 class Case(NamedTuple):
-    """An estimator on a workload, its floor beside it.
+    """An estimator on a workload, and its floor.
 
     Attributes:
-        episode: ``episode(key, theta, state)``, all calls of an episode; it returns the state.
-        floor: The same unrolls.
-        args: Of ``episode``.
-        floor_args: Of ``floor``.
-        num_calls: Of an episode.
-        num_steps: Inner steps of a call, of all particles.
-        num_workers: Of ``average``.
+        episode: ``episode(key, theta, state)`` makes all calls of an episode, as ``calls`` says.
+        floor: The same unrolls alone.
+        args: The arguments of ``episode``.
+        floor_args: The arguments of ``floor``.
+        num_calls: Calls per episode.
+        num_steps: Inner steps per call, summed over particles.
+        num_workers: Workers of ``average``.
     """
 
     episode: Callable[..., Any]
@@ -55,12 +56,12 @@ def case(
     """An estimator as ``average`` runs it, and its floor.
 
     Args:
-        workload: What is unrolled.
-        name: In the registry.
-        key: Of everything.
-        particles: Trajectories, both signs of all pairs; without pairs a worker has one.
-        num_pairs: Of a worker.
-        devices: Over how many ``average`` spreads; None: without a mesh.
+        workload: The inner loop and its windows.
+        name: The estimator's name in the registry.
+        key: The key of all random numbers.
+        particles: Trajectories, counting both signs of all pairs; a worker without pairs has one.
+        num_pairs: Antithetic pairs per worker.
+        devices: The number of devices of the mesh; None for no mesh.
     """
     row, truncation = REGISTRY[name], workload.truncation
     horizon = truncation * workload.windows
@@ -101,9 +102,11 @@ def case(
 
 
 def calls(estimator: GradientEstimator, num_calls: int) -> Callable[..., Any]:
-    """All calls of an episode: the state, the sum of the gradients, the losses."""
+    """An episode's calls; they return ((state, sum of gradients), losses)."""
 
-    def episode(key: Key, theta: Theta, state: Any) -> Any:
+    def episode(
+        key: Key, theta: Theta, state: WorkerState
+    ) -> tuple[tuple[WorkerState, Theta], jax.Array]:
         def call(carry, i):
             state, total = carry
             out, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
@@ -116,9 +119,14 @@ def calls(estimator: GradientEstimator, num_calls: int) -> Callable[..., Any]:
 
 
 def unroll(
-    problem: UnrolledProblem, num_steps: int, key: Key, theta: Theta, state: Any, first: Any
-) -> tuple[Any, jax.Array]:
-    """Some inner steps, and their mean loss."""
+    problem: UnrolledProblem,
+    num_steps: int,
+    key: Key,
+    theta: Theta,
+    state: State,
+    first: chex.Numeric,
+) -> tuple[State, jax.Array]:
+    """Takes ``num_steps`` inner steps from step ``first``; returns the state and the mean loss."""
 
     def step(state, t):
         return problem.step(jax.random.fold_in(key, t), theta, state, t)
@@ -128,9 +136,9 @@ def unroll(
 
 
 def forwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Callable[..., Any]:
-    """Particles through an episode: keys (workers,), thetas (workers, particles of a worker)."""
+    """Runs particles through an episode: keys (workers,), thetas (workers, particles each)."""
 
-    def worker(key: Key, thetas: Theta) -> Any:
+    def worker(key: Key, thetas: Theta) -> tuple[State, jax.Array]:
         states = jax.vmap(lambda theta: problem.init(key, theta))(thetas)
 
         def window(states, i):
@@ -146,20 +154,20 @@ def forwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Callab
 
 
 def backwards(problem: UnrolledProblem, num_steps: int, num_calls: int) -> Callable[..., Any]:
-    """The gradient of every window of an episode: keys and first states (workers,), one theta."""
+    """Differentiates every window of an episode: keys and first states (workers,), one theta."""
 
-    def whole(key: Key, theta: Theta, state: Any) -> Any:
+    def whole(key: Key, theta: Theta, state: State) -> tuple[jax.Array, Theta]:
         def loss(theta):
             first = problem.init(key, theta)
             return unroll(problem, num_steps, key, theta, first, jnp.int32(0))[1]
 
         return jax.value_and_grad(loss)(theta)
 
-    def windows(key: Key, theta: Theta, state: Any) -> Any:
+    def windows(key: Key, theta: Theta, state: State) -> tuple[State, tuple[jax.Array, Theta]]:
         def window(state, i):
             def loss(theta):
                 if num_steps == 1:
-                    # A key of its own, or XLA would take it out of the loop over windows.
+                    # Its own key keeps XLA from moving it out of the loop over windows.
                     begun = problem.init(jax.random.fold_in(key, i), theta)
                     before = jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), begun, state)
                 else:

@@ -1,4 +1,4 @@
-"""What a hypergradient costs, beside the products that it is made of."""
+"""``hypergradient_cost``: the time of a hypergradient over the products that it consists of."""
 
 import dataclasses
 import functools
@@ -23,20 +23,20 @@ from unrollgrad.running import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Time of hypergradients through an MLP whose weights share rates of decay.
+    """Time of implicit hypergradients for an MLP whose weights share rates of weight decay.
 
-    Beside them the floor: as many bare Hessian products (jax.jvp of jax.grad), one mixed product
-    and one gradient of the outer loss. Medians of runs in turn; info is not used.
+    The floor has as many bare Hessian products (jax.jvp of jax.grad), one mixed product and one
+    gradient of the outer loss. The kinds run in turn, medians are reported, and info is unused.
     """
 
     width: int = 512
-    """Units of the two hidden layers, and inputs."""
+    """Number of inputs, and of units in each of the two hidden layers."""
     batch_size: int = 256
-    """Rows, of training and of validation."""
+    """Rows of the training data, and of the validation data."""
     terms: tuple[int, ...] = (10, 20, 40)
-    """Products with the Hessian."""
+    """Products with the Hessian per hypergradient."""
     hyperparameters: tuple[int, ...] = (100, 1_000, 10_000, 100_000, 1_000_000)
-    """How many rates of decay; more than there are weights are used in part."""
+    """Numbers of decay rates; if they exceed the number of weights, the rest is unused."""
     num_repeats: int = 9
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
@@ -52,17 +52,23 @@ SCALES = {
 }
 
 
-class Problem(NamedTuple):
-    """An inner and an outer loss, and where they are evaluated."""
+Params = list[jax.Array]
 
-    inner: Callable[[Any, Any], Any]
-    outer: Callable[[Any, Any], Any]
-    params: Any
+Hypergradient = Callable[[Params, jax.Array], jax.Array]
+"""A function of (params, theta), with a result of theta's shape."""
+
+
+class Problem(NamedTuple):
+    """An inner and an outer loss, and the point at which they are evaluated."""
+
+    inner: Callable[[Params, jax.Array], jax.Array]
+    outer: Callable[[Params, jax.Array], jax.Array]
+    params: Params
     theta: jax.Array
 
 
 def problem(key: jax.Array, width: int, batch: int, hyperparameters: int) -> Problem:
-    """Three layers; every weight has one of the rates of decay, in turn."""
+    """An MLP with three weight matrices; the decay rates repeat over the weights."""
     keys = jax.random.split(key, 5)
     x, x_val = (jax.random.normal(k, (batch, width)) for k in keys[:2])
     params = [jax.random.normal(k, (width, width)) / width**0.5 for k in keys[2:]]
@@ -82,8 +88,8 @@ def problem(key: jax.Array, width: int, batch: int, hyperparameters: int) -> Pro
     )
 
 
-def floor(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
-    """The bare products, each of the result of the one before."""
+def floor(problem: Problem, terms: int) -> Hypergradient:
+    """The bare products; each multiplies the previous result."""
 
     def run(params, theta):
         _, (a, direct) = jax.value_and_grad(problem.outer, argnums=(0, 1))(params, theta)
@@ -100,8 +106,8 @@ def floor(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
     return run
 
 
-def kinds(problem: Problem, terms: int) -> dict[str, Callable[[Any, Any], Any]]:
-    """Ours and, where it is installed, jaxopt's; CG begins with a product, to see where it is."""
+def kinds(problem: Problem, terms: int) -> dict[str, Hypergradient]:
+    """The floor, our solvers and, if installed, jaxopt's CG; CG's first residual is a product."""
 
     def ours(solver):
         f = implicit.hypergradient(problem.outer, problem.inner, solver=solver)
@@ -117,7 +123,7 @@ def kinds(problem: Problem, terms: int) -> dict[str, Callable[[Any, Any], Any]]:
     return found
 
 
-def _jaxopt(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
+def _jaxopt(problem: Problem, terms: int) -> Hypergradient:
     jaxopt: Any = importlib.import_module("jaxopt")
 
     def solve(matvec, b):
@@ -134,13 +140,13 @@ def _jaxopt(problem: Problem, terms: int) -> Callable[[Any, Any], Any]:
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes seconds of every kind, by products and by hyperparameters."""
+    """Writes seconds of every kind, by number of products and of hyperparameters."""
     sweeps = {
         "products": [(k, settings.hyperparameters[0], k) for k in settings.terms],
         "hyperparameters": [(p, p, settings.terms[0]) for p in settings.hyperparameters],
     }
     for i, (axis, cells) in enumerate(sweeps.items()):
-        programs: dict[tuple[int, str], Callable[[], Any]] = {}
+        programs: dict[tuple[int, str], Callable[[], object]] = {}
         for number, hyperparameters, terms in cells:
             here = problem(
                 jax.random.key(seed), settings.width, settings.batch_size, hyperparameters
@@ -163,7 +169,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 def _lines(records: list[Record], axis: str, metric: str) -> dict[str, dict[int, float]]:
-    """By kind: the mean over seeds by number."""
+    """The mean over seeds, by kind and number."""
     found: dict[str, dict[int, list[float]]] = {}
     for r in records:
         if r.labels["axis"] == axis and r.metric == metric:
@@ -176,7 +182,7 @@ def _lines(records: list[Record], axis: str, metric: str) -> dict[str, dict[int,
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Seconds against products and against hyperparameters."""
+    """Seconds by number of products and by number of hyperparameters."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, name in ((left, "products"), (right, "hyperparameters")):
@@ -202,7 +208,7 @@ def show(records: list[Record]) -> None:
 
 
 def _of(summary: Summary, metric: str, axis: str, kind: str) -> dict[int, float]:
-    """One line of the summary, by number."""
+    """The means of one kind in the summary, by number."""
     return {
         int(x["number"]): x["mean"]
         for x in summary.results
@@ -211,7 +217,7 @@ def _of(summary: Summary, metric: str, axis: str, kind: str) -> dict[int, float]
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """That it costs what its products cost, whatever the number of hyperparameters."""
+    """The cost is that of the products, and independent of the number of hyperparameters."""
     found = []
     for kind in ("neumann", "CG"):
         ratios = _of(summary, "over_floor", "products", kind)
@@ -236,7 +242,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="hypergradient_cost",
-    about="Time of implicit hypergradients beside bare Hessian products.",
+    about="Time of implicit hypergradients over bare Hessian products.",
     settings=Settings,
     scales=SCALES,
     labels=("axis", "number", "kind"),

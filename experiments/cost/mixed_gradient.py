@@ -1,11 +1,11 @@
-"""Inner gradients whose own derivatives go forwards over backwards, in both directions.
+"""Inner gradients whose jvp and vjp are both computed in forward-over-reverse mode.
 
-Backpropagation through training differentiates the inner gradient in reverse, and reverse over
-reverse keeps what every layer computed twice over. But the Jacobian of a gradient is symmetric: its
-product with a vector from the left is one from the right as well, the gradient's derivative along
-the vector. That needs the weights and the batch, and nothing else of the step is kept.
+Backpropagation through training differentiates the inner gradient in reverse mode, and reverse over
+reverse stores the activations of every layer twice. But the Jacobian of a gradient is symmetric, so
+its product with a vector from the left equals the product from the right, which is the derivative
+of the gradient along the vector. This needs only the weights and the batch of the step.
 
-``training_problem`` does without: see ``python -m experiments mixed_mode`` for what it would cost.
+``training_problem`` does not use it; ``python -m experiments mixed_mode`` measures its cost.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,22 @@ from jax.extend import core
 
 from unrollgrad.implicit.linear import unseen
 
+Value = tuple[jax.Array, list[jax.Array]]
+"""The value and the list of gradients."""
 
-def value_and_grad(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[jax.Array, Any]]:
-    """``jax.value_and_grad`` whose derivatives keep less for the way back.
 
-    The same numbers, under jvp, vjp, vmap and twice. Let g(w, c) be the value and its gradient in
-    w, c what ``loss`` closes over, and J the Jacobian of g. J times a tangent is ``jax.jvp`` of g.
-    J^T times (a, v) is a times the gradient in (w, c), plus that gradient's derivative along
-    (v, 0), which is (H v, B v) with B = d2 loss / dc dw.
+def value_and_grad(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Any]]:
+    """``jax.value_and_grad`` whose derivatives store less for the backward pass.
 
-    Left to jax are losses with effects (``jax.debug.print``) or a ``custom_vjp`` in their program,
-    which may not go forwards over backwards, and those inside ``shard_map`` (unless it has
-    ``check_vma=False``, as ``average``'s).
+    The numbers are the same, also under jvp, vjp, vmap and their compositions. Let g(w, c) be the
+    value and its gradient in w, where c is everything that ``loss`` closes over, and J the Jacobian
+    of g. J times a tangent is ``jax.jvp`` of g. J^T times (a, v) is a times the gradient in (w, c)
+    plus the derivative of this gradient along (v, 0), which is (H v, B v) with
+    H = d2 loss / dw2 and B = d2 loss / dc dw.
+
+    ``jax.value_and_grad`` itself handles losses with effects (``jax.debug.print``) or with a
+    ``custom_vjp``, which may not support forward over reverse, and losses inside ``shard_map``
+    (unless it has ``check_vma=False``, as in ``average``).
 
     Args:
         loss: ``loss(params) -> scalar``, with floating params.
@@ -62,7 +66,7 @@ def value_and_grad(loss: Callable[[Any], jax.Array]) -> Callable[[Any], tuple[ja
 
 
 def has_custom_vjp(program: Any) -> bool:
-    """Whether a traced program has a reverse-mode rule in it."""
+    """Whether a traced program contains a ``custom_vjp``."""
     program = getattr(program, "jaxpr", program)
     return any(
         eqn.primitive.name.startswith("custom_vjp")
@@ -71,8 +75,8 @@ def has_custom_vjp(program: Any) -> bool:
     )
 
 
-def _with_rule(loss: Callable[..., jax.Array], num_params: int) -> Callable[..., Any]:
-    """The value and the gradient in the first inputs, as a list, with their rule."""
+def _with_rule(loss: Callable[..., jax.Array], num_params: int) -> Callable[..., Value]:
+    """Computes the value and the list of gradients in the first inputs, with our rule."""
 
     def gradient(*inputs):
         value, grads = jax.value_and_grad(loss, argnums=tuple(range(num_params)))(*inputs)
@@ -93,12 +97,12 @@ def _with_rule(loss: Callable[..., jax.Array], num_params: int) -> Callable[...,
 
 def _products(
     loss: Callable[..., jax.Array],
-    gradient: Callable[..., Any],
+    gradient: Callable[..., Value],
     num_params: int,
     inputs: Sequence[jax.Array],
     where: list[int],
-) -> tuple[Callable[[list[jax.Array]], Any], Callable[[Any], list[jax.Array]]]:
-    """The products with J and J^T, for the inputs ``where``; both forwards over backwards."""
+) -> tuple[Callable[[list[jax.Array]], Value], Callable[[Value], list[jax.Array]]]:
+    """The products with J and J^T for the inputs ``where``, both in forward-over-reverse mode."""
     params, consts = inputs[:num_params], inputs[num_params:]
 
     def push(tangents):
@@ -118,13 +122,17 @@ def _products(
 
 
 def _linear(
-    push: Callable, pull: Callable, inputs: Sequence[jax.Array], tangents: list, like: Any
-) -> Any:
-    """``push(tangents)``, a linear map that is transposed to ``pull``.
+    push: Callable[[list[jax.Array]], Value],
+    pull: Callable[[Value], list[jax.Array]],
+    inputs: Sequence[jax.Array],
+    tangents: list[jax.Array],
+    like: Value,
+) -> Value:
+    """Returns ``push(tangents)``, a linear map whose transpose is ``pull``.
 
-    jax's map with a transpose of its own that can be differentiated again is a linear solve. Here
-    it is that of [[1, 0], [-J, 1]] (x, y) = (tangents, 0). jax transposes it only where all of the
-    right-hand side is linear in what is differentiated: ``unseen`` zeros bind its parts together.
+    In jax, a map with a custom transpose that can be differentiated again is a linear solve; here
+    the system is [[1, 0], [-J, 1]] (x, y) = (tangents, 0). jax transposes it only if the whole
+    right-hand side is linear in the differentiated inputs: ``unseen`` zeros tie its parts together.
     """
     nothing = unseen(tangents)
     one = 1 + unseen([x for x in inputs if jnp.issubdtype(x.dtype, jnp.inexact)])

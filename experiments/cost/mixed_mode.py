@@ -1,4 +1,4 @@
-"""Mixed-mode inner gradients: what they take in memory and time, beside jax's own."""
+"""``mixed_mode``: memory and time of mixed-mode inner gradients, compared with jax's own."""
 
 import dataclasses
 import time
@@ -17,6 +17,7 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.cost import mixed_gradient
 from unrollgrad.running import need
+from unrollgrad.types import GradientEstimator
 
 
 class Workload(NamedTuple):
@@ -38,12 +39,12 @@ WORKLOADS = {
     "tiny": Workload(2, 4, 8, 2, True),
 }
 
-GRADIENTS: dict[str, Callable] = {
+GRADIENTS: dict[str, Callable[..., Callable[..., tuple[jax.Array, Any]]]] = {
     "plain": jax.value_and_grad,
     "mixed": mixed_gradient.value_and_grad,
 }
 
-ESTIMATORS: dict[str, Callable[[Any, int], Any]] = {
+ESTIMATORS: dict[str, Callable[[ug.UnrolledProblem, int], GradientEstimator]] = {
     "bptt": lambda problem, horizon: ug.bptt(problem),
     "bptt, remat step": lambda problem, horizon: ug.bptt(problem, remat="step"),
     "dodge": lambda problem, horizon: ug.dodge(problem, truncation=horizon),
@@ -53,13 +54,13 @@ ESTIMATORS: dict[str, Callable[[Any, int], Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Temporary memory and time of estimators whose inner gradient goes forwards over backwards.
+    """Temporary memory and time of estimators with forward-over-reverse inner gradients.
 
-    Memory is XLA's plan for temporaries; time the median of runs in turn.
+    Memory is the temporaries that XLA plans; time is the median of runs in turn.
     """
 
     workloads: tuple[str, ...] = tuple(WORKLOADS)[:-1]
-    """By name."""
+    """Workloads by name."""
     num_repeats: int = 5
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
@@ -74,7 +75,7 @@ SCALES = {
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes MiB and seconds of every workload, estimator and gradient."""
+    """Writes MiB and seconds for every workload, estimator and inner gradient."""
     cells = [(w, e) for w in settings.workloads for e in ESTIMATORS]
     for i, (workload, name) in enumerate(cells):
         progress(f"{workload}, {name}", i / len(cells))
@@ -100,8 +101,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({**labels, "mebibytes": sizes[kind], "seconds": median})
 
 
-def training(workload: Workload, value_and_grad: Callable) -> tuple[ug.UnrolledProblem, Any]:
-    """The step of ``training_problem``, with an inner gradient of one's own."""
+def training(
+    workload: Workload, value_and_grad: Callable[..., Callable[..., tuple[jax.Array, Any]]]
+) -> tuple[ug.UnrolledProblem, dict[str, jax.Array]]:
+    """The step of ``training_problem`` with the given inner gradient; returns (problem, theta)."""
     layers, width, batch, horizon, scanned = workload
     optimizer = optax.sgd(1.0, momentum=0.9)
 
@@ -140,8 +143,8 @@ def training(workload: Workload, value_and_grad: Callable) -> tuple[ug.UnrolledP
 
 
 def _ratios(records: list[Record], metric: str) -> dict[tuple[str, str], float]:
-    """Mixed over plain, by workload and estimator: the mean over seeds."""
-    found: dict[Any, list[float]] = {}
+    """Ratios of the seeds' means, mixed over plain, by workload and estimator."""
+    found: dict[tuple[str, str, str], list[float]] = {}
     for r in records:
         if r.metric == metric:
             labels = r.labels
@@ -171,7 +174,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints both."""
+    """Prints the ratios of memory and of time."""
     sizes, seconds = _ratios(records, "mebibytes"), _ratios(records, "seconds")
     for workload, name in sizes:
         place = workload, name
@@ -181,13 +184,13 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """None: the paper's numbers are of accelerators and other models."""
+    """No claims: the paper measured accelerators and other models."""
     return []
 
 
 EXPERIMENT = Experiment(
     name="mixed_mode",
-    about="Inner gradients differentiated forwards over backwards: memory and time.",
+    about="Memory and time of inner gradients differentiated in forward-over-reverse mode.",
     settings=Settings,
     scales=SCALES,
     labels=("workload", "estimator", "gradient"),

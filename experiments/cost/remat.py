@@ -1,10 +1,10 @@
-"""``remat``: what backpropagation through inner training takes, in memory and time."""
+"""``remat``: memory and time of backpropagation through inner training."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,27 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
 from unrollgrad.running import need
+from unrollgrad.types import Key, Theta
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
     """Temporary memory and time of `bptt(remat=...)`.
 
-    Once through 20 steps of SGD on an MLP, and once through longer and longer training of a small
-    one. Memory is XLA's plan for temporaries; time the median of runs in turn.
+    It differentiates 20 steps of SGD on a large MLP, and increasing numbers of steps on a small
+    one. Memory is the temporaries that XLA plans; time is the median of runs in turn.
     """
 
     width: int = 256
-    """Units in each layer."""
+    """Units in each layer of the large MLP."""
     layers: int = 6
-    """Layers of the MLP."""
+    """Layers of the large MLP."""
     batch_size: int = 512
-    """Rows in a batch."""
+    """Rows in a batch for the large MLP."""
     horizon: int = 20
-    """Inner steps."""
+    """Inner steps for the large MLP."""
     horizons: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """Inner steps of the small one: 2 layers of 32, batch 32."""
+    """Inner steps for the small MLP (2 layers of 32 units, batch 32)."""
     num_repeats: int = 5
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
@@ -51,11 +52,13 @@ SCALES = {
     "paper": Settings(scale="paper", width=1024, batch_size=4096),
 }
 
-KINDS: dict[str, Any] = {"none": None, "step": "step", "sqrt": "sqrt", "2 states": 2}
+Remat = Literal["step", "sqrt"] | int | None
+
+KINDS: dict[str, Remat] = {"none": None, "step": "step", "sqrt": "sqrt", "2 states": 2}
 
 
 def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes MiB and seconds of every kind, and MiB against the horizon."""
+    """Writes MiB and seconds of every kind, and MiB by horizon."""
     key = jax.random.key(seed)
     programs, mebibytes = {}, {}
     for i, (name, remat) in enumerate(KINDS.items()):
@@ -82,7 +85,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({"workload": "small", "remat": name, "step": horizon, "mebibytes": size})
 
 
-def _training(key: jax.Array, horizon: int, width: int, layers: int, batch: int) -> Any:
+def _training(
+    key: Key, horizon: int, width: int, layers: int, batch: int
+) -> tuple[ug.UnrolledProblem, jax.Array]:
     rows = jax.random.normal(key, (batch, width))
 
     def loss(theta, params, batch, key):
@@ -104,8 +109,10 @@ def _training(key: jax.Array, horizon: int, width: int, layers: int, batch: int)
     return problem, jnp.float32(-2.0)
 
 
-def _compiled(problem: Any, theta: Any, remat: Any, key: jax.Array) -> tuple[Callable, float]:
-    """One gradient, ready to run, and the mebibytes of its temporaries."""
+def _compiled(
+    problem: ug.UnrolledProblem, theta: Theta, remat: Remat, key: Key
+) -> tuple[Callable[[], object], float]:
+    """A compiled gradient without arguments, and the mebibytes of its temporaries."""
     estimator = ug.bptt(problem, remat=remat)
     args = key, theta, estimator.init(key, theta)
     compiled = timing.compiled(estimator.estimate, *args)
@@ -113,7 +120,7 @@ def _compiled(problem: Any, theta: Any, remat: Any, key: jax.Array) -> tuple[Cal
 
 
 def _table(records: list[Record], metric: str) -> dict[str, float]:
-    """Of the large MLP: the mean over seeds by kind."""
+    """The mean over seeds for the large MLP, by kind."""
     found: dict[str, list[float]] = {}
     for r in records:
         if r.labels["workload"] == "mlp" and r.metric == metric:
@@ -122,7 +129,7 @@ def _table(records: list[Record], metric: str) -> dict[str, float]:
 
 
 def _slopes(records: list[Record]) -> dict[str, float]:
-    """Of the small one: the log-log slope of memory in the horizon, by kind."""
+    """The log-log slope of memory by horizon for the small MLP, by kind."""
     out = {}
     for name in dict.fromkeys(r.labels["remat"] for r in records if r.step is not None):
         mine = [r for r in records if r.step is not None and r.labels["remat"] == name]
@@ -132,7 +139,7 @@ def _slopes(records: list[Record]) -> dict[str, float]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Memory against time, and memory against the horizon."""
+    """Memory by time, and memory by horizon."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes, seconds = _table(records, "mebibytes"), _table(records, "seconds")
@@ -154,7 +161,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 
 def show(records: list[Record]) -> None:
-    """Prints both."""
+    """Prints memory, time and the growth of memory."""
     sizes, seconds = _table(records, "mebibytes"), _table(records, "seconds")
     for name, size in sizes.items():
         print(
@@ -166,13 +173,13 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """None: no paper gives numbers for these workloads."""
+    """No claims: no paper gives numbers for these workloads."""
     return []
 
 
 EXPERIMENT = Experiment(
     name="remat",
-    about="Memory and time of backpropagation that recomputes.",
+    about="Memory and time of backpropagation with rematerialization.",
     settings=Settings,
     scales=SCALES,
     labels=("workload", "remat"),

@@ -1,23 +1,25 @@
-"""How programs are timed and sized: in turn, as a machine changes its pace; memory as planned."""
+"""Programs are timed in turn, since a machine changes its pace; memory is what XLA plans."""
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Compiled(NamedTuple):
     """A program, ready to run.
 
     Attributes:
-        call: It, without tracing.
-        seconds: Of tracing and compiling.
-        mebibytes: Its peak as XLA plans it: arguments, results and temporaries, what is donated
-            counted once.
-        temporaries: Its temporaries alone, in bytes.
+        call: Runs the program, without tracing.
+        seconds: Seconds of tracing and compiling.
+        mebibytes: The peak memory that XLA plans: arguments, results and temporaries; donated
+            arguments count once.
+        temporaries: The memory that XLA plans for temporaries, in bytes.
     """
 
     call: Callable[..., Any]
@@ -26,8 +28,10 @@ class Compiled(NamedTuple):
     temporaries: int
 
 
-def compiled(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Compiled:
-    """Compiles a function for these arguments, past the caches of programs in memory."""
+def compiled(
+    function: Callable[..., object], *args: object, donate: tuple[int, ...] = ()
+) -> Compiled:
+    """Compiles a function for these arguments, without reuse of programs in memory."""
     begun = time.perf_counter()
     program = jax.jit(lambda *args: function(*args), donate_argnums=donate).lower(*args).compile()
     seconds = time.perf_counter() - begun
@@ -38,15 +42,15 @@ def compiled(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] =
 
 
 def compiled_in_turn(
-    programs: Mapping[Any, tuple[Callable[..., Any], tuple[Any, ...]]], num_repeats: int
-) -> dict[Any, Compiled]:
+    programs: Mapping[Name, tuple[Callable[..., object], tuple[object, ...]]], num_repeats: int
+) -> dict[Name, Compiled]:
     """Compiles every (function, args), turn after turn; ``seconds`` are the medians.
 
-    With a persistent compilation cache they are those of reading it.
+    With a persistent compilation cache, ``seconds`` are the time of reading it.
     """
-    found: dict[Any, list[Compiled]] = {name: [] for name in programs}
+    found: dict[Name, list[Compiled]] = {name: [] for name in programs}
 
-    def compile_one(name: Any) -> None:
+    def compile_one(name: Name) -> None:
         function, args = programs[name]
         found[name].append(compiled(function, *args))
 
@@ -60,16 +64,16 @@ def compiled_in_turn(
 
 
 def in_turn(
-    programs: Mapping[Any, Callable[[], Any]],
+    programs: Mapping[Name, Callable[[], object]],
     num_repeats: int,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> Iterator[tuple[int, dict[Any, float]]]:
-    """Runs all programs, turn after turn, every other one backwards.
+) -> Iterator[tuple[int, dict[Name, float]]]:
+    """Runs all programs, turn after turn, every other turn in reverse order.
 
     The first turn, which compiles and fills caches, is not counted.
 
     Yields:
-        The turn, from 1, and the seconds that each program took in it.
+        The number of the turn, from 1, and the seconds of each program in it.
     """
     for turn in range(num_repeats + 1):
         seconds = {}

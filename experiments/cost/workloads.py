@@ -16,14 +16,14 @@ from unrollgrad.problems import Example
 
 
 class Workload(NamedTuple):
-    """An inner loop, and how it is cut and perturbed.
+    """An inner loop with its windows and perturbations.
 
     Attributes:
         make: ``make(horizon) -> Example``.
-        truncation: Inner steps of a call.
-        windows: Calls of an episode.
-        particles: Trajectories that are run side by side, where no other number is asked for.
-        sigma: In theta's units.
+        truncation: Inner steps per window, which is one call of an estimator (K).
+        windows: Windows per episode.
+        particles: The default number of trajectories that run side by side.
+        sigma: Standard deviation of the perturbations, in theta's units.
     """
 
     make: Callable[[int], Example]
@@ -56,7 +56,7 @@ def mlp_schedule(horizon: int, sizes: tuple[int, int, int], batch: int) -> Examp
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, each added to what it reads."""
+    """Attention and an MLP, each with a residual connection."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norms = nnx.List(nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
@@ -66,13 +66,13 @@ class Block(nnx.Module):
         self.mlp = MLP(width, 4 * width, width, rngs=rngs)
 
     def __call__(self, x, mask):
-        """Of a batch of texts, what is known at every place."""
+        """Returns the features at every position of a batch of texts."""
         x = x + self.attention(self.norms[0](x), mask=mask)
         return x + self.mlp(self.norms[1](x))
 
 
 class Transformer(nnx.Module):
-    """Blocks of attention and an MLP, before them the sum of symbols' and places' embeddings."""
+    """Embeddings of symbols and positions, blocks of attention and an MLP, and logits."""
 
     def __init__(self, width: int, layers: int, length: int, symbols: int, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(symbols, width, rngs=rngs)
@@ -81,7 +81,7 @@ class Transformer(nnx.Module):
         self.out = nnx.Linear(width, symbols, rngs=rngs)
 
     def __call__(self, x):
-        """Logits of the symbols that follow, of a batch of texts."""
+        """Returns the logits of the next symbols in a batch of texts."""
         mask = nnx.make_causal_mask(x)
         x = self.embed(x) + self.place(jnp.arange(x.shape[1]))
         for block in self.blocks:
@@ -92,7 +92,7 @@ class Transformer(nnx.Module):
 def transformer_schedule(
     horizon: int, width: int, layers: int, length: int, batch: int, symbols: int = 64
 ) -> Example:
-    """The schedule with which a transformer learns to read a random text."""
+    """The learning-rate and momentum schedule of a transformer, on a random text."""
     text = jax.random.randint(jax.random.key(0), (10_000,), 0, symbols)
     graph = nnx.graphdef(Transformer(width, layers, length, symbols, rngs=nnx.Rngs(0)))
     optimizer, theta = schedule(horizon, 4)
@@ -119,15 +119,15 @@ def transformer_schedule(
 
 
 def meta_training(horizon: int) -> Example:
-    """A learned optimizer on tasks that every episode draws anew."""
+    """A learned optimizer; every episode draws a new task."""
     rule = ug.learned_optimizers.mlp(hidden=(16, 16))
     return Example(tasks.problem(tasks.mlps(), rule, horizon), rule.init(jax.random.key(0)))
 
 
 def leaky_sum(horizon: int, size: int) -> Example:
-    """A leaky sum, x / 2 + theta, with a mean square as loss: a step that computes next to nothing.
+    """A leaky sum, x / 2 + theta, with a mean square as loss: the cost of a step is negligible.
 
-    State and theta have the same size, so that all memory and time is the estimator's own.
+    State and theta have the same size; nearly all memory and time is due to the estimator.
     """
 
     def init(key, theta):
@@ -141,7 +141,7 @@ def leaky_sum(horizon: int, size: int) -> Example:
 
 
 def workloads(scale: str) -> dict[str, Workload]:
-    """By name. Sizes of "large" are the scale's, and all of them are small for "smoke".
+    """The workloads by name. The scale sets the size of "large"; for "smoke" all are small.
 
     For "paper" all but "large" have 4096 particles.
     """

@@ -214,7 +214,7 @@ def recurrence(settings: Settings, name: str) -> tuple[ug.UnrolledProblem, jax.A
 
     def step(key, theta, state, t):
         state, loss = problem.step(key, theta, state, t)
-        return state, jax.numpy.asarray(signs, loss.dtype)[t] * loss
+        return state, jax.numpy.asarray(signs, jax.numpy.result_type(loss))[t] * loss
 
     return problem._replace(step=step), theta, signs[:, None, None] * influence(theta)
 

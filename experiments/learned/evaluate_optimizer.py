@@ -1,4 +1,4 @@
-"""``evaluate_optimizer``: learned optimizers on held-out tasks, beside tuned ones made by hand."""
+"""``evaluate_optimizer``: learned optimizers on held-out tasks, beside tuned SGD and Adam."""
 
 import dataclasses
 import functools
@@ -19,18 +19,19 @@ from experiments._framework.settings import CommonSettings
 from experiments.learned import tasks
 from unrollgrad.learned_optimizers import Architecture
 from unrollgrad.running import console, need, positive_int
+from unrollgrad.types import Key, Theta
 
 TRAINED = Path(__file__).parent / "trained"
-"""Optimizers that come with the repository."""
+"""The folder of the learned optimizers that come with the repository."""
 
 LENGTHS = (1, 2, 5)
-"""Of training, in horizons of meta-training."""
+"""Lengths of training, in multiples of the horizon of meta-training."""
 
 OVER_BEST = "loss at 1x / that of the best of Adam's rates"
 OVER_MEDIAN = "loss at 2x / the median of Adam's rates"
 
 POINTS = 10
-"""Of each curve, for each horizon."""
+"""Points of each training curve per horizon."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +39,28 @@ class Settings(CommonSettings):
     """How well do learned optimizers train tasks that they have not seen, and for longer?
 
     Every seed draws held-out tasks of each family and trains them with every optimizer for 1, 2 and
-    5 times the horizon of meta-training. SGD, SGD with momentum 0.9 and Adam have a tuning budget
-    of `--num-learning-rates` log-spaced constant rates, and each is judged by its best one, which
-    is chosen at the horizon on these very tasks. The loss is that of all of a task's training data,
-    which no meta-training or meta-validation has seen; a guess has 1.
+    5 times the horizon of meta-training. SGD, SGD with momentum 0.9 and Adam try
+    `--num-learning-rates` log-spaced constant rates; each is judged by the rate with the lowest
+    loss at the horizon on the same tasks. The loss is measured on all training data of a task,
+    which neither meta-training nor meta-validation used; a uniform prediction has loss 1.
     """
 
     files: tuple[Path, ...] = ()
-    """Of learned optimizers. Default: those of the repository."""
+    """Files of learned optimizers. Default: the files in the repository."""
     families: tuple[Literal[tuple(tasks.FAMILIES)], ...] = (  # type: ignore[valid-type]
         "mlp",
         "conv",
         "lstm",
     )
-    """Of tasks."""
+    """Families of tasks."""
     horizon: int | None = None
-    """Inner steps that the optimizers were meta-trained for. Default: as the files say."""
+    """Inner steps for which the optimizers were meta-trained. Default: the files' horizon."""
     num_tasks: int = 8
-    """Of each family and seed."""
+    """Held-out tasks per family and seed."""
     num_learning_rates: int = 15
-    """Of each optimizer made by hand."""
+    """Learning rates that SGD, momentum and Adam each try."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each seed has tasks of its own."""
+    """Each seed draws its own tasks."""
 
 
 SCALES = {
@@ -72,15 +73,15 @@ SCALES = {
 
 
 class ByHand(NamedTuple):
-    """An optimizer with a rate to tune.
+    """A hand-designed optimizer whose learning rate is tuned.
 
     Attributes:
-        make: From a rate to the optimizer.
-        lowest: Of the rates.
-        highest: Of the rates.
+        make: ``make(rate)`` returns the optimizer.
+        lowest: The lowest rate.
+        highest: The highest rate.
     """
 
-    make: Callable[[Any], optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]
     lowest: float
     highest: float
 
@@ -91,16 +92,16 @@ BY_HAND = {
     "Adam": ByHand(optax.adam, 1e-4, 1.0),
 }
 
-_HELD_OUT = 2**21  # plus the seed: tasks that neither meta-training nor meta-validation has
+_HELD_OUT = 2**21  # plus the seed: keys that neither meta-training nor meta-validation uses
 
 
 def filled(settings: Settings) -> Settings:
-    """The settings with the repository's files in place of none.
+    """The settings with the repository's files and their horizon as defaults.
 
     Raises:
-        ValueError: If a number is not positive, or there is no file, or files have the same name or
-            say different horizons.
-        FileNotFoundError: If a file is not there.
+        ValueError: If a number is not positive, there are no files, or files have the same name or
+            different horizons.
+        FileNotFoundError: If a file does not exist.
     """
     for name in ("num_tasks", "num_learning_rates"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
@@ -108,16 +109,16 @@ def filled(settings: Settings) -> Settings:
     names = [file.stem for file in files]
     if len(set(names)) < len(names) or not names or any(map(_by_hand, names)):
         raise ValueError(
-            f"`--files` must be learned optimizers with different names, none that begins with one "
-            f"of {', '.join(BY_HAND)}; got {names}."
+            f"`--files` must be learned optimizers with different names that do not begin with "
+            f"{', '.join(BY_HAND)}; got {names}."
         )
     horizons = {f.stem: ug.learned_optimizers.read(f).notes.get("horizon") for f in files}
     horizon = settings.horizon
     if horizon is None:
         if len(set(horizons.values())) > 1 or None in horizons.values():
             raise ValueError(
-                f"the files say different horizons of meta-training, or none: {horizons}. Give "
-                "--horizon, or test them one by one."
+                f"the files have different horizons of meta-training, or lack one: {horizons}. "
+                "Give --horizon, or test the files one by one."
             )
         (horizon,) = set(horizons.values())
     if horizon is None or horizon < 1 or horizon % POINTS:
@@ -126,15 +127,15 @@ def filled(settings: Settings) -> Settings:
 
 
 def _by_hand(label: str) -> str | None:
-    """Which optimizer made by hand a label belongs to."""
+    """The hand-designed optimizer that a label belongs to; None for a learned optimizer."""
     return next((name for name in BY_HAND if label.split(" ")[0] == name), None)
 
 
 def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress) -> None:
     """Writes the loss along every optimizer's training, and after 1, 2 and 5 horizons.
 
-    Of a learned one also what it is over the best of Adam's rates on the same tasks, after one
-    horizon, and over the median of those that are finite, after two.
+    For a learned optimizer it also writes two ratios on the same tasks: its loss over the loss of
+    Adam's best rate after one horizon, and over the median of Adam's finite losses after two.
     """
     key = jax.random.key(_HELD_OUT + seed)
     learned = {file.stem: ug.learned_optimizers.read(file) for file in settings.files}
@@ -164,7 +165,7 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
                     loss = curve[length * POINTS]
                     write({**series, "step": step, f"loss at {length}x": loss})
                 if name in learned:
-                    # Rates that diverged do not make a median easier to be below.
+                    # Rates that diverged are left out, since they would raise the median.
                     first, second = adam[:, POINTS], adam[:, 2 * POINTS]
                     best, median = (
                         how(x[np.isfinite(x)]) if np.isfinite(x).any() else np.nan
@@ -175,19 +176,26 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
 
 
 def grid(name: str, count: int) -> list[float]:
-    """The rates that an optimizer made by hand may choose from."""
+    """The log-spaced learning rates that a hand-designed optimizer tries."""
     return [float(r) for r in np.geomspace(BY_HAND[name].lowest, BY_HAND[name].highest, count)]
 
 
 @functools.lru_cache(maxsize=64)
-def built(file: Path) -> Callable[[Any], optax.GradientTransformation]:
-    """From theta to the optimizer; the same for all seeds, so that it compiles once."""
+def built(file: Path) -> Callable[..., optax.GradientTransformation]:
+    """Maps theta to the optimizer; cached, so that it compiles once for all seeds."""
     return ug.learned_optimizers.read(file).build().transform
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3, 4))
-def trained(family: str, make: Any, key: Any, num_tasks: int, every: int, thetas: Any) -> Any:
-    """The mean loss over held-out tasks of all thetas: (thetas, points), the beginning first."""
+def trained(
+    family: str,
+    make: Callable[..., optax.GradientTransformation],
+    key: Key,
+    num_tasks: int,
+    every: int,
+    thetas: Theta,
+) -> jax.Array:
+    """Mean losses over held-out tasks, of shape (thetas, points); the first point is step 0."""
     held_out = tasks.FAMILIES[family](part="test")
     problem = tasks.problem(held_out, Architecture(lambda key: None, make), 0)
 
@@ -209,7 +217,7 @@ def trained(family: str, make: Any, key: Any, num_tasks: int, every: int, thetas
 
 
 def _losses(results: list[dict[str, Any]], family: str, name: str, length: int) -> dict[str, float]:
-    """Means of one optimizer's rates by label, infinite where they are not finite."""
+    """Mean losses of one optimizer's rates by label; means that are not finite become inf."""
     return {
         r["optimizer"]: np.inf if r["mean"] is None or not np.isfinite(r["mean"]) else r["mean"]
         for r in results
@@ -220,13 +228,13 @@ def _losses(results: list[dict[str, Any]], family: str, name: str, length: int) 
 
 
 def best_rate(results: list[dict[str, Any]], family: str, name: str) -> str | None:
-    """The label of the rate with the least loss after one horizon."""
+    """The label of the rate with the lowest loss after one horizon."""
     losses = _losses(results, family, name, 1)
     return min(losses, key=lambda label: losses[label]) if losses else None
 
 
 def shown(results: list[dict[str, Any]], family: str) -> list[str]:
-    """The optimizers of the table: each made by hand at its best rate, and the learned ones."""
+    """Labels in the table: each hand-designed optimizer at its best rate, then learned ones."""
     names = [r["optimizer"] for r in results if r["family"] == family]
     learned = [n for n in dict.fromkeys(names) if not _by_hand(n)]
     tuned = [best_rate(results, family, name) for name in BY_HAND]
@@ -234,7 +242,7 @@ def shown(results: list[dict[str, Any]], family: str) -> list[str]:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """A panel for each family: the loss of those in the table, and of all of Adam's rates."""
+    """A panel per family: losses of the optimizers in the table, and of all of Adam's rates."""
     results = _at_lengths(records)
     families = list(dict.fromkeys(r["family"] for r in results))
     figure = need("matplotlib.figure", "matplotlib").Figure(
@@ -306,7 +314,7 @@ def _at_lengths(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """For every family and learned optimizer: better than Adam at its best rate, by two errors."""
+    """Every learned optimizer beats Adam's best rate by two standard errors, in every family."""
     out = []
     for family in dict.fromkeys(r["family"] for r in summary.results):
         for name in dict.fromkeys(r["optimizer"] for r in summary.results):
@@ -335,7 +343,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="evaluate_optimizer",
-    about="Learned optimizers on held-out tasks, for longer, beside tuned SGD, momentum, Adam.",
+    about="Learned optimizers on held-out tasks and longer runs, against tuned SGD and Adam.",
     settings=Settings,
     scales=SCALES,
     labels=("family", "optimizer"),

@@ -1,4 +1,4 @@
-"""``learned_optimizer``: an optimizer is meta-trained with each estimator, at equal inner steps."""
+"""``learned_optimizer``: meta-trains an optimizer with each estimator, at equal inner steps."""
 
 import dataclasses
 import functools
@@ -20,43 +20,43 @@ from experiments.learned.mixture import mean_of
 from unrollgrad.learned_optimizers import ARCHITECTURES
 from unrollgrad.learned_optimizers.schedules import KNOTS
 from unrollgrad.running import need, positive_int
-from unrollgrad.types import GradientEstimator, Theta
+from unrollgrad.types import GradientEstimator, Key, Theta
 
 Estimator = Literal["es_single", "pes", "truncated_es", "tbptt"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ResumableSettings):
-    """Meta-train an optimizer: which estimator gets it furthest in the same inner steps?
+    """Meta-train an optimizer: which estimator reaches the lowest meta-loss in equal inner steps?
 
     Every episode draws a task of a family (MLPs on images, conv nets, LSTMs on text) and a length,
-    log-uniform between `--shortest` and `--horizon`. The meta-loss is the mean training loss on the
-    way, a guess's being 1. Meta-validation, in which a fixed set of held-out tasks is trained for
-    `--horizon` steps, lies between dispatches. Every run's optimizer is written into the results'
-    folder, to be loaded by ug.learned_optimizers.load or tested by `evaluate_optimizer`. Ctrl-C and
-    SIGTERM save first; `--resume FOLDER` goes on, also after a kill and with more `--budget`
-    or `--seeds`.
+    log-uniform between `--shortest` and `--horizon`. The meta-loss is the training loss averaged
+    over the steps; a uniform prediction has loss 1. Every `--steps-per-point` inner steps,
+    meta-validation trains a fixed set of held-out tasks for `--horizon` steps. Every run writes its
+    optimizer into the results' folder; ug.learned_optimizers.load loads it, and
+    `evaluate_optimizer` tests it. Ctrl-C and SIGTERM save first; `--resume FOLDER` continues a
+    run, also after a kill and with more `--budget` or `--seeds`.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. paper: the published MLP and horizons, for an
     accelerator."""
     estimators: tuple[Estimator, ...] = ("es_single", "pes", "truncated_es", "tbptt")
-    """Which estimators, one after another."""
+    """Estimators, run one after another."""
     architecture: Literal[tuple(ARCHITECTURES)] = "mlp"  # type: ignore[valid-type]
-    """What is learned: a schedule of SGD or Adam, or a network that updates every weight."""
+    """The learned part: a schedule of SGD or Adam, or a network that updates every weight."""
     families: tuple[Literal[tuple(tasks.FAMILIES)], ...] = ("mlp",)  # type: ignore[valid-type]
-    """Of tasks; several have workers each, and count the same."""
+    """Families of tasks; each has its own workers and the same weight."""
     horizon: int = 200
-    """Inner steps of the longest episodes, and of meta-validation."""
+    """Inner steps of the longest episodes and of meta-validation."""
     shortest: int = 50
     """Inner steps of the shortest episodes."""
     truncation: int = 10
     """Inner steps per window (K)."""
     num_workers: int = 16
-    """Of each family, of one antithetic pair each; tbptt has twice as many."""
+    """Workers per family, with one antithetic pair each; tbptt has twice as many."""
     stagger: Literal["lockstep", "breakstep", "burn_in"] = "burn_in"
-    """Where in their episodes the workers begin: all at the start, or spread over it."""
+    """Where the workers begin: all at the start of an episode, or spread over it."""
     sigma: float | None = None
     """Standard deviation of the perturbation. Default: 0.1 for schedules, 0.03 for networks (at
     --scale paper 0.01 for both)."""
@@ -64,11 +64,11 @@ class Settings(ResumableSettings):
     """Adam's learning rate. Default: 0.03 for schedules, 0.01 for networks (at --scale paper
     0.0003 for both)."""
     clip: float = 1.0
-    """The gradient's norm is cut to this."""
+    """Largest norm of the meta-gradient; larger ones are scaled down."""
     budget: int = 600_000
-    """Of each estimator, those before a --resume included."""
+    """Inner steps per estimator, including the steps before a --resume."""
     steps_per_point: int = 30_000
-    """Inner steps between the points of a curve, where theta is validated and saved."""
+    """Inner steps between points of a curve; theta is validated and saved at each point."""
     num_tasks: int = 16
     """Held-out tasks of each family."""
 
@@ -110,20 +110,20 @@ SMALL = {
     "step": 0.01,
     "magnitude": 0.1,
 }
-"""Of the networks, at all scales but "paper": quicker to run, and quicker to learn."""
+"""Settings of the networks at all scales but "paper": they run and learn faster."""
 
 MAY_CHANGE = ("budget", "seeds", "out", "resume")
-"""Settings that may differ in a run that goes on."""
+"""Settings that a resumed run may change."""
 
-_VALIDATION = 2**20  # a seed that no run has
+_VALIDATION = 2**20  # a seed that no run uses
 
 
 def filled(settings: Settings) -> Settings:
     """The settings with the architecture's defaults in place of None.
 
     Raises:
-        ValueError: If a number is not positive, the horizons do not fit, or those of a run that is
-            to go on are not the same, with the differences.
+        ValueError: If a number is not positive, the horizons are inconsistent, or the settings
+            differ from the resumed run's; the message lists the differences.
     """
     for name in ("num_workers", "budget", "steps_per_point", "num_tasks", "truncation"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
@@ -149,10 +149,10 @@ def _is_schedule(settings: Settings) -> bool:
 
 
 def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress) -> None:
-    """Writes meta-validation along each estimator's run, and its optimizer into the folder.
+    """Writes meta-validation losses along each estimator's run, and saves its optimizer.
 
     Raises:
-        KeyboardInterrupt: If a signal ended it early; everything is saved by then.
+        KeyboardInterrupt: If a signal ended the run early, after everything was saved.
     """
     for i, name in enumerate(settings.estimators):
 
@@ -166,7 +166,7 @@ def run(settings: Any, seed: int, folder: Path, write: Write, progress: Progress
 def _meta_train(
     settings: Any, name: str, seed: int, folder: Path, write: Write, progress: Progress
 ) -> None:
-    """One estimator's run."""
+    """Meta-trains with one estimator, from its checkpoint if there is one."""
     arguments = arguments_of(settings)
     about = {**resuming.fixed(settings, MAY_CHANGE), "arguments": arguments}
     evaluate = validation(
@@ -215,7 +215,7 @@ def _meta_train(
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
-    """Of the architecture. A schedule has no knot beyond the horizon, where nothing trains it."""
+    """Arguments of the architecture. Schedules get no untrained knots beyond the horizon."""
     if _is_schedule(settings):
         before = tuple(knot for knot in KNOTS if knot < settings.horizon)
         return {"knots": (*before, settings.horizon)}
@@ -224,12 +224,12 @@ def arguments_of(settings: Settings) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def outer_optimizer(rate: float, clip: float) -> optax.GradientTransformation:
-    """Adam on gradients whose norm is cut."""
+    """Adam after clipping the gradient's norm."""
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
 
 
 class _Training(NamedTuple):
-    """What decides the compiled programs of meta-training; ``arguments`` are the architecture's."""
+    """Settings that fix the compiled programs; ``arguments`` are the architecture's."""
 
     families: tuple[str, ...]
     architecture: str
@@ -272,7 +272,7 @@ def _workers(name: str, training: _Training) -> GradientEstimator:
 
 
 def workers(settings: Any, name: str) -> tuple[GradientEstimator, int]:
-    """The estimator, the same for all seeds, and the inner steps of one call."""
+    """The estimator (cached, one for all seeds) and the inner steps of one call."""
     shared = {k: getattr(settings, k) for k in _Training._fields if k != "arguments"}
     arguments = tuple(arguments_of(settings).items())
     estimator = _workers(name, _Training(arguments=arguments, **shared))
@@ -288,17 +288,17 @@ def validation(
     arguments: tuple[tuple[str, Any], ...],
     horizon: int,
     count: int,
-) -> Callable[[Any, Theta], dict[str, Any]]:
-    """``evaluate(key, theta)``: held-out tasks, the same at all times, trained for the horizon.
+) -> Callable[[Key, Theta], dict[str, jax.Array]]:
+    """``evaluate(key, theta)`` trains a fixed set of held-out tasks for the horizon.
 
-    ``meta_loss`` is the mean step loss, over the way and the families; ``final_loss`` the loss on
-    all of a task's data at the end.
+    ``meta_loss`` is the step loss averaged over steps, tasks and families; ``final_loss`` is the
+    mean loss on all data of a task at the end.
     """
     rule = ARCHITECTURES[architecture](**dict(arguments))
     keys = jax.random.split(jax.random.key(_VALIDATION), count)
     held_out = [tasks.FAMILIES[family](part="validation") for family in families]
 
-    def trained(family: tasks.Family, theta: Theta, key: Any) -> tuple[Any, Any]:
+    def trained(family: tasks.Family, theta: Theta, key: Key) -> tuple[jax.Array, jax.Array]:
         problem = tasks.problem(family, rule, horizon)
         key_init, key_steps = jax.random.split(key)
         state = problem.init(key_init, theta)
@@ -338,7 +338,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """The persistent estimators end below the truncated ones, of those that ran."""
+    """Persistent estimators end below truncated ones, for all pairs that ran."""
     ran = {r["estimator"] for r in summary.results}
     source = "Vicol et al. 2021 and 2023, learned optimizers"
     return [
@@ -362,7 +362,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 EXPERIMENT = Experiment(
     name="learned_optimizer",
-    about="An optimizer is meta-trained with each estimator; --resume continues a run.",
+    about="Meta-trains an optimizer with each estimator; --resume continues a run.",
     settings=Settings,
     scales=SCALES,
     labels=("estimator",),

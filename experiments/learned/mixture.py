@@ -1,28 +1,37 @@
-"""The mean of estimators of several problems with one theta: families of tasks side by side."""
+"""The mean of gradient estimators for several problems (families of tasks) with one theta."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
-from unrollgrad.types import AverageInfo, Episode, Estimate, GradientEstimator, Key, Theta
+from unrollgrad.types import (
+    AverageInfo,
+    Episode,
+    Estimate,
+    GradientEstimator,
+    Key,
+    Theta,
+    WorkerState,
+)
 
 
 class MixtureState(NamedTuple):
     """The state of a ``mean_of``.
 
     Attributes:
-        episode: The first one's.
-        states: All of them.
+        episode: The episode of the first estimator.
+        states: The states of all estimators.
     """
 
     episode: Episode
-    states: tuple[Any, ...]
+    states: tuple[WorkerState, ...]
 
 
 def mean_of(estimators: Sequence[GradientEstimator]) -> GradientEstimator:
-    """Estimates the gradient of the mean of their J, from averages over workers."""
+    """Estimates the gradient of the problems' mean J; each estimator is an ``average``."""
     count = len(estimators)
     if count == 1:
         return estimators[0]
@@ -35,9 +44,11 @@ def mean_of(estimators: Sequence[GradientEstimator]) -> GradientEstimator:
     def total(values: Iterable[jax.Array]) -> jax.Array:
         return jnp.sum(jnp.stack(list(values)), axis=0)
 
-    def estimate(key: Key, theta: Theta, state: MixtureState, *, data: Any = None) -> Any:
+    def estimate(
+        key: Key, theta: Theta, state: MixtureState, *, data: chex.ArrayTree | None = None
+    ) -> tuple[Estimate, MixtureState]:
         if data is not None:
-            raise ValueError("a mixture takes no `data`.")
+            raise ValueError("a mixture does not accept `data`.")
         keys = jax.random.split(key, count)
         found = [
             e.estimate(k, theta, s) for e, k, s in zip(estimators, keys, state.states, strict=True)

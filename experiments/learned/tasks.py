@@ -1,16 +1,17 @@
-"""Families of small training tasks, each drawn anew in every episode.
+"""Families of small training tasks; every episode draws a new task.
 
-A loss is divided by the logarithm of the number of classes, so that a guess has 1 in every family.
-Everything that makes a task is data: tasks of a family run side by side in one program. Meta-
-training, meta-validation and tests draw from different images and texts.
+A loss is divided by the logarithm of the number of classes, so that a uniform prediction has loss 1
+in every family. A task is described by arrays, so tasks of one family run side by side in one
+program. Meta-training, meta-validation and tests draw from different images and texts.
 """
 
 import argparse
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,54 +22,58 @@ from experiments.problems import data
 from experiments.problems.text_lstm import VOCABULARY, encode
 from unrollgrad.learned_optimizers import Architecture
 from unrollgrad.learned_optimizers.networks import init_layers
-from unrollgrad.types import Key
+from unrollgrad.types import Key, Theta
 
 CLASSES, PIXELS = 10, 64
 
 CEILING = 1.5
-"""Step losses of meta-training are cut here: a guess has 1, and what diverges, to NaN too, is all
-the same."""
+"""Cap on the step losses of meta-training, also for NaN; a uniform prediction has loss 1."""
 
 Part = Literal["training", "validation", "test"]
-"""Of the data: for meta-training, for meta-validation, for ``evaluate_optimizer``."""
+"""The part of the data: for meta-training, meta-validation or ``evaluate_optimizer``."""
+
+Task = dict[str, jax.Array]
+"""The arrays that describe one task."""
 
 
 class Family(NamedTuple):
     """Tasks of one kind.
 
     Attributes:
-        draw: ``draw(key) -> task``, arrays that tell it from the others.
-        init: ``init(key, task) -> params``, fresh weights.
-        loss: ``loss(params, task, key)``, normalised, on a batch that the key draws.
-        whole: ``whole(params, task)``, normalised, on all that the task is trained on.
+        draw: ``draw(key) -> task`` draws the arrays that describe a task.
+        init: ``init(key, task) -> params`` draws initial weights.
+        loss: ``loss(params, task, key)`` is the normalised loss on a batch drawn from the key.
+        whole: ``whole(params, task)`` is the normalised loss on all training data of the task.
     """
 
-    draw: Callable[[Key], Any]
-    init: Callable[[Key, Any], Any]
-    loss: Callable[[Any, Any, Key], jax.Array]
-    whole: Callable[[Any, Any], jax.Array]
+    draw: Callable[[Key], Task]
+    init: Callable[[Key, Task], optax.Params]
+    loss: Callable[[optax.Params, Task, Key], jax.Array]
+    whole: Callable[[optax.Params, Task], jax.Array]
 
 
 class Training(NamedTuple):
     """The inner state.
 
     Attributes:
-        task: What is learned.
-        params: The weights that learn it.
-        opt_state: The optimizer's.
+        task: The task of this episode.
+        params: The weights that are trained.
+        opt_state: The state of the learned optimizer.
     """
 
-    task: Any
-    params: Any
-    opt_state: Any
+    task: Task
+    params: optax.Params
+    opt_state: optax.OptState
 
 
-def problem(family: Family, architecture: Architecture, horizon: Any) -> ug.UnrolledProblem:
-    """Training on tasks of a family; theta is the optimizer.
+def problem(
+    family: Family, architecture: Architecture, horizon: int | Callable[[Key], chex.Numeric]
+) -> ug.UnrolledProblem:
+    """Training on tasks of a family; theta holds the parameters of the learned optimizer.
 
-    A step's loss is that of its batch, which is fresh, at the weights before the update: the
-    training loss, at no cost of its own. It is cut at ``CEILING``, and is ``CEILING`` where it is
-    NaN: evolution strategies see what a perturbation has destroyed. (Derivatives are NaN there.)
+    The loss of a step is measured on its fresh batch at the weights before the update, which costs
+    nothing extra. It is capped at ``CEILING``, also if it is NaN, so that evolution strategies see
+    a high loss where a perturbation makes training diverge. (Derivatives of a NaN loss are NaN.)
     """
 
     def init(key, theta):
@@ -88,9 +93,14 @@ def problem(family: Family, architecture: Architecture, horizon: Any) -> ug.Unro
 
 
 def train(
-    problem: ug.UnrolledProblem, key: Key, theta: Any, state: Training, first: Any, count: int
+    problem: ug.UnrolledProblem,
+    key: Key,
+    theta: Theta,
+    state: Training,
+    first: chex.Numeric,
+    count: int,
 ) -> tuple[Training, jax.Array]:
-    """``count`` inner steps from ``first`` on: the state after them, and the mean step loss."""
+    """Takes ``count`` inner steps from step ``first``; returns the state and the mean step loss."""
 
     def step(state, t):
         return problem.step(jax.random.fold_in(key, t), theta, state, t)
@@ -104,16 +114,16 @@ def mlps(
 ) -> Family:
     """MLPs with one hidden layer, on real and on made-up images.
 
-    Drawn are: digits of scikit-learn, or ten smooth random patterns under noise; which images; the
-    number of hidden units, from half of ``most_hidden`` to all of them; ReLU, tanh or GELU. Units
-    that are left out are masked: their weights have no gradient, and enter a tensor's root mean
-    square as zeros.
+    A task draws the corpus (scikit-learn's digits, or ten smooth random patterns with noise), its
+    images, the number of hidden units (``most_hidden / 2`` to ``most_hidden``) and the activation
+    (ReLU, tanh or GELU). The other units are masked: the gradient of their weights is zero, and
+    these zeros count in the root mean square of a tensor.
 
     Args:
-        most_hidden: Units.
+        most_hidden: The largest number of hidden units.
         num_rows: Images of a task, all different.
-        batch_size: Of a step.
-        part: Of the data.
+        batch_size: Images per step.
+        part: The part of the data.
     """
     corpus = _images(part)
 
@@ -146,10 +156,10 @@ def conv_nets(
     """Two convolutions (3x3, stride 2, ReLU) and a linear layer, on the images of ``mlps``.
 
     Args:
-        channels: Of the first convolution; the second has twice as many.
-        num_rows: As in ``mlps``.
-        batch_size: As in ``mlps``.
-        part: As in ``mlps``.
+        channels: Channels of the first convolution; the second has twice as many.
+        num_rows: Images of a task, all different.
+        batch_size: Images per step.
+        part: The part of the data.
     """
     corpus = _images(part)
     sizes = [(9, channels), (9 * channels, 2 * channels), (4 * 2 * channels, CLASSES)]
@@ -181,15 +191,15 @@ def lstms(
 ) -> Family:
     """LSTMs that predict the next character of a text.
 
-    Drawn is the stretch of the text, the source of the standard library's ``argparse``: its first
-    three quarters are for meta-training, an eighth each for meta-validation and tests.
+    A task draws a stretch of the text, the source of the standard library's ``argparse``. The first
+    three quarters of it are for meta-training, an eighth each for meta-validation and tests.
 
     Args:
-        hidden: Units, of the embedding too.
-        length: Characters that are read from each place.
-        batch_size: Places of a step.
+        hidden: Hidden units, also the size of the embedding.
+        length: Characters that are read from each position.
+        batch_size: Positions per step.
         stretch: Characters of a task.
-        part: Of the text.
+        part: The part of the text.
     """
     text = encode(inspect.getsource(argparse))
     begin, end = {"training": (0, 6), "validation": (6, 7), "test": (7, 8)}[part]
@@ -233,17 +243,17 @@ def lstms(
 
 
 FAMILIES = {"mlp": mlps, "conv": conv_nets, "lstm": lstms}
-"""By name; all take ``part``."""
+"""The families by name; each factory takes ``part``."""
 
 
 def _on_rows(
-    draw: Callable[..., Any],
-    init: Callable[..., Any],
+    draw: Callable[[Key], Task],
+    init: Callable[..., optax.Params],
     loss: Callable[..., jax.Array],
     num_rows: int,
     batch_size: int,
 ) -> Family:
-    """``loss(params, task, rows)`` on random rows of a task, and on all of them."""
+    """The family whose ``loss(params, task, rows)`` uses random rows of a task, or all rows."""
 
     def on_batch(params, task, key):
         return loss(params, task, jax.random.randint(key, (batch_size,), 0, num_rows))
@@ -254,7 +264,7 @@ def _on_rows(
 
 
 def _patches(x: jax.Array) -> jax.Array:
-    """3x3 patches at every second place, by slices: one product then makes a convolution of them.
+    """3x3 patches at every second position, so that one matrix product computes the convolution.
 
     Convolutions whose kernels differ between particles are slow on a CPU.
     """
@@ -270,7 +280,7 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class _Images(NamedTuple):
-    """Images of digits, and what made-up ones are made of."""
+    """Images of digits, and the noise and labels of the made-up images."""
 
     digits: np.ndarray
     labels: np.ndarray
@@ -280,7 +290,7 @@ class _Images(NamedTuple):
 
 @functools.cache
 def _images(part: Part) -> _Images:
-    """Of the 597 digits for validation half are for meta-validation."""
+    """Half of the 597 validation digits are for meta-validation, the other half for tests."""
     images = data.load("digits")
     half = len(images.validation.labels) // 2
     digits, labels = {
@@ -293,8 +303,8 @@ def _images(part: Part) -> _Images:
     return _Images(digits, labels, noise, rng.integers(CLASSES, size=len(labels), dtype=np.int32))
 
 
-def _draw_images(corpus: _Images, key: Key, num_rows: int) -> dict[str, jax.Array]:
-    """Which corpus, which of its images, and the patterns of the made-up classes."""
+def _draw_images(corpus: _Images, key: Key, num_rows: int) -> Task:
+    """Draws the corpus, its images and the patterns of the made-up classes."""
     keys = jax.random.split(key, 3)
     near = np.exp(-0.5 * (np.subtract.outer(np.arange(8), np.arange(8)) / 1.5) ** 2)
     near = np.float32(near / np.linalg.norm(near, axis=0))
@@ -306,8 +316,8 @@ def _draw_images(corpus: _Images, key: Key, num_rows: int) -> dict[str, jax.Arra
     }
 
 
-def _look(corpus: _Images, task: dict[str, jax.Array], rows: jax.Array) -> tuple[Any, Any]:
-    """Some of a task's images and their labels."""
+def _look(corpus: _Images, task: Task, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The task's images and labels in these rows."""
     rows = task["rows"][rows]
     digits, labels, noise, noise_labels = (jnp.asarray(x)[rows] for x in corpus)
     images = jnp.where(task["made_up"], task["patterns"][noise_labels] + noise, digits)

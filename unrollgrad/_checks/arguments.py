@@ -1,15 +1,18 @@
-"""Arguments are checked here, before anything compiles.
+"""Checks of arguments, before anything compiles.
 
-Every message says which argument, which values it had, at which leaf, and one way out.
+Every message names the argument, its values, the leaf, and one way out.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from unrollgrad.types import Key, State, Theta
+from unrollgrad.types import Key, Sigma, State, Theta
 
 
 def typed_key(key: Key) -> Key:
@@ -40,7 +43,7 @@ def floating_theta(theta: Theta) -> Theta:
     """Returns theta with every leaf a strongly typed floating array.
 
     Raises:
-        ValueError: If theta has no leaves.
+        ValueError: If theta has no leaves, or an empty one.
         TypeError: If a leaf is not floating.
     """
     return floating(
@@ -52,13 +55,8 @@ def floating_theta(theta: Theta) -> Theta:
     )
 
 
-def floating(name: str, tree: Any, advice: str, what: str = "they") -> Any:
-    """Returns the tree with every leaf a strongly typed floating array.
-
-    Raises:
-        ValueError: If it has no leaves, or an empty one.
-        TypeError: If a leaf is not floating.
-    """
+def floating(name: str, tree: object, advice: str, what: str = "they") -> chex.ArrayTree:
+    """Does the work of ``floating_theta`` for another tree, which the messages call ``name``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
         raise ValueError(
@@ -75,20 +73,6 @@ def floating(name: str, tree: Any, advice: str, what: str = "they") -> Any:
                 f"{name}{jax.tree_util.keystr(path)} is empty: {describe(leaf)}. Remove the leaf."
             )
     return jax.tree.map(strong, tree)
-
-
-def shape_difference(expected: Any, got: Any) -> str | None:
-    """Where the shapes of two trees first differ, and how; None if they do not."""
-
-    def shapes(tree):
-        named = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): np.shape(x) for path, x in named}
-
-    a, b = shapes(expected), shapes(got)
-    for path in [*a, *b]:
-        if a.get(path) != b.get(path):
-            return f"{path}: expected {a.get(path, 'nothing')}, got {b.get(path, 'nothing')}"
-    return None
 
 
 def strong_state(state: State, made_by: str) -> State:
@@ -112,7 +96,7 @@ def strong_state(state: State, made_by: str) -> State:
     return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def strong(x: Any) -> jax.Array:
+def strong(x: ArrayLike) -> jax.Array:
     """Returns ``x`` as an array whose dtype is not weak."""
     if isinstance(x, jax.Array) and getattr(x, "weak_type", True) is False:
         return x
@@ -120,22 +104,22 @@ def strong(x: Any) -> jax.Array:
     return jax.lax.convert_element_type(x, x.dtype)
 
 
-def dtype_of(x: Any) -> Any:
-    """The dtype ``x`` has or would have as an array; object where it cannot be one."""
+def dtype_of(x: object) -> Any:
+    """Returns the dtype that ``x`` has, or would have as an array; object if it cannot be one."""
     if hasattr(x, "dtype"):
         return x.dtype
     return jnp.result_type(x) if isinstance(x, bool | int | float | complex) else np.dtype(object)
 
 
-def describe(x: Any) -> str:
-    """Describes a leaf: ``float32[3,2]``, or its type where it is not an array."""
+def describe(x: object) -> str:
+    """Describes a leaf: ``float32[3,2]``, or value and type if it is not an array."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return f"{x!r} ({type(x).__name__})"
 
 
-def positive_int(name: str, value: Any, note: str = "") -> int:
-    """Returns ``value`` as an int; ``note`` ends the message where it is none.
+def positive_int(name: str, value: object, note: str = "") -> int:
+    """Returns ``value`` as an int; ``note`` is appended to the error message.
 
     Raises:
         TypeError: If it is not a whole number.
@@ -150,11 +134,11 @@ def positive_int(name: str, value: Any, note: str = "") -> int:
     return int(value)
 
 
-def number(name: str, value: Any) -> Any:
-    """Returns a number that, where it is known, is finite and at least 0.
+def number(name: str, value: chex.Numeric) -> chex.Numeric:
+    """Returns ``value``; the value of a traced number is not known, and not checked.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is negative or not finite.
     """
     if isinstance(value, jax.core.Tracer):
@@ -166,12 +150,11 @@ def number(name: str, value: Any) -> Any:
     return value
 
 
-def num_devices(devices: Any) -> int:
-    """Returns the number of devices asked for as an int.
+def num_devices(devices: object) -> int:
+    """Returns the requested number of devices as an int, as ``positive_int`` does.
 
     Raises:
-        TypeError: If it is not a whole number.
-        ValueError: If it is below one, or jax sees fewer.
+        ValueError: If jax sees fewer devices.
     """
     devices = positive_int("devices", devices)
     if devices > jax.device_count():
@@ -182,8 +165,8 @@ def num_devices(devices: Any) -> int:
     return devices
 
 
-def check_sigma(sigma: Any) -> None:
-    """Raises ValueError or TypeError if a known value in ``sigma`` is no positive number."""
+def check_sigma(sigma: Sigma) -> None:
+    """Raises ValueError or TypeError if a known value in ``sigma`` is not a positive number."""
     leaves = jax.tree_util.tree_leaves_with_path(sigma)
     if not leaves:
         raise ValueError(f"`sigma` has no leaves; got {sigma!r}. Pass a float such as 0.1.")
@@ -201,11 +184,11 @@ def check_sigma(sigma: Any) -> None:
             )
 
 
-def broadcast_sigma(sigma: Any, theta: Theta) -> Any:
+def broadcast_sigma(sigma: Sigma, theta: Theta) -> Theta:
     """Returns ``sigma`` as a tree with theta's structure.
 
     Raises:
-        ValueError: If ``sigma`` is no pytree prefix of theta, or a leaf does not broadcast.
+        ValueError: If ``sigma`` is not a pytree prefix of theta, or a leaf does not broadcast.
     """
     try:
         full = jax.tree.broadcast(sigma, theta)
@@ -228,8 +211,8 @@ def broadcast_sigma(sigma: Any, theta: Theta) -> Any:
     return full
 
 
-def check_data(data: Any, size: int, axis: str, what: str = "inner step") -> None:
-    """Raises ValueError if a leaf of ``data`` has not ``size`` as its leading axis."""
+def check_data(data: object, size: int, axis: str, what: str = "inner step") -> None:
+    """Raises ValueError if the leading axis of a leaf of ``data`` does not have length ``size``."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] != size:
             raise ValueError(
@@ -238,8 +221,8 @@ def check_data(data: Any, size: int, axis: str, what: str = "inner step") -> Non
             )
 
 
-def check_worker_state(state: Any, like: Any) -> None:
-    """Raises TypeError if a worker's state is not like ``like``: maker, structure, shapes."""
+def check_worker_state(state: object, like: Any) -> None:
+    """Raises TypeError if a worker's state and ``like`` differ in maker, structure or shapes."""
     held = getattr(getattr(state, "episode", None), "key", like.episode.key)
     if held.dtype != like.episode.key.dtype:
         raise TypeError(
@@ -274,23 +257,35 @@ def check_loss(made_by: str, loss: Any) -> None:
         raise ValueError(f"the loss of `{made_by}` must be real; got {describe(loss)}.")
 
 
-def leaf_differences(old: Any, new: Any, name: str = "state") -> list[str]:
-    """The leaves in which two trees differ, a line each."""
+def shape_difference(expected: object, got: object) -> str | None:
+    """Describes the first difference between the shapes of two trees; None if there is none."""
+    for path, a, b in _differences(expected, got, np.shape, "nothing"):
+        return f"{path}: expected {a}, got {b}"
+    return None
+
+
+def leaf_differences(old: object, new: object, name: str = "state") -> list[str]:
+    """Describes the leaves in which two trees differ, in one line each."""
+    differences = _differences(old, new, describe, "absent")
+    return [f"  {name}{path}: {a} -> {b}" for path, a, b in differences]
+
+
+def _differences(
+    old: object, new: object, show: Callable[[Any], object], absent: str
+) -> list[tuple[str, object, object]]:
+    """Lists (path, shown old leaf, shown new leaf) where the two differ."""
 
     def leaves(tree):
         named = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): describe(x) for path, x in named}
+        return {jax.tree_util.keystr(path): show(x) for path, x in named}
 
     a, b = leaves(old), leaves(new)
-    return [
-        f"  {name}{path}: {a.get(path, 'absent')} -> {b.get(path, 'absent')}"
-        for path in [*a, *(path for path in b if path not in a)]
-        if a.get(path) != b.get(path)
-    ]
+    pairs = [(path, a.get(path, absent), b.get(path, absent)) for path in a | b]
+    return [(path, x, y) for path, x, y in pairs if x != y]
 
 
-def state_differences(old: Any, new: Any) -> str:
-    """The leaves in which two states differ, or else their structures; empty where they do not."""
+def state_differences(old: object, new: object) -> str:
+    """Describes the leaves in which two states differ, or else their structures; "" if equal."""
     lines = leaf_differences(old, new)
     if not lines and jax.tree.structure(old) != jax.tree.structure(new):
         lines = [f"  {jax.tree.structure(old)} -> {jax.tree.structure(new)}"]

@@ -1,18 +1,20 @@
-"""Checks of a problem and of what depends on it, before anything is compiled; their messages."""
+"""Checks of a problem and of arguments that depend on it, before anything is compiled."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from unrollgrad._checks import arguments
 from unrollgrad.types import Key, State, Theta, UnrolledProblem
 
 
-def check_problem(problem: Any) -> None:
-    """Raises TypeError if ``problem`` is no ``UnrolledProblem``."""
+def check_problem(problem: object) -> None:
+    """Raises TypeError if ``problem`` is not an ``UnrolledProblem``."""
     if not isinstance(problem, UnrolledProblem):
         hint = ""
         if hasattr(problem, "problem") and hasattr(problem, "theta"):
@@ -27,7 +29,7 @@ def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
     """Returns the horizon as an int.
 
     Raises:
-        TypeError: If ``problem`` is no ``UnrolledProblem``.
+        TypeError: If ``problem`` is not an ``UnrolledProblem``.
         ValueError: If the horizon is sampled.
     """
     check_problem(problem)
@@ -41,10 +43,10 @@ def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
 
 
 def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
-    """Returns the truncation as an int, having checked it against the horizon.
+    """Returns the truncation as an int.
 
     Raises:
-        ValueError: If it does not divide a static horizon, or if ``evaluate`` meets a sampled one.
+        ValueError: If it does not divide a static horizon, or ``evaluate`` meets a sampled one.
     """
     check_problem(problem)
     truncation = arguments.positive_int("truncation", truncation)
@@ -66,38 +68,30 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, as a list to choose from."""
-    return _shorten([d for d in range(1, number + 1) if number % d == 0])
+    """Lists the divisors of a number; of more than 24 the first and last 12."""
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(found if len(found) <= 24 else [*found[:12], "...", *found[-12:]])
 
 
-def _shorten(numbers: list[int], most: int = 24) -> str:
-    if len(numbers) <= most:
-        return ", ".join(map(str, numbers))
-    half = most // 2
-    return ", ".join([*map(str, numbers[:half]), "...", *map(str, numbers[-half:])])
-
-
-def check_remat(remat: Any) -> None:
+def check_remat(remat: object) -> None:
     """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number."""
     whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
-    if remat is not None and not whole and (not isinstance(remat, str) or remat not in REMAT):
+    named = remat is None or (isinstance(remat, str) and remat in ("step", "sqrt"))
+    if not whole and not named:
         raise ValueError(
             '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1; got '
             f"{remat!r}."
         )
 
 
-REMAT = ("step", "sqrt")
-
-
 def check_step(
-    problem: UnrolledProblem, key: Key, theta: Theta, data: Any = None
-) -> tuple[Any, int]:
-    """Traces one inner step abstractly and checks what it returns.
+    problem: UnrolledProblem, key: Key, theta: Theta, data: chex.ArrayTree | None = None
+) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+    """Traces ``init`` and one inner step abstractly, and checks what they return.
 
     Returns:
-        The trace, from (key, theta, t, data) to (state before, state after, losses); and the number
-        of leaves in the state.
+        The program (key, theta) -> state of ``init``, and the program
+        (state, theta, key, t, data) -> (state, losses) of a step and ``evaluate``.
 
     Raises:
         TypeError: If ``step`` does not return (state, loss), or changes the state's structure,
@@ -105,41 +99,36 @@ def check_step(
         ValueError: If the loss is not a scalar.
     """
 
-    def first_step(key, theta, t, data):
-        # The barrier gives each leaf of the state a name of its own in the trace, constants too.
-        state = jax.lax.optimization_barrier(
-            arguments.strong_state(problem.init(key, theta), "init")
-        )
+    def init(key, theta):
+        return arguments.strong_state(problem.init(key, theta), "init")
+
+    def step(state, theta, key, t, data):
         extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
         _check_takes(problem.step, key, theta, state, 0, *extra)
-        return state, problem.step(key, theta, state, t, *extra)
-
-    def checked(key, theta, t, data):
-        before, result = first_step(key, theta, t, data)
+        result = problem.step(key, theta, state, t, *extra)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 f"`step` must return (state, loss); got {type(result).__name__} "
                 f"{jax.tree.structure(result)}."
             )
-        after, loss = result
-        after = arguments.strong_state(after, "step")
-        _check_same(before, after)
-        arguments.check_loss("step", loss)
-        losses = [loss]
+        after = arguments.strong_state(result[0], "step")
+        _check_same(state, after)
+        losses = {"step": result[1]}
         if problem.evaluate is not None:
-            losses.append(problem.evaluate(key, theta, before))
-            arguments.check_loss("evaluate", losses[-1])
-        return before, after, losses
+            losses["evaluate"] = problem.evaluate(key, theta, state)
+        for made_by, loss in losses.items():
+            arguments.check_loss(made_by, loss)
+        return after, losses
 
-    trace, (before, *_) = jax.make_jaxpr(checked, return_shape=True)(key, theta, jnp.int32(0), data)
-    return trace, len(jax.tree.leaves(before))
+    traced_init, state = jax.make_jaxpr(init, return_shape=True)(key, theta)
+    return traced_init, jax.make_jaxpr(step)(state, theta, key, jnp.int32(0), data)
 
 
-def _check_takes(step: Any, *arguments: Any) -> None:
+def _check_takes(step: Callable, *arguments: object) -> None:
     try:
         signature = inspect.signature(step)
     except (TypeError, ValueError):
-        return  # nothing can be known of it
+        return  # some callables have no signature
     try:
         signature.bind(*arguments)
     except TypeError as error:

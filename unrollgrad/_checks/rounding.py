@@ -1,31 +1,27 @@
-"""Whether a perturbation survives rounding to theta's dtype.
+"""Checks that perturbations survive rounding to theta's dtype.
 
-bfloat16 keeps 8 bits: near 1 its neighbours are 1/256 below and 1/128 above, and theta + eps rounds
-back to theta where eps is less than half of that. The estimators weigh with what is left, so they
-stay true, but a coordinate that never moves has no gradient.
+bfloat16 keeps 8 bits: the numbers next to 1 are 1 - 1/256 and 1 + 1/128, and theta + eps rounds
+back to theta if eps is less than half of such a gap. The estimators weigh with the perturbation
+after rounding and stay unbiased, but a coordinate that never moves has no gradient.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from unrollgrad._checks import arguments
-from unrollgrad.types import Theta
+from unrollgrad.types import Sigma, Theta
 
-_MOST = 100_000  # coordinates of a leaf that are looked at
+_MOST = 100_000  # the largest number of coordinates of a leaf that are examined
 
 
-def check(sigma: Any, theta: Theta) -> None:
-    """Raises ValueError where most perturbations of a leaf of theta round to zero.
+def check(sigma: Sigma, theta: Theta) -> None:
+    """Raises ValueError if most perturbations of a leaf of theta round to zero.
 
     Traced values are not known, and not checked.
-
-    Args:
-        sigma: A pytree prefix of theta.
-        theta: Outer parameters.
     """
     full = arguments.broadcast_sigma(sigma, theta)
     named = jax.tree_util.tree_leaves_with_path(theta)
@@ -52,12 +48,12 @@ def check(sigma: Any, theta: Theta) -> None:
     )
 
 
-def fraction_lost(sigma: Any, x: jax.Array) -> float:
-    """The expected fraction of Gaussian perturbations of ``x`` that round to zero.
+def fraction_lost(sigma: ArrayLike, x: jax.Array) -> float:
+    """Computes the expected fraction of Gaussian perturbations of ``x`` that round to zero.
 
     Args:
-        sigma: Their standard deviation; broadcasts to ``x``.
-        x: A leaf of theta; of a large one, 10^5 coordinates are drawn.
+        sigma: The perturbations' standard deviation; broadcasts to ``x``.
+        x: A leaf of theta; from a large leaf, 10^5 coordinates are drawn.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,8 +66,8 @@ def fraction_lost(sigma: Any, x: jax.Array) -> float:
     return float(np.sum(lost * counts) / ratios.size)
 
 
-def _half_gaps(sigma: Any, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Half the distances to the next number away from zero and towards it, over sigma."""
+def _half_gaps(sigma: ArrayLike, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns half the gaps to the next number away from zero and towards zero, over sigma."""
     info, size = jnp.finfo(x.dtype), np.asarray(x)  # in numpy: this may run inside a trace
     spread = np.broadcast_to(np.asarray(sigma, np.float64), size.shape)
     if size.size > _MOST:
@@ -82,14 +78,14 @@ def _half_gaps(sigma: Any, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     mantissa, exponent = np.frexp(size)  # size = mantissa 2^exponent, mantissa in [1/2, 1)
     up = np.ldexp(1.0, exponent - 1 - info.nmant)
     down = np.where(mantissa == 0.5, up / 2, up)
-    # Below the least normal number everything is rounded to zero.
+    # Numbers below the least normal number are rounded to zero.
     tiny = size < float(info.tiny)
     up, down = (np.where(tiny, 2 * float(info.tiny), gap) for gap in (up, down))
     return up / 2 / spread, down / 2 / spread
 
 
-def _factor(sigma: Any, x: jax.Array) -> float:
-    """By how much sigma must grow for half of the perturbations to survive, rounded up."""
+def _factor(sigma: ArrayLike, x: jax.Array) -> float:
+    """Returns the factor on sigma with which half of the perturbations survive, rounded up."""
     low, high = 1.0, 2.0
     while fraction_lost(high * np.asarray(sigma, np.float64), x) > 0.5:
         low, high = high, 2 * high
@@ -97,8 +93,8 @@ def _factor(sigma: Any, x: jax.Array) -> float:
         middle = math.sqrt(low * high)
         lost = fraction_lost(middle * np.asarray(sigma, np.float64), x)
         low, high = (middle, high) if lost > 0.5 else (low, middle)
-    return 1.05 * high  # two digits of it are printed
+    return 1.05 * high  # two digits are printed
 
 
-def _known(x: Any) -> bool:
+def _known(x: object) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

@@ -1,15 +1,16 @@
 """Episodes and the one scan over inner steps that every estimator shares.
 
-All randomness of an episode comes from its key, by stream: the initial state, step t, noise period
-j, the evaluation and the horizon. Nothing is drawn from the key of a later call, so a step is a
-pure function of (episode, t): both signs of a pair see the same data, a truncated run sees what the
-untruncated one sees, and a saved state continues bit for bit.
+An episode draws all of its random numbers from its own key, in one stream each for the initial
+state, the steps, the noise periods, the evaluation and the horizon. The keys of later calls are not
+used, so a step is a pure function of (episode, t): both signs of a pair see the same data, a
+truncated run sees the data of the untruncated run, and a saved state continues bit for bit.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,21 +19,25 @@ from unrollgrad._core import mesh_axes
 from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
 
 Remat = Literal["step", "sqrt"] | int | None
-"""What backpropagation keeps: everything, the state of every step, or of some steps."""
+"""The states that backpropagation keeps: all values (None), every step's state, or some states."""
+
+_Data = chex.ArrayTree | None
+_Carry = TypeVar("_Carry")
+_Tree = TypeVar("_Tree")
 
 _INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
 
 
-def noise_key(episode: Episode, period: Any) -> Key:
-    """The key of the episode's noise period ``period``."""
+def noise_key(episode: Episode, period: chex.Numeric) -> Key:
+    """Returns the key of the episode's noise period ``period``."""
     return jax.random.fold_in(jax.random.fold_in(episode.key, _NOISE), period)
 
 
 def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
-    """An episode at t = 0; a sampled horizon is rounded up to a multiple of ``truncation``.
+    """Makes an episode at t = 0; a sampled horizon is rounded up to a multiple of ``truncation``.
 
     Raises:
-        TypeError: If the horizon's sampler does not return a whole number.
+        TypeError: If the sampler of the horizon does not return a whole number.
     """
     horizon = problem.horizon
     if callable(horizon):
@@ -53,49 +58,45 @@ def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
 def continue_or_begin(
     problem: UnrolledProblem, key: Key, episode: Episode, truncation: int
 ) -> Episode:
-    """The episode as it stands, or where t is 0 a new one from ``key``."""
+    """Returns the episode unchanged, or a new one from ``key`` where t is 0."""
     begun = new_episode(problem, key, truncation)
     return jax.tree.map(lambda new, old: jnp.where(episode.t == 0, new, old), begun, episode)
 
 
 def advance(episode: Episode, truncation: int) -> Episode:
-    """The episode ``truncation`` steps on; t = 0 if that ends it."""
+    """Moves the episode on by ``truncation`` steps; t becomes 0 at its end."""
     t = episode.t + truncation
     return episode._replace(t=jnp.where(t >= episode.horizon, 0, t))
 
 
 def initial_state(problem: UnrolledProblem, episode: Episode, theta: Theta) -> State:
-    """The state in which the episode begins."""
+    """Draws the episode's first inner state."""
     key = jax.random.fold_in(episode.key, _INIT)
     state = arguments.strong_state(problem.init(key, theta), made_by="init")
     return mesh_axes.over(mesh_axes.axes((key, theta)), state)
 
 
 def evaluate(problem: UnrolledProblem, episode: Episode, theta: Theta, state: State) -> jax.Array:
-    """``problem.evaluate`` of the state, with the key that is fixed for the episode."""
+    """Evaluates the state with ``problem.evaluate`` and the episode's key for it."""
     assert problem.evaluate is not None
     key = jax.random.fold_in(episode.key, _EVALUATE)
     return _as_loss(problem.evaluate(key, theta, state))
 
 
-def evaluate_shape(problem: UnrolledProblem, episode: Episode, theta: Theta, state: State) -> Any:
-    """The shape and dtype of ``evaluate``'s result; nothing is computed."""
+def evaluate_shape(
+    problem: UnrolledProblem, episode: Episode, theta: Theta, state: State
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of ``evaluate``'s result without computing it."""
     return jax.eval_shape(lambda *args: evaluate(problem, *args), episode, theta, state)
 
 
 def unroll(
     segment: Segment, theta: Theta, state: State, remat: Remat = None
 ) -> tuple[State, jax.Array]:
-    """Runs the segment's inner steps.
-
-    Args:
-        segment: The stretch of the episode.
-        theta: Outer parameters.
-        state: The inner state at its start.
-        remat: What backpropagation keeps, as ``bptt`` says.
+    """Runs the segment's inner steps from ``state``; ``remat`` as in ``bptt``.
 
     Returns:
-        The state after them and the losses of shape ``(num_steps,)``, at least float32.
+        The state after the steps and their losses, shape ``(num_steps,)``, at least float32.
     """
 
     def step(state, key, t, batch):
@@ -105,18 +106,21 @@ def unroll(
 
 
 def one_step(
-    problem: UnrolledProblem, key: Key, theta: Theta, state: State, t: Any, batch: Any
+    problem: UnrolledProblem, key: Key, theta: Theta, state: State, t: jax.Array, batch: _Data
 ) -> tuple[State, jax.Array]:
-    """Step ``t`` with its own key: the state after it, and its loss, at least float32."""
+    """Takes step ``t`` with the step's own key; the loss is at least float32."""
     extra = () if batch is None else (batch,)
     state, loss = problem.step(key, theta, state, t, *extra)
     return arguments.strong_state(state, made_by="step"), _as_loss(loss)
 
 
 def scan(
-    segment: Segment, step: Callable[..., tuple[Any, Any]], carry: Any, remat: Remat = None
-) -> tuple[Any, Any]:
-    """The one scan over inner steps: ``step(carry, key, t, batch) -> (carry, out)`` for each."""
+    segment: Segment,
+    step: Callable[..., tuple[_Carry, jax.Array]],
+    carry: _Carry,
+    remat: Remat = None,
+) -> tuple[_Carry, jax.Array]:
+    """Scans ``step(carry, key, t, batch) -> (carry, out)`` over the segment's inner steps."""
     episode, num_steps = segment.episode, segment.num_steps
     keys = jax.random.fold_in(episode.key, _STEP)
 
@@ -130,7 +134,7 @@ def scan(
         return jax.lax.scan(body, carry, inputs)
     if remat == "step":
         return jax.lax.scan(_remade(body), carry, inputs)
-    # Stretches of equal length, and what is left over; each keeps the state it begins with.
+    # Stretches of equal length, and the remaining steps; each keeps its first state.
     wanted = math.isqrt(num_steps) if remat == "sqrt" else min(remat, num_steps)
     length = -(-num_steps // wanted)
     stretches = num_steps // length
@@ -149,34 +153,34 @@ def scan(
     return carry, jnp.concatenate([out, rest])
 
 
-def _remade(body: Any) -> Any:
-    """``body``, whose results backpropagation computes again from its arguments."""
-    return jax.checkpoint(body, prevent_cse=False)  # in a scan nothing can be merged with it
+def _remade(body: Callable) -> Callable:
+    """Wraps ``body`` so that backpropagation computes its results again from its arguments."""
+    return jax.checkpoint(body, prevent_cse=False)  # a scan has nothing to merge it with
 
 
-def reset(episode: Episode, begin: Callable[[Episode], Any], carried: Any) -> Any:
-    """``begin(episode)`` where the episode is at its start, ``carried`` elsewhere."""
+def reset(episode: Episode, begin: Callable[[Episode], _Carry], carried: _Carry) -> _Carry:
+    """Returns ``begin(episode)`` where t is 0, and ``carried`` elsewhere."""
     first = episode.t == 0
     if mesh_axes.axes(first):
-        # In shard_map no `cond`: under vmap JAX makes it a select of all it closes over, which then
-        # vary over devices where the branch was traced with constants, and fails (jax 0.10).
+        # In shard_map `cond` fails (jax 0.10): under vmap it becomes a select of all that it closes
+        # over, which then varies over devices where the branch was traced with constants.
         return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin(episode), carried)
     return jax.lax.cond(first, lambda: begin(episode), lambda: carried)
 
 
-def reset_forwards(episode: Episode, begin: Callable[[Episode], Any], carried: Any) -> Any:
-    """As ``reset``, where nothing is differentiated in reverse mode.
+def reset_forwards(episode: Episode, begin: Callable[[Episode], _Carry], carried: _Carry) -> _Carry:
+    """Does the work of ``reset`` where nothing is differentiated in reverse mode.
 
-    A loop of one turn or none: it overwrites the carried state in place, and under ``vmap`` it runs
-    ``begin`` only if one of the episodes is at its start, where a ``cond`` would run it always.
+    A ``while_loop`` that runs zero or one time: it overwrites the carried state in place, and under
+    ``vmap`` it runs ``begin`` only if one of the episodes is at its start; a ``cond`` always does.
     """
     first = episode.t == 0
     if mesh_axes.axes(first):
         return reset(episode, begin, carried)
 
     def turn(carry):
-        # XLA takes out of a loop what no turn changes, and would begin an episode in every call.
-        # Where `waiting` is False under vmap, what begins is dropped.
+        # XLA moves loop invariants out of the loop and would begin an episode in every call, so the
+        # key depends on `waiting`. Where that is False (under vmap) the new episode is dropped.
         waiting, _ = carry
         data = jnp.where(waiting, jax.random.key_data(episode.key), 0)
         key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(episode.key))
@@ -189,10 +193,11 @@ class Window(NamedTuple):
     """One window of one trajectory.
 
     Attributes:
-        state: The inner state at its end.
-        losses: The losses of its steps, shape ``(num_steps,)``.
-        start: (T/K) times ``evaluate`` at its start, 0 in the first; None without ``evaluate``.
-        end: (T/K) times ``evaluate`` at its end; None without ``evaluate``.
+        state: The inner state at the end.
+        losses: The losses of the steps, shape ``(num_steps,)``.
+        start: (T/K) times ``evaluate`` at the start, 0 in an episode's first window; None without
+            ``evaluate``.
+        end: (T/K) times ``evaluate`` at the end; None without ``evaluate``.
     """
 
     state: State
@@ -201,72 +206,83 @@ class Window(NamedTuple):
     end: jax.Array | None
 
     def loss(self) -> jax.Array:
-        """What the window contributes to J: averaged over an episode's windows it is J."""
+        """Returns the window's part of J; averaged over an episode's windows it is J."""
         mean = jnp.mean(self.losses)
         if self.start is None or self.end is None:
             return mean
         return mean + self.end - self.start
 
 
-def window(
+def enter(
     segment: Segment,
     theta: Theta,
     state: State | None,
-    start: jax.Array | float | None = None,
+    reset: Callable[[Episode, Callable[[Episode], State], State], State] = reset,
+) -> State:
+    """Returns the inner state at the segment's start: ``state``, or where t is 0 a new one.
+
+    ``state`` is the end of the window before, or None if the segment is a whole episode.
+    """
+
+    def begin(episode):
+        return initial_state(segment.problem, episode, theta)
+
+    return begin(segment.episode) if state is None else reset(segment.episode, begin, state)
+
+
+def window(
+    segment: Segment,
+    theta: Theta,
+    state: State,
+    start: chex.Numeric | None = None,
     remat: Remat = None,
-    reset: Callable[[Episode, Callable[[Episode], Any], Any], Any] = reset,
 ) -> Window:
-    """Runs one window from ``state``, beginning the episode under ``theta`` where t is 0.
+    """Runs one window.
 
     Args:
         segment: The window.
-        theta: Outer parameters, perturbed or not; a gradient through them includes ``init``.
-        state: The state at the window's start; ignored where t is 0. None: the window is a whole
-            episode.
-        start: The ``end`` of the window before, where the caller kept it; else the state at the
-            window's start is evaluated.
-        remat: What backpropagation keeps, as ``bptt`` says.
-        reset: How the state is replaced where t is 0.
+        theta: Outer parameters, perturbed or not.
+        state: The state at the window's start, from ``enter``.
+        start: The ``end`` of the window before, if the caller kept it; None evaluates ``state``.
+        remat: The states that backpropagation keeps; see ``bptt``.
     """
     problem, episode = segment.problem, segment.episode
-
-    def begin(episode):
-        return initial_state(problem, episode, theta)
-
-    before = begin(episode) if state is None else reset(episode, begin, state)
-    after, losses = unroll(segment, theta, before, remat)
+    after, losses = unroll(segment, theta, state, remat)
     if problem.evaluate is None:
         return Window(after, losses, None, None)
-    if state is not None and start is None:
-        # Where the window is the first, no gradient goes this way: 0 times one that is not finite
-        # would be NaN.
+    if start is None and segment.num_steps != problem.horizon:
+        # The first window subtracts nothing: 0 times a gradient that is not finite would be NaN.
         first = episode.t == 0
-        fixed = jax.tree.map(lambda x: jnp.where(first, jax.lax.stop_gradient(x), x), theta)
-        start = weigh(segment, evaluate(problem, episode, fixed, state))
+        fixed = jax.tree.map(
+            lambda x: jnp.where(first, jax.lax.stop_gradient(x), x), (theta, state)
+        )
+        start = weigh(segment, evaluate(problem, episode, *fixed))
     end = weigh(segment, evaluate(problem, episode, theta, after))
     return Window(after, losses, since(segment, start, end), end)
 
 
-def weigh(segment: Segment, evaluated: Any) -> Any:
-    """T/K times what was evaluated at an end of the segment: an episode has T/K windows."""
+def weigh(segment: Segment, evaluated: _Tree) -> _Tree:
+    """Multiplies an evaluation at an end of the segment by T/K, an episode's number of windows."""
     horizon = inner_loop.static_horizon(segment.problem, "problem.evaluate")
     return jax.tree.map(lambda x: horizon / segment.num_steps * x, evaluated)
 
 
-def since(segment: Segment, start: Any, end: Any) -> Any:
-    """What is subtracted from ``end``: ``start``, but 0 in an episode's first window."""
+def since(segment: Segment, start: chex.Numeric | chex.ArrayTree | None, end: _Tree) -> _Tree:
+    """Returns the value to subtract from ``end``: ``start``, but 0 in an episode's first window."""
     if start is None:
         return jax.tree.map(jnp.zeros_like, end)
     first = segment.episode.t == 0
     return jax.tree.map(lambda x: jnp.where(first, 0.0, x), start)
 
 
-def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any = None):
-    """The loss of one whole episode: one unbiased sample of J(theta).
+def episode_loss(
+    problem: UnrolledProblem, key: Key, theta: Theta, *, data: _Data = None
+) -> jax.Array:
+    """Computes the loss of one whole episode, an unbiased sample of J(theta).
 
     Args:
         problem: The inner loop, with a static horizon.
-        key: The episode's key; ``bptt(problem).estimate(key, ...)`` sees the same episode.
+        key: The episode's key; ``bptt(problem).estimate(key, ...)`` runs the same episode.
         theta: Outer parameters.
         data: Streaming data with leading axis ``horizon``, or None.
 
@@ -288,9 +304,9 @@ def episode_loss(problem: UnrolledProblem, key: Key, theta: Theta, *, data: Any 
     arguments.check_data(data, horizon, "horizon")
     inner_loop.check_step(problem, key, theta, data)
     segment = Segment(problem, new_episode(problem, key, horizon), horizon, data)
-    return window(segment, theta, None).loss()
+    return window(segment, theta, enter(segment, theta, None)).loss()
 
 
-def _as_loss(loss: Any) -> jax.Array:
+def _as_loss(loss: chex.Numeric) -> jax.Array:
     loss = jnp.asarray(loss)
     return loss.astype(jnp.promote_types(loss.dtype, jnp.float32))

@@ -1,7 +1,9 @@
-"""Checkpoints of a run: whole or not at all, the last and the best kept, one writer at a time."""
+"""Checkpoints of a run: written whole or not at all, by one process, the last and best kept."""
 
 import contextlib
 import functools
+import itertools
+import operator
 import os
 import re
 import socket
@@ -9,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,47 +20,39 @@ import numpy as np
 from unrollgrad._checks import arguments
 from unrollgrad._core.optional_packages import need
 from unrollgrad._workers.mesh import on_any_process
+from unrollgrad.types import Key
 
-KEPT = 2
-"""The newest that are kept, besides the best."""
+_Tree = TypeVar("_Tree")
+_History = dict[str, dict[str, np.ndarray]]  # records by kind and name
 
 
 class Checkpoints(NamedTuple):
     """A folder of checkpoints, open for one run.
 
     Attributes:
-        folder: Where they are.
-        latest: The step of the newest; None where there is none.
-        manager: orbax's.
+        folder: The folder.
+        manager: The checkpoint manager of orbax.
         writer: The thread in which the manager saves.
-        writing: What it is at, one future or none.
+        writing: The pending write, if any.
     """
 
     folder: Path
-    latest: int | None
     manager: Any
     writer: ThreadPoolExecutor
-    writing: list[Future[Any]]
+    writing: list[Future[None]]
 
     def save(
-        self, step: int, tree: Any, history: dict[str, Any], about: dict[str, Any], loss: float
+        self, step: int, tree: object, history: _History, about: dict[str, object], loss: float
     ) -> None:
-        """Writes a checkpoint in the background, once the one before is on the disk.
+        """Writes a checkpoint in the background, after the pending one is on the disk.
 
-        Args:
-            step: Its number.
-            tree: The run, any pytree of arrays and keys.
-            history: Nested dicts of numpy arrays.
-            about: What a run that goes on from here has to have in common with this one.
-            loss: The best checkpoint is that of the least.
-
-        Raises:
-            OSError: If it, or the one before, cannot be written.
+        A resumed run must match ``about``; the checkpoint with the lowest ``loss`` is the best.
+        Raises OSError if this checkpoint or the pending one cannot be written.
         """
         self.finish()
         args = need("orbax.checkpoint", "orbax").args
         items = args.Composite(
-            # Copies, since the buffers are the next dispatch's to reuse.
+            # Copies, since the next dispatch reuses the buffers.
             run=args.StandardSave([jnp.copy(x) for x in _plain(tree)]),
             history=args.StandardSave(history),
             about=args.JsonSave(about),
@@ -69,51 +63,60 @@ class Checkpoints(NamedTuple):
         self.writing.append(self.writer.submit(save))
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is on the disk.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Waits for the pending write; raises OSError if it fails."""
         while self.writing:
-            with _said(self.folder):
+            with _write_errors(self.folder):
                 self.writing.pop().result()
 
     def newest(self) -> int | None:
-        """The step of the newest that is on the disk now, for messages."""
+        """The step of the newest checkpoint on the disk, for messages."""
         with contextlib.suppress(OSError):
             self.finish()
         return max(_steps(self.folder), default=None)
 
-    def restore(self, like: Any, about: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The newest run, laid out over the devices as ``like`` is, and its history.
+    def restore(
+        self, like: _Tree, about: dict[str, object], num_steps: int
+    ) -> tuple[int, _Tree, _History] | None:
+        """The newest checkpoint's step, tree (laid out as ``like``) and history, if there is one.
 
         Raises:
-            ValueError: If it is another run's; the message lists the differences.
-            OSError: If it cannot be read; the message says from which step the run could go on.
+            ValueError: If it is beyond ``num_steps``, or belongs to another run (the message lists
+                the differences).
+            OSError: If it cannot be read; the message says from which step the run could resume.
         """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
         args = need("orbax.checkpoint", "orbax").args
-        with _readable(self.folder):
-            found = self.manager.restore(self.latest, args=args.Composite(about=args.JsonRestore()))
-        _check_same(self.folder, found["about"], about)
-        plain = _plain(like)
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), plain
-        )
+        with _read_errors(self.folder):
+            found = self.manager.restore(step, args=args.Composite(about=args.JsonRestore()))
+        differences = "\n".join(_differences("", found["about"], about))
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds another run. There -> here:\n{differences}\n"
+                "Go on with the same arguments, or use another checkpoint_dir."
+            )
+        if step > num_steps:
+            raise ValueError(
+                f"`num_steps` is {num_steps}, but the run in {self.folder} has done {step} steps. "
+                "Ask for as many or more, or use another checkpoint_dir."
+            )
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in _plain(like)]
         items = args.Composite(run=args.StandardRestore(shapes), history=args.StandardRestore())
-        with _readable(self.folder):
-            found = self.manager.restore(self.latest, args=items)
-        return _typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
+        with _read_errors(self.folder):
+            found = self.manager.restore(step, args=items)
+        return step, _typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
 
 
 def _steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints are there and whole: half-written ones have other names."""
+    """The steps of the complete checkpoints; half-written ones have other names."""
     names = [file.name for file in (folder / "steps").glob("*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turns whatever goes wrong in reading the newest into an OSError that says what to do."""
+def _read_errors(folder: Path) -> Iterator[None]:
+    """Turns any exception into an OSError that says how to do without the newest checkpoint."""
     try:
         yield
     except Exception as error:
@@ -126,51 +129,53 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
-    """Yields the folder's checkpoints, or None without a folder.
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turns any exception into an OSError that says what is left."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"a checkpoint could not be written to {folder}: {textwrap.shorten(str(error), 400)}. "
+            "Those before it are whole; make room or mend the folder, and run the same call again."
+        ) from error
 
-    Raises:
-        OSError: If the folder cannot be written to.
-        RuntimeError: If another process has it open.
-    """
+
+@contextlib.contextmanager
+def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
+    """Locks the folder, as ``lock`` does, and yields its checkpoints, or None without a folder."""
     if folder is None:
         yield None
         return
     ocp = need("orbax.checkpoint", "orbax")
     policies = need("orbax.checkpoint.checkpoint_managers", "orbax")
+    best = policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)
     folder = Path(folder).absolute()
     with _locked(folder), ThreadPoolExecutor(max_workers=1) as writer:
         (folder / "steps").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(KEPT),
-                    policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1),
-                ]
-            ),
-            best_fn=lambda metrics: metrics["loss"],  # without it the loss is not written down
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+            best_fn=lambda metrics: metrics["loss"],  # without it orbax does not write the loss
             best_mode="min",
             create=False,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
-            # Named processes meet at barriers of jax.distributed, which a thread may wait at;
-            # unnamed, in a computation over all devices, which may cross one of the main thread's.
+            # With named processes orbax waits at barriers of jax.distributed, as a thread may;
+            # otherwise in a computation over all devices, which may cross the main thread's.
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 active_processes=set(range(jax.process_count()))
             ),
         )
-        with _readable(folder):
+        with _read_errors(folder):
             manager = ocp.CheckpointManager(folder / "steps", options=options)
-            latest = manager.latest_step()
         try:
-            yield Checkpoints(folder, latest, manager, writer, [])
+            yield Checkpoints(folder, manager, writer, [])
         finally:
             manager.close()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, by process 0 for all of them."""
+    """Locks the folder in process 0, on behalf of all processes."""
     error: Exception | None = None
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -189,9 +194,9 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         OSError: If the folder cannot be written to.
-        RuntimeError: If another process has it; the message names it.
+        RuntimeError: If another process has locked it; the message names the process.
     """
-    import fcntl  # here: Windows has none, and needs it only where checkpoints are wanted
+    import fcntl  # here, since Windows lacks it and only checkpoints need it
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
@@ -209,40 +214,28 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _said(folder: Path) -> Iterator[None]:
-    """Turns whatever goes wrong in writing into an OSError that says what is left."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"a checkpoint could not be written to {folder}: {textwrap.shorten(str(error), 400)}. "
-            "Those before it are whole; make room or mend the folder, and run the same call again."
-        ) from error
-
-
-def _is_key(x: Any) -> bool:
+def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _plain(tree: Any) -> list[Any]:
-    """The leaves, keys as their data: what a file can hold."""
+def _plain(tree: object) -> list[jax.Array]:
+    """The leaves as a file can hold them: keys become their data."""
     return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
 
 
-def _typed(like: Any, leaves: list[Any]) -> Any:
-    def leaf(x, found):
-        return jax.random.wrap_key_data(found, impl=jax.random.key_impl(x)) if _is_key(x) else found
-
+def _typed(like: _Tree, leaves: list[jax.Array]) -> _Tree:
+    """The inverse of ``_plain``, for a tree with the structure of ``like``."""
     old, structure = jax.tree.flatten(like)
-    return structure.unflatten([leaf(x, found) for x, found in zip(old, leaves, strict=True)])
+    return structure.unflatten(
+        jax.random.wrap_key_data(new, impl=jax.random.key_impl(x)) if _is_key(x) else new
+        for x, new in zip(old, leaves, strict=True)
+    )
 
 
-def about(tree: Any, key: Any, config: Any) -> dict[str, Any]:
-    """What must be the same in a run that goes on: structure, key and configuration, as JSON.
+def about(tree: object, key: Key, config: object) -> dict[str, object]:
+    """The description that a resumed run must match, as JSON: structure, key and configuration.
 
-    Raises:
-        ValueError: If there are several processes and the tree is one process's own.
+    Raises ValueError if there are several processes and an array of the tree is local to one.
     """
     if jax.process_count() > 1 and any(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         raise ValueError(
@@ -255,29 +248,18 @@ def about(tree: Any, key: Any, config: Any) -> dict[str, Any]:
     }
     return {
         "state": leaves,
-        # Functions in it have another address in every process.
+        # The address of a function differs between processes.
         "structure": re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree))),
         "key": f"{jax.random.key_impl(key)} {np.asarray(jax.random.key_data(key)).tolist()}",
         "config": config,
     }
 
 
-def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    lines = list(_differences("", theirs, ours))
-    if lines:
-        raise ValueError(
-            f"{folder} holds another run. There -> here:\n"
-            + "\n".join(lines)
-            + "\nGo on with the same arguments, or use another checkpoint_dir."
-        )
-
-
-def _differences(name: str, theirs: Any, ours: Any) -> Iterator[str]:
+def _differences(name: str, theirs: object, ours: object) -> Iterator[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in [*theirs, *(k for k in ours if k not in theirs)]:
-            yield from _differences(
-                f"{name}.{key}".lstrip("."), theirs.get(key, "absent"), ours.get(key, "absent")
-            )
+            both = (x.get(key, "absent") for x in (theirs, ours))
+            yield from _differences(f"{name}.{key}".lstrip("."), *both)
     elif theirs != ours:
         if isinstance(theirs, str) and isinstance(ours, str):
             theirs, ours = _where_they_differ(theirs, ours)
@@ -285,7 +267,7 @@ def _differences(name: str, theirs: Any, ours: Any) -> Iterator[str]:
 
 
 def _where_they_differ(a: str, b: str, around: int = 30, short: int = 120) -> tuple[str, str]:
-    """Long texts are cut down to where they differ."""
+    """Cuts two long texts down to the part in which they differ."""
     if max(len(a), len(b)) <= short:
         return a, b
     first = _agree(a, b)
@@ -298,6 +280,5 @@ def _where_they_differ(a: str, b: str, around: int = 30, short: int = 120) -> tu
 
 
 def _agree(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    """The length of the common beginning of two texts."""
+    return len(list(itertools.takewhile(bool, map(operator.eq, a, b))))

@@ -1,9 +1,9 @@
-"""Streamed data, made in a thread of its own while the device computes."""
+"""Streamed data, made in a separate thread while the device computes."""
 
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 
 @contextlib.contextmanager
-def prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Iterator[Any]]:
-    """Yields the batches of dispatch after dispatch; each is made while the one before computes."""
+def prefetched(
+    data: Callable[..., object] | Iterator[object] | None, done: int, num_steps: int, size: int
+) -> Iterator[Iterator[Any]]:
+    """Yields each dispatch's batches, which are made while the dispatch before it computes."""
     if data is None:
         yield itertools.repeat(None)
         return
@@ -30,6 +32,7 @@ def prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Iter
             ) from None
 
     closing = threading.Event()
+    main_stacks = jax.process_count() > 1  # processes must dispatch in the same order
 
     def make(first):
         batches = []
@@ -37,22 +40,20 @@ def prefetched(data: Any, done: int, num_steps: int, size: int) -> Iterator[Iter
             if closing.is_set():  # nobody waits for them any more
                 raise CancelledError
             batches.append(batch(step))
-        return batches + [batches[-1]] * (size - len(batches))  # the last dispatch does not reach
+        # The last dispatch does not use the copies that fill its batches up.
+        batches += [batches[-1]] * (size - len(batches))
+        return batches if main_stacks else stacked(batches)
 
     def stacked(batches):
         return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
 
-    # Of several processes all must dispatch in the same order: then the main thread stacks.
-    together = jax.process_count() > 1
-    ahead_of = make if together else lambda first: stacked(make(first))
-
     def chunks():
-        ahead = pool.submit(ahead_of, done)
+        ahead = pool.submit(make, done)
         for first in range(done + size, num_steps + size, size):
             ready = ahead.result()
             if first < num_steps:
-                ahead = pool.submit(ahead_of, first)
-            yield stacked(ready) if together else ready
+                ahead = pool.submit(make, first)
+            yield stacked(ready) if main_stacks else ready
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         if not callable(data):

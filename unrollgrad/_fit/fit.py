@@ -1,5 +1,6 @@
-"""The outer loop: an estimator and any optax optimizer, in dispatches of many steps."""
+"""The outer loop: an estimator and an optax optimizer, many outer steps per compiled program."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,53 +23,61 @@ from unrollgrad._fit.interrupts import stop_requests
 from unrollgrad._workers.mesh import on_any_process, placed
 from unrollgrad.types import GradientEstimator, Key, Theta, WorkerState
 
-_INIT, _EVALUATE = 0x696E6974, 0x6576616C  # folded into the key, numbers that no step has
+_INIT, _EVALUATE = 0x696E6974, 0x6576616C  # folded into the key; no step has these numbers
 
 
 class FitResult(NamedTuple):
-    """What ``fit`` returns.
+    """The result of ``fit``.
 
     Attributes:
-        theta: After the last step.
-        opt_state: The outer optimizer's.
-        worker_state: The estimator's.
-        history: Arrays by name. One number per outer step: ``loss`` (the estimate, before the
-            update), ``grad_norm`` and what the estimator's ``info`` holds. One per evaluation:
-            ``evaluated_at``, the number of steps done, and what ``evaluate`` returned.
+        theta: Outer parameters after the last step.
+        opt_state: The state of the outer optimizer.
+        worker_state: The state of the estimator.
+        history: Arrays by name. With one number per outer step: ``loss`` (the estimate before the
+            update), ``grad_norm`` and the fields of the estimator's ``info``. With one per
+            evaluation: ``evaluated_at``, the number of steps done, and the values of ``evaluate``.
     """
 
-    theta: Theta
+    theta: Any
     opt_state: optax.OptState
     worker_state: WorkerState
     history: dict[str, np.ndarray]
 
 
 class _Carry(NamedTuple):
-    theta: Theta
+    theta: Any
     opt_state: optax.OptState
     worker_state: WorkerState
 
 
-class _Run(NamedTuple):
+class _Steps(NamedTuple):
+    """The outer steps of one dispatch: ``number`` steps, the first of which is step ``first``."""
+
+    key: Key
+    first: chex.Numeric
+    number: chex.Numeric
+    data: chex.ArrayTree | None  # one step's batches per entry of the leading axis
+
+
+@dataclasses.dataclass
+class _Run:
+    """A call of ``fit`` after ``done`` outer steps."""
+
     carry: _Carry
     done: int
-    steps: list[dict[str, np.ndarray]]  # the records of one dispatch after another
-    evaluations: list[dict[str, np.ndarray]]
+    records: dict[str, list[dict[str, np.ndarray]]]  # "steps", by dispatch, and "evaluations"
 
     def history(self) -> dict[str, dict[str, np.ndarray]]:
-        """Both kinds of records joined; without those of which there are none."""
-        parts = {"steps": self.steps, "evaluations": self.evaluations}
+        """The records, concatenated."""
         return {
-            name: {k: np.concatenate([r[k] for r in records]) for k in records[0]}
-            for name, records in parts.items()
-            if records
+            kind: {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
+            for kind, rows in self.records.items()
         }
 
     def result(self) -> FitResult:
-        """What there is so far."""
-        history = self.history()
-        flat = history.get("steps", {}) | history.get("evaluations", {})
-        return FitResult(self.carry.theta, self.carry.opt_state, self.carry.worker_state, flat)
+        """The result so far."""
+        flat = {k: x for rows in self.history().values() for k, x in rows.items()}
+        return FitResult(*self.carry, flat)
 
 
 def fit(
@@ -77,68 +87,66 @@ def fit(
     *,
     num_steps: int,
     key: Key,
-    data: Callable[[int], Any] | Iterator[Any] | None = None,
+    data: Callable[..., object] | Iterator[object] | None = None,
     steps_per_dispatch: int = 100,
-    evaluate: Callable[[Key, Theta], dict[str, Any]] | None = None,
-    callback: Callable[[int, Theta, dict[str, Any]], None] | None = None,
+    evaluate: Callable[..., dict[str, Any]] | None = None,
+    callback: Callable[..., None] | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
-    config: Any = None,
+    config: object = None,
 ) -> FitResult:
     """Minimises J by ``num_steps`` outer steps: estimate, optax update, apply.
 
-    Step s, counted from 0, uses ``fold_in(key, s)``. ``steps_per_dispatch`` steps are one program
-    and one dispatch; between dispatches, and only there, theta is evaluated, the callback called,
-    checkpoints are written and, on a terminal, the progress shown. Everything is compiled once.
+    Step s, counted from 0, uses ``fold_in(key, s)``. A dispatch runs ``steps_per_dispatch`` steps
+    in one program, which is compiled once. Only between dispatches, ``fit`` evaluates theta, calls
+    the callback, writes checkpoints and, on a terminal, shows the progress.
 
-    With ``checkpoint_dir`` the same call on a folder that is not empty goes on where the last
-    checkpoint was, bit for bit on the same devices; ``num_steps`` may have grown. Ctrl-C and
-    SIGTERM let the running dispatch end, save, and return what there is (a second one interrupts).
+    With ``checkpoint_dir``, the same call on a folder that holds checkpoints resumes from the last
+    one, bit for bit on the same devices; ``num_steps`` may have grown. On Ctrl-C or SIGTERM ``fit``
+    finishes the running dispatch, saves, and returns the result so far; a second one interrupts.
 
-    Time: that of the estimates and updates. Memory: theta, optimizer state and worker state once,
-    as their buffers are handed on (theta and optimizer state twice inside a step, so that a step
-    that fails changes nothing), and once more while a checkpoint is written in the background; with
-    ``data`` two dispatches' batches.
+    Time: the estimates and updates. Memory: one copy of theta, optimizer state and worker state,
+    since their buffers are donated (theta and optimizer state twice inside a step, so that a step
+    that fails changes nothing), a second copy while a checkpoint is written in the background, and
+    with ``data`` the batches of two dispatches.
 
-    Of several processes all make the same call, with a mesh over all; a signal to one stops all.
+    With several processes, every process makes the same call, with a mesh over all devices; a
+    signal to one process stops them all.
 
     Args:
-        estimator: Of the gradient, as a rule an ``average``. Spread over a mesh, theta and the
-            optimizer's state are replicated over it.
-        theta: Where to begin; it is copied.
-        optimizer: Any optax transformation whose update needs no more than gradient, theta and
-            ``value=loss``: no line search, which would have to call the loss.
-        num_steps: Outer steps, those before a checkpoint included.
-        key: Of everything that is drawn.
-        data: Streamed batches, one outer step's worth each, as ``estimate(data=)`` wants them: a
-            function of the step, or an iterator, of which a continued run wants a fresh one: it
-            takes and leaves what was used already. Both are called in a thread of their own while
-            the device computes.
+        estimator: The gradient estimator, usually an ``average``. If its workers are spread over a
+            mesh, theta and the optimizer's state are replicated over it.
+        theta: Initial outer parameters; they are copied.
+        optimizer: An optax transformation whose update needs only gradient, theta and
+            ``value=loss``; a line search, which calls the loss, does not work.
+        num_steps: Outer steps in total, including those before a checkpoint.
+        key: The key from which all randomness is drawn.
+        data: Streamed batches for ``estimate(data=)``, one outer step's worth each: a function of
+            the step, or an iterator. When resuming, pass a fresh iterator; batches already used are
+            skipped. Both are called in a separate thread while the device computes.
         steps_per_dispatch: Outer steps in one program.
-        evaluate: ``evaluate(key, theta) -> {name: number or array}`` after every dispatch, always
-            the same names and shapes, none that is in the history already. ``jit`` it yourself.
-        callback: ``callback(s, theta, metrics)`` after every dispatch: the number of steps done,
-            and the last step's record with what ``evaluate`` returned.
-        checkpoint_dir: Where to write checkpoints, and to go on from the last. The last two are
-            kept, and the one whose last dispatch had the least mean loss. Needs orbax.
-        checkpoint_every: Outer steps between checkpoints, rounded up to dispatches; one more is
-            written at the end. Default: ten dispatches.
-        config: Anything that JSON can hold; a run goes on only with the same.
-
-    Returns:
-        A ``FitResult``.
+        evaluate: ``evaluate(key, theta) -> {name: number or array}``, called after every dispatch.
+            The names and shapes stay the same; no name is in the history already. ``jit`` it
+            yourself.
+        callback: ``callback(s, theta, metrics)``, called after every dispatch with the number of
+            steps done, and the last step's record joined with the values of ``evaluate``.
+        checkpoint_dir: Folder in which checkpoints are written and found. It keeps the last two and
+            the one whose last dispatch had the lowest mean loss. Needs orbax.
+        checkpoint_every: Outer steps between checkpoints, rounded up to dispatches (by default ten
+            dispatches); one more is written at the end.
+        config: Any JSON value; a run resumes only with an equal one.
 
     Raises:
         FloatingPointError: If theta or its gradient is not finite, with the step and the leaf.
-        TypeError: If an argument is not what it should be.
+        TypeError: If an argument has the wrong type.
         ValueError: If a number is not positive, an iterator of data ends early, ``evaluate``
-            returns other names than before, or the checkpoint is that of another run, with the
-            differences, or beyond num_steps.
+            changes its names, or the checkpoint belongs to another run (the message lists the
+            differences) or is beyond num_steps.
         OSError: If a checkpoint cannot be written or read.
-        RuntimeError: If another process has the folder.
+        RuntimeError: If another process uses the folder.
 
-    Whatever is raised between dispatches has the result so far as its attribute ``result``; where
-    something is not finite that is theta before the failing step, with the workers after it.
+    An exception raised between dispatches has the result so far as its attribute ``result``; if
+    something is not finite, this is theta before the failing step, with the workers after it.
 
     Example:
         >>> import jax, optax, unrollgrad as ug
@@ -151,23 +159,16 @@ def fit(
     _check(estimator, optimizer, data)
     num_steps = arguments.positive_int("num_steps", num_steps)
     size = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
-    every = 10 * size
-    if checkpoint_every is not None:
-        every = arguments.positive_int("checkpoint_every", checkpoint_every)
+    every = 10 * size if checkpoint_every is None else checkpoint_every
+    every = arguments.positive_int("checkpoint_every", every)
     key, theta, config = arguments.typed_key(key), arguments.floating_theta(theta), _as_json(config)
+    program, stopping = _program(estimator, optimizer, size), False
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
-        run = _Run(_begin(estimator, theta, optimizer, key), 0, [], [])
-        about = {} if store is None else checkpoints.about(run.carry, key, config)
-        if store is not None and store.latest is not None:
-            carry, history = store.restore(run.carry, about)
-            kept = [[history[k]] if k in history else [] for k in ("steps", "evaluations")]
-            run = _Run(carry, store.latest, *kept)
-            if run.done > num_steps:
-                raise ValueError(
-                    f"`num_steps` is {num_steps}, but the run in {store.folder} has done {run.done}"
-                    " steps. Ask for as many or more, or use another checkpoint_dir."
-                )
-        saved, stopping = run.done, False
+        carry = _begin(estimator, theta, optimizer, key)
+        about = {} if store is None else checkpoints.about(carry, key, config)
+        found = None if store is None else store.restore(carry, about, num_steps)
+        saved, carry, history = found or (0, carry, {})
+        run = _Run(carry, saved, {kind: [rows] for kind, rows in history.items()})
         try:
             with (
                 prefetched(data, run.done, num_steps, size) as batches,
@@ -175,29 +176,16 @@ def fit(
             ):
                 while run.done < num_steps and not stopping:
                     number = min(size, num_steps - run.done)
-                    batch = next(batches)
-                    run, finite = _dispatched(estimator, optimizer, size, key, run, number, batch)
-                    if not all(jax.tree.leaves(finite)):
-                        raise FloatingPointError(_not_finite(finite, run.done))
-                    metrics = {k: x[-1] for k, x in run.steps[-1].items()}
-                    # A copy, which may be kept: the next dispatch takes over the buffers.
-                    seen = evaluate is not None or callback is not None
-                    here = jax.tree.map(jnp.copy, run.carry.theta) if seen else None
-                    if evaluate is not None:
-                        at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
-                        found = _checked(evaluate(at, here), run)
-                        row = {"evaluated_at": np.asarray(run.done), **found}
-                        run.evaluations.append({k: x[None] for k, x in row.items()})
-                        metrics |= found
-                    if callback is not None:
-                        callback(run.done, here, metrics)
+                    _advance(run, program, _Steps(key, run.done, number, next(batches)))
+                    _observe(run, key, evaluate, callback)
                     stopping = on_any_process(bool(stop))
                     ends = run.done == num_steps or stopping
+                    losses = run.records["steps"][-1]["loss"]
                     if store is not None and (ends or run.done - saved >= every):
-                        loss = float(np.mean(run.steps[-1]["loss"]))
+                        loss = float(np.mean(losses))
                         store.save(run.done, run.carry, run.history(), about, loss)
                         saved = run.done
-                    progress(f"loss {metrics['loss']:.4g}", run.done)
+                    progress(f"loss {losses[-1]:.4g}", run.done)
                 if store is not None:
                     store.finish()
         except BaseException as error:
@@ -209,8 +197,46 @@ def fit(
     return run.result()
 
 
-def _explain(error: BaseException, run: _Run, store: Any) -> None:
-    """Gives whatever is raised the result so far, and says where the last checkpoint is."""
+def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
+    """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
+    carry, count, records, finite = program(run.carry, steps)
+    count = int(count)
+    record = {k: np.array(x[:count]) for k, x in jax.device_get(records).items()}
+    # Only now, since an interrupt may come while the device computes.
+    run.carry, run.done = carry, run.done + count
+    run.records.setdefault("steps", []).append(record)
+    bad = [
+        f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+        for path, ok in jax.tree_util.tree_leaves_with_path(finite)
+        if not ok
+    ]
+    if bad:
+        raise FloatingPointError(
+            f"not finite in outer step {run.done}: {', '.join(bad)}. Lower the learning rate or "
+            "sigma, clip the gradient (optax.clip_by_global_norm), or look at "
+            "history['num_nonfinite']."
+        )
+
+
+def _observe(run: _Run, key: Key, evaluate, callback) -> None:
+    """Evaluates theta, records the values, and calls the callback."""
+    if evaluate is None and callback is None:
+        return
+    # A copy, which the user may keep: the next dispatch takes over the buffers.
+    theta = jax.tree.map(jnp.copy, run.carry.theta)
+    metrics = {k: x[-1] for k, x in run.records["steps"][-1].items()}
+    if evaluate is not None:
+        at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
+        found = _checked(evaluate(at, theta), run)
+        row = {"evaluated_at": np.asarray(run.done), **found}
+        run.records.setdefault("evaluations", []).append({k: x[None] for k, x in row.items()})
+        metrics |= found
+    if callback is not None:
+        callback(run.done, theta, metrics)
+
+
+def _explain(error: BaseException, run: _Run, store: checkpoints.Checkpoints | None) -> None:
+    """Adds the result so far to an exception, and says where the last checkpoint is."""
     if not any(x.is_deleted() for x in jax.tree.leaves(run.carry)):
         error.result = run.result()  # type: ignore[attr-defined]
         error.add_note(f"fit: the result of the {run.done} steps so far is this error's `result`.")
@@ -218,7 +244,7 @@ def _explain(error: BaseException, run: _Run, store: Any) -> None:
         error.add_note(f"fit: the last checkpoint is that of step {saved}, in {store.folder}.")
 
 
-def _check(estimator: Any, optimizer: Any, data: Any) -> None:
+def _check(estimator: object, optimizer: object, data: object) -> None:
     if not isinstance(estimator, GradientEstimator):
         raise TypeError(
             "`estimator` must be a GradientEstimator such as ug.average(ug.pes(problem, ...), 64); "
@@ -236,8 +262,8 @@ def _check(estimator: Any, optimizer: Any, data: Any) -> None:
         )
 
 
-def _as_json(config: Any) -> Any:
-    """The configuration as a file gives it back."""
+def _as_json(config: object) -> object:
+    """The configuration as it is read back from a file."""
     try:
         return json.loads(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -247,22 +273,22 @@ def _as_json(config: Any) -> Any:
         ) from error
 
 
-def _checked(found: Any, run: _Run) -> dict[str, np.ndarray]:
-    """What ``evaluate`` returned, as arrays."""
+def _checked(found: object, run: _Run) -> dict[str, np.ndarray]:
+    """The values of ``evaluate`` as arrays."""
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise TypeError(
             f"`evaluate` must return a dict of numbers by name, such as {{'test_loss': 0.1}}; got "
             f"{type(found).__name__} {found!r:.100}."
         )
-    taken = sorted({"evaluated_at", *run.steps[-1]} & set(found))
+    taken = sorted({"evaluated_at", *run.records["steps"][-1]} & set(found))
     if taken:
         raise ValueError(f"`evaluate` returns {taken}, which `fit` records itself; rename it.")
     values = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
     for name, x in values.items():
         if not jnp.issubdtype(x.dtype, np.number) and x.dtype != bool:
             raise TypeError(f"`evaluate` must return numbers; {name!r} is {found[name]!r:.100}.")
-    if run.evaluations:
-        before = {k: x.shape[1:] for k, x in run.evaluations[-1].items() if k != "evaluated_at"}
+    if rows := run.records.get("evaluations"):
+        before = {k: x.shape[1:] for k, x in rows[-1].items() if k != "evaluated_at"}
         now = {k: x.shape for k, x in values.items()}
         if now != before:
             raise ValueError(
@@ -272,8 +298,10 @@ def _checked(found: Any, run: _Run) -> dict[str, np.ndarray]:
     return values
 
 
-def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key) -> _Carry:
-    """What the first dispatch takes, in buffers of its own, laid out as those that come back."""
+def _begin(
+    estimator: GradientEstimator, theta: Theta, optimizer: optax.GradientTransformation, key: Key
+) -> _Carry:
+    """The initial carry, in buffers of its own and in the layout that a dispatch returns."""
     worker_state = estimator.init(jax.random.fold_in(key, _INIT), theta)
     layouts = {x.sharding for x in jax.tree.leaves(worker_state)}
     meshes = {s.mesh for s in layouts if isinstance(s, NamedSharding)}
@@ -284,97 +312,69 @@ def _begin(estimator: GradientEstimator, theta: Theta, optimizer: Any, key: Key)
         return x if whole is None else placed(x, whole)
 
     theta, opt_state = jax.tree.map(own, (theta, optimizer.init(theta)))
-    # The workers' states too: a problem's `init` may return an array that is the user's.
+    # Worker states are copied too: a problem's `init` may return an array that is the user's.
     return _Carry(theta, opt_state, jax.tree.map(lambda x: x.copy(), worker_state))
 
 
-def _dispatched(
-    estimator: GradientEstimator,
-    optimizer: Any,
-    size: int,
-    key: Key,
-    run: _Run,
-    number: int,
-    batch: Any,
-) -> tuple[_Run, dict[str, Any]]:
-    """The run ``number`` steps on, or fewer; and what was finite in the last."""
-    program = _program(estimator, optimizer, size)
-    carry, count, records, finite = program(run.carry, key, run.done, number, batch)
-    count = int(count)
-    run.steps.append({k: np.array(x[:count]) for k, x in jax.device_get(records).items()})
-    return run._replace(carry=carry, done=run.done + count), finite
-
-
-def _not_finite(finite: dict[str, Any], step: int) -> str:
-    bad = [
-        f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
-        for path, ok in jax.tree_util.tree_leaves_with_path(finite)
-        if not ok
-    ]
-    return (
-        f"not finite in outer step {step}: {', '.join(bad)}. Lower the learning rate or sigma, "
-        "clip the gradient (optax.clip_by_global_norm), or look at history['num_nonfinite']."
-    )
-
-
 @functools.lru_cache(maxsize=1)
-def _program(estimator, optimizer, size):
-    """``_dispatch``, compiled; the last is kept for another call, and no more of them in memory."""
+def _program(estimator, optimizer, size) -> Callable[..., tuple]:
+    """``_dispatch``, compiled; only the last program is kept, for another call of ``fit``."""
     return jax.jit(functools.partial(_dispatch, estimator, optimizer, size), donate_argnums=(0,))
 
 
-def _dispatch(estimator, optimizer, size, carry, key, first, number, data):
-    """Runs up to ``number`` of ``size`` steps, less where one is not finite.
+def _dispatch(estimator, optimizer, size, carry, steps):
+    """Runs ``steps``, at most ``size`` of them, and stops at one that is not finite.
 
     Returns:
-        The carry; how many steps were done; the records, arrays of ``size``; and the leaves of the
-        failing step's gradient and new theta that are finite.
+        The carry; the number of steps done; their records, arrays of length ``size``; and for each
+        leaf of the last step's gradient and new theta whether it is finite.
     """
+    key, first, number, data = steps
 
     def step(i, carry):
-        given = {} if data is None else {"data": jax.tree.map(lambda x: x[i], data)}
         at = jax.random.fold_in(key, first + i)
-        estimate, worker_state = estimator.estimate(at, carry.theta, carry.worker_state, **given)
-        # Wrapped here and not before, so that jit finds its program again in another call of fit.
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(
-            estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
-        )
-        theta = optax.apply_updates(carry.theta, updates)
-        record = {
-            "loss": estimate.loss,
-            "grad_norm": optax.tree.norm(estimate.grad),
-            **estimate.info._asdict(),
-        }
-        finite = {"gradient": estimate.grad, "theta": theta}
-        finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), finite)
-        return _Carry(theta, opt_state, worker_state), record, finite
+        given = {} if data is None else {"data": jax.tree.map(lambda x: x[i], data)}
+        return _step(estimator, optimizer, at, carry, given)
 
     _, record, finite = jax.eval_shape(step, jnp.int32(0), carry)
     records = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), record)
     finite = jax.tree.map(lambda x: jnp.ones((), bool), finite)
 
-    def every(finite):
-        return jnp.all(jnp.stack(jax.tree.leaves(finite)))
-
-    def goes_on(loop):
-        i, _, _, finite = loop
-        return (i < number) & every(finite)
-
     def body(loop):
         i, carry, records, _ = loop
         after, record, finite = step(i, carry)
-        good = every(finite)
+        good = _all(finite)
 
         def unless_bad(new, old):
             # With x64 some optimizers make float64 of their float32 states.
             return jnp.where(good, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
         theta, opt_state = jax.tree.map(unless_bad, after[:2], carry[:2])
-        after = _Carry(theta, opt_state, after.worker_state)
         records = jax.tree.map(lambda xs, x: xs.at[i].set(x), records, record)
+        after = _Carry(theta, opt_state, after.worker_state)
         return i + good.astype(i.dtype), after, records, finite
 
+    begin = (jnp.int32(0), carry, records, finite)
     i, carry, records, finite = jax.lax.while_loop(
-        goes_on, body, (jnp.int32(0), carry, records, finite)
+        lambda loop: (loop[0] < number) & _all(loop[3]), body, begin
     )
     return carry, i, records, finite
+
+
+def _all(finite):
+    return jnp.all(jnp.stack(jax.tree.leaves(finite)))
+
+
+def _step(estimator, optimizer, key, carry, given):
+    """One outer step: the carry, the record, and which leaves are finite."""
+    estimate, worker_state = estimator.estimate(key, carry.theta, carry.worker_state, **given)
+    # Wrapped here and not before, so that jit finds its program again in another call of fit.
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
+    )
+    theta = optax.apply_updates(carry.theta, updates)
+    norm = optax.tree.norm(estimate.grad)
+    record = {"loss": estimate.loss, "grad_norm": norm, **estimate.info._asdict()}
+    finite = {"gradient": estimate.grad, "theta": theta}
+    finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), finite)
+    return _Carry(theta, opt_state, worker_state), record, finite

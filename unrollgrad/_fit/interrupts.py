@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good place.
+"""Ctrl-C and SIGTERM as requests to stop at the next good place.
 
-Python's own KeyboardInterrupt may come up anywhere, where it leaves things half done or, in a
-callback of some library, is swallowed.
+Python's own KeyboardInterrupt may be raised anywhere: it leaves things half done, or the callback
+of a library swallows it.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ _open: list[list[str]] = []
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[str]]:
-    """Yields a list that gets the name of the signal that asks for a stop; a second one interrupts.
+    """Yields a list that gets the name of the first signal; a second signal interrupts.
 
-    Of contexts inside one another the innermost gets it, the one around that at its end. Only the
-    main thread can ask for signals; in others the list stays empty.
+    If contexts are nested, the innermost one gets the signal and passes it on when it ends. Only
+    the main thread receives signals; in another thread the list stays empty.
     """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
@@ -40,5 +40,5 @@ def stop_requests() -> Iterator[list[str]]:
         if _open:
             _open[-1].extend(received)
         for number, handler in before.items():
-            # None: a handler that is not Python's, such as a library's in C.
+            # A handler that was not set from Python, such as one of a C library, is None.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,11 +1,11 @@
-"""Inner optimizers: one update in the dtypes that it began with, and what is unsafe about some.
+"""One update of an inner optimizer in the dtypes of its state, and warnings about its derivatives.
 
-Most optax optimizers are written to be run, not to be differentiated. Where a square root is taken
-of exactly zero its slope is infinite, and backpropagation may make NaN of it: optax.adam with
-``eps_root=0`` at a coordinate without gradient (a dead ReLU, one at its optimum). optax.radam gives
-NaN from its third update on. Nothing shows before the gradient is NaN. So when a step is about to
-be differentiated, the optimizer is tried on made-up gradients, and what was seen is said. Evolution
-strategies only run it forwards, and are not warned.
+Most optax optimizers are written to be run, not to be differentiated. The slope of a square root is
+infinite at exactly zero, and backpropagation may make NaN of it: optax.adam with ``eps_root=0`` at
+a coordinate with zero gradient (a dead ReLU, a coordinate at its optimum). optax.radam gives NaN
+from its third update on. Nothing shows before the gradient is NaN. So the optimizer is tried on
+made-up gradients when a step is about to be differentiated, and a warning says what was seen.
+Evolution strategies only run the optimizer forwards, and give no warning.
 """
 
 import contextlib
@@ -13,8 +13,9 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,23 +23,24 @@ import optax
 from jax.extend import core
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import float_leaves
 from unrollgrad.types import Theta
 
-Optimizer = Callable[[Theta, Any], optax.GradientTransformation]
+Optimizer = Callable[..., optax.GradientTransformation]  # optimizer(theta, t)
 
-_STEPS = 6  # radam's trouble begins with the third
-_LONGEST = 8  # axis of a leaf that the optimizer is tried on
-_MOST_NUMBERS = 100_000  # in theta and weights that it is tried on as they are
+_STEPS = 6  # radam's derivatives are NaN from the third on
+_LONGEST = 8  # axes are cut to this length for a trial ...
+_MOST_NUMBERS = 100_000  # ... if theta and weights have more numbers than this
 _SINGULAR = {"sqrt", "rsqrt", "cbrt", "pow", "log", "log1p", "acos", "asin", "acosh", "atanh"}
 _SINGULAR |= {"cholesky", "eigh", "qr", "svd"}
 
 
-def init(optimizer: Optimizer, theta: Theta, params: Any) -> Any:
+def init(optimizer: Optimizer, theta: Theta, params: optax.Params) -> optax.OptState:
     """The optimizer's state for fresh weights.
 
     Raises:
-        TypeError: If it needs a number and has an array.
-        ValueError: If hyperparameters are kept in 16 bits.
+        TypeError: If the optimizer needs a Python number and gets an array.
+        ValueError: If the state keeps hyperparameters in 16 bits.
     """
     with _arrays_for_numbers():
         state = optimizer(theta, jnp.int32(0)).init(params)
@@ -56,15 +58,22 @@ def init(optimizer: Optimizer, theta: Theta, params: Any) -> Any:
 
 
 def update(
-    optimizer: Optimizer, theta: Theta, t: Any, grad: Any, state: Any, params: Any, /, **extra: Any
-) -> tuple[Any, Any]:
-    """The updates, and the next state with the dtypes of the old one.
+    optimizer: Optimizer,
+    theta: Theta,
+    t: chex.Numeric,
+    grad: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params,
+    /,
+    **extra: object,
+) -> tuple[optax.Updates, optax.OptState]:
+    """The updates, and the next state in the dtypes of the old one.
 
-    Numbers that ``optax.inject_hyperparams`` keeps in the state are those of this theta and t, not
-    of the theta that the episode began with, as optax alone would have it.
+    The hyperparameters that ``optax.inject_hyperparams`` keeps in the state are computed from this
+    theta and t; optax alone would keep those of the theta with which the episode began.
 
     Raises:
-        TypeError: If the optimizer needs a number and has an array.
+        TypeError: If the optimizer needs a Python number and gets an array.
     """
     with _arrays_for_numbers():
         transform = optax.with_extra_args_support(optimizer(theta, t))
@@ -74,38 +83,38 @@ def update(
     return updates, _keep_dtypes(state, new)
 
 
-def _is_injected(x: Any) -> bool:
+def _is_injected(x: object) -> bool:
     return isinstance(x, optax.InjectHyperparamsState | optax.InjectStatefulHyperparamsState)
 
 
-def _renewed(state: Any, fresh: Any) -> Any:
+def _renewed(state, fresh):
     """The state with the injected hyperparameters of a fresh one, in its own dtypes."""
     if jax.tree.structure(state) != jax.tree.structure(fresh):
-        return state  # refused by name, in ``problem_checks.check_step``
-
-    def number(old, new):
-        return jnp.asarray(new, arguments.dtype_of(old))
+        return state  # ``inner_loop.check_step`` refuses it by name
 
     def node(old, new):
         if not _is_injected(old):
             return old
-        hyperparams = jax.tree.map(number, old.hyperparams, new.hyperparams)
+        hyperparams = jax.tree.map(_cast, old.hyperparams, new.hyperparams)
         inner = _renewed(old.inner_state, new.inner_state)
         return old._replace(hyperparams=hyperparams, inner_state=inner)
 
     return jax.tree.map(node, state, fresh, is_leaf=_is_injected)
 
 
-def _keep_dtypes(old: Any, new: Any) -> Any:
-    """Rounds to the dtypes the optimizer began with: a float32 theta would widen bfloat16 state."""
+def _keep_dtypes(old, new):
+    """Casts floating leaves to the old dtypes: a float32 theta would widen bfloat16 state."""
     if jax.tree.structure(old) != jax.tree.structure(new):
-        return new  # refused by name, in ``problem_checks.check_step``
+        return new  # ``inner_loop.check_step`` refuses it by name
+    return jax.tree.map(lambda x, y: _cast(x, y) if _is_floating(x) else y, old, new)
 
-    def leaf(old, new):
-        floating = jnp.issubdtype(arguments.dtype_of(old), jnp.floating)
-        return jnp.asarray(new, arguments.dtype_of(old)) if floating else new
 
-    return jax.tree.map(leaf, old, new)
+def _cast(old, new):
+    return jnp.asarray(new, arguments.dtype_of(old))
+
+
+def _is_floating(x: object) -> bool:
+    return jnp.issubdtype(arguments.dtype_of(x), jnp.floating)
 
 
 @contextlib.contextmanager
@@ -122,39 +131,39 @@ def _arrays_for_numbers() -> Iterator[None]:
 
 
 class Shapes(NamedTuple):
-    """The structure, shapes and dtypes of a tree; it can be hashed."""
+    """The structure, shapes and dtypes of a tree, as a hashable value."""
 
-    structure: Any
-    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    structure: jax.tree_util.PyTreeDef
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
 
-    def filled(self, make: Callable[[tuple[int, ...], int], np.ndarray]) -> Any:
+    def filled(self, make: Callable[[tuple[int, ...], int], np.ndarray]) -> chex.ArrayTree:
         """The tree with ``make(shape, index)`` as its leaves."""
-        leaves = [make(shape, i).astype(dtype) for i, (shape, dtype) in enumerate(self.leaves)]
+        leaves = [make(x.shape, i).astype(x.dtype) for i, x in enumerate(self.leaves)]
         return self.structure.unflatten(leaves)
 
+    def clipped(self) -> "Shapes":
+        """Shapes with no axis above ``_LONGEST``."""
+        leaves = [x.update(shape=tuple(min(d, _LONGEST) for d in x.shape)) for x in self.leaves]
+        return self._replace(leaves=tuple(leaves))
 
-def shapes(tree: Any) -> Shapes:
-    """Those of a tree of arrays."""
+
+def shapes(tree: object) -> Shapes:
+    """The ``Shapes`` of a tree of arrays."""
     leaves, structure = jax.tree.flatten(tree)
-    return Shapes(structure, tuple((np.shape(x), np.dtype(arguments.dtype_of(x))) for x in leaves))
+    dtypes = (arguments.dtype_of(x) for x in leaves)
+    return Shapes(structure, tuple(map(jax.ShapeDtypeStruct, map(np.shape, leaves), dtypes)))
 
 
-def when_differentiated(updates: Any, report: Callable[[], None]) -> Any:
+def when_differentiated(updates: optax.Updates, report: Callable[[], None]) -> optax.Updates:
     """The updates; calls ``report`` when their derivative is traced, in any mode."""
-
-    @jax.custom_jvp
-    def same(x):
-        return x
+    same = jax.custom_jvp(lambda x: x)
 
     @same.defjvp
     def rule(primals, tangents):
         report()
         return primals[0], tangents[0]
 
-    def leaf(x):
-        return same(x) if jnp.issubdtype(arguments.dtype_of(x), jnp.floating) else x
-
-    return jax.tree.map(leaf, updates)
+    return jax.tree.map(lambda x: same(x) if _is_floating(x) else x, updates)
 
 
 def warn_of_derivatives(optimizer: Optimizer, theta: Shapes, params: Shapes) -> None:
@@ -162,9 +171,9 @@ def warn_of_derivatives(optimizer: Optimizer, theta: Shapes, params: Shapes) -> 
     seen = _tried(optimizer, theta, params, differentiate=True)
     if seen is None:
         return
-    (plain, at_zeros) = (_first_bad(*here) for here in zip(*seen, strict=True))
+    plain, at_zeros = (_first_bad(*row) for row in zip(*seen, strict=True))
     if plain is not None:
-        if any(dtype == np.float16 for _, dtype in params.leaves):
+        if any(x.dtype == np.float16 for x in params.leaves):
             advice = "The weights are float16, whose range is too small for them: use float32"
         else:
             advice = (
@@ -193,10 +202,10 @@ def warn_of_derivatives(optimizer: Optimizer, theta: Shapes, params: Shapes) -> 
 
 def warn_of_float16(optimizer: Optimizer, theta: Shapes, params: Shapes) -> None:
     """Warns if an update of float16 weights is not finite where a gradient is zero."""
-    if all(dtype != np.float16 for _, dtype in params.leaves):
+    if all(x.dtype != np.float16 for x in params.leaves):
         return
     seen = _tried(optimizer, theta, params, differentiate=False)
-    if seen is not None and seen[0][0].all() and not seen[0][1].all():
+    if seen is not None and seen.values[0].all() and not seen.values[1].all():
         warnings.warn(
             "the inner optimizer's update is not finite where a gradient is exactly zero: the "
             "weights are float16, in which its eps is rounded to zero, and 0 / 0 is left. Set a "
@@ -214,42 +223,41 @@ def _first_bad(values: np.ndarray, derivatives: np.ndarray) -> int | None:
     return first if values[: first + 1].all() else None
 
 
+class _Finite(NamedTuple):
+    """Whether the updates from made-up gradients, and their derivatives, are finite.
+
+    Both are bool (2, steps): gradients without zeros, and zero in every other coordinate.
+    """
+
+    values: np.ndarray
+    derivatives: np.ndarray
+
+
 def _tried(
     optimizer: Optimizer, theta: Shapes, params: Shapes, *, differentiate: bool
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which updates, and which derivatives of updates, of made-up gradients are finite.
+) -> _Finite | None:
+    """The result of a trial; None if the optimizer cannot be tried.
 
-    Returns:
-        Two arrays (2, steps): gradients without zeros, and zero in every other coordinate. None
-        where nothing can be said: the trial is ours, not the user's,
-        so an optimizer that it does not suit (a line search, one that holds traced values) is let
-        pass in silence.
+    The trial is ours, not the user's, so an optimizer that it does not suit (a line search, one
+    that holds traced values) passes in silence.
     """
     # Two leaves compile fastest. What they are blamed for must be seen on the real structure too:
-    # an optimizer may treat vectors and matrices in different ways, or refuse those of others.
-    dtypes = list(dict.fromkeys(dtype for _, dtype in params.leaves))
+    # an optimizer may treat vectors and matrices in different ways, or refuse another structure.
+    dtypes = dict.fromkeys(x.dtype for x in params.leaves)
     few = shapes([(np.ones((4, 4), dtype), np.ones(4, dtype)) for dtype in dtypes])
-    small = sum(math.prod(s) for s, _ in theta.leaves + params.leaves) <= _MOST_NUMBERS
-    whole = (theta, params) if small else (_clipped(theta), _clipped(params))
-    seen = None
-    for theta_like, like in dict.fromkeys([(theta, few), (theta, _clipped(params)), whole]):
-        here = _tried_on(optimizer, theta_like, like, differentiate=differentiate)
-        if here is not None:
-            confirmed, seen = seen is not None, here
-            if confirmed or (seen[0].all() and seen[1].all()):
-                return seen
-    return seen
-
-
-def _clipped(like: Shapes) -> Shapes:
-    leaves = [(tuple(min(d, _LONGEST) for d in shape), dtype) for shape, dtype in like.leaves]
-    return like._replace(leaves=tuple(leaves))
+    small = sum(math.prod(x.shape) for x in theta.leaves + params.leaves) <= _MOST_NUMBERS
+    whole = (theta, params) if small else (theta.clipped(), params.clipped())
+    trials = dict.fromkeys([(theta, few), (theta, params.clipped()), whole])
+    each = (_tried_on(optimizer, *on, differentiate=differentiate) for on in trials)
+    ran = (seen for seen in each if seen is not None)
+    first = next(ran, None)
+    return first if first is None or np.all(first) else next(ran, first)
 
 
 def _tried_on(
     optimizer: Optimizer, theta: Shapes, params: Shapes, *, differentiate: bool
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """What is finite with theta and weights of these shapes; None where it cannot be run."""
+) -> _Finite | None:
+    """The trial with theta and weights of these shapes; None if it fails."""
     with (
         contextlib.suppress(Exception),
         warnings.catch_warnings(),
@@ -258,26 +266,26 @@ def _tried_on(
         jax.default_device(_cpu()),
     ):
         warnings.simplefilter("ignore")
-        arguments = _made_up(theta, params)
-        forwards = functools.partial(_trial, optimizer, differentiate=False)
-        names = _primitives(jax.make_jaxpr(forwards)(*arguments)) if differentiate else set()
-        if differentiate and ("while" in names or _SINGULAR.isdisjoint(names)):
-            # Compiling the trial would take longer than all else that is done here.
-            return np.ones((2, _STEPS), bool), np.ones((2, _STEPS), bool)
+        inputs = _made_up(theta, params)
         trial = functools.partial(_trial, optimizer, differentiate=differentiate)
-        values, derivatives = jax.jit(trial)(*arguments)
-        return np.asarray(values), np.asarray(derivatives)
+        if differentiate:
+            forwards = functools.partial(_trial, optimizer, differentiate=False)
+            names = _primitives(jax.make_jaxpr(forwards)(*inputs))
+            if "while" in names or _SINGULAR.isdisjoint(names):
+                # Compiling the trial would take longer than everything else here.
+                return _Finite(*np.ones((2, 2, _STEPS), bool))
+        return _Finite(*map(np.asarray, jax.jit(trial)(*inputs)))
     return None
 
 
-def _cpu() -> Any:
+def _cpu() -> jax.Device | None:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None  # the default device
 
 
-def _made_up(theta: Shapes, params: Shapes) -> tuple[Any, Any, Any]:
+def _made_up(theta: Shapes, params: Shapes) -> tuple[chex.ArrayTree, ...]:
     """Theta, weights, and gradients with leading axes (2, steps)."""
 
     def draw(shape, index):
@@ -289,32 +297,28 @@ def _made_up(theta: Shapes, params: Shapes) -> tuple[Any, Any, Any]:
     return middle, params.filled(lambda shape, _: np.ones(shape)), params.filled(draw)
 
 
-def _trial(
-    optimizer: Optimizer, theta: Theta, params: Any, gradients: Any, *, differentiate: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Updates with the gradients: where their values are finite, and where their derivatives."""
+def _trial(optimizer, theta, params, gradients, *, differentiate):
+    """Updates with the gradients: whether they are finite, and whether their derivatives are."""
 
     def step(carry, inputs):
         (state, params), (t, grad) = carry, inputs
-        floats, rest = _split(state)
+        floats, rebuild = float_leaves.split(state)
 
         def run(grad, floats, params):
             extra = {"value": jnp.float32(1.0), "value_fn": lambda params: jnp.float32(1.0)}
-            state = _joined(floats, rest)
-            updates, new = update(optimizer, theta, t, grad, state, params, **extra)
-            floats, others = _split(jax.tree.map(arguments.strong, new))
-            return (updates, floats), others
+            updates, new = update(optimizer, theta, t, grad, rebuild(floats), params, **extra)
+            new = jax.tree.map(arguments.strong, new)
+            return (updates, float_leaves.floats_of(new)), new
 
         if differentiate:
-            out, pull, rest = jax.vjp(run, grad, floats, params, has_aux=True)
+            out, pull, new = jax.vjp(run, grad, floats, params, has_aux=True)
             of_grad, *of_begin = pull(jax.tree.map(jnp.ones_like, out))
-            # Fresh weights and state are no function of theta: nothing is pulled back further.
+            # Fresh weights and state do not depend on theta: nothing is pulled back further.
             derivatives = _finite(of_grad) & ((t == 0) | _finite(of_begin))
         else:
-            out, rest = run(grad, floats, params)
+            out, new = run(grad, floats, params)
             derivatives = _finite(out)
-        carry = _joined(out[1], rest), optax.apply_updates(params, out[0])
-        return carry, (_finite(out[0]), derivatives)
+        return (new, optax.apply_updates(params, out[0])), (_finite(out[0]), derivatives)
 
     def episode(gradients):
         state = jax.tree.map(arguments.strong, optimizer(theta, jnp.int32(0)).init(params))
@@ -323,32 +327,12 @@ def _trial(
     return jax.vmap(episode)(gradients)
 
 
-def _primitives(jaxpr: Any) -> set[str]:
-    """The names of all primitives in a program, inner ones too."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    names = {eqn.primitive.name for eqn in jaxpr.eqns}
-    return names.union(
-        *(_primitives(j) for eqn in jaxpr.eqns for j in core.jaxprs_in_params(eqn.params))
-    )
+def _primitives(program) -> set[str]:
+    """The names of all primitives in a program and in the programs inside it."""
+    eqns = getattr(program, "jaxpr", program).eqns
+    inside = (_primitives(j) for eqn in eqns for j in core.jaxprs_in_params(eqn.params))
+    return {eqn.primitive.name for eqn in eqns}.union(*inside)
 
 
-def _split(tree: Any) -> tuple[Any, Any]:
-    """The floating leaves and the others, None in place of those that are elsewhere."""
-
-    def is_floating(x):
-        return jnp.issubdtype(arguments.dtype_of(x), jnp.floating)
-
-    return (
-        jax.tree.map(lambda x: x if is_floating(x) else None, tree),
-        jax.tree.map(lambda x: None if is_floating(x) else x, tree),
-    )
-
-
-def _joined(first: Any, second: Any) -> Any:
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, first, second, is_leaf=lambda x: x is None
-    )
-
-
-def _finite(tree: Any) -> jax.Array:
+def _finite(tree: object) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

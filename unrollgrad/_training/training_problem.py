@@ -1,16 +1,17 @@
-"""From a loss and an optax optimizer to an unrolled problem: inner training loops."""
+"""Unrolled problems whose inner loop trains weights with an optax optimizer."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._training import inner_optimizers
-from unrollgrad.types import Key, State, Theta, UnrolledProblem
+from unrollgrad.types import Key, UnrolledProblem
 
 
 class TrainingState(NamedTuple):
@@ -27,24 +28,25 @@ class TrainingState(NamedTuple):
 
 def training_problem(
     *,
-    loss: Callable[[Theta, Any, Any, Key], Any],
+    loss: Callable[..., chex.Numeric],
     init_params: Callable[[Key], Any],
-    optimizer: Callable[[Theta, Any], optax.GradientTransformation],
-    sample_batch: Callable[[Key], Any] | None = None,
-    meta_loss: Callable[[Theta, Any, Key], Any] | None = None,
-    horizon: int | Callable[[Key], Any] = 1000,
+    optimizer: Callable[..., optax.GradientTransformation],
+    sample_batch: Callable[[Key], object] | None = None,
+    meta_loss: Callable[..., chex.Numeric] | None = None,
+    horizon: int | Callable[[Key], chex.Numeric] = 1000,
 ) -> UnrolledProblem:
-    """Training inner weights with an optimizer that theta controls, as an unrolled problem.
+    """An unrolled problem that trains inner weights with an optimizer that theta controls.
 
     One inner step draws a batch, takes the gradient of ``loss`` with respect to the weights, and
     applies ``optimizer(theta, t)``; its step loss is ``meta_loss`` at the new weights. Theta may
     enter anywhere: learning rates, regularisation, data weights, augmentation, or all the weights
-    of a learned optimizer, which is just such a function of (theta, t).
+    of a learned optimizer, which is just such a function of (theta, t). The inner state is
+    ``TrainingState(params, opt_state)``.
 
-    Backpropagation goes through the optimizer's own arithmetic, which some have not been written
-    for. It is tried once when the step is about to be differentiated, and a warning names the
-    setting that helps: ``eps_root`` for optax.adam and its relatives; nothing for optax.radam.
-    Evolution strategies only run it forwards.
+    Backpropagation goes through the optimizer's own arithmetic, which not every optimizer supports.
+    It is tried once when the step is about to be differentiated, and a warning names the setting
+    that helps: ``eps_root`` for optax.adam and its relatives; nothing helps optax.radam. Evolution
+    strategies only run it forwards.
 
     Args:
         loss: ``loss(theta, params, batch, key) -> scalar``, the inner training loss.
@@ -52,22 +54,19 @@ def training_problem(
             the arrays of an equinox module (``eqx.partition(model, eqx.is_array)[0]``). Leaves that
             are not floating (counters, keys) stay as they are.
         optimizer: ``optimizer(theta, t) -> optax transform``, called inside every step; its state
-            must have the same structure for every (theta, t) and keeps the dtypes it begins with.
-            Line searches get ``value``, ``grad`` and ``value_fn``.
-            ``optax.inject_hyperparams`` is no exception: the numbers it keeps in the state are
-            those of this step's theta and t (optax alone would keep those of ``init``).
+            must have the same structure for every (theta, t) and keeps its initial dtypes. Line
+            searches get ``value``, ``grad`` and ``value_fn``. Hyperparameters that
+            ``optax.inject_hyperparams`` keeps in the state are computed from this step's theta and
+            t (optax alone would keep the values from ``init``).
         sample_batch: ``sample_batch(key) -> batch`` from data on the device. None: batches are
             streamed through ``estimate(..., data=)``, one slice per step.
         meta_loss: ``meta_loss(theta, params, key) -> scalar``, such as the validation loss. By
             default the training loss at the new weights, on the same batch.
-        horizon: Inner steps in an episode, or a sampler of them.
-
-    Returns:
-        A problem whose inner state is ``TrainingState(params, opt_state)``.
+        horizon: Inner steps in an episode, or a sampler ``horizon(key)``.
 
     Raises:
-        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is no function.
-        ValueError: When stepping, if the loss is no scalar, or neither ``sample_batch`` nor
+        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function.
+        ValueError: When stepping, if the loss is not a scalar, or neither ``sample_batch`` nor
             ``data`` gives a batch; in ``init``, if ``optax.inject_hyperparams`` keeps
             hyperparameters in 16 bits.
 
@@ -82,30 +81,27 @@ def training_problem(
         >>> round(float(ug.episode_loss(problem, jax.random.key(0), theta)), 1)
         0.3
     """
-    for name, function in {
-        "loss": loss,
-        "init_params": init_params,
-        "optimizer": optimizer,
-    }.items():
+    functions = {"loss": loss, "init_params": init_params, "optimizer": optimizer}
+    for name, function in functions.items():
         if not callable(function):
             raise TypeError(
                 f"`{name}` must be a function; got a {type(function).__name__}. For a fixed "
                 "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
             )
-
+    shapes = inner_optimizers.shapes
     # Tried once for the same shapes, not in every trace.
-    derivatives = functools.cache(
-        functools.partial(inner_optimizers.warn_of_derivatives, optimizer)
+    try_derivatives, try_float16 = (
+        functools.cache(functools.partial(warn, optimizer))
+        for warn in (inner_optimizers.warn_of_derivatives, inner_optimizers.warn_of_float16)
     )
-    float16 = functools.cache(functools.partial(inner_optimizers.warn_of_float16, optimizer))
 
-    def init(key: Key, theta: Theta) -> TrainingState:
+    def init(key, theta):
         params = arguments.strong_state(init_params(key), made_by="init_params")
-        trained = _floating(params)
-        float16(inner_optimizers.shapes(theta), inner_optimizers.shapes(trained))
+        trained = _trained(params)
+        try_float16(shapes(theta), shapes(trained))
         return TrainingState(params, inner_optimizers.init(optimizer, theta, trained))
 
-    def step(key: Key, theta: Theta, state: TrainingState, t: Any, batch: Any = None):
+    def step(key, theta, state, t, batch=None):
         key_batch, key_loss, key_meta = jax.random.split(key, 3)
         if batch is None:
             if sample_batch is None:
@@ -114,13 +110,10 @@ def training_problem(
                     "`data=` to `estimate`, with one batch per inner step along its leading axis."
                 )
             batch = sample_batch(key_batch)
-        params = _floating(state.params)
-
-        def whole(params):
-            return _merged(params, state.params)
+        params = _trained(state.params)
 
         def inner(params):
-            value = loss(theta, whole(params), batch, key_loss)
+            value = loss(theta, _merged(params, state.params), batch, key_loss)
             arguments.check_loss("loss", value)
             return value
 
@@ -128,51 +121,39 @@ def training_problem(
         updates, opt_state = inner_optimizers.update(
             optimizer, theta, t, grad, state.opt_state, params, value=value, value_fn=inner
         )
-        updates = inner_optimizers.when_differentiated(
-            updates,
-            functools.partial(
-                derivatives, inner_optimizers.shapes(theta), inner_optimizers.shapes(params)
-            ),
-        )
+        report = functools.partial(try_derivatives, shapes(theta), shapes(params))
+        updates = inner_optimizers.when_differentiated(updates, report)
         params = optax.apply_updates(params, updates)
-        if meta_loss is None:
-            outer = inner(params)
-        else:
-            outer = meta_loss(theta, whole(params), key_meta)
-        return TrainingState(whole(params), opt_state), outer
+        whole = _merged(params, state.params)
+        outer = inner(params) if meta_loss is None else meta_loss(theta, whole, key_meta)
+        return TrainingState(whole, opt_state), outer
 
     return UnrolledProblem(init, step, horizon)
 
 
-def _floating(params: Any) -> Any:
-    """The leaves that are trained; None in place of the others."""
-
-    def leaf(x):
-        return x if jnp.issubdtype(arguments.dtype_of(x), jnp.inexact) else None
-
-    return jax.tree.map(leaf, params)
+def _trained(params):
+    """The tree with None in place of the leaves that are not trained."""
+    return jax.tree.map(
+        lambda x: x if jnp.issubdtype(arguments.dtype_of(x), jnp.inexact) else None, params
+    )
 
 
-def _merged(trained: Any, params: Any) -> Any:
+def _merged(trained, params):
     """``params`` with the trained leaves in place of their own."""
-
-    def leaf(new, old):
-        return old if new is None else new
-
-    return jax.tree.map(leaf, trained, params, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None
+    )
 
 
-def final_loss(
-    problem: UnrolledProblem, evaluate: Callable[[Key, Theta, State], Any]
-) -> UnrolledProblem:
-    """The problem whose J is exactly the loss of the final state: zero step losses, ``evaluate``.
+def final_loss(problem: UnrolledProblem, evaluate: Callable[..., chex.Numeric]) -> UnrolledProblem:
+    """A problem whose J is the loss of the final state: ``evaluate``, and zero step losses.
 
-    Windowed estimators see it as a telescoping sum, (T/K) (L_end - L_start) per window, with the
-    evaluation's key fixed for the episode; persistent ones weigh the two ends with their own
-    accumulated noise, which is unbiased and of lower variance.
+    Windowed estimators see a telescoping sum, (T/K) (L_end - L_start) per window, with the
+    evaluation's key fixed for the episode. Persistent estimators weight the two ends with their
+    accumulated noise, which is unbiased and has lower variance.
 
     Args:
-        problem: The inner loop; its horizon must be static. Its own step losses are dropped.
+        problem: The inner loop, with a static horizon. Its step losses are dropped.
         evaluate: ``evaluate(key, theta, state) -> scalar``.
 
     Raises:
@@ -187,10 +168,10 @@ def final_loss(
     """
     inner_loop.static_horizon(problem, "final_loss")
 
-    def step(key: Key, theta: Theta, state: State, t: Any, *data: Any):
+    def step(key, theta, state, t, *data):
         result = problem.step(key, theta, state, t, *data)
         if not (isinstance(result, tuple) and len(result) == 2):
-            return result  # refused with its own message, in ``inner_loop.check_step``
+            return result  # ``inner_loop.check_step`` refuses it with its own message
         return result[0], jnp.zeros_like(result[1])
 
     return problem._replace(step=step, evaluate=evaluate)

@@ -1,8 +1,10 @@
 """Many workers as one estimator: the mean over them, on one device or many."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,12 +16,14 @@ from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import axis_size, placed
 from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
 
+_Data = chex.ArrayTree | None
+
 _NO_DATA = (
     'stagger="burn_in" runs the workers in `init`, where there is no `data`. Use "breakstep", or '
     "sample batches in `step` (training_problem's `sample_batch`)."
 )
 
-_BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys, numbers that no worker has
+_BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys; larger than any worker's index
 
 
 def average(
@@ -32,34 +36,33 @@ def average(
     batch_size: int | None = None,
     nonfinite: str = "drop",
 ) -> GradientEstimator:
-    """The mean of ``num_workers`` independent workers, each with an episode of its own.
+    """The mean of ``num_workers`` independent workers, each with its own episode.
 
-    ``grad`` = mean over i of ``estimator.estimate(fold_in(key, i), theta, state_i)``: for a single
-    worker's expectation, 1/num_workers of its variance.
+    ``grad`` is the mean over i of ``estimator.estimate(fold_in(key, i), theta, state_i)``. It has
+    the expectation of a single worker's gradient, and 1/num_workers of its variance.
 
-    **Devices.** With ``mesh`` the workers are spread over the devices of its axis ``axis``, one
+    **Devices.** ``mesh`` spreads the workers over the devices of its axis ``axis``: one
     ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one ``psum`` per call. The state is
-    sharded from ``init`` on, ``grad`` is on all devices. Draws do not depend on the number of
-    devices or on ``batch_size``: the random bits (of JAX's default, threefry) are the same, and
-    what is computed from them, losses and gradients, up to rounding. Many processes: see the
-    README. Two ways by hand that give the same numbers, with one worker per device and
-    ``estimator`` itself, in ``jax.pmap(..., axis_name="workers")`` or in your own
-    ``jax.shard_map``::
+    sharded from ``init`` on, and ``grad`` is on all devices. The random bits (of JAX's default,
+    threefry) depend neither on the number of devices nor on ``batch_size``; losses and gradients
+    then agree up to rounding. For several processes see the README. The same numbers come from one
+    worker per device, with ``estimator`` itself in ``jax.pmap(..., axis_name="workers")`` or in
+    your own ``jax.shard_map``::
 
         def update(key, theta, state):
             key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
             estimate, state = estimator.estimate(key, theta, state)
             return jax.lax.pmean((estimate.grad, estimate.loss), "workers"), state
 
-    **Stagger.** "lockstep": all workers stand at the same window, so that a call estimates that
-    window's gradient alone; only the mean over an episode's T/K calls estimates that of J.
-    "breakstep": worker i's *first* episode ends after ceil((i+1)/num_workers * T/K) windows, so
-    that later each call has workers at all windows; the first T/K calls see early windows too
-    often. "burn_in": ``init`` runs worker i for floor(i/num_workers * T/K) windows at its theta, up
-    to T/K - 1 calls of work that no ``info`` counts. With a static horizon every call then
-    estimates the gradient of J, exactly so where T/K divides num_workers; with a sampled one longer
-    episodes are rarer at first than later on. Either makes NRES of ``es_single``. The long-run
-    variance stays what it is.
+    **Stagger.** With "lockstep" all workers stand at the same window, so one call estimates the
+    gradient of that window alone; only the mean over an episode's T/K calls estimates the gradient
+    of J. With "breakstep" worker i's *first* episode ends after ceil((i+1)/num_workers * T/K)
+    windows, so that later each call has workers at all windows; the first T/K calls see early
+    windows too often. With "burn_in" ``init`` runs worker i for floor(i/num_workers * T/K) windows
+    at its theta, up to T/K - 1 calls of work that ``info`` does not count. With a static horizon
+    every call then estimates the gradient of J, without bias where T/K divides num_workers; with a
+    sampled horizon longer episodes are rarer at first than later on. Either one turns ``es_single``
+    into NRES. Staggering does not change the long-run variance.
 
     **Bad workers.** With ``nonfinite="drop"`` a worker whose loss or gradient is not finite is left
     out of the mean, begins a new episode in the next call, and is counted in
@@ -67,24 +70,24 @@ def average(
     watch the count. With ``"propagate"`` nothing is left out: one bad worker makes the mean NaN or
     inf, visibly.
 
-    ``info.grad_variance`` is the trace of the covariance of ``grad``, from the spread over workers.
-    In lockstep its expectation is the true one; staggered it is an upper bound, as the windows' own
-    gradients differ too, which is no noise of the mean. Over several devices, and with more than
-    128 numbers in theta, what the devices' means differ by enters through random sketches of them:
+    ``info.grad_variance`` estimates the trace of the covariance of ``grad`` from the spread over
+    workers. In lockstep it is unbiased. Staggered it is an upper bound, because the gradients of
+    the windows differ, too, which is not noise of the mean. With several devices and more than 128
+    numbers in theta, the differences between the devices' means enter through random sketches:
     unbiased, with a relative error of that part of about sqrt(2/128 / (devices - 1)).
 
-    Time and memory: ``num_workers`` times the estimator's, in one ``vmap``; over d devices 1/d of
-    it on each. With ``batch_size`` the estimator's memory is needed ``batch_size`` times only, and
+    Time and memory are ``num_workers`` times the estimator's, in one ``vmap``; each of d devices
+    has 1/d of it. With ``batch_size`` the estimator's memory is needed only ``batch_size`` times;
     the worker states and one sum remain.
 
     Args:
         estimator: What each worker runs.
-        num_workers: How many; a multiple of the devices.
-        mesh: Of devices, with Auto axes: ``make_worker_mesh()``. None: the default device.
+        num_workers: The number of workers, a multiple of the number of devices.
+        mesh: A mesh of devices with Auto axes: ``make_worker_mesh()``. None: the default device.
         axis: The mesh axis over which the workers are spread.
         stagger: "lockstep", "breakstep" or "burn_in".
-        batch_size: How many workers a device runs at a time, the rest wait; divides the number of
-            workers of a device. None: all.
+        batch_size: The number of workers that a device runs at a time while the others wait; it
+            divides the number of workers per device. None: all.
         nonfinite: "drop" or "propagate".
 
     Returns:
@@ -92,12 +95,13 @@ def average(
         has leaves ``(num_workers, truncation, ...)``, and whose ``info`` is an ``AverageInfo``.
 
     Raises:
-        TypeError: If ``estimator`` or ``mesh`` is none.
-        ValueError: If num_workers is not positive or no multiple of the devices, batch_size does
-            not divide, a word is unknown, the mesh has no such axis or one that is not Auto, the
-            estimator is itself an average, ``stagger`` meets an estimator without ``truncation``
-            or a curriculum, burn_in meets ``data``, a leaf of ``data`` has not ``num_workers`` as
-            its leading axis, or another mesh is in force.
+        TypeError: If ``estimator`` is not a GradientEstimator, or ``mesh`` is not a
+            ``jax.sharding.Mesh``.
+        ValueError: If num_workers is not positive or not a multiple of the devices, batch_size
+            does not divide, an option is not recognised, the mesh lacks the axis or has one that is
+            not Auto, the estimator is itself an average, ``stagger`` meets an estimator without
+            ``truncation`` or a curriculum, burn_in meets ``data``, a leaf of ``data`` does not have
+            the leading axis ``num_workers``, or another mesh is in force.
         FloatingPointError: Outside ``jit``, if no worker is left; inside, grad and loss are NaN.
 
     Example:
@@ -122,96 +126,145 @@ def average(
     num_workers = arguments.positive_int("num_workers", num_workers)
     _check_one_of("nonfinite", nonfinite, ("drop", "propagate"))
     _check_one_of("stagger", stagger, ("lockstep", "breakstep", "burn_in"))
-    truncation = estimator.truncation
-    if stagger != "lockstep" and truncation is None:
+    if stagger != "lockstep" and estimator.truncation is None:
         raise ValueError(
             f'stagger="{stagger}" needs an estimator with a `truncation`; this one has None: every '
             'call is a whole episode, and there is nothing to stagger. Use stagger="lockstep".'
         )
     own = num_workers if mesh is None else _workers_per_device(num_workers, mesh, axis)
-    num_chunks = 1 if batch_size is None else own // _check_batch_size(batch_size, own, num_workers)
-
-    def keys(key: Key, index: jax.Array) -> Key:
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-    def call(keys, theta, state, data):
-        def worker(key, state, data):
-            return estimator.estimate(key, theta, state, data=data)
-
-        return jax.vmap(worker)(keys, state, data)
-
-    def begin(key: Key, theta: Theta, index: jax.Array) -> WorkerState:
-        """The states with which the workers ``index`` begin."""
-        state = jax.vmap(estimator.init, in_axes=(0, None))(keys(key, index), theta)
-        if stagger == "lockstep":
-            return state
-        assert truncation is not None
-        if stagger == "breakstep":
-            episode = staggering.shorten_first(state.episode, index, num_workers, truncation)
-            return state._replace(episode=episode)
-
-        def run(number, state):
-            drawn = jax.random.fold_in(jax.random.fold_in(key, _BURN_IN), number)
-            return call(keys(drawn, index), theta, state, None)[1]
-
-        return staggering.burn_in(run, state, index, num_workers, truncation)
-
-    def step(key: Key, theta: Theta, index: jax.Array, state: WorkerState, data: Any):
-        """One call of the workers ``index``: their moments and their states."""
-        each, after = call(keys(key, index), theta, state, data)
-        finite = _finite(each)
-        good = finite if nonfinite == "drop" else jnp.ones_like(finite)
-        episode = after.episode._replace(t=jnp.where(good, after.episode.t, 0))
-        if stagger == "breakstep":
-            episode = staggering.end_first(state.episode, episode)
-        return mean_and_variance.of(each, finite, good), after._replace(episode=episode)
-
-    def numbers() -> jax.Array:
-        """The numbers of this device's workers, in chunks."""
-        first = 0 if mesh is None else own * jax.lax.axis_index(axis)
-        return (first + jnp.arange(own, dtype=jnp.int32)).reshape(num_chunks, -1)
-
-    def begin_all(key, theta):
-        return _join(jax.lax.map(lambda index: begin(key, theta, index), numbers()))
-
-    def step_all(key, theta, state, data):
-        def chunk(total, inputs):
-            some, state = step(key, theta, *inputs)
-            return mean_and_variance.merge(total, some), state
-
-        chunks = (numbers(), _split(state, num_chunks), _split(data, num_chunks))
-        shapes, _ = jax.eval_shape(step, key, theta, *jax.tree.map(lambda x: x[0], chunks))
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        nothing = mesh_axes.like(shapes, nothing)
-        total, state = jax.lax.scan(chunk, nothing, chunks)
-        if mesh is not None:
-            total = mean_and_variance.over_devices(total, axis, jax.random.fold_in(key, _SIGNS))
-        counts = total.count, total.num_nonfinite_losses
-        return mean_and_variance.estimate(total, theta), counts, _join(state)
-
+    chunk = own if batch_size is None else _check_batch_size(batch_size, own, num_workers)
+    chunks, over = (own // chunk, chunk), None if mesh is None else axis
+    workers = _Workers(estimator, num_workers, chunks, over, stagger, nonfinite)
     whole, split = PartitionSpec(), PartitionSpec(axis)
-    run_begin = _compiled(begin_all, mesh, (whole, whole), split)
-    run_step = _compiled(step_all, mesh, (whole, whole, split, split), (whole, whole, split))
+    begin = _compiled(functools.partial(_begin_all, workers), mesh, (whole, whole), split)
+    step = functools.partial(_step_all, workers)
+    step = _compiled(step, mesh, (whole, whole, split, split), (whole, whole, split))
 
     def init(key: Key, theta: Theta) -> WorkerState:
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
-        # Outside jit first: what theta's values say against it cannot be seen in a trace.
+        # Outside `jit` first: a trace hides theta's values, which the estimator may refuse.
         one = jax.eval_shape(lambda key: estimator.init(key, theta), key)
         _check_one_worker(one, stagger)
-        return run_begin(key, theta)
+        return begin(key, theta)
 
-    def estimate(key: Key, theta: Theta, state: WorkerState, *, data: Any = None):
+    def estimate(
+        key: Key, theta: Theta, state: WorkerState, *, data: _Data = None
+    ) -> tuple[Estimate, WorkerState]:
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         arguments.check_data(data, num_workers, "num_workers", what="worker")
         _check_state(state, num_workers)
         if data is not None and stagger == "burn_in":
             raise ValueError(_NO_DATA)
-        out, (count, num_nonfinite_losses), state = run_step(key, theta, state, data)
+        out, (count, num_nonfinite_losses), state = step(key, theta, state, data)
         if not isinstance(count, jax.core.Tracer) and int(count) == 0:
             raise FloatingPointError(_all_bad(num_workers, int(num_nonfinite_losses), theta))
         return out, state
 
-    return GradientEstimator(init, estimate, truncation)
+    return GradientEstimator(init, estimate, estimator.truncation)
+
+
+class _Workers(NamedTuple):
+    """The workers of one ``average``.
+
+    Attributes:
+        estimator: What each worker runs.
+        num_workers: The number of workers on all devices.
+        chunks: (number of chunks, workers in a chunk) of one device; a chunk runs at a time.
+        axis: The mesh axis over which the workers are spread; None on a single device.
+        stagger: As in ``average``.
+        nonfinite: As in ``average``.
+    """
+
+    estimator: GradientEstimator
+    num_workers: int
+    chunks: tuple[int, int]
+    axis: str | None
+    stagger: str
+    nonfinite: str
+
+
+def _begin_all(workers: _Workers, key: Key, theta: Theta) -> WorkerState:
+    """The first states of this device's workers, chunk by chunk."""
+    return _join(jax.lax.map(lambda index: _begin(workers, key, theta, index), _indices(workers)))
+
+
+def _begin(workers: _Workers, key: Key, theta: Theta, index: jax.Array) -> WorkerState:
+    """The first states of the workers ``index``."""
+    estimator, num_workers = workers.estimator, workers.num_workers
+    state = jax.vmap(estimator.init, in_axes=(0, None))(_keys(key, index), theta)
+    if workers.stagger == "lockstep":
+        return state
+    assert estimator.truncation is not None
+    if workers.stagger == "breakstep":
+        first = staggering.shorten_first(state.episode, index, num_workers, estimator.truncation)
+        return state._replace(episode=first)
+
+    def run(number, state):
+        drawn = jax.random.fold_in(jax.random.fold_in(key, _BURN_IN), number)
+        return _call(estimator, _keys(drawn, index), theta, state)[1]
+
+    return staggering.burn_in(run, state, index, num_workers, estimator.truncation)
+
+
+def _step_all(
+    workers: _Workers, key: Key, theta: Theta, state: WorkerState, data: _Data
+) -> tuple[Estimate, tuple[jax.Array, jax.Array], WorkerState]:
+    """One call of this device's workers, chunk by chunk.
+
+    Returns:
+        The estimate; how many workers are in it, and how many had a non-finite loss; the states.
+    """
+
+    def chunk(total, inputs):
+        some, state = _step(workers, key, theta, *inputs)
+        return mean_and_variance.merge(total, some), state
+
+    chunks = (_indices(workers), _split(state, workers), _split(data, workers))
+    first = jax.tree.map(lambda x: x[0], chunks)
+    shapes, _ = jax.eval_shape(lambda *args: _step(workers, *args), key, theta, *first)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, state = jax.lax.scan(chunk, mesh_axes.like(shapes, nothing), chunks)
+    if workers.axis is not None:
+        signs = jax.random.fold_in(key, _SIGNS)
+        total = mean_and_variance.over_devices(total, workers.axis, signs)
+    counts = total.count, total.num_nonfinite_losses
+    return mean_and_variance.estimate(total, theta), counts, _join(state)
+
+
+def _step(
+    workers: _Workers, key: Key, theta: Theta, index: jax.Array, state: WorkerState, data: _Data
+) -> tuple[mean_and_variance.Moments, WorkerState]:
+    """One call of the workers ``index``: the moments of their estimates, and their new states."""
+    each, after = _call(workers.estimator, _keys(key, index), theta, state, data)
+    finite = _finite(each)
+    good = finite if workers.nonfinite == "drop" else jnp.ones_like(finite)
+    episode = after.episode._replace(t=jnp.where(good, after.episode.t, 0))
+    if workers.stagger == "breakstep":
+        episode = staggering.end_first(state.episode, episode)
+    return mean_and_variance.of(each, finite, good), after._replace(episode=episode)
+
+
+def _call(
+    estimator: GradientEstimator, keys: Key, theta: Theta, state: WorkerState, data: _Data = None
+) -> tuple[Estimate, WorkerState]:
+    """One call of every worker; all but theta have a leading axis."""
+
+    def one(key, state, data):
+        return estimator.estimate(key, theta, state, data=data)
+
+    return jax.vmap(one)(keys, state, data)
+
+
+def _keys(key: Key, index: jax.Array) -> Key:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def _indices(workers: _Workers) -> jax.Array:
+    """The indices of this device's workers among all workers, shape ``chunks``."""
+    num_chunks, size = workers.chunks
+    own = num_chunks * size
+    first = 0 if workers.axis is None else own * jax.lax.axis_index(workers.axis)
+    return (first + jnp.arange(own, dtype=jnp.int32)).reshape(workers.chunks)
 
 
 def _compiled(
@@ -223,8 +276,8 @@ def _compiled(
     """The function under ``jit``, spread over the mesh if there is one."""
     if mesh is None:
         return jax.jit(function)
-    # As in jax.pmap the types do not say what differs between devices (`check_vma`): else loops in
-    # `step` that begin with constants, right on one device, would not type here.
+    # `check_vma=False`, as in jax.pmap: the types do not say what differs between devices. Else
+    # loops in `step` that begin with constants, right on one device, would be refused here.
     spread = jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -247,14 +300,12 @@ def _compiled(
     return call
 
 
-def _split(tree: Any, num_chunks: int) -> Any:
-    # Sizes are named: -1 would not be known for a leaf without numbers.
-    return jax.tree.map(
-        lambda x: x.reshape(num_chunks, x.shape[0] // num_chunks, *x.shape[1:]), tree
-    )
+def _split(tree: _Data, workers: _Workers) -> _Data:
+    return jax.tree.map(lambda x: x.reshape(*workers.chunks, *x.shape[1:]), tree)
 
 
-def _join(tree: Any) -> Any:
+def _join(tree: chex.ArrayTree) -> chex.ArrayTree:
+    # The size is named: -1 would not be known for a leaf without numbers.
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 

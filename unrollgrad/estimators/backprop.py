@@ -144,7 +144,8 @@ def window(
     """Makes a function of theta that returns the window's loss and the state after it."""
 
     def loss(theta):
-        out = unroll.window(segment, theta, state, start, remat)
+        before = unroll.enter(segment, theta, state)
+        out = unroll.window(segment, theta, before, start, remat)
         return out.loss(), out.state
 
     return loss

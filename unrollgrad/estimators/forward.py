@@ -209,7 +209,8 @@ def _pushforward(
 
     def push(direction, tangents, evaluated):
         def window(theta, floats, start):
-            out = unroll.window(segment, theta, rebuild(floats), start)
+            before = unroll.enter(segment, theta, rebuild(floats))
+            out = unroll.window(segment, theta, before, start)
             return _Along(floats_of(out.state), out.losses, out.start, out.end), out
 
         start, slope = (None, None) if evaluated is None else evaluated
