@@ -1,1 +1,1 @@
-"""The tests; they mirror the package."""
+"""Tests, in folders that mirror the package."""

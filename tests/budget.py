@@ -1,8 +1,8 @@
 """Counts the programs that every test compiles, and holds them against a budget.
 
-A compiled program costs 0.05 to several seconds, a further case of a compiled one next to nothing:
-so programs are what is counted. Whoever adds a feature says how many its tests add, and changes the
-table. The count includes programs that come from the compile cache, which are cheap but not free.
+Compiling a program costs 0.05 to several seconds, running it again almost nothing; therefore the
+programs are counted. Whoever adds a feature states how many programs its tests add, and changes the
+table. The count includes programs from the compile cache, which are cheap but not free.
 """
 
 import time
@@ -25,21 +25,21 @@ BUDGET = {
     "tests/learned_optimizers": 190,
     "unrollgrad": 260,
 }
-"""Programs that the tests of a folder may compile in one default run.
+"""The number of programs that the tests of a folder may compile in one default run.
 
-A tenth above what was counted, and at least ten: which file finds a primitive compiled already
-depends on the files that ran before it in the same process.
+It is the measured number plus a tenth, at least ten: whether a primitive is already compiled
+depends on the files that ran before in the same process.
 """
 
 DEAREST = 10
-"""How many tests the summary names."""
+"""The number of tests that the summary names."""
 
 
 def register(config):
-    """Counts in this process; the process that prints adds up what the others report.
+    """Counts in this process; the process that prints the summary adds the others' reports.
 
-    The budget is that of the default run, of the whole or a part of it; with another ``-m`` the
-    programs are counted and nothing is compared.
+    The budget holds for the default run or a part of it; with another ``-m`` the programs are
+    counted without comparison.
     """
     config.pluginmanager.register(_Counter(), "programs-counter")
     if not hasattr(config, "workerinput"):
@@ -48,7 +48,7 @@ def register(config):
 
 
 class _Counter:
-    """Gives every report the programs and CPU seconds since the one before."""
+    """Gives every report the programs and CPU seconds since the previous report."""
 
     def __init__(self):
         self.programs, self.last = 0, (0, time.process_time())
@@ -67,19 +67,19 @@ class _Counter:
 
 
 class _Summary:
-    """Prints the dearest tests and every folder's sum; a folder above its budget fails the run."""
+    """Prints the costliest tests and each folder's sum; exceeding a budget fails the run."""
 
     def __init__(self, budget):
         self.budget, self.tests = budget, defaultdict(lambda: [0, 0.0])
 
     def pytest_runtest_logreport(self, report):
         cost = self.tests[report.nodeid]
-        # The report of a process that crashed was made elsewhere and has no count.
+        # The report for a crashed process was made elsewhere and has no count.
         cost[0] += getattr(report, "programs", 0)
         cost[1] += getattr(report, "cpu", 0.0)
 
     def folders(self):
-        """Programs and CPU seconds of every folder of tests, and of what is doctested."""
+        """Programs and CPU seconds of every folder of tests and of the doctests."""
         sums = defaultdict(lambda: [0, 0.0])
         for test, cost in self.tests.items():
             top, *inner = test.split("::")[0].split("/")
@@ -88,7 +88,7 @@ class _Summary:
         return sums
 
     def above(self, folder, programs):
-        """Whether the folder is above its budget; one without a row in the table is."""
+        """Whether the folder exceeds its budget; a folder without a row in the table does."""
         return self.budget is not None and programs > self.budget.get(folder, 0)
 
     def pytest_sessionfinish(self, session):

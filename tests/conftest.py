@@ -1,4 +1,4 @@
-"""How the tests run: eight CPU devices, programs compiled fast and counted."""
+"""Settings of the test runs: eight CPU devices, fast compilation, counted programs."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,12 @@ import pytest
 from tests import budget
 
 MAPS = 55_000
-"""Memory maps after which compiled programs are forgotten; Linux ends a process at 65,530."""
+"""Above this number of memory maps compiled programs are dropped; Linux allows 65,530."""
 
 
 def pytest_configure(config):
-    """Eight CPU devices; and compiled programs are kept: many tests compile the same one."""
-    if jax.__version_info__ < (0, 11):  # a program of pes: 1.0 CPU seconds, 2.8 with them
+    """Sets up eight CPU devices and a compile cache, since many tests share programs."""
+    if jax.__version_info__ < (0, 11):  # compiling pes takes 1.0 CPU seconds, 2.8 with them
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
     jax.config.update("jax_num_cpu_devices", 8)
@@ -30,11 +30,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def programs(request):
-    """Compiled fast where little is computed, and kept as long as memory maps allow.
+    """Compiles fast where little is computed, and keeps programs while memory maps allow.
 
-    Most of a test's time is XLA's, which takes much less of it without optimizations. Modules that
-    are marked ``optimized`` compute much. A module's tests run in one process, so what they share
-    is compiled once.
+    Tests spend most of their time in XLA, which is much faster without optimizations. Modules that
+    compute much are marked ``optimized``. A module's tests run in one process, so that shared
+    programs are compiled once.
     """
     _optimize(request.node.get_closest_marker("optimized") is not None)
     yield
@@ -45,14 +45,14 @@ def programs(request):
 
 
 def _optimize(how):
-    """Sets it here and for the processes that tests start, whose numbers are to be the same."""
+    """Sets it here and for the processes that tests start, so that their numbers agree."""
     jax.config.update("jax_disable_most_optimizations", not how)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not how))
 
 
 @pytest.fixture
 def optimized(programs):
-    """Compiles as a user does."""
+    """Compiles with XLA's optimizations, as a user does."""
     before = not jax.config.read("jax_disable_most_optimizations")
     _optimize(True)
     yield

@@ -1,4 +1,4 @@
-"""What all tests use: small problems, estimators of the registry, comparison of trees."""
+"""Helpers for all tests: small problems, estimators of the registry, comparison of trees."""
 
 import functools
 import re
@@ -24,7 +24,7 @@ KINDS = (
     "uoro",
     "pes_analytic",
 )
-"""One estimator for each kind of worker state; the others share the code of one of them."""
+"""One estimator for each kind of worker state; every other estimator shares one's code."""
 
 T = TypeVar("T")
 
@@ -54,14 +54,14 @@ def raises(
 
 
 def rows(names: Iterable[str] = REGISTRY) -> list:
-    """Parameters: the estimators; those of a kind that another one stands for are marked."""
+    """Parameters: the estimators; those outside ``KINDS`` are marked ``same_kind``."""
     return [pytest.param(n, marks=[] if n in KINDS else pytest.mark.same_kind) for n in names]
 
 
 def settings(
     truncation: int = 5, sigma: Any = 0.1, noise_period: int | None = 10, num_pairs: int = 2
 ) -> dict[str, Any]:
-    """Arguments of all factories; a registry row takes those that are its own."""
+    """Arguments for all factories; a registry row picks its own."""
     return {
         "truncation": truncation,
         "sigma": sigma,
@@ -71,7 +71,7 @@ def settings(
 
 
 def build(name: str, problem: ug.UnrolledProblem, **changes: Any) -> ug.GradientEstimator:
-    """The estimator; the same one for the same arguments, so that it compiles once."""
+    """The estimator; equal arguments give the same object, so that it compiles once."""
     changes = {"num_pairs": max(2, REGISTRY[name].least_pairs), **changes}
     given = tuple(settings(**changes).items())
     plain = all(isinstance(value, int | float | None) for _, value in given)
@@ -86,7 +86,7 @@ def _build(name, problem, given):
 
 
 def call_steps(estimator: ug.GradientEstimator, problem: ug.UnrolledProblem) -> int:
-    """The inner steps of one call, the leading axis of streamed data."""
+    """The inner steps of one call: the length of streamed data's leading axis."""
     if estimator.truncation is not None:
         return estimator.truncation
     assert isinstance(problem.horizon, int)
@@ -95,7 +95,7 @@ def call_steps(estimator: ug.GradientEstimator, problem: ug.UnrolledProblem) -> 
 
 @functools.cache
 def quadratic(horizon: int = 20) -> tuple[ug.UnrolledProblem, dict[str, jax.Array]]:
-    """A small nonlinear problem with data, used where any problem will do."""
+    """A small nonlinear problem with data, for tests in which any problem will do."""
 
     def init(key, theta):
         return {"x": jax.random.normal(key, (3,)) + theta["start"], "n": jnp.int32(0)}
@@ -110,7 +110,7 @@ def quadratic(horizon: int = 20) -> tuple[ug.UnrolledProblem, dict[str, jax.Arra
 
 
 def numbers(tree: Any) -> Any:
-    """The tree with numpy arrays as leaves: typed keys become their data, bfloat16 float32."""
+    """The tree with numpy leaves: keys become their data, bfloat16 becomes float32."""
 
     def leaf(x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -1,11 +1,11 @@
-"""Plants mistakes in the library, one at a time, and asks whether the tests catch them.
+"""Plants mistakes in the library, one at a time, and checks that the tests catch them.
 
     python tests/mutations.py              # all of them, half a minute each
     python tests/mutations.py sign psum    # those whose names contain one of the words
 
-Every mutation is planted in a copy of the checkout, and the file of the default run that should
-notice it runs there until the first failure; without a mutation it must pass. A mutation that
-survives is a hole in the tests, and the exit status is 1.
+Every mutation is planted in a copy of the checkout. There the test file that should notice it runs
+until its first failure; without a mutation it must pass. A mutation that survives shows a gap in
+the tests, and the exit status is 1.
 """
 
 import os
@@ -232,13 +232,13 @@ MUTATIONS = [
 
 
 def plant(mutation: Mutation, copy: Path) -> None:
-    """Writes the mistake into the copy."""
+    """Plants the mistake in the copy."""
     file = copy / LIBRARY / mutation.file
     file.write_text(file.read_text().replace(mutation.before, mutation.after))
 
 
 def check_places(mutations: list[Mutation]) -> None:
-    """Raises ValueError unless the text of each mutation stands in its file exactly once."""
+    """Raises ValueError unless the text of each mutation occurs in its file exactly once."""
     for mutation in mutations:
         text = (ROOT / LIBRARY / mutation.file).read_text()
         if text.count(mutation.before) != 1:
@@ -246,7 +246,7 @@ def check_places(mutations: list[Mutation]) -> None:
 
 
 def run(tests: str, copy: Path) -> tuple[bool, str]:
-    """Whether the file of tests passes in the copy, and its first failure.
+    """Returns whether the test file passes in the copy, and its first failure.
 
     Raises:
         RuntimeError: If the tests did not run.
@@ -268,7 +268,7 @@ def run(tests: str, copy: Path) -> tuple[bool, str]:
 
 
 def main(words: list[str]) -> int:
-    """Plants the chosen mutations and prints what caught them; 1 if one survived."""
+    """Plants the chosen mutations and prints the tests that caught them; 1 if one survived."""
     chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
     check_places(chosen)
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]

@@ -1,7 +1,7 @@
-"""What ``test_processes.py`` measures in one process of eight devices, and in two of four.
+"""The measurements of ``test_processes.py``: one process of eight devices, or two of four.
 
-Run as a program, with the coordinator, the number of processes, this process's number and a folder,
-it joins the others and prints what it measured, as JSON.
+Run as a program with the coordinator, the number of processes, this process's number and a folder,
+it joins the other processes and prints its measurements as JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ WORKERS, STEPS = 16, 5
 
 
 def measured() -> dict[str, Any]:
-    """What must come out the same, however many processes there are."""
+    """Results that must not depend on the number of processes."""
     key, mesh = jax.random.key(0), ug.make_worker_mesh()
     problem, theta = ug.problems.influence_balancing(horizon=20)
     out: dict[str, Any] = {"devices": mesh.size}
@@ -36,7 +36,7 @@ def measured() -> dict[str, Any]:
             numbers += [float(x) for x in jax.tree.leaves(estimate)]
         out[name] = [*numbers, float(at)]
 
-    # Worker i's loss is i times theta, so its gradient is i if its own data reach it.
+    # Worker i's loss is i times theta: its gradient is i if it gets its own data.
     own = np.repeat(np.arange(WORKERS, dtype=np.float32)[:, None], STEPS, axis=1)
     weighed = problem._replace(
         step=lambda key, theta, s, t, batch: (problem.step(key, theta, s, t)[0], batch * theta)
@@ -59,7 +59,7 @@ def measured() -> dict[str, Any]:
 
 
 def shared(rows):
-    """An array over all workers; every process makes the rows of its own workers."""
+    """An array over all workers; each process makes its own workers' rows."""
     number = WORKERS // jax.process_count()
     first = number * jax.process_index()
     sharding = jax.sharding.NamedSharding(ug.make_worker_mesh(), jax.P("workers"))
@@ -97,7 +97,7 @@ def fitted(stop_at=None, **checkpoints):
 
 
 def of_several(folder):
-    """What only several processes can show: one's signal stops all, and the same call goes on."""
+    """Results of several processes only: one signal stops all, and the same call resumes."""
     out = measured()
     stopped = fitted(stop_at=4, checkpoint_dir=folder, checkpoint_every=2)
     result = fitted(checkpoint_dir=folder, checkpoint_every=2)

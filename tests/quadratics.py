@@ -1,7 +1,7 @@
-"""Inner problems whose minimum, and outer gradient through it, are known.
+"""Inner problems with a known minimum and a known outer gradient through it.
 
-Everything known is computed with numpy in double precision, so that a problem compiles one program;
-the same arguments give the same problem. The functions are to be used with ``jax.enable_x64``.
+NumPy computes the known values in double precision, so that a problem compiles one program; equal
+arguments give the same problem. Use the functions under ``jax.enable_x64``.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Ridge(NamedTuple):
-    """Linear regression with a decay for each weight, theta = log decay; outer: other data."""
+    """Ridge regression with one decay per weight, theta = log decay; outer: other data."""
 
     inner: Any
     outer: Any
@@ -24,7 +24,7 @@ class Ridge(NamedTuple):
 
 
 def _normal(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """Normal numbers of each shape, in double precision."""
+    """Standard normal numbers of each shape, in double precision."""
 
     @jax.jit
     def draw():
@@ -55,7 +55,7 @@ def ridge(num_weights: int = 8, num_rows: int = 30, decay: float = 1.0) -> Ridge
 
 
 class Quadratic(NamedTuple):
-    """inner = w H w / 2 - w (C theta), outer = |w - target|^2 / 2: B = -C, everything explicit."""
+    """inner = w H w / 2 - w (C theta), outer = |w - target|^2 / 2, so that B = -C."""
 
     inner: Any
     outer: Any
@@ -64,12 +64,12 @@ class Quadratic(NamedTuple):
     target: np.ndarray
 
     def minimum(self, theta: np.ndarray) -> np.ndarray:
-        """The params of the inner minimum, of least norm."""
+        """The inner minimum of least norm."""
         return np.linalg.pinv(self.hessian, hermitian=True) @ self.mixed @ theta
 
 
 def quadratic(eigenvalues: Any, num_theta: int = 3) -> Quadratic:
-    """With the given spectrum; C lies in the range of H."""
+    """A problem whose H has the given spectrum; C lies in the range of H."""
     return _quadratic(tuple(float(h) for h in eigenvalues), num_theta)
 
 

@@ -1,4 +1,4 @@
-"""Samples of an estimator, and how they are judged against a closed form."""
+"""Samples of an estimator, and their comparison with a closed form."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import unrollgrad as ug
 
 
 class Samples:
-    """Independent vector samples, their mean and its standard error."""
+    """Independent vector samples, with their mean and its standard error."""
 
     def __init__(self, x: Any):
         self.x = np.asarray(x, np.float64).reshape(len(x), -1)
@@ -31,13 +31,13 @@ class Samples:
         return float(np.linalg.norm(self.se) / np.linalg.norm(truth))
 
     def variance(self) -> tuple[float, float]:
-        """The trace of the covariance of one sample and the standard error of that."""
+        """The trace of the covariance of one sample, and its standard error."""
         squares = np.sum((self.x - self.mean) ** 2, axis=1) * len(self.x) / (len(self.x) - 1)
         return _mean(squares)
 
 
 def mean_square(windows: np.ndarray) -> tuple[float, float]:
-    """E|x|^2 of a window at a random place, and its standard error.
+    """E|x|^2 for a window at a random place, and its standard error.
 
     Args:
         windows: Shape (episodes, windows, P). The windows of one episode are correlated: their mean
@@ -53,9 +53,9 @@ def _mean(x: np.ndarray) -> tuple[float, float]:
 def sampler(make: Callable[[Any], ug.GradientEstimator], num_windows: int) -> Callable:
     """A compiled ``draw(key, num_episodes, theta, data=None)``.
 
-    It returns the gradients of fresh workers, shape (episodes, windows, P). ``make(data)`` gives
-    the estimator. It is called inside the program, so what ``data`` holds is an argument of the
-    program, and other numbers in it compile nothing.
+    It returns the gradients of fresh workers, shape (episodes, windows, P). ``make(data)`` makes
+    the estimator inside the program, so that ``data`` is an argument of the program and other
+    numbers in it compile nothing.
     """
 
     @functools.partial(jax.jit, static_argnums=1)

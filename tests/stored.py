@@ -1,4 +1,4 @@
-"""Stored numbers, of the smoke runs and of the trained optimizers: ``expected.json``."""
+"""``expected.json``: stored results of smoke runs and of the trained optimizers."""
 
 import json
 import os
@@ -10,9 +10,9 @@ EXPECTED = Path(__file__).with_name("expected.json")
 
 
 def expect(name, numbers):
-    """Compares with the stored numbers; 1 % leaves room for other versions and processors.
+    """Compares with the stored numbers; 1 % allows for other versions and processors.
 
-    UPDATE_EXPECTED=1 writes them anew (run with -n 0), for somebody to look at the change.
+    UPDATE_EXPECTED=1 (with -n 0) rewrites them; somebody has to check the change.
     """
     stored = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
     if os.environ.get("UPDATE_EXPECTED"):

@@ -1,4 +1,4 @@
-"""``fit`` with checkpoints: what is continued is what was never interrupted."""
+"""``fit`` with checkpoints: a resumed run equals a run without interruption."""
 
 import functools
 import os
@@ -27,7 +27,7 @@ OUTER = optax.adam(0.05)
 
 @functools.cache
 def workers(num_devices=None):
-    """The same object every time: ``fit`` keeps the program of the last estimator and optimizer."""
+    """Always the same object: ``fit`` keeps the program of the last estimator and optimizer."""
     problem, theta = quadratic()
     mesh = num_devices and ug.make_worker_mesh(num_devices)
     return ug.average(build("pes", problem), 4, mesh=mesh), theta
@@ -50,12 +50,12 @@ def run(num_steps, folder=None, num_devices=None, **given):
 
 @functools.cache
 def whole(num_steps):
-    """A run that nobody interrupts."""
+    """A run without interruption."""
     return run(num_steps)
 
 
 def assert_same(a, b, **tolerance):
-    """Bit for bit, unless told."""
+    """Asserts bit-equality, unless tolerances are given."""
     exact: dict[str, Any] = {"rtol": 0, "atol": 0}
     for x, y in zip(*(jax.tree.leaves(numbers(tree)) for tree in (a, b)), strict=True):
         np.testing.assert_allclose(x, y, **exact | tolerance)
@@ -64,10 +64,10 @@ def assert_same(a, b, **tolerance):
 def test_goes_on_where_it_was(tmp_path):
     expected = whole(9)
     run(5, tmp_path)
-    again = run(5, tmp_path)  # there is nothing left to do
+    again = run(5, tmp_path)  # nothing is left to do
     assert len(again.history["loss"]) == 5
     steps = run(9, tmp_path)
-    # The dispatches of the interrupted run end elsewhere; the steps are the same.
+    # The interrupted run's dispatches end elsewhere; its steps are equal.
     assert steps.history["evaluated_at"].tolist() == [2, 4, 5, 7, 9]
     assert_same(steps.theta, expected.theta)
     assert_same(steps.opt_state, expected.opt_state)
@@ -75,7 +75,7 @@ def test_goes_on_where_it_was(tmp_path):
     assert_same(steps.history["loss"], expected.history["loss"])
     last = run(17, tmp_path)
     kept = sorted(int(f.name) for f in (tmp_path / "steps").iterdir())
-    ends = [2, 4, 5, *range(7, 18, 2)]  # of all dispatches
+    ends = [2, 4, 5, *range(7, 18, 2)]  # the ends of all dispatches
     losses = [np.mean(last.history["loss"][a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     assert kept == sorted({ends[np.argmin(losses)], 15, 17})
 
@@ -113,7 +113,7 @@ def test_one_process_at_a_time(tmp_path):
             run(2, tmp_path)
 
     run(2, tmp_path, callback=callback)
-    run(4, tmp_path)  # the lock is gone with the run
+    run(4, tmp_path)  # the lock ends with the run
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -189,7 +189,7 @@ def half_written(folder):
 
 
 def started(folder, num_steps, full_at=-1):
-    """A process of its own that runs ``run``; from step ``full_at`` on its disk is full."""
+    """Starts a process that calls ``run``; from step ``full_at`` on its disk is full."""
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(num_steps), str(folder), str(full_at)],
         cwd=Path(__file__).parents[1],
@@ -200,7 +200,7 @@ def started(folder, num_steps, full_at=-1):
 
 
 def assert_is(folder, expected):
-    """The process that ended left the theta and the history of this run."""
+    """Asserts that the finished process wrote the theta and history of this run."""
     np.testing.assert_array_equal(np.load(folder / "theta.npy"), expected.theta["start"])
     history = np.load(folder / "history.npz")
     assert set(history) == set(expected.history)
@@ -209,10 +209,10 @@ def assert_is(folder, expected):
 
 
 def test_killed_at_random_moments_and_with_a_full_disk(tmp_path):
-    """The end is that of a run that was left alone.
+    """The result equals an undisturbed run.
 
-    A first process finds its disk full: it keeps the run so far in memory, and the checkpoints
-    before are whole. Six more get SIGKILL; every second one while a checkpoint is being written.
+    The first process meets a full disk: it keeps the run so far in memory, and earlier checkpoints
+    stay whole. Six more processes get SIGKILL, every second one while it writes a checkpoint.
     """
     draws, kills, hits, num_steps = np.random.default_rng(0), 6, 0, 60
     process = started(tmp_path, num_steps, full_at=6)
@@ -237,7 +237,7 @@ def test_killed_at_random_moments_and_with_a_full_disk(tmp_path):
         assert process.returncode == (-signal.SIGKILL if kill < kills else 0), errors
         hits += kill < kills and half_written(tmp_path)
     assert hits > 0
-    assert not half_written(tmp_path)  # what the kills left behind is cleaned up
+    assert not half_written(tmp_path)  # the remains of killed runs are removed
     assert_is(tmp_path, run(num_steps))
 
 

@@ -1,4 +1,4 @@
-"""Constraints: there and back, derivatives, units, and what is refused."""
+"""Constraints: inverses, derivatives, units, and refused values."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_derivatives_in_both_modes_and_far_out(constraint, values, dtype):
         truth = {"positive": np.exp(x), "free": np.ones_like(x)}.get(
             constraint.name, width * s * (1 - s)
         )
-        # Accurate on the far side too, where sigmoid (1 - sigmoid) has lost its digits.
+        # It is accurate even where sigmoid (1 - sigmoid) has lost its digits.
         normal = float(jnp.finfo(dtype).smallest_normal)
         eps = float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(
@@ -118,7 +118,7 @@ def test_report_in_both_units(capsys):
 
 
 def test_inside_a_problem():
-    """Theta moves without bound, momentum stays below 1; both families agree on the slope."""
+    """Theta is unbounded, momentum stays below 1; both families estimate the same slope."""
     kinds = {"rate": positive, "momentum": unit_interval}
 
     def optimizer(theta, t):
@@ -134,7 +134,7 @@ def test_inside_a_problem():
     )
     theta = unconstrain(kinds, {"rate": 0.1, "momentum": 0.5})
     key = jax.random.key(0)
-    # As many orthogonal directions as numbers: the gradient itself, but for sigma^2.
+    # As many orthogonal directions as numbers give the gradient, up to O(sigma^2).
     full = ug.full_es(problem, sigma=1e-2, num_pairs=2, noise=ug.noise.orthogonal())
 
     @jax.jit
@@ -145,7 +145,7 @@ def test_inside_a_problem():
     exact, estimate = gradients(theta)
     for name in kinds:
         np.testing.assert_allclose(estimate[name], exact[name], rtol=0.01)
-        # d J / d theta = d J / d value * d value / d theta, and J falls in both here.
+        # d J / d theta = d J / d value * d value / d theta, and J falls in both values here.
         assert exact[name] < 0
 
 
@@ -156,7 +156,7 @@ def test_inside_a_problem():
         (positive, jnp.bfloat16(-2), "got -2.0 as bfloat16"),
         (positive, np.inf, "got inf"),
         (unit_interval, 1, "got 1.0 as float32"),
-        (unit_interval, 1 - 1e-9, "got 1.0 as float32"),  # float32 cannot tell it from 1
+        (unit_interval, 1 - 1e-9, "got 1.0 as float32"),  # equals 1 in float32
         (unit_interval, jnp.array([0.5, 1.5, -1.0]), "got 1.5 as float32 (2 of 3 values)"),
         (box(2, 3), 3.0, "got 3.0"),
         (box(2, 3), 1.0, "got 1.0"),
@@ -167,7 +167,7 @@ def test_values_outside_or_at_the_boundary(constraint, value, got):
     where = [f"values['x']['y'] must be in the domain of `{constraint.name}`", constraint.domain]
     with raises(ValueError, *where, got, "Move it inside"):
         unconstrain({"x": constraint}, {"x": {"y": value}})
-    with raises(ValueError, *where, got):  # a constant inside jit is a concrete value, too
+    with raises(ValueError, *where, got):  # a constant inside jit is also a concrete value
         jax.jit(lambda: unconstrain({"x": constraint}, {"x": {"y": value}}))()
     traced = jax.jit(lambda v: unconstrain(constraint, v))(jnp.asarray(value, jnp.float32))
     assert not jnp.isfinite(traced).all()

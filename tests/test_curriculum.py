@@ -1,4 +1,4 @@
-"""Windows and episodes that grow during training, without compiling again."""
+"""Windows and episodes grow during training without compiling again."""
 
 from typing import Any
 
@@ -18,13 +18,13 @@ SETTINGS = {"sigma": 0.1, "num_pairs": 2}
 
 
 def assert_same(a, b):
-    """The same numbers; the trees may differ in what a state says of itself."""
+    """Asserts equal numbers; the trees may differ in ``made_by``."""
     a, b = (jax.tree.leaves(numbers(tree)) for tree in (a, b))
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def simple(horizon=20):
-    """Little to compile: the worker's draw is in the initial state alone."""
+    """A small problem: only the initial state has a random draw."""
 
     def step(key, theta, x, t):
         x = 0.9 * x + theta
@@ -35,7 +35,7 @@ def simple(horizon=20):
 
 
 def stages(factory=ug.pes, **settings):
-    """Truncation 2, then 5 in a longer episode."""
+    """Two stages: truncation 2, then 5 in a longer episode."""
     (problem, theta), (longer, _) = simple(20), simple(40)
     return [
         factory(problem, truncation=2, **settings),
@@ -58,7 +58,7 @@ def test_each_call_is_that_of_its_stage_begun_afresh(factory, settings, workers)
         assert jax.tree.structure(new) == jax.tree.structure(state)
         state, number = new, int(call >= 3)
         if call in (0, 3):
-            own = made[number].init(jax.random.key(9), theta)  # a placeholder, whatever the key
+            own = made[number].init(jax.random.key(9), theta)  # a placeholder for any key
         mine, own = made[number].estimate(key, theta, own)
         assert_same((estimate, state.episode), (mine, own.episode))
         assert np.all(np.asarray(state.episode.t) == t)
@@ -86,7 +86,7 @@ def test_one_program_for_all_stages():
     assert set(first) == {0, 1, 2}
     alone = ug.tbptt(counted(3), truncation=5)
     alone.estimate(KEY, theta, alone.init(KEY, theta))
-    assert first.count(1) == traces.count(3)  # not more than without a curriculum
+    assert first.count(1) == traces.count(3)  # no more than without a curriculum
     del traces[:]
     for _ in range(5):
         _, state = estimate(KEY, theta, state)
@@ -103,11 +103,11 @@ def test_one_program_for_all_stages():
 
 @pytest.mark.parametrize("name", ["truncated_es", "gpes", "bptt"])
 def test_other_estimators(name):
-    """Two settings of each; the first call of the second stage begins an episode."""
+    """Two settings of each estimator; the second stage's first call begins an episode."""
     problem, theta = simple()
     first = build(name, problem)
     second = build(name, simple(40)[0], truncation=10)
-    if name == "gpes":  # noise_period=10 would be pes
+    if name == "gpes":  # noise_period=10 would make it pes
         second = build(name, problem, truncation=10, noise_period=20)
     growing = ug.curriculum([first, second], boundaries=[1])
     shapes, state = jax.eval_shape(growing.init, KEY, theta), growing.init(KEY, theta)
@@ -119,7 +119,7 @@ def test_other_estimators(name):
 
 
 def test_the_mean_gradient_of_a_stage_is_that_of_the_objective():
-    """On a linear problem, where pes is exact in the mean, in the second stage of a curriculum."""
+    """On a linear problem, where pes is exact in the mean; in a curriculum's second stage."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=4, memory=0.5)
     made = [ug.pes(problem, truncation=k, sigma=0.1) for k in (1, 2)]
     growing = ug.curriculum(made, boundaries=[2])
@@ -236,7 +236,7 @@ def test_truncation_is_that_of_the_stages_where_they_agree():
 
 @pytest.mark.parametrize("name", ["pes", "tbptt"])
 def test_a_horizon_that_grows_with_the_outer_step(name):
-    """Problem and estimator made inside the jitted update, around a traced length; one compile."""
+    """The jitted update makes problem and estimator from a traced length and compiles once."""
     problem, theta = simple()
 
     def estimator(length):
@@ -253,7 +253,7 @@ def test_a_horizon_that_grows_with_the_outer_step(name):
     for call in range(8):
         estimate, state = update(jax.random.fold_in(KEY, call), theta, state, 5 + 2 * call)
         seen.append((int(state.episode.horizon[0]), int(state.episode.t[0])))
-    # Lengths as given when an episode begins, rounded up to windows of 5.
+    # An episode has the length given at its beginning, rounded up to windows of 5.
     assert seen == [(5, 0), (10, 5), (10, 0), (15, 5), (15, 10), (15, 0), (20, 5), (20, 10)]
     assert compiled._cache_size() == 1
     assert np.all(np.isfinite(jax.tree.leaves(estimate.grad)[0]))

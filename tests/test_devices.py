@@ -1,6 +1,6 @@
-"""``average`` over meshes of 1, 2, 4 and 8 devices, and the two ways to do it by hand.
+"""``average`` over meshes of 1, 2, 4 and 8 devices, and a user's own pmap and shard_map.
 
-Every estimator once on a mesh of 8, and its collectives: ``estimators/test_contract.py``.
+``estimators/test_contract.py`` runs every estimator on a mesh of 8 and counts collectives.
 """
 
 import functools
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
 @functools.cache
 def recorded():
-    """The small problem; its state remembers all that was drawn."""
+    """The small problem with a state that records all draws."""
     problem, theta = quadratic()
 
     def init(key, theta):
@@ -34,7 +34,7 @@ def recorded():
 
     def step(key, theta, state, t):
         own, loss = problem.step(key, theta, state["own"], t)
-        # Not normal draws: how XLA rounds those may depend on the program around them (jax 0.12).
+        # The draws are not normal: XLA's rounding of those depends on the program (jax 0.12).
         drawn = state["drawn"].at[t].set(jax.random.uniform(key, (3,)))
         return {"own": own, "drawn": drawn}, loss
 
@@ -43,7 +43,7 @@ def recorded():
 
 @functools.cache
 def looped():
-    """With a ``while_loop`` in the step, whose length depends on theta, from constants."""
+    """A step with a ``while_loop`` that begins from constants; its length depends on theta."""
     problem, theta = quadratic()
 
     def step(key, theta, state, t):
@@ -60,7 +60,7 @@ def looped():
 
 @functools.cache
 def alone(name):
-    """Signs as noise: their sums are exact, and so are the same in every program."""
+    """Noise of random signs: their sums are exact, and so are equal in every program."""
     problem, _ = recorded()
     if name == "pes":
         noise = ug.noise.rademacher()
@@ -70,7 +70,7 @@ def alone(name):
 
 @functools.cache
 def averaged(name, num_devices=None, stagger="lockstep"):
-    """Eight workers; the same object for the same arguments, so that it compiles once."""
+    """Eight workers; equal arguments give the same object, so that it compiles once."""
     mesh = num_devices and ug.make_worker_mesh(num_devices)
     return ug.average(alone(name), 8, mesh=mesh, stagger=stagger)
 
@@ -82,7 +82,7 @@ def descend(theta, grad):
 
 @functools.cache
 def trained(*which):
-    """Estimates and state of a few updates, and how many programs each call compiled."""
+    """Estimates and state of a few updates, and the number of programs that each call compiled."""
     many, theta = averaged(*which), recorded()[1]
     state, estimates, compiled = many.init(KEY, theta), [], []
     for key in KEYS:
@@ -95,8 +95,8 @@ def trained(*which):
 
 
 def draws(state):
-    """Whatever of a worker state was drawn: keys, data, accumulated noise."""
-    carried = state.carried  # tbptt carries an inner state alone, pes those of its pairs
+    """The random parts of a worker state: keys, data, accumulated noise."""
+    carried = state.carried  # tbptt carries one inner state, pes its pairs' states
     inner = getattr(carried, "states", carried)
     return numbers([state.episode, inner["drawn"], getattr(carried, "accumulated", None)])
 
@@ -114,7 +114,7 @@ def draws(state):
     ],
 )
 def test_every_mesh_gives_the_same_and_compiles_once(name, num_devices, stagger):
-    """A few updates equal those without a mesh; their draws to the bit, those of `init` too."""
+    """A few updates equal the updates without a mesh; all draws are bit-equal."""
     estimates, state, compiled = trained(name, num_devices, stagger)
     expected, expected_state, _ = trained(name, None, stagger)
     chex.assert_trees_all_equal(draws(state), draws(expected_state))
@@ -136,7 +136,7 @@ def test_nothing_recompiles_on_one_device(which):
 
 
 def test_one_all_reduce_with_a_while_loop_in_the_step():
-    """In batches, so that a loop is around the workers, too; and the numbers are the same."""
+    """Batches put another loop around the workers; the numbers are the same."""
     problem, theta = looped()
     estimator, out, text = build("pes", problem), [], ""
     mesh = ug.make_worker_mesh(4)
@@ -155,7 +155,7 @@ def test_one_all_reduce_with_a_while_loop_in_the_step():
 
 @pytest.mark.parametrize("name", ["pes", "tbptt"])
 def test_the_users_own_pmap_and_shard_map(name):
-    """As in the docstring of ``average``; ``test_the_n_fold_trap`` is what would go wrong."""
+    """As in the docstring of ``average``; ``test_the_n_fold_trap`` shows the danger."""
     theta, estimator = recorded()[1], alone(name)
     (expected, *_), *_ = trained(name, None, "lockstep" if name == "pes" else "breakstep")
     wanted = numbers((expected.grad, expected.loss))
@@ -183,7 +183,7 @@ def test_the_users_own_pmap_and_shard_map(name):
 
 
 def test_the_n_fold_trap():
-    """In shard_map ``jax.grad`` of a replicated theta is the sum over devices; ours is not."""
+    """In shard_map ``jax.grad`` for a replicated theta sums over devices; estimators do not."""
     problem = ug.UnrolledProblem(lambda key, theta: theta, lambda key, theta, s, t: (s, s * s), 4)
 
     def grads(key, theta):
@@ -203,7 +203,7 @@ def test_the_n_fold_trap():
 
 
 def scalar(streaming=False):
-    """Little to compile: one number, and with ``streaming`` what is streamed moves it."""
+    """A small problem with one number as state; with ``streaming`` the data change it."""
 
     def step(key, theta, x, t, *batch):
         x = 0.9 * x + theta * jax.random.uniform(key) + sum(batch)
@@ -229,11 +229,11 @@ def test_streamed_data_and_a_mesh_of_two_axes():
     for many, batches in [(plain, data), (spread, data), (plain, data[::-1])]:
         out.append(numbers(many.estimate(KEY, theta, many.init(KEY, theta), data=batches)[0]))
     chex.assert_trees_all_close(out[1], out[0], rtol=1e-5)
-    assert abs(out[2].loss / out[0].loss - 1) > 1e-3  # whose data is whose matters
+    assert abs(out[2].loss / out[0].loss - 1) > 1e-3  # the assignment of data to workers matters
 
 
 def test_a_problem_made_inside_jit():
-    """The step may close over what is traced, as a growing horizon does."""
+    """The step may close over traced values, as with a growing horizon."""
 
     @jax.jit
     def grad(target, theta):
@@ -247,7 +247,7 @@ def test_a_problem_made_inside_jit():
 
 
 def test_theta_and_state_from_elsewhere_are_placed():
-    """A restored state lies on one device, theta is numpy or lies on another device."""
+    """A restored state is on one device; theta is a NumPy array or is on another device."""
     theta, plain, many = recorded()[1], averaged("pes"), averaged("pes", 8)
     state = plain.init(KEY, theta)
     (expected, *_), *_ = trained("pes", None, "lockstep")
@@ -256,12 +256,12 @@ def test_theta_and_state_from_elsewhere_are_placed():
         with counted() as count:
             got, _ = many.estimate(KEYS[0], given, jax.device_put(state, jax.devices()[0]))
         np.testing.assert_allclose(got.loss, expected.loss, rtol=1e-5)
-    assert count[0] == 0  # the program of a mesh is that of the first call, whatever comes
+    assert count[0] == 0  # the first call's program serves all later calls
 
 
 @pytest.mark.parametrize("stagger", ["lockstep", "burn_in"])
 def test_a_plain_average_over_a_problem_that_differs_between_devices(stagger):
-    """In a user's own shard_map, where the step closes over the device's own data."""
+    """In a user's own shard_map the step closes over the device's own data."""
 
     def body(target, theta):
         problem = ug.UnrolledProblem(

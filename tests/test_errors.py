@@ -1,7 +1,7 @@
-"""Bad input is refused before anything compiles, with the argument, the values and a way out.
+"""Bad input is refused before anything compiles; errors name argument, values and a remedy.
 
-States are abstract (``jax.eval_shape``) wherever no value is looked at; a fixture counts what
-compiles in every test, and expects nothing.
+States are abstract (``jax.eval_shape``) unless a value is checked; a fixture asserts that no test
+compiles a program.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ every = pytest.mark.parametrize("name", rows())
 
 @pytest.fixture(scope="module")
 def warm():
-    """What the tests themselves compute once."""
+    """Values that the tests themselves compute once."""
     for horizon in (20, 30):
         quadratic(horizon)
     return jax.random.split(KEY, 2), jax.random.key(0, impl="rbg")
@@ -42,7 +42,7 @@ def begun(estimator, theta):
 
 
 def call(estimator, theta, state, key=KEY, **data):
-    """One abstract call: what it raises, a call with numbers raises before it compiles."""
+    """One abstract call; a call with numbers raises the same error before it compiles."""
     return jax.eval_shape(estimator.estimate, key, theta, state, **data)
 
 
@@ -238,7 +238,7 @@ OTHER_SETTINGS = {
 @every
 @pytest.mark.parametrize(("change", "theirs", "ours"), OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
 def test_state_of_other_settings(name, change, theirs, ours):
-    """Of the same shapes, so that only what the state says of itself tells them apart."""
+    """The states have the same shapes and differ only in ``made_by``."""
     problem, theta = quadratic()
     if "horizon" not in change and not REGISTRY[name].takes(next(iter(change))):
         return
@@ -259,13 +259,13 @@ def test_state_of_an_estimator_of_another_name():
     mean = begun(ug.tbptt(problem, truncation=5), theta)
     with raises(TypeError, "made by tbptt(truncation=5, horizon=20)", "this is truncated_es("):
         call(ug.truncated_es(problem, truncation=5, sigma=0.1), theta, mean)
-    # The same estimator under its other name, or with another sigma, takes it over.
+    # The same estimator under another name, or with another sigma, accepts the state.
     same = ug.gpes(problem, truncation=5, sigma=0.2, noise_period=5)
     call(pes, theta, begun(same, theta))
 
 
 class Bare(NamedTuple):
-    """The least that a worker state of a user's own may be."""
+    """The smallest worker state that a user's own estimator may have."""
 
     episode: ug.Episode
 
@@ -313,7 +313,7 @@ def test_step_that_changes_the_state(name):
 
 @every
 def test_state_that_holds_a_function(name):
-    """Refused as the state is made: by ``init`` where a worker keeps it, else in the call."""
+    """It is refused when the state is made: in ``init`` or, if a call makes it, in the call."""
     problem, theta = quadratic()
     bad = problem._replace(init=lambda key, theta: {"net": [jnp.tanh]})
     with raises(TypeError, "`init` put", "state['net'][0]", "eqx.partition"):

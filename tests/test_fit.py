@@ -1,4 +1,4 @@
-"""``fit``: the same as a loop by hand, in few dispatches of one program."""
+"""``fit`` equals a loop written by hand, in few dispatches of one program."""
 
 import functools
 import gc
@@ -21,14 +21,14 @@ OUTER = optax.adam(0.05)
 
 @functools.cache
 def workers(num_devices=None):
-    """The same object every time: ``fit`` keeps the program of the last estimator and optimizer."""
+    """Always the same object: ``fit`` keeps the program of the last estimator and optimizer."""
     problem, theta = quadratic()
     mesh = num_devices and ug.make_worker_mesh(num_devices)
     return ug.average(build("pes", problem), 4, mesh=mesh), theta
 
 
 def by_hand(estimator, theta, num_steps, data=None):
-    state = estimator.init(KEY, theta)  # nothing of it is used: all episodes begin anew
+    state = estimator.init(KEY, theta)  # its content is not used: all episodes begin anew
     opt_state, losses = OUTER.init(theta), []
 
     @jax.jit
@@ -46,9 +46,9 @@ def by_hand(estimator, theta, num_steps, data=None):
 
 @pytest.mark.parametrize(("num_devices", "sizes"), [(4, [4]), (None, [100, 4])])
 def test_is_the_loop_by_hand_whatever_the_dispatches(num_devices, sizes):
-    """One dispatch is longer than the run; the others end in the middle of one. One program each.
+    """One dispatch is longer than the run; the run ends within the others' last dispatch.
 
-    Nothing is compiled after the first dispatch, nor for another run of the same.
+    The first dispatch compiles one program; later dispatches and equal runs compile nothing.
     """
     estimator, theta = workers(num_devices)
     expected, losses = by_hand(estimator, theta, 10)
@@ -120,7 +120,7 @@ def test_what_evaluate_returns_is_checked():
 
 
 def simple():
-    """Little to compile, and made anew each time."""
+    """A small problem, made anew each time."""
 
     def step(key, theta, x, t):
         x = 0.9 * x + theta["a"] * jax.random.uniform(key)
@@ -168,7 +168,7 @@ def test_streamed_data():
 
 
 def test_stops_where_something_is_not_finite():
-    """The state counts steps, and from the 12th on the loss is not finite."""
+    """The state counts steps; from the 12th step on the loss is not finite."""
     problem = ug.UnrolledProblem(
         lambda key, theta: jnp.int32(0),
         lambda key, theta, s, t: (s + 1, theta["a"] ** 2 * jnp.where(s < 12, 1, jnp.nan)),
@@ -186,7 +186,7 @@ def test_stops_where_something_is_not_finite():
 
 
 def test_the_users_arrays_are_not_taken():
-    """``init`` returns an array that is not its own, and theta's leaf, and one twice."""
+    """``init`` returns an array of the caller, theta's leaf, and one array twice."""
     mine, theta = jnp.ones(2), {"s": jnp.zeros(2)}
     problem = ug.UnrolledProblem(
         lambda key, theta: (mine, mine, theta["s"]),

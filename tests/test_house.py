@@ -1,4 +1,4 @@
-"""The house as DESIGN has it: who may import whom, and what a user sees."""
+"""The structure of the package: its imports, and the names that a user sees."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ ORDER: list[str] = [
     *("_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems", "diagnostics"),
     "running",
 ]
-"""The rooms of ``unrollgrad``: each imports only from rooms that stand before it."""
+"""The rooms of ``unrollgrad``: each imports only from earlier rooms."""
 MOST_PARAMETERS = 6
 PUBLIC_FACTORIES = {
     "average",

@@ -1,4 +1,4 @@
-"""Leaves of theta that cannot influence the loss are named; one that can is never accused."""
+"""A warning names leaves of theta that cannot influence the loss, and only such leaves."""
 
 import warnings
 
@@ -26,7 +26,7 @@ def one_step(step, init=lambda key, theta: jnp.float32(1.0), **more):
 
 
 def accused(problem, theta=THETA):
-    """The names in the warning; all of them where it is an error."""
+    """The names in the warning or, if no leaf has influence, in the error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trace = inner_loop.check_step(problem, KEY, theta)
@@ -39,7 +39,7 @@ def accused(problem, theta=THETA):
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_dead_leaf_is_named(name):
-    """By every estimator, before anything is compiled."""
+    """Every estimator names it before anything is compiled."""
 
     def traced(problem):
         jax.eval_shape(lambda: estimate(problem, THETA, name))
@@ -52,7 +52,7 @@ def test_a_dead_leaf_is_named(name):
 
 
 def test_a_schedule_that_overwrites_an_injected_hyperparameter():
-    """The rate is written into the state, by init and by every step, before optax replaces it."""
+    """init and every step write the rate into the state before optax replaces it."""
     schedule = optax.linear_schedule(0.1, 0.01, 20)
     theta = {"lr": jnp.float32(0.1), "decay": jnp.float32(-3.0)}
 
@@ -87,7 +87,7 @@ def test_a_schedule_that_overwrites_an_injected_hyperparameter():
 
 
 def through_scan(theta, s):
-    """theta reaches the second carry, which reaches the first one a turn later."""
+    """Theta reaches the second carry, which reaches the first carry one iteration later."""
 
     def turn(carry, _):
         a, b, c = carry
@@ -125,7 +125,7 @@ def printed(theta, s):
 
 
 STEPS = {
-    # name: (step, the leaf that is dead)
+    # name: (step, the leaf without influence)
     "nested jit": (
         lambda th, s: (
             s,
@@ -182,9 +182,9 @@ def test_reachability_through_every_kind_of_call(step, dead):
 
 
 def test_influence_through_the_state_takes_as_many_steps_as_it_needs():
-    """theta enters the last of five leaves; it moves up one leaf a step; the loss reads the first.
+    """Theta enters the last of five leaves, and moves up by one per step; the loss reads the first.
 
-    Constants, leaves that are one array, and leaves that are theta itself are among them.
+    Among the leaves are constants, an array that occurs twice, and theta itself.
     """
     x = jnp.float32(1.0)
 

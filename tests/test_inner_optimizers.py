@@ -1,4 +1,4 @@
-"""Inner optimizers under differentiation: right, or a message that names what makes it right."""
+"""Inner optimizers under differentiation: correct, or a message names the remedy."""
 
 import functools
 import warnings
@@ -21,7 +21,7 @@ PLAIN = "on plain gradients"
 
 
 def make(optimizer, start=(0.0, 3.0, 1.0), dtype=jnp.float32, horizon=8):
-    """A quadratic in (w, its square root); the third coordinate sits at its optimum."""
+    """A quadratic in (w, its square root); the third coordinate is at its optimum."""
 
     def loss(theta, w, batch, key):
         return jnp.mean((w["w"].astype(jnp.float32) - 1.0) ** 2)
@@ -36,7 +36,7 @@ def make(optimizer, start=(0.0, 3.0, 1.0), dtype=jnp.float32, horizon=8):
 
 
 def gradients(theta, *estimators):
-    """Of the first call of each, all in one program."""
+    """The gradients of each estimator's first call, all in one program."""
 
     def all_of_them(theta):
         return [e.estimate(KEY, theta, e.init(KEY, theta))[0].grad for e in estimators]
@@ -95,15 +95,15 @@ def test_adam_at_a_zero_gradient_is_warned_of_once_and_eps_root_cures_it(factory
     problem = make(lambda theta, t: optax.adam(jnp.exp(theta)))
     inside = lambda: gradient(problem, factory, **settings)  # noqa: E731
     with pytest.warns(UserWarning, match="eps_root=1e-8") as caught:
-        assert np.isnan(float(jax.jit(inside)()))  # what it is warned of is true
+        assert np.isnan(float(jax.jit(inside)()))  # the warning is right
     assert len(caught) == 1
-    jax.make_jaxpr(lambda: 2 * inside())()  # and not again: a warning is an error
+    jax.make_jaxpr(lambda: 2 * inside())()  # no second warning, which would be an error
     cured = make(lambda theta, t: optax.adam(jnp.exp(theta), eps_root=1e-8))
     assert np.isfinite(float(gradient(cured, factory, **settings)))
 
 
 def test_derivatives_with_eps_root_are_those_of_central_differences():
-    """Of rate, both decays and eps_root itself, with a coordinate without gradient."""
+    """Derivatives for rate, both decays and eps_root; one coordinate has no gradient."""
 
     def optimizer(theta, t):
         b1, b2 = jax.nn.sigmoid(theta["b1"]), jax.nn.sigmoid(theta["b2"])
@@ -149,7 +149,7 @@ def test_optimizers_that_a_trial_does_not_suit():
             {"adam": optax.adam(jnp.exp(theta)), "sgd": optax.sgd(0.1)}, {"w": "adam", "b": "sgd"}
         )
 
-    assert len(said(by_name, params)) == 1  # tried on the real structure
+    assert len(said(by_name, params)) == 1  # the trial has the real structure
 
     def fails(updates, state, params=None):
         raise ZeroDivisionError
@@ -158,14 +158,14 @@ def test_optimizers_that_a_trial_does_not_suit():
     assert said(lambda theta, t: raising, params) == []
 
     @jax.jit
-    def inside(scale):  # the trial cannot know a traced value that the optimizer holds
+    def inside(scale):  # the trial cannot know a traced value in the optimizer
         return gradient(make(lambda theta, t: optax.adam(scale * jnp.exp(theta)), (0.0, 3.0)))
 
     assert np.isfinite(float(inside(1.0)))
 
 
 def test_float16_weights_where_eps_is_rounded_to_zero():
-    """One warning, in init; with a larger eps the forward run is finite."""
+    """init warns once; with a larger eps the forward run is finite."""
     small = make(lambda theta, t: optax.adam(jnp.exp(theta)), dtype=jnp.float16)
     with pytest.warns(UserWarning, match=r"float16, in which its eps .*eps=1e-4") as caught:
         assert not np.isfinite(float(gradient(small, ug.pes, truncation=4, sigma=0.1)))
@@ -191,7 +191,7 @@ def test_hyperparameters_that_are_kept_in_16_bits(dtype):
 
 
 def test_bf16_weights_with_injected_float32_hyperparameters():
-    """Finite, and the gradients of float32 weights to a few percent."""
+    """The gradients are finite and equal those of float32 weights within a few percent."""
 
     def optimizer(theta, t):
         inner = optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.float32)
@@ -217,7 +217,7 @@ def test_theta_in_16_bits():
 
 
 def test_whole_numbers_among_the_hyperparameters():
-    """They may be given to optax as they are; injected, they are arrays, and optax may refuse."""
+    """optax takes whole numbers; injected they are arrays, which optax may refuse."""
     start = np.zeros((4, 3))
     plain = make(lambda theta, t: optax.adafactor(jnp.exp(theta), min_dim_size_to_factor=2), start)
     assert np.isfinite(float(gradient(plain, ug.pes, truncation=4, sigma=0.1)))
@@ -245,14 +245,14 @@ def test_whole_numbers_among_the_hyperparameters():
     ids=["tbptt, alone", "truncated_es, in a chain"],
 )
 def test_theta_counts_in_every_window_through_injected_hyperparameters(inject, factory, settings):
-    """optax reads them from the state of `init`; here they are those of plain optax."""
+    """optax reads them from `init`'s state; here they equal plain optax's hyperparameters."""
     windows = []
     for make_sgd in [inject(optax.sgd), optax.sgd]:
         problem = make(lambda theta, t: make_sgd(jnp.exp(theta) / (t + 1)))  # noqa: B023
         estimator = factory(problem, **settings)
         state, here = estimator.init(KEY, RATE), []
         for window in range(2):
-            theta = RATE + 0.5 * window  # changed between the windows of one episode
+            theta = RATE + 0.5 * window  # theta changes between the windows of one episode
             out, state = estimator.estimate(jax.random.key(window), theta, state)
             here.append(float(out.grad))
         windows.append(here)
@@ -278,7 +278,7 @@ def test_injected_hyperparameters_keep_optax_schedules_and_nesting():
 
 @pytest.mark.parametrize("shape", [(20, 10), (400, 300)], ids=["as it is", "clipped"])
 def test_a_rate_for_every_weight(shape):
-    """Theta fits the weights only if both are clipped or neither is."""
+    """Theta fits the weights only if both or neither are clipped."""
     theta = {"lr": jnp.zeros(shape)}
 
     def rates(theta, t):
@@ -291,7 +291,7 @@ def test_a_rate_for_every_weight(shape):
 
 @pytest.mark.parametrize("name", ["dog", "muon"])
 def test_optimizers_that_are_sound_on_the_weights_they_get(name):
-    """dog takes a root at the first weights only; muon gives only vectors to Adam."""
+    """dog takes a root only at the first weights; muon passes only vectors to Adam."""
 
     def optimizer(theta, t):
         return getattr(optax.contrib, name)(jnp.exp(theta))

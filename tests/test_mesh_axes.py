@@ -1,4 +1,4 @@
-"""Estimators inside a user's own ``shard_map``: the numbers are those of a single device."""
+"""Estimators inside a user's own ``shard_map`` give the numbers of a single device."""
 
 import functools
 
@@ -18,7 +18,7 @@ KEYS = jax.random.split(jax.random.key(0), 2)
 
 @functools.cache
 def with_constants():
-    """Leaves of the initial state that depend on neither key nor theta."""
+    """A problem whose initial state has leaves that depend on neither key nor theta."""
     plain, theta = quadratic()
     problem = plain._replace(
         init=lambda key, theta: {**plain.init(key, theta), "n": jnp.int32(0)},
@@ -28,7 +28,7 @@ def with_constants():
 
 
 def calls(estimator, key, theta):
-    """Four calls in a scan, whose carry has to be what comes back, from ``init`` on."""
+    """Four calls in a scan, so that every call has to return a state of ``init``'s type."""
 
     def call(state, i):
         estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
@@ -38,7 +38,7 @@ def calls(estimator, key, theta):
 
 
 def on_each_device(function):
-    """Of a replicated theta, and a key of its own."""
+    """Every device has the replicated theta and its own key."""
 
     def body(keys, theta):
         return jax.tree.map(lambda x: x[None], function(keys[0], theta))
@@ -49,7 +49,7 @@ def on_each_device(function):
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_types_fit_and_nothing_is_added_up_over_devices(name):
-    """Traced only: ``jax.grad`` of a replicated theta would be a sum over devices, a ``psum``."""
+    """Only traced: ``jax.grad`` for a replicated theta would sum over devices by ``psum``."""
     problem, theta = with_constants()
     sharded = on_each_device(functools.partial(calls, build(name, problem)))
     text = str(jax.make_jaxpr(sharded)(KEYS, theta))
@@ -59,7 +59,7 @@ def test_the_types_fit_and_nothing_is_added_up_over_devices(name):
 
 @pytest.mark.parametrize("name", ["pes", "tbptt", "reparameterized_es", "uoro"])
 def test_each_device_is_its_own_worker(name):
-    """Replicated theta, own keys and states: not the sum of the gradients, as jax.grad has."""
+    """With a replicated theta each device gets its own gradient, not the sum, as in jax.grad."""
     problem, theta = with_constants()
     run = functools.partial(calls, build(name, problem))
     many = numbers(jax.jit(on_each_device(run))(KEYS, theta))
@@ -70,7 +70,7 @@ def test_each_device_is_its_own_worker(name):
 
 
 def test_average_inside_shard_map():
-    """Lorenz begins at an array that depends on nothing; its reset is a select under vmap."""
+    """Lorenz begins at a constant array; under vmap its reset is a select."""
     problem, theta = ug.problems.lorenz(horizon=20)
     workers = ug.average(ug.tbptt(problem, truncation=5), 3)
 

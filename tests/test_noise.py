@@ -1,4 +1,4 @@
-"""Perturbation laws: unit covariance, stable draws, and a user's own."""
+"""Perturbation laws: unit covariance, stable draws, and a user's own laws."""
 
 import functools
 
@@ -28,7 +28,7 @@ def test_gaussian_has_unit_covariance_over_leaves_and_pairs():
     se = 1 / np.sqrt(len(draws))
     assert np.abs(draws.mean(axis=0)).max() < 5 * se
     assert np.abs(np.cov(draws.T) - np.eye(4)).max() < 5 * np.sqrt(2) * se
-    # Fourth moments: Gaussian, not merely of unit variance.
+    # Fourth moments show a Gaussian, not only unit variance.
     assert np.abs((draws**4).mean(axis=0) - 3).max() < 5 * np.sqrt(96) * se
 
 
@@ -38,7 +38,7 @@ def test_more_pairs_keep_the_first_draws():
 
 
 def test_a_large_leaf_is_drawn_in_blocks_that_differ():
-    size = 2**17 + 3  # three blocks, none of which is full
+    size = 2**17 + 3  # three blocks, none of them full
     theta = {"w": np.zeros((size, 1), np.float32)}
     unit = np.asarray(draw(ug.noise.gaussian(), theta, 2)["w"])
     assert unit.shape == (2, size, 1)
@@ -49,7 +49,7 @@ def test_a_large_leaf_is_drawn_in_blocks_that_differ():
 
 
 def test_small_leaves_are_drawn_together():
-    """Neighbours that fit a block: one draw. Every coordinate is still one of its own."""
+    """Neighbouring leaves that fit a block share one draw; coordinates stay distinct."""
     sizes = {"a": 3, "b": 2**16 - 3, "c": 2, "d": 2**16 - 1, "e": 4}
     theta = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
     two = functools.partial(draw, ug.noise.gaussian(), num_pairs=2)
@@ -68,7 +68,7 @@ def test_float64_leaves_are_perturbed_in_float64():
 
 
 def test_a_law_is_any_pair_of_functions():
-    """Fixed unit directions: the estimate is the exact gradient's component along them."""
+    """With a fixed unit direction the estimate is the exact gradient's component along it."""
 
     def sample(key, directions, theta, num_pairs):
         return jnp.broadcast_to(directions, (num_pairs, 3))
@@ -109,13 +109,13 @@ LAWS = {
     ],
 )
 def test_variance_on_a_linear_loss(law, num_pairs, expected):
-    """P = 8, in units of the gradient's square."""
+    """The variance for P = 8, divided by |g|^2."""
     problem, theta, slope = linear(8)
     estimator = ug.full_es(problem, sigma=0.5, num_pairs=num_pairs, noise=LAWS[law])
     s = Samples(window_gradients(estimator, KEY, theta, 1, 10_000))
     size = np.sum(slope**2)
     variance, se = (x / size for x in s.variance())
-    if expected == 0:  # as many orthogonal directions as numbers: the gradient itself
+    if expected == 0:  # as many orthogonal directions as numbers give the gradient
         np.testing.assert_allclose(s.x, np.broadcast_to(slope, s.x.shape), rtol=1e-3, atol=1e-4)
         return
     assert s.error_in_se(slope) < 5
@@ -137,7 +137,7 @@ def test_unit_covariance_over_mixed_leaves(law):
     unit = jax.tree.map(np.asarray, many(KEY))
     assert unit["b"].dtype == jnp.float32
     assert unit["b"].shape == (20_000, 6, 1, 2)
-    for pair in (0, 5):  # the sixth is in a second block of orthogonal directions
+    for pair in (0, 5):  # the sixth pair is in a second orthogonal block
         draws = np.concatenate([unit["a"][:, pair], unit["b"][:, pair, 0]], axis=1)
         se = 1 / np.sqrt(len(draws))
         assert np.abs(draws.mean(axis=0)).max() < 5 * se
@@ -173,7 +173,7 @@ def test_every_law_is_unbiased(name, law):
 
 @pytest.mark.parametrize("name", TAKE_A_LAW)
 def test_every_estimator_draws_from_its_law(name):
-    """With its own ``law_state``, for all pairs; nothing else perturbs theta."""
+    """The law gets its own ``law_state`` and draws for all pairs; nothing else perturbs theta."""
     asked = []
 
     def sample(key, law_state, theta, num_pairs):

@@ -1,4 +1,4 @@
-"""The notebooks run, and each is the same program as the script it is paired with."""
+"""The notebooks run, and each equals its paired script."""
 
 import runpy
 import warnings
@@ -13,7 +13,7 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
 
 
 def run(name):
-    """All names that a notebook leaves behind."""
+    """Runs a notebook; returns its variables."""
     (script,) = (path for path in SCRIPTS if path.stem.startswith(name))
     return runpy.run_path(str(script))
 
@@ -23,7 +23,7 @@ def test_which_estimator(capsys):
     names = run("01")
     assert "estimator" in capsys.readouterr().out
     rows = {row["name"]: row for row in names["comparison"].rows}
-    # What the text says of them.
+    # The statements of the text.
     for name in ["tbptt", "truncated_es"]:
         assert rows[name]["bias"] > 3 * rows[name]["bias_se"]
     for name in ["bptt", "full_es", "pes", "es_single"]:
@@ -38,7 +38,7 @@ def test_a_learned_optimizer(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)
     curves = run("02")["curves"]
     last = {name: sum(losses[-20:]) / 20 for name, losses in curves.items()}
-    # What the text says of them.
+    # The statements of the text.
     by_hand = [loss for name, loss in last.items() if "Adam" in name]
     assert last["learned"] < sorted(by_hand)[1]
     assert last["own"] < sorted(by_hand)[1]
@@ -46,9 +46,9 @@ def test_a_learned_optimizer(monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_notebook_is_the_script(script):
-    """After a change: jupytext --to ipynb --execute notebooks/NAME.py."""
+    """After a change run: jupytext --to ipynb --execute notebooks/NAME.py."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nbformat's, about cell ids
+        warnings.simplefilter("ignore")  # nbformat warns about cell ids
         notebook: Any = jupytext.read(script.with_suffix(".ipynb"))
         paired: Any = jupytext.read(script)
     cells = [(c.cell_type, c.source) for c in notebook.cells]

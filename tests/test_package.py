@@ -1,4 +1,4 @@
-"""The package as a newcomer meets it: imports, the README, the public names."""
+"""The package for a newcomer: imports, the README, the public names."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def test_the_readme_has_the_table_of_estimators():
 
 
 def test_without_the_extras():
-    """The import asks for none of them, and the trained optimizers train with the core."""
+    """The import needs no extra, and the trained optimizers work with the core alone."""
     files = sorted(TRAINED.glob("*.npz"))
     command = [sys.executable, "-m", "tests.without_extras", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

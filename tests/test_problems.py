@@ -1,4 +1,4 @@
-"""The canonical problems are what their docstrings say."""
+"""The canonical problems satisfy their docstrings."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_toy_regression():
 @pytest.mark.parametrize("gradients", ["identical", "independent"])
 @pytest.mark.parametrize("init_influence", [0.0, 2.0])
 def test_linear_recurrence_influence(gradients, init_influence):
-    """Against jax.grad with a theta of its own for every step."""
+    """It equals jax.grad with a separate theta for every step."""
     problem, theta, influence = ug.problems.linear_recurrence(
         3, 5, gradients=gradients, memory=0.6, curvature=0.3, init_influence=init_influence
     )

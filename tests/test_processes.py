@@ -1,4 +1,4 @@
-"""Several processes on ``jax.distributed``: the same numbers, written once."""
+"""Several processes with ``jax.distributed`` get the same numbers and write them once."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def together(*commands):
-    """Runs the commands at the same time; what each of them printed."""
+    """Runs the commands at the same time; returns each one's output."""
     started = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -49,7 +49,7 @@ def free_address():
 
 
 def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
-    """Estimators and ``fit``; a signal to one process stops both, and the same call goes on."""
+    """Estimators and ``fit``; a signal to one process stops both, and the same call resumes."""
     address, folder = free_address(), str(tmp_path / "two")
     pair = together(*[["-m", "tests.one_process", address, "2", str(i), folder] for i in range(2)])
     first, second = (json.loads(printed.splitlines()[-1]) for printed in pair)

@@ -1,4 +1,4 @@
-"""A sigma that rounding swallows is refused, with how much is lost and what would do."""
+"""A sigma below theta's rounding is refused; the error names the loss and a valid sigma."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ def begin(theta, sigma, name="pes"):
 
 @functools.partial(jax.jit, static_argnums=2)
 def measured(sigma, x, dtype):
-    """The fraction that the estimators' own rounding loses."""
+    """The fraction of the perturbation that the estimators' rounding loses."""
     eps = sigma * jax.random.normal(jax.random.key(1), x.shape)
     return jnp.mean(_pairs._round(x.astype(jnp.float32) + eps, dtype).astype(dtype) == x)
 
@@ -36,7 +36,7 @@ def measured(sigma, x, dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
 def test_the_predicted_fraction_is_the_measured_one(dtype, scale):
-    """For theta of many sizes, powers of two and zeros."""
+    """Theta has many magnitudes, powers of two and zeros."""
     x = np.random.default_rng(0).normal(size=50_000)
     x[:5000], x[5000:7000], x[7000:9000] = 1.0, -0.25, 0.0
     x = jnp.asarray(x.astype(dtype))
@@ -110,7 +110,7 @@ def test_large_leaves_are_sampled():
 
 
 def test_a_leaf_of_which_only_a_part_is_looked_at():
-    """Above 100 000 numbers a sample decides; ``average``, too, looks before it traces."""
+    """Above 100 000 numbers a sample decides; ``average`` also checks before it traces."""
     problem = ug.UnrolledProblem(
         lambda key, theta: jnp.zeros(()), lambda key, theta, s, t: (s, jnp.mean(theta**2)), 4
     )

@@ -1,4 +1,4 @@
-"""Workers at different places of their episodes: where they stand, and what that changes."""
+"""Workers at different places of their episodes: the places, and their effect."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def simple(horizon=20):
-    """Little to compile: one number, which remembers the draws of the episode it is in."""
+    """A small problem: its state, one number, records the draws of its episode."""
 
     def step(key, theta, x, t):
         x = 0.9 * x + theta * jax.random.uniform(key)
@@ -30,7 +30,7 @@ def simple(horizon=20):
 
 
 def places(many, theta, calls):
-    """Where the workers stand, after ``init`` and after each call: (calls + 1, num_workers)."""
+    """The workers' places after ``init`` and after each call: (calls + 1, num_workers)."""
     state, out = many.init(KEY, theta), []
     for i in range(calls):
         out.append(np.asarray(state.episode.t))
@@ -40,7 +40,7 @@ def places(many, theta, calls):
 
 @pytest.mark.parametrize("num_workers", [3, 9])
 def test_where_workers_stand_in_breakstep(num_workers):
-    """Worker i's first episode has ceil((i+1)/num_workers * T/K) windows, the later ones T/K."""
+    """Worker i's first episode has ceil((i+1)/num_workers * T/K) windows, later ones T/K."""
     problem, theta = simple()  # T = 20, K = 5, four windows
     many = ug.average(build("tbptt", problem), num_workers, stagger="breakstep")
     first = [math.ceil((i + 1) / num_workers * 4) * 5 for i in range(num_workers)]
@@ -64,7 +64,7 @@ def test_where_workers_stand_after_burn_in(num_workers):
 
 
 def test_places_do_not_overflow():
-    """Of 3000 workers with 10^6 windows the product index * windows would exceed int32."""
+    """For 3000 workers with 10^6 windows the product index * windows would exceed int32."""
     problem, theta = simple(horizon=5 * 10**6)
     for stagger in ["breakstep", "lockstep"]:
         many = ug.average(build("tbptt", problem), 3000, stagger=stagger)
@@ -74,7 +74,7 @@ def test_places_do_not_overflow():
 
 
 def test_burnt_in_workers_are_in_the_middle_of_ordinary_episodes():
-    """Their states are those of the same worker called as often; and it goes on as ever."""
+    """Their states equal those of a single worker after as many calls, and continue alike."""
     problem, theta = simple()
     alone = build("pes", problem)
     state = ug.average(alone, 4, stagger="burn_in").init(KEY, theta)
@@ -82,7 +82,7 @@ def test_burnt_in_workers_are_in_the_middle_of_ordinary_episodes():
 
     @jax.jit
     def again(first):
-        """The episode's key tells how it began: the same first call leads to the same states."""
+        """The episode's key decides how it began: the same first call leads to the same states."""
         state, states = alone.init(KEY, theta), []
         for call in range(3):
             key = jax.random.wrap_key_data(first) if call == 0 else jax.random.key(call)
@@ -99,7 +99,7 @@ def test_burnt_in_workers_are_in_the_middle_of_ordinary_episodes():
 
 @pytest.mark.parametrize("stagger", ["breakstep", "burn_in"])
 def test_sampled_horizons(stagger):
-    """The first episodes are cut to their share of what was drawn, and all have the right ends."""
+    """First episodes are cut to their share of the drawn horizon; all end at the right step."""
     problem, theta = simple()
     sampler = problem._replace(horizon=lambda key: jax.random.randint(key, (), 4, 40))
     many = ug.average(build("pes", sampler), 6, stagger=stagger)
@@ -113,7 +113,7 @@ def test_sampled_horizons(stagger):
         ended = np.asarray(state.episode.t) == 0
         goes_on = ~ended & (np.asarray(before.t) > 0)
         np.testing.assert_array_equal(np.asarray(state.episode.t)[~ended], moved[~ended])
-        # An episode keeps the horizon it began with, until it is over.
+        # An episode keeps the horizon that it began with.
         same = np.asarray(state.episode.horizon) == np.asarray(before.horizon)
         assert same[goes_on].all()
         assert (np.asarray(state.episode.horizon)[~ended] > moved[~ended]).all()
@@ -129,7 +129,7 @@ def recurrence():
 
 @functools.cache
 def sampled(name, stagger, num_workers, calls):
-    """Gradients and ``grad_variance`` of many independent averages, in every one of their calls."""
+    """Gradients and ``grad_variance`` of many independent averages, for each of their calls."""
     problem, theta, _ = recurrence()
     many = ug.average(build(name, problem, truncation=2), num_workers, stagger=stagger)
 
@@ -147,7 +147,7 @@ def sampled(name, stagger, num_workers, calls):
 @pytest.mark.parametrize(
     ("name", "stagger", "num_workers", "calls", "which", "unbiased"),
     [
-        # The negative control: what workers in lockstep estimate is the first window's gradient.
+        # Negative control: workers in lockstep estimate the first window's gradient.
         ("pes", "lockstep", 3, 8, 0, False),
         ("es_single", "burn_in", 8, 4, 0, True),
         ("es_single", "burn_in", 8, 4, 3, True),
@@ -175,7 +175,7 @@ def test_a_single_call_of_staggered_workers_sees_all_windows(
 
 @pytest.mark.parametrize("stagger", ["lockstep", "burn_in"])
 def test_expectation_over_an_episode_of_calls(stagger):
-    """Of 3 workers over eight windows: even staggered, only the calls together see them evenly."""
+    """3 workers cannot cover eight windows evenly in one call, but all calls together do."""
     influence = recurrence()[2]
     samples = Samples(sampled("pes", stagger, 3, 8)[0].mean(axis=1))
     truth = theory.gradient(influence)
@@ -186,7 +186,7 @@ def test_expectation_over_an_episode_of_calls(stagger):
 
 @pytest.mark.parametrize(("name", "stagger"), [("pes", "burn_in"), ("bptt", "lockstep")])
 def test_every_batch_size_equals_none(name, stagger):
-    """Half of them at a time; breakstep is in ``test_in_float64``, one in ``test_workers.py``."""
+    """Batches of half the workers; breakstep is in ``test_in_float64``."""
     problem, theta = simple()
     results = []
     for batch_size in [None, 3]:
@@ -217,7 +217,7 @@ def test_a_smaller_batch_takes_less_memory():
 
 
 def test_in_float64():
-    """Places stay int32, and chunks lose no digits."""
+    """Places stay int32, and batches lose no digits."""
     with jax.enable_x64(True):
         problem, theta = simple.__wrapped__()
         theta, grads = theta.astype(jnp.float64), []

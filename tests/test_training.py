@@ -26,7 +26,7 @@ def make(optimizer, horizon=8, **changes):
 
 
 def estimates(problem, theta, *factories):
-    """Of the first call of each estimator, all in one program."""
+    """The estimates of each estimator's first call, all in one program."""
 
     def both(theta):
         made = [factory(problem) for factory in factories]
@@ -40,7 +40,7 @@ def pes(problem):
 
 
 def test_it_is_the_loop_written_by_hand():
-    """SGD with momentum: losses and hypergradient against a Python loop and its jax.grad."""
+    """SGD with momentum: losses and hypergradient equal a Python loop and its jax.grad."""
     problem = make(lambda theta, t: optax.sgd(jnp.exp(theta["log_lr"]), theta["momentum"]))
     theta = {"log_lr": jnp.log(jnp.float32(0.2)), "momentum": jnp.float32(0.7)}
 
@@ -85,7 +85,7 @@ def test_any_optimizer_through_both_families(optimizer):
     exact, estimate = estimates(problem, theta, ug.bptt, lambda p: ug.full_es(p, sigma=1e-2))
     assert np.isfinite(exact.grad)
     assert exact.grad != 0
-    # One scalar, tiny sigma: full ES is u^2 g, with u^2 known from its own draw.
+    # For one scalar and tiny sigma full ES is u^2 g, with u^2 known from its draw.
     noise = jax.random.fold_in(jax.random.fold_in(KEY, 2), 0)
     unit = ug.noise.gaussian().sample(noise, (), theta, 1)[0]
     np.testing.assert_allclose(estimate.grad, unit**2 * exact.grad, rtol=0.02)
@@ -147,7 +147,7 @@ def test_bf16_weights():
 
 
 def test_params_that_are_not_floating_stay_as_they_are():
-    """Counters and keys among the params, as nnx keeps them: seen by the loss, never trained."""
+    """Counters and keys among the params, as in nnx: the loss sees them, nothing trains them."""
     problem = make(
         lambda theta, t: optax.adam(theta, eps_root=1e-6),
         init_params=lambda key: {"w": jnp.zeros(3), "count": jnp.int32(3), "key": key},

@@ -1,4 +1,4 @@
-"""``average``: the mean over workers, its variance, and what becomes of bad workers."""
+"""``average``: the mean over workers, its variance, and the treatment of bad workers."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def simple():
-    """Little to compile: one number, which remembers the draws of the episode it is in."""
+    """A small problem: its state, one number, records the draws of its episode."""
 
     def step(key, theta, x, t):
         x = 0.9 * x + theta * jax.random.uniform(key)
@@ -28,7 +28,7 @@ def simple():
 
 
 def test_mean_of_workers_with_folded_keys():
-    """Of every estimator: ``estimators/test_contract.py``. Here the spread over them, too."""
+    """Also the spread over workers; ``estimators/test_contract.py`` has all estimators."""
     problem, theta = quadratic()
     alone = build("pes", problem)
     many = ug.average(alone, 4)
@@ -55,9 +55,9 @@ def test_mean_of_workers_with_folded_keys():
     ("name", "again"), [("gpes", False), ("truncated_es", False), ("tbptt", True)]
 )
 def test_episodes_begin_only_where_they_do(name, again, optimized):
-    """``init`` runs in the windows that begin one, not in all; differentiated, in all.
+    """``init`` runs only in windows that begin an episode; under differentiation in all.
 
-    A pure callback is what XLA may move, as it may move any other part of ``init``.
+    XLA may move a pure callback, as it may move any other part of ``init``.
     """
     plain, theta = simple(), jnp.float32(0.3)
     runs = []
@@ -105,7 +105,7 @@ def test_grad_variance_is_that_of_the_mean():
 
 @pytest.mark.parametrize(("size", "how"), [(3, "at once"), (3, "both"), (500, "both")])
 def test_grad_variance_keeps_its_digits(size, how):
-    """Gradients of mean 1000 and sd 0.01, in the first call: their squares differ by 1e-10."""
+    """The gradients have mean 1000 and sd 0.01: their squares differ by 1e-10."""
 
     def init(key, theta):
         return jax.random.normal(key, (size,))
@@ -113,7 +113,7 @@ def test_grad_variance_keeps_its_digits(size, how):
     def step(key, theta, state, t):
         return state, jnp.sum((1000 + 0.01 * state) * theta)
 
-    # In batches and on devices: means of batches are joined, then those of devices.
+    # Batches and devices: batch means are combined, then device means.
     both: dict[str, Any] = {"mesh": ug.make_worker_mesh(8), "batch_size": 2}
     problem = ug.UnrolledProblem(init, step, 2)
     many = ug.average(ug.bptt(problem), 64, **(both if how == "both" else {}))
@@ -128,7 +128,7 @@ def test_grad_variance_keeps_its_digits(size, how):
 
 
 def poisoned(num_bad):
-    """A deterministic problem in which the workers that drew a low number go NaN at step 7."""
+    """A deterministic problem; workers with a low draw become NaN at step 7."""
 
     def init(key, theta):
         return jax.random.uniform(key), jnp.float32(1.0)
@@ -164,12 +164,12 @@ def test_bad_workers_are_dropped_restarted_and_counted(name, how):
     estimator = build(name, problem)
     spread: dict[str, Any] = {
         "at once": {},
-        "in batches": {"batch_size": 1},  # a batch without any good worker among them
+        "in batches": {"batch_size": 1},  # some batches have no good worker
         "on devices": {"mesh": ug.make_worker_mesh(8)},
     }[how]
     many = ug.average(estimator, 8, **spread)
     state = many.init(KEY, theta)
-    _, state = many.estimate(call, theta, state)  # steps 0 to 4: all is well
+    _, state = many.estimate(call, theta, state)  # steps 0 to 4: all losses are finite
     estimate, after = many.estimate(call, theta, state)
     assert int(over_workers(estimate).num_nonfinite) == 2
     np.testing.assert_array_equal(np.asarray(after.episode.t), np.where(bad, 0, 10))
@@ -216,7 +216,7 @@ def test_all_workers_bad(num_devices):
 
 
 def test_all_workers_bad_because_theta_is_rounded():
-    """0.999 as a decay rate of Adam is 1 in bfloat16: the message names the leaf and its dtype."""
+    """Adam's decay rate 0.999 is 1 in bfloat16: the error names the leaf and its dtype."""
     problem = ug.training_problem(
         loss=lambda theta, w, batch, key: jnp.sum((w - 1.0) ** 2),
         init_params=lambda key: jnp.zeros(2),

@@ -1,7 +1,7 @@
-"""The package where only the core is installed; ``test_package.py`` runs this as a program.
+"""The package without its extras; ``test_package.py`` runs this as a program.
 
-It prints, as JSON, what the import of the package tried to import besides the core, and for each
-file of a learned optimizer the losses of the training that it steers.
+It prints as JSON the extras that importing the package asked for and, for each file of a learned
+optimizer, the losses of a training run with it.
 """
 
 import importlib
@@ -12,7 +12,7 @@ EXTRAS = ("experiments", "flax", "matplotlib", "orbax", "rich", "sklearn", "tyro
 
 
 class Refuse:
-    """A finder of ``sys.meta_path``: it finds no extra, and remembers what it was asked for."""
+    """A finder for ``sys.meta_path``: it hides the extras, and records requests for them."""
 
     def __init__(self):
         self.asked = []
@@ -24,7 +24,7 @@ class Refuse:
 
 
 def losses(path):
-    """Along 100 steps on a small classification task, at the start and after every 20."""
+    """The losses on a small classification task at the start and after every 20 of 100 steps."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -60,7 +60,7 @@ def losses(path):
 
 
 def main(files):
-    """Refuses the extras from here on; nothing of the package was imported before."""
+    """Hides the extras before the package is imported."""
     refuse = Refuse()
     sys.meta_path.insert(0, refuse)
     importlib.import_module("unrollgrad")

@@ -1,4 +1,4 @@
-"""Where the hyperparameters go on a quadratic with gradient noise, against closed forms."""
+"""The hyperparameters' limits on a quadratic with gradient noise, against closed forms."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ def positive_definite(seed, low, high):
 
 
 def quadratic():
-    """H, G and the covariance of the gradient at the weights 0, whose mean is 0."""
+    """H, G and the covariance of the gradient at zero weights; its mean there is 0."""
     return (
         positive_definite(1, 0.2, 2.0),
         positive_definite(2, 0.1, 1.0),
@@ -41,7 +41,7 @@ def curvature(linearised):
 
 
 def adapted(optimizer, num_steps):
-    """The state after steps at fixed weights, each with a gradient drawn anew."""
+    """The state after steps at fixed weights; each step draws a new gradient."""
     h, g, covariance = quadratic()
     root, root_g = np.linalg.cholesky(covariance), np.linalg.cholesky(g)
     arguments = {
@@ -90,7 +90,7 @@ def relative_error(found, truth):
 
 @pytest.mark.parametrize("linearised", [False, True])
 def test_dense_preconditioner(linearised):
-    """(H + lambda_fsd G + lambda_wsd I)^-1, and without H where the loss is linearised."""
+    """The limit is (H + lambda_fsd G + lambda_wsd I)^-1, without H if the loss is linearised."""
     found = learned_preconditioner(linearised)
     assert relative_error(found, np.linalg.inv(curvature(linearised))) < 1e-3
     assert relative_error(found, np.linalg.inv(curvature(not linearised))) > 0.2  # a control
@@ -98,7 +98,7 @@ def test_dense_preconditioner(linearised):
 
 @pytest.mark.parametrize("linearised", [False, True])
 def test_learning_rate(linearised):
-    """E[g'g] / E[g' (H + lambda_fsd G + lambda_wsd I) g]."""
+    """The limit is E[g'g] / E[g' (H + lambda_fsd G + lambda_wsd I) g]."""
     num_steps = 10_000
     optimizer = apo.learning_rate(optax.sgd, 0.01, **settings(linearised, 0.1, num_steps))
     found = float(optax.tree.get(adapted(optimizer, num_steps), "learning_rate"))
@@ -112,7 +112,7 @@ def test_learning_rate(linearised):
 
 
 def test_each_group_gets_its_own_rate():
-    """A diagonal problem with a rate per coordinate: 1 / (h + lambda_fsd g + lambda_wsd) each."""
+    """On a diagonal problem each coordinate's rate becomes 1 / (h + lambda_fsd g + lambda_wsd)."""
     h, g = np.array([0.5, 2.0]), np.array([1.0, 0.1])
 
     def base(rates):
@@ -154,7 +154,7 @@ def test_each_group_gets_its_own_rate():
 
 
 def test_the_meta_gradient_is_the_derivative_of_the_objective():
-    """One meta-step of SGD on the logarithm, against central differences, with Adam as base."""
+    """One meta-step of SGD on the logarithm equals central differences, with Adam as base."""
     h, g, _ = quadratic()
     weights, noise = np.linspace(-1, 1, D), np.arange(1.0, D + 1)
 

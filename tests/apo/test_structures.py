@@ -1,4 +1,4 @@
-"""The families of preconditioners, against their explicit matrices."""
+"""The families of preconditioners equal their explicit matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def x64():
 
 
 def matrices(structure, factors, shape):
-    """P for each of the factors along their leading axis; P's columns are in row-major order."""
+    """P for each entry of the factors' leading axis, with the weights in row-major order."""
     basis = np.eye(int(np.prod(shape))).reshape(-1, *shape)
 
     @jax.jit
@@ -43,7 +43,7 @@ def drawn(structure, shape, number=1):
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3, 4), (5, 1)])
 def test_kronecker_is_its_matrix(shape):
-    """(A x B) diag(vec S)^2 (A x B)', rows first: the last axis is the outputs."""
+    """P = (A x B) diag(vec S)^2 (A x B)' in row-major order: the last axis is the outputs."""
     factors = drawn(apo.kronecker(), shape)
     (found,) = matrices(apo.kronecker(), factors, shape)
     a, b, s = (factors[name][0] for name in "abs")
@@ -71,7 +71,7 @@ def test_positive_semidefinite_and_identity_first(name, shape):
 
 
 def test_kfac_is_one_of_them():
-    """The inverse of a Kronecker product of two covariances, by their eigenvectors."""
+    """The inverse of a Kronecker product of two covariances is in the family."""
     inputs, outputs = 4, 3
     draws = np.random.default_rng(0)
     x, y = draws.normal(size=(20, inputs)), draws.normal(size=(20, outputs))

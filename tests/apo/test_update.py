@@ -1,4 +1,4 @@
-"""``update``: what it needs, what it skips, where it runs."""
+"""``update``: its arguments, the meta-steps that it skips, and where it runs."""
 
 import functools
 import itertools
@@ -59,7 +59,7 @@ def first_gradient(of=loss):
 
 
 def train(optimizer, num_steps, w=None):
-    """The weights and the states after every step."""
+    """Returns the weights and the states after every step."""
     w = weights() if w is None else w
     states = [jax.jit(optimizer.init)(w)]
 
@@ -81,7 +81,7 @@ def hyperparams(state):
 
 
 def changed(before, after):
-    """For each leaf whether any of its numbers is another."""
+    """For each leaf, whether any of its numbers differs."""
     leaves = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return [bool(np.any(np.asarray(x) != np.asarray(y))) for x, y in leaves]
 
@@ -110,7 +110,7 @@ def test_missing_arguments(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_discrepancies(name):
-    """Scalars and other outputs are fine; what is not real is named."""
+    """Scalars and other real outputs are allowed; the error names any other output."""
     w = weights()
 
     def update(w, discrepancy, predict):
@@ -137,7 +137,7 @@ def test_discrepancies(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_only_what_is_needed(name):
-    """Without a discrepancy no predictions; with the loss linearised no loss."""
+    """Predictions are needed only for a discrepancy, the loss only if it is not linearised."""
     given = extra(0)
     of_the_loss = {"loss": loss, "batch": given["batch"]}
     of_the_outputs = {"predict": predict, "other_batch": given["other_batch"]}
@@ -159,7 +159,7 @@ def test_only_what_is_needed(name):
 
     for begin, with_needed, with_all in found(weights()):
         assert np.any(with_needed[0] != np.asarray(begin[0]))
-        chex.assert_trees_all_equal(with_needed, with_all)  # what is not needed changes nothing
+        chex.assert_trees_all_equal(with_needed, with_all)  # unneeded arguments change nothing
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -220,7 +220,7 @@ def test_leaves_without_a_rule():
 
 @pytest.mark.parametrize("name", BOTH)
 def test_masked_weights(name):
-    """Refused from outside; inside, what is frozen does not move."""
+    """A mask around the method is refused; a mask inside it keeps frozen leaves fixed."""
     w = weights()
     mask = {"first": True, "shift": True, "second": False}
     with raises(ValueError, "params have masked leaves", "apo.frozen()"):
@@ -244,7 +244,7 @@ def test_masked_weights(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_the_state_may_be_donated(name):
-    """By an update of a state that begins anew for another seed."""
+    """An update may donate a state that is initialised again for another seed."""
     optimizer, given = make(name), extra(0)
     init = jax.jit(optimizer.init)
 
@@ -264,7 +264,7 @@ def test_the_state_may_be_donated(name):
 
 @functools.cache
 def growth():
-    """By how much a learning rate grows in five meta-steps, of the rate and the loss's scale."""
+    """The growth of a learning rate in five meta-steps, by initial rate and scale of the loss."""
 
     @jax.jit
     def grown(rate, scale):
@@ -287,8 +287,8 @@ def growth():
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("rate", [1e-6, 1e-2])
 def test_the_default_meta_steps_are_relative(rate, scale):
-    """About 10 % per meta-step from any rate, of a loss in any units, if all say the same."""
-    # More than 0.5, as the meta-gradient grows with the rate.
+    """A rate changes about 10 % per meta-step, whatever its size and the units of the loss."""
+    # The sum exceeds 0.5 since the meta-gradient grows with the rate.
     assert 0.5 < float(growth()(rate, scale)) < 0.56
 
 
@@ -310,7 +310,7 @@ def test_a_structure_for_each_leaf():
 
 @pytest.mark.parametrize("name", BOTH)
 def test_meta_steps_that_are_not_finite_are_skipped_and_counted(name):
-    """A loss of NaN at first, then one that is right."""
+    """The loss is NaN at first and finite later."""
     optimizer, w, gradient = make(name, meta_interval=1), weights(), first_gradient()
 
     @jax.jit
@@ -343,7 +343,7 @@ def test_meta_steps_are_at_the_interval(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_trains_in_a_chain_compiled_once(name):
-    """Beside clipping before it; the state keeps its structure and dtypes; the loss falls."""
+    """In a chain after clipping, the state keeps its structure and dtypes, and the loss falls."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), make(name, meta_interval=2))
     w = weights()
     state = jax.jit(optimizer.init)(w)
@@ -387,7 +387,7 @@ def test_current_values_by_name():
 
 
 def test_injected_hyperparameters_follow():
-    """optax alone would keep those of ``init``."""
+    """They follow the updates; optax alone would keep the values of ``init``."""
 
     def base(rate):
         return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
@@ -445,7 +445,7 @@ def _(primals, tangents):
     "make_of", [functools.partial(apo.learning_rate, optax.sgd), apo.preconditioner]
 )
 def test_traced_settings(make_of):
-    """A transform may be made inside a compiled program, of numbers that it computes."""
+    """A compiled program may make a transform from numbers that it computes."""
 
     def step(rate):
         optimizer, w, arguments = make_of(rate, lambda_fsd=rate), weights(), extra(0)
@@ -480,7 +480,7 @@ def test_no_second_derivative(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_batches_over_a_mesh(name):
-    """Sharded arrays under jit; shard_map and pmap with a batch for each device."""
+    """Sharded arrays work under jit; shard_map and pmap take one batch for each device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     w, plain = weights(), {"meta_interval": 1, "meta_optimizer": optax.sgd(0.1)}
     optimizer, local = make(name, **plain), make(name, **plain, axis_name="data")
@@ -508,7 +508,7 @@ def test_batches_over_a_mesh(name):
     )
     with raises(ValueError, "differs along the mesh axes ['data']", "pass axis_name='data'"):
         jax.eval_shape(alone, batch(0), batch(1))
-    if name == "learning_rate":  # a control: a device alone finds another rate
+    if name == "learning_rate":  # negative control: one device alone finds another rate
         alone = jax.jit(lambda *b: update(optimizer, *b))(*jax.tree.map(lambda x: x[0], by_device))
         assert not np.allclose(alone["learning_rate"], one["learning_rate"], rtol=2e-4)
 
@@ -527,7 +527,7 @@ def test_bfloat16(name):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_flax_weights(name):
-    """The state of an nnx module, with a convolution."""
+    """The weights may be the state of an nnx module with a convolution."""
 
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -572,7 +572,7 @@ def test_flax_weights(name):
 
 
 def test_flax_optimizer():
-    """nnx.Optimizer names the leaves in another way when it updates; rules see one name."""
+    """nnx.Optimizer renames the leaves when it updates; rules see the same name."""
     seen = set()
 
     def rule(path, leaf):

@@ -24,7 +24,7 @@ def x64():
 
 @pytest.mark.parametrize("start", ["cold", "warm"])
 def test_one_minimum_is_found_from_both_starts(start):
-    """A strongly convex inner problem: the same descent, and the outer minimum."""
+    """On a strongly convex inner problem both starts descend alike to the outer minimum."""
     problem = ridge()
     result = bilevel.solve(
         problem.inner,
@@ -46,19 +46,19 @@ def test_one_minimum_is_found_from_both_starts(start):
     assert result.outer_losses[-1] < 0.99 * first
     last = problem.outer(result.params, result.thetas[-1])
     np.testing.assert_allclose(result.outer_losses[-1], last, rtol=1e-10)
-    # Another trajectory ends at the same place.
+    # A different trajectory ends at the same minimum.
     assert jnp.linalg.norm(result.theta - result.thetas[-1]) < 0.1
 
 
 def test_warm_start_projects_on_and_on_and_cold_start_once():
-    """One equation for two weights: the nearest solution to where the descent begins."""
+    """One equation for two weights: descent finds the solution nearest to its start."""
     rows = jnp.array([[1.0, 0.0], [1.0, 1.0]]) / jnp.array([[1.0], [jnp.sqrt(2.0)]])
 
     def inner(w, theta):
         return (jnp.stack([1 - theta, theta]) @ (rows @ w - 1)) ** 2 / 2
 
     def moved(w, theta, v0):
-        """The other equation in the next step: theta from 0 to 1."""
+        """Moves theta from 0 to 1, so that the next step has the other equation."""
         return implicit.HyperGradient(-jnp.ones(()), jnp.zeros(()), None, None)
 
     def ends(start):
@@ -131,7 +131,7 @@ def test_unrolled_tunes_the_inner_rate(remat):
 
 @pytest.mark.parametrize("inject", [False, True])
 def test_the_inner_optimizer_follows_theta(inject):
-    """Also where its state would keep the first theta's rate, and its momentum goes on."""
+    """It does so even if its state stores the first theta's rate, and its momentum continues."""
 
     def optimizer(rate):
         if inject:

@@ -1,4 +1,4 @@
-"""``compare`` measures what it says, on samples whose law is known."""
+"""``compare`` measures known biases, variances and costs correctly."""
 
 import csv
 import json
@@ -103,7 +103,7 @@ def test_rows_against_closed_forms():
 
 
 def test_reference_that_is_itself_sampled():
-    """Its noise is taken out of the bias and counted in the error."""
+    """The reference's noise is subtracted from the bias and counted in its error."""
     problem, theta, influence = recurrence()
     g = theory.gradient(influence)
     comparison = ug.diagnostics.compare(
@@ -123,7 +123,7 @@ def test_reference_that_is_itself_sampled():
 
 
 def test_bias_is_debiased_and_its_error_covers():
-    """Over many repeats E[bias^2] is the truth, also where it is 0, and its SE fits."""
+    """Over many repeats E[bias^2] is the truth, even if it is 0, and its SE is right."""
     draws = np.random.default_rng(0)
     for shift in [0.0, 1.0]:
         truth = np.full((1, 4), shift)
@@ -134,7 +134,7 @@ def test_bias_is_debiased_and_its_error_covers():
         se = values.std() / np.sqrt(len(values))
         assert abs(values.mean() - 4 * shift**2) < 5 * se
         assert se < 0.02
-        naive = values + 4 / 30  # with its own noise left in: rejected
+        naive = values + 4 / 30  # negative control: its own noise is not subtracted
         assert abs(naive.mean() - 4 * shift**2) > 5 * se
         ratio = np.sqrt(np.mean(errors**2)) / values.std()
         assert 0.9 < ratio < 1.6 if shift == 0 else 0.9 < ratio < 1.1
@@ -258,7 +258,7 @@ def test_table_plot_and_save(tmp_path, capsys):
 
 
 def test_equal_steps():
-    """At the costliest's inner steps: more workers divide the variance, the bias stays."""
+    """More workers, up to the costliest row's inner steps, divide the variance, not the bias."""
     cheap = {"variance": 8.0, "nmse": 1 + 8 / 4, "reference_norm": 2.0, "inner_steps": 10}
     dear = {"variance": 4.0, "nmse": 4 / 4, "reference_norm": 2.0, "inner_steps": 40}
     cheap, dear = report.at_equal_steps([cheap, dear])
@@ -328,7 +328,7 @@ def test_bad_input():
 
 
 def test_what_thetas_values_say_against_it_is_said():
-    """The program is compiled for any theta; its values are looked at before."""
+    """The program is compiled for any theta; theta's values are checked before."""
     problem = ug.UnrolledProblem(lambda key, th: 0.0, lambda key, th, s, t: (s, th**2), 4)
     with pytest.raises(ValueError, match="under bfloat16's resolution of theta"):
         ug.diagnostics.compare(
@@ -342,7 +342,7 @@ def test_what_thetas_values_say_against_it_is_said():
 
 
 def test_repetitions_are_pooled_without_a_bias_of_the_pooling():
-    """Repetitions of an unbiased sampler: no bias is seen, and the error shrinks."""
+    """Pooling repetitions of an unbiased sampler shows no bias, and the error shrinks."""
     draws = np.random.default_rng(3)
     rows: list[dict[str, Any]] = [
         {"name": "x", **statistics.describe(draws.normal(size=(30, 4)) + 1, np.ones((1, 4)))}
@@ -356,7 +356,7 @@ def test_repetitions_are_pooled_without_a_bias_of_the_pooling():
     assert naive.mean() > 3 * naive.std(ddof=1) / np.sqrt(400)  # the mean of the roots is biased
     assert row["squared_bias_se"] < 0.1 * rows[0]["squared_bias_se"]
     assert row["variance"] == pytest.approx(np.mean([r["variance"] for r in rows]))
-    # Very different gradients: the ratios are those of the averages, and stay consistent.
+    # With very different gradients the ratios are ratios of averages and stay consistent.
     large = {"variance": 10.0, "squared_bias": 0.0, "squared_bias_se": 1.0, "norm": 1.0}
     large |= {"reference_norm": 1.0, "inner_steps": 10, "name": "x"}
     small = {**large, "variance": 1e-3, "norm": 0.01, "reference_norm": 0.01}
@@ -366,7 +366,7 @@ def test_repetitions_are_pooled_without_a_bias_of_the_pooling():
 
 
 def test_no_bias_is_seen_where_there_is_none_and_a_tenth_is_found():
-    """100 samples of 100 workers, 20 seeds: at most one outside 3 SE; 1.1 times g is outside."""
+    """Of 20 seeds, at most one bias of an unbiased estimator exceeds 3 SE; 1.1 g exceeds it."""
     problem, theta, influence = recurrence()
     g = theory.gradient(influence).astype(np.float32)
     workers = ug.average(ug.es_single(problem, truncation=4, sigma=0.1), 100)

@@ -1,4 +1,4 @@
-"""The variance of the mean of U updates against closed forms: one window, an episode, many."""
+"""The variance of the mean of U updates equals closed forms, for all three values of U."""
 
 import functools
 
@@ -16,7 +16,7 @@ U1, UN, LONG = 1, N, 20 * N
 
 @functools.cache
 def measured(gradients):
-    """Rows by name, and the exact influences; staggered workers in the one case that shows them."""
+    """Rows by name, and the exact influences; staggered workers only for identical gradients."""
     problem, theta, influence = ug.problems.linear_recurrence(DIM, HORIZON, gradients=gradients)
     influence = influence(theta)
     common = {"truncation": TRUNCATION, "sigma": 0.1}
@@ -40,7 +40,7 @@ def measured(gradients):
 
 
 def check(row, u, expected, tolerance=0.1):
-    """Within the tolerance of the issue, and that is at least 2.5 standard errors."""
+    """The value is within the tolerance, which is at least 2.5 standard errors."""
     value, se = row["variance_of_mean"][u], row["variance_of_mean_se"][u]
     assert abs(value - expected) < tolerance * expected
     assert se < tolerance / 2.5 * expected
@@ -61,7 +61,7 @@ def test_long_run(gradients):
 
 @pytest.mark.parametrize("gradients", ["identical", "independent"])
 def test_one_update_and_one_episode(gradients):
-    """U = 1 has the closed form of one window at a random place; staggered it is an update's."""
+    """U = 1 has the closed form of one window at a random place of the episode."""
     rows, influence = measured(gradients)
     for name, period in {"es_single": None, "pes": TRUNCATION}.items():
         single = theory.window_variance(influence, TRUNCATION, period)
@@ -72,17 +72,17 @@ def test_one_update_and_one_episode(gradients):
 
 
 def test_whole_episodes():
-    """An update is an episode: the mean of one and of twenty."""
+    """If an update is an episode, U is 1 and 20."""
     rows, influence = measured("identical")
     assert list(rows["full_es"]["variance_of_mean"]) == [1, 20]
     check(rows["full_es"], 20, (DIM + 1) * np.sum(theory.gradient(influence) ** 2))
 
 
 def test_staggered_workers():
-    """Eight of them: per episode spent the variance is eight times that of their mean."""
+    """The long-run variance of the mean of eight workers is an eighth of one worker's."""
     rows, influence = measured("identical")
     one_noise = (DIM + 1) * np.sum(theory.gradient(influence) ** 2)
     check(rows["nres"], LONG, one_noise / WORKERS)
-    # They keep their noise: the first updates look better than the long run is.
+    # They keep their noise, so that the first updates look better than the long run is.
     nres = rows["nres"]["variance_of_mean"]
     assert nres[U1] < 0.75 * nres[LONG]

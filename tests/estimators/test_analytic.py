@@ -1,4 +1,4 @@
-"""Backpropagation inside evolution strategies: less variance, and bias only where it is said."""
+"""Backpropagation inside evolution strategies: less variance, and bias only as documented."""
 
 import functools
 
@@ -24,7 +24,7 @@ def samples(estimator, theta, num_windows, num_episodes):
 
 
 def fading(memory):
-    """The influence of theta on the loss decays by ``memory`` in every step."""
+    """A recurrence in which theta's influence on the loss decays by ``memory`` in every step."""
     slope = jnp.ones(20) / jnp.sqrt(20.0)
 
     def step(key, theta, s, t):
@@ -44,8 +44,8 @@ def fading_program(name):
     [(0.9, (12.6, 8.9, 7.3)), (0.5, (10.8, 2.6, 2.2)), (0.1, (11.1, 0.11, 0.09))],
 )
 def test_variance_against_memory(memory, expected):
-    """Influence decaying by ``memory`` a window, n = 10, P = 20: the reference's table (2.3)."""
-    # The step t feels theta 1 + memory + ... + memory^t times.
+    """Influence decays by ``memory`` per window, n = 10, P = 20: the reference's table 2.3."""
+    # Theta enters step t with the weight 1 + memory + ... + memory^t.
     slope = np.mean(np.cumsum(memory ** np.arange(10)))
     exact = np.full(20, slope / np.sqrt(20))
     for name, value in zip(FACTORIES, expected, strict=True):
@@ -58,7 +58,7 @@ def test_variance_against_memory(memory, expected):
 
 
 def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
-    """Windows that begin far from where the episode did; quadratic, so the replacement is exact."""
+    """Windows begin far from the episode's start; on a quadratic the replacement is exact."""
 
     def step(key, theta, s, t):
         s = 0.5 * s + theta
@@ -77,13 +77,13 @@ def test_the_window_gradient_is_that_of_the_state_the_worker_is_in():
     for name, s in found.items():
         assert s.relative_se(exact) < 0.02, name
         assert s.error_in_se(exact) < 5, name
-    # A p of the episode's first state would add variance, and bias to the replacement.
+    # A gradient at the episode's first state would add variance, and bias to the replacement.
     for name in ("pes_analytic", "pes_analytic_replacement"):
         assert found[name].variance()[0] < 0.5 * found["pes"].variance()[0], name
 
 
 def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not():
-    """Loss exp(theta), nothing remembered: smoothing multiplies the gradient by e^(sigma^2/2)."""
+    """For the loss exp(theta), smoothing multiplies the gradient by e^(sigma^2/2)."""
     sigma, theta = 0.5, np.array([0.1, -0.3], np.float32)
 
     def step(key, theta, s, t):
@@ -109,10 +109,10 @@ def test_the_control_variate_keeps_the_expectation_and_the_replacement_does_not(
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_evaluate(name):
-    """The evaluation at a window's start belongs to the noise before it."""
+    """The evaluation at a window's start is multiplied by the noise before the window."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=12, memory=0.9)
     final = ug.final_loss(problem, lambda key, theta, s: theta @ theta + s.sum())
-    # The state after twelve steps feels theta 1 + 0.9 + ... + 0.9^11 times.
+    # Theta enters the state after twelve steps with the weight 1 + 0.9 + ... + 0.9^11.
     exact = 2 * np.asarray(theta) + np.sum(0.9 ** np.arange(12))
     s = samples(FACTORIES[name](final, truncation=2, sigma=0.1, num_pairs=4), theta, 6, 10_000)
     assert s.relative_se(exact) < 0.05
@@ -120,7 +120,7 @@ def test_evaluate(name):
 
 
 def oscillating(frequency):
-    """A loss that is smooth at large and wiggles."""
+    """A smooth loss with small, fast oscillations."""
 
     def step(key, theta, s, t):
         return s, jnp.sum(theta**2 + jnp.sin(frequency * theta) / 10)
@@ -138,7 +138,7 @@ def oscillation_program(factory):
 
 @pytest.mark.parametrize("frequency", [3.0, 200.0])
 def test_reparameterized_es(frequency):
-    """Unbiased for the smoothed J; about as good as the better of the two it is made of."""
+    """It is unbiased for the smoothed J and about as good as the better of its two parts."""
     theta = np.array([0.4, -0.2], np.float32)
     damped = np.exp(-((frequency * SIGMA) ** 2) / 2)
     plain, smoothed = (
@@ -153,12 +153,12 @@ def test_reparameterized_es(frequency):
     assert merged.error_in_se(plain) > 10
     variance, alone = merged.variance()[0], es.variance()[0]
     assert variance < 1.3 * alone
-    if frequency < 10:  # smooth: backpropagation takes over
+    if frequency < 10:  # smooth: backpropagation dominates
         assert variance < 0.3 * alone
 
 
 def test_a_sample_that_weighs_itself_is_biased():
-    """Negative control: the papers' merge, with weights from all samples, is rejected."""
+    """Negative control: merging with weights from all samples, as in the papers, is biased."""
     sigma, pairs, episodes = 1.0, 3, 150_000
 
     def losses(x):
@@ -195,10 +195,10 @@ def test_too_few_pairs():
 
 
 def test_gradients_that_explode_get_no_weight():
-    """Backpropagation overflows in every sample; evolution strategies do not."""
+    """Backpropagated gradients overflow in every sample; evolution strategies do not."""
 
     def step(key, theta, s, t):
-        # The value is 0 or 1, its derivative infinite or not a number.
+        # The value is 0 or 1; its derivative is infinite or NaN.
         return s, jnp.where(jnp.sqrt(jnp.abs(jnp.round(theta) * 0)) > 0, 0.0, theta)
 
     problem = ug.UnrolledProblem(lambda key, theta: jnp.float32(0.0), step, 2)

@@ -1,8 +1,8 @@
-"""What every estimator of the registry must do; a new one is covered by its row alone.
+"""The contract of every estimator in the registry; its row alone covers a new estimator.
 
-Every row runs once, alone and as 32 workers on a mesh of eight devices, on one problem that has
-everything an inner loop may have. The tests are assertions on what came out: a row costs four
-programs, however many properties are added.
+Every row runs once alone and once as 32 workers on a mesh of eight devices, on one problem with
+every feature that an inner loop may have. The tests are assertions on these results: a row costs
+four programs, however many properties are tested.
 """
 
 import functools
@@ -38,15 +38,15 @@ every = pytest.mark.parametrize("name", rows())
 
 
 def taking(setting, same_code):
-    """Parameters: the rows that take the setting, but for those that run the code of another."""
+    """Parameters: the rows that take the setting, except those that run another row's code."""
     names = [name for name, row in REGISTRY.items() if row.takes(setting)]
     return pytest.mark.parametrize("name", rows(n for n in names if n not in same_code))
 
 
 def kitchen_sink(count=None) -> ug.UnrolledProblem:
-    """State leaves of every kind, dtypes mixed, data streamed, an evaluation at the end.
+    """A problem with state leaves of all kinds, mixed dtypes, streamed data and an evaluation.
 
-    The state remembers what its steps drew. ``count`` is called once for every step that runs.
+    The state records its steps' draws. Every step that runs calls ``count`` once.
     """
 
     def init(key, theta):
@@ -65,7 +65,7 @@ def kitchen_sink(count=None) -> ug.UnrolledProblem:
         if count is not None:
             jax.debug.callback(count, state["x"])
         own, _ = jax.random.split(state["key"])
-        # Not normal draws: how XLA rounds those may depend on the program around them (jax 0.12).
+        # The draws are not normal: XLA's rounding of those depends on the program (jax 0.12).
         drawn = jax.random.uniform(key, (3,))
         rate, (pull, _), _ = theta["rates"]
         pulled = 0.3 * pull[0] - 0.6 * pull[1]
@@ -80,7 +80,7 @@ def kitchen_sink(count=None) -> ug.UnrolledProblem:
             "drawn": state["drawn"].at[t].set(drawn),
             "empty": state["empty"],
         }
-        order = t * jnp.mean(batch) / 5  # each slice at its own step makes another loss
+        order = t * jnp.mean(batch) / 5  # the order of the slices matters
         return new, jnp.mean((x - 2) ** 2) + jnp.sum(state["half"].astype(jnp.float32)) / 2 + order
 
     def evaluate(key, theta, state):
@@ -90,7 +90,7 @@ def kitchen_sink(count=None) -> ug.UnrolledProblem:
 
 
 def theta_of_all_kinds():
-    """Nested containers, None, scalars, and a leaf in half precision."""
+    """A theta with nested containers, None, scalars, and a leaf in half precision."""
     return {
         "rates": (jnp.float32(-0.2), [jnp.array([0.1, -0.2]), None], ()),
         "start": jnp.zeros(3, jnp.bfloat16),
@@ -98,7 +98,7 @@ def theta_of_all_kinds():
 
 
 class Call(NamedTuple):
-    """One call of an estimator, and what came out; ``ran`` counts the steps that ran."""
+    """One call of an estimator and its results; ``ran`` counts the steps that ran."""
 
     key: Any
     data: Any
@@ -109,7 +109,7 @@ class Call(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """An estimator by itself: two episodes of the first worker, the first windows of the others."""
+    """A single estimator: two episodes of the first worker, first windows of the others."""
 
     estimator: ug.GradientEstimator
     init: Any
@@ -119,7 +119,7 @@ class Alone(NamedTuple):
 
 
 class Sharded(NamedTuple):
-    """The mean of many workers on eight devices: the first calls, and what ran them."""
+    """The mean of many workers on eight devices: the first calls and the executable."""
 
     mesh: Any
     theta: Any
@@ -127,7 +127,7 @@ class Sharded(NamedTuple):
     compiled: Any
 
     def firsts(self):
-        """The gradients of the first windows of ``EPISODES`` further episodes of every worker."""
+        """Every worker's gradients of the first windows of ``EPISODES`` further episodes."""
         call = self.calls[0]
         return [
             self.compiled(key, self.theta, call.before, data=call.data)[0].grad
@@ -136,7 +136,7 @@ class Sharded(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """All that the tests of one row look at."""
+    """All results that the tests of one row use."""
 
     alone: Alone
     sharded: Sharded
@@ -150,20 +150,20 @@ def made(name, problem):
 
 
 def data_of(call, estimator, workers: Any = slice(None)):
-    """What a call streams to these workers: the next slices of the episode."""
+    """The data that a call streams to these workers: the next slices of the episode."""
     k = call_steps(estimator, kitchen_sink())
     begin = call * k % HORIZON
     return DATA[workers, begin : begin + k]
 
 
 CALLS, EPISODES = 2, 16
-"""Windows that are compared between the mesh and the lone workers, and episodes of each worker
-over which the gradient is averaged."""
+"""The number of windows in which the mesh is compared with lone workers, and the number of each
+worker's episodes over which the gradient is averaged."""
 
 
 @functools.cache
 def keys():
-    """The keys of all calls, and those of the workers: of call i and worker w, [i][w]."""
+    """The keys of all calls, and each worker's key in each call, at [call][worker]."""
     calls = [jax.random.fold_in(KEY, i) for i in range(2 * WINDOWS)]
     fold = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
     workers = np.arange(WORKERS, dtype=np.int32)
@@ -172,7 +172,7 @@ def keys():
 
 @functools.cache
 def episode_keys():
-    """The keys of further calls, and those of the workers' episodes that they begin."""
+    """The keys of further calls and the keys of the workers' episodes that begin in them."""
     calls = [jax.random.fold_in(OTHER, i) for i in range(EPISODES)]
     fold = jax.jit(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None)))
     return calls, fold(jnp.stack(calls), np.arange(WORKERS, dtype=np.int32))
@@ -210,11 +210,11 @@ def run_sharded(name):
     state, done, compiled = many.init(KEY, theta), [], None
     for i, key in enumerate(keys()[0][:CALLS]):
         data = data_of(i, many)
-        if compiled is None:  # compiled ahead: another shape, dtype or sharding is an error
+        if compiled is None:  # compiled ahead: any other shape, dtype or sharding is an error
             compiled = jax.jit(many.estimate).lower(key, theta, state, data=data).compile()
         estimate, after = compiled(key, theta, state, data=data)
         done.append(Call(key, data, state, estimate, after, 0))
-        # Under a `jit` of one's own XLA puts results without numbers on every device.
+        # Under a separate `jit` XLA puts results of size 0 on every device.
         state = jax.tree.map(
             lambda new, old: new if new.size else jax.device_put(new, old.sharding), after, state
         )
@@ -235,7 +235,7 @@ def ran(name) -> Ran:
 
 @functools.cache
 def whole_loop():
-    """Every worker's first episode by the whole loop: its loss, and what its steps drew."""
+    """Runs every worker's first episode as one loop; returns its loss and its steps' draws."""
     problem, theta = kitchen_sink(), theta_of_all_kinds()
 
     def one(key, data):
@@ -249,7 +249,7 @@ def whole_loop():
 
 @functools.cache
 def exact_gradient(num_steps: int):
-    """By backpropagation: the mean over the episodes of ``episode_keys``, of their first window.
+    """The mean gradient of the first windows of ``episode_keys``' episodes, by backpropagation.
 
     A window contributes its mean loss, and the evaluation at its end as often as an episode has
     windows.
@@ -268,13 +268,13 @@ def exact_gradient(num_steps: int):
 
 
 def in_state(state, name):
-    """The leaves of an inner state that have this name, wherever a worker state keeps them."""
+    """The leaves with this name of the inner states in a worker state, at any depth."""
     found = jax.tree_util.tree_leaves_with_path(state)
     return [x for path, x in found if f"['{name}']" in jax.tree_util.keystr(path)]
 
 
 def assert_equal(a, b):
-    """The same structure and the same bits."""
+    """Asserts the same structure and the same bits."""
     chex.assert_trees_all_equal(numbers(a), numbers(b), strict=True)
 
 
@@ -284,7 +284,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 
 @every
 def test_a_row_costs_four_programs(name):
-    """``init`` and ``estimate``, alone, where 72 calls compile nothing more, and on a mesh."""
+    """``init`` and ``estimate`` compile once alone, for 72 calls, and once on a mesh."""
     assert ran(name).programs == [2, 2]
 
 
@@ -334,7 +334,7 @@ def test_the_same_key_replays_and_another_does_not(name):
         return alone.estimator.estimate(key, alone.theta, state, data=first.data)
 
     assert_equal((first.estimate, first.after), again(first.key, first.before))
-    # The state before an episode is only a placeholder: another one changes nothing.
+    # The inner state before an episode is a placeholder: its numbers change nothing.
     placeholder = alone.init(OTHER, alone.theta)
     assert_equal((first.estimate, first.after), again(first.key, placeholder))
     other, _ = again(OTHER, first.before)
@@ -366,7 +366,7 @@ def test_later_keys_of_an_episode_change_nothing(name):
 
 
 def restored_from_host(state, like):
-    """What a file would give back: numpy arrays, put into the abstract state's structure."""
+    """The state as a file would restore it: numpy arrays in the abstract state's structure."""
 
     def leaf(saved, like):
         is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
@@ -381,7 +381,7 @@ def restored_from_host(state, like):
 
 @every
 def test_a_saved_state_continues_bit_for_bit(name):
-    """In the middle of an episode: from numpy arrays, from its leaves, and pickled."""
+    """In the middle of an episode, from numpy arrays, from its leaves, and from a pickle."""
     alone = ran(name).alone
     call = alone.calls[2]
     leaves, structure = jax.tree.flatten(call.before)
@@ -399,7 +399,7 @@ def test_a_saved_state_continues_bit_for_bit(name):
 
 @every
 def test_inner_steps_are_those_that_run(name):
-    """A callback in the step counts them: both signs and the mean pass, backward steps not."""
+    """A callback in the step counts both signs and the mean pass, but no backward steps."""
     alone, sharded, _ = ran(name)
     expected = REGISTRY[name].passes(PAIRS) * call_steps(alone.estimator, kitchen_sink())
     for call in alone.calls:
@@ -409,11 +409,11 @@ def test_inner_steps_are_those_that_run(name):
 
 @every
 def test_steps_are_those_of_the_whole_loop(name):
-    """Truncated or not, with streamed data: the same keys, slices and losses as the plain loop."""
+    """Windows use the same keys, data slices and losses as the plain loop."""
     alone = ran(name).alone
     losses, drawn = whole_loop()
     rows = np.asarray(drawn).reshape(-1, 3)
-    assert len(np.unique(rows, axis=0)) == len(rows)  # every step of every worker draws its own
+    assert len(np.unique(rows, axis=0)) == len(rows)  # every step of every worker has its own draw
     for w, calls in enumerate(alone.others[:4]):
         for place, call in enumerate(calls):
             steps = (place + 1) * TRUNCATION
@@ -425,10 +425,10 @@ def test_steps_are_those_of_the_whole_loop(name):
                     np.testing.assert_array_equal(each[:steps], drawn[w, :steps])
             for leaf in in_state(call.after, "n"):
                 np.testing.assert_array_equal(leaf, np.full(leaf.shape, steps))
-    # The first episode of the lone worker began with its own key: the mean loss over its windows.
+    # The lone worker's first episode began from its own key; this is its windows' mean loss.
     per_episode = HORIZON // call_steps(alone.estimator, kitchen_sink())
     mean = np.mean([call.estimate.loss for call in alone.calls[:per_episode]])
-    np.testing.assert_allclose(mean, first_loss(), rtol=5e-3)  # sigma moves it by 1e-3
+    np.testing.assert_allclose(mean, first_loss(), rtol=5e-3)  # sigma changes it by 1e-3
     if alone.estimator.truncation is None:
         firsts = [calls[0].estimate.loss for calls in alone.others]
         np.testing.assert_allclose(np.mean(firsts), np.mean(losses), rtol=5e-3)
@@ -436,21 +436,21 @@ def test_steps_are_those_of_the_whole_loop(name):
 
 @functools.cache
 def first_loss():
-    """The loss of the lone worker's first episode, by the whole loop."""
+    """The loss of the lone worker's first episode, run as one loop."""
     problem, theta = kitchen_sink(), theta_of_all_kinds()
     loss = jax.jit(lambda data: ug.episode_loss(problem, keys()[0][0], theta, data=data))
     first = float(loss(DATA[0]))
-    for wrong in [DATA[0][::-1], np.roll(DATA[0], 1, axis=0), DATA[1]]:  # they are told apart
+    for wrong in [DATA[0][::-1], np.roll(DATA[0], 1, axis=0), DATA[1]]:  # the order matters
         assert abs(float(loss(wrong)) - first) > 0.02 * first
     return first
 
 
 @every
 def test_the_gradient_of_the_first_window(name):
-    """All estimators agree there: every leaf of the mean is near that of backpropagation.
+    """All estimators agree there: each leaf of the mean is close to backpropagation's.
 
-    A leaf that is dropped is off by all of its norm, a wrong sign by twice that, a missing 1/K by
-    four times; what is exact is in the tests of statistics.
+    A dropped leaf would be wrong by its norm, a wrong sign by twice its norm, a missing 1/K by four
+    times its norm; ``test_statistics.py`` has the exact tests.
     """
     alone, sharded, _ = ran(name)
     exact = exact_gradient(call_steps(alone.estimator, kitchen_sink()))
@@ -469,13 +469,13 @@ def mean(estimates):
 
 @every
 def test_a_mesh_gives_the_mean_of_lone_workers(name):
-    """Every draw bit by bit, losses and gradients up to rounding."""
+    """All draws are bit-equal; losses and gradients agree up to rounding."""
     alone, sharded, _ = ran(name)
     for i, call in enumerate(sharded.calls):
         each = [calls[i] for calls in alone.others]
         grad, loss = mean([(c.estimate.grad, c.estimate.loss) for c in each])
         got = numbers(call.estimate.grad)
-        # In bfloat16 the lone gradients keep 8 bits before the mean, the mean 8 bits after it.
+        # In bfloat16 the lone gradients are rounded before the mean, the mesh's after it.
         assert_close(got.pop("start"), grad.pop("start"), rtol=1e-2, atol=2e-2)
         assert_close(got, grad, rtol=1e-4, atol=1e-5)
         assert_close(call.estimate.loss, loss, rtol=1e-5)
@@ -492,7 +492,7 @@ def test_a_mesh_gives_the_mean_of_lone_workers(name):
 
 @every
 def test_a_saved_state_of_many_workers_continues_bit_for_bit(name):
-    """From numpy arrays, put where they belong, and pickled, in the executable that ran."""
+    """From numpy arrays, placed on their devices, and from a pickle, in the same executable."""
     sharded = ran(name).sharded
     call = sharded.calls[1]
     restored = restored_from_host(call.before, call.before)
@@ -504,7 +504,7 @@ def test_a_saved_state_of_many_workers_continues_bit_for_bit(name):
 
 @every
 def test_a_mesh_shards_states_and_reduces_once(name):
-    """Read from the executable that ran: one all-reduce, and no other collective."""
+    """The executable contains one all-reduce and no other collective."""
     sharded = ran(name).sharded
     for call in sharded.calls:
         assert all(g.is_fully_replicated for g in jax.tree.leaves(call.estimate))
@@ -548,7 +548,7 @@ def test_states_survive_orbax(tmp_path):
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     def filled(tree):
-        """Without leaves that hold no numbers, which orbax does not write."""
+        """The leaves except those of size 0, which orbax does not write."""
         return [as_data(x) for x in jax.tree.leaves(tree) if np.size(x)]
 
     with checkpoint.StandardCheckpointer() as checkpointer:
@@ -605,7 +605,7 @@ def training(model):
 @every
 @pytest.mark.parametrize("model", MODELS)
 def test_params_of_equinox_and_flax(model, name):
-    """They come back as the classes they were; gpes runs with flax, two others with equinox."""
+    """They keep their classes; gpes runs with flax, two other estimators with equinox."""
     estimator, theta = build(name, training(model)), jnp.float32(-3.0)
     state = jax.eval_shape(estimator.init, KEY, theta)
     estimate, after = jax.eval_shape(estimator.estimate, KEY, theta, state)
@@ -620,7 +620,7 @@ def test_params_of_equinox_and_flax(model, name):
 
 @taking("sigma", same_code=["pes", "es_single", "pes_analytic_replacement"])
 def test_sigma_may_be_traced_and_a_prefix(name):
-    """A tree of traced sigmas, all alike, is the number; another one for a leaf moves that leaf."""
+    """A tree of equal traced sigmas equals one number; a leaf's own sigma changes that leaf."""
     alone = ran(name).alone
     first = alone.calls[0]
 
@@ -658,7 +658,7 @@ def test_sigma_may_be_a_tree_of_numbers():
 
 
 def test_sigma_may_change_inside_an_episode():
-    """The accumulator is in units of sigma: another one does not change what is in it."""
+    """The accumulator is in units of sigma, so that a new sigma does not change its content."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=4, memory=1.0)
 
     @jax.jit
@@ -683,9 +683,9 @@ def test_a_sampled_horizon_of_a_narrow_dtype(dtype):
 
 @taking("noise", same_code=["pes"])
 def test_bf16_uses_the_realised_difference(name, optimized):
-    """On a linear loss the estimate is exact given the perturbation that bf16 really made.
+    """On a linear loss the estimate is exact given the perturbation after rounding to bf16.
 
-    Where XLA optimizes: it would drop a cast there and back.
+    XLA's optimizations are on, since they may drop a cast and its inverse.
     """
     theta = jnp.ones(64, jnp.bfloat16)
     slope = np.random.default_rng(0).normal(size=64).astype(np.float32)
@@ -709,7 +709,7 @@ def test_bf16_uses_the_realised_difference(name, optimized):
     intended = unit * (slope @ realised)
     assert np.abs(realised - unit).max() > 0.05
     assert not np.allclose(grad, intended, rtol=1e-2, atol=1e-2)
-    # XLA may drop a cast there and back, where it sees one; never this.
+    # XLA may drop a cast and its inverse, but not this.
     assert "reduce_precision[exponent_bits=8 mantissa_bits=7]" in str(jax.make_jaxpr(run)())
 
 
@@ -723,7 +723,7 @@ def test_the_difference_of_bf16_signs_has_more_than_8_bits():
 
 @pytest.mark.parametrize("name", ["full_es", "truncated_es", "es_single"])
 def test_three_thetas_for_a_pair(name):
-    """Both signs, and the noise as it is drawn: where a state is nothing beside theta."""
+    """Both signs and the noise, if an inner state is small compared with theta."""
     num_pairs, theta = 16, jnp.zeros(100_000)
 
     def step(key, theta, state, t):

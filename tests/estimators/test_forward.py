@@ -1,4 +1,4 @@
-"""Forward mode: exact where it says so, unbiased where it is random, and of bounded memory."""
+"""Forward mode: exact as documented, unbiased if it is random, with bounded memory."""
 
 import functools
 
@@ -36,7 +36,7 @@ def windows(estimator, theta, num_windows):
 
 
 def episode_mean(estimator, theta, num_windows):
-    """The mean over one episode's windows of gradient and loss."""
+    """The gradient and the loss, averaged over one episode's windows."""
     grads, losses = windows(estimator, theta, num_windows)
     return grads.mean(axis=0), losses.mean()
 
@@ -44,10 +44,10 @@ def episode_mean(estimator, theta, num_windows):
 HORIZONS = {"learned_optimizer": 6, "copy_task": 8, "chaotic_map": 15}
 
 
-# One of each kind: the LSTM of text_lstm is in copy_task, the MLP of digits in learned_optimizer.
+# One of each kind: copy_task also has an LSTM, learned_optimizer also has an MLP.
 @pytest.mark.parametrize("name", [p for p in PROBLEMS if p not in ("text_lstm", "digits")])
 def test_forward_mode_is_bptt(name):
-    """Whole episodes of many problems; on the chaotic map rounding errors double in every step."""
+    """Whole episodes of many problems agree; the chaotic map doubles rounding errors each step."""
     horizon = HORIZONS.get(name, 40)
     problem, theta, *_ = PROBLEMS[name].make(horizon)
     exact, loss = episode_mean(ug.bptt(problem), theta, 1)
@@ -57,14 +57,14 @@ def test_forward_mode_is_bptt(name):
 
 
 def test_forward_mode_across_windows():
-    """Every window's gradient is that of its losses, whatever came before; no truncation."""
+    """Every window's gradient contains the influence of all earlier steps on its losses."""
     problem, theta = quadratic()
-    key = jax.random.fold_in(OTHER, 0)  # of the first call, which begins the episode
+    key = jax.random.fold_in(OTHER, 0)  # the key of the first call, which begins the episode
 
     @jax.jit
     @jax.jacrev
     def totals(theta):
-        """The losses up to each window's end, in windows: the sum of the windows' means."""
+        """The sum of the windows' mean losses, up to each window's end."""
         parts = [problem._replace(horizon=5 * w) for w in (1, 2, 3, 4)]
         means = [ug.episode_loss(part, key, theta) for part in parts]
         return jnp.stack(means) * jnp.arange(1, 5)
@@ -81,7 +81,7 @@ def test_forward_mode_across_windows():
 
 @pytest.mark.parametrize("name", ["forward_mode", "dodge"])
 def test_evaluate(name):
-    """With one number in theta ``dodge`` is exact too."""
+    """If theta is one number, ``dodge`` is exact too."""
     problem, theta = ug.problems.influence_balancing(horizon=60)
     problem = problem._replace(
         evaluate=lambda key, theta, s: 0.5 * (s[0] - 1) ** 2 + theta * jax.random.normal(key)
@@ -97,7 +97,7 @@ def test_evaluate(name):
 
 
 def test_uoro_reads_the_evaluation_as_bptt_does():
-    """No state that matters: the direct gradient is all, and exact."""
+    """If the state has no influence, the direct gradient is the whole gradient, exactly."""
     problem, theta = quadratic()
     problem = problem._replace(
         step=lambda key, theta, s, t: (jax.lax.stop_gradient(s), jnp.sum(theta["start"] ** 2)),
@@ -123,7 +123,7 @@ def samples(estimator, theta, num_windows, num_episodes=10_000):
 
 @functools.cache
 def recurrence_samples(name, period):
-    """And the exact influences."""
+    """Samples on the recurrence, and the exact influences."""
     problem, theta, influence = recurrence()
     estimator = build(name, problem, truncation=5, noise_period=period)
     return samples(estimator, theta, 4), influence(theta)
@@ -142,7 +142,7 @@ def test_unbiased(name, period):
 
 
 def test_dodge_that_forgets_is_rejected():
-    """Negative control: the last direction alone as the weight has the truncated bias."""
+    """Negative control: weighting with the last direction alone has the truncation bias."""
     problem, theta, influence = recurrence()
     truth = theory.gradient(influence(theta))
     estimator = ug.dodge(problem, truncation=5, noise_period=5)
@@ -157,25 +157,25 @@ def test_dodge_that_forgets_is_rejected():
 
 
 def test_variance_of_dodge():
-    """(P - 1) |g|^2 with one direction, and P = 1 is exact."""
+    """The variance with one direction is (P - 1) |g|^2, and P = 1 is exact."""
     s, influence = recurrence_samples("dodge", None)
     square = np.sum(theory.gradient(influence) ** 2)
     variance, se = s.variance()
     assert se < 0.03 * 3 * square
     assert abs(variance - 3 * square) < 5 * se
-    assert abs(variance - 5 * square) > 20 * se  # what Gaussian directions would have
+    assert abs(variance - 5 * square) > 20 * se  # the variance of Gaussian directions
 
 
 @pytest.mark.parametrize(("name", "period"), [("dodge", None), ("dodge", 5), ("uoro", None)])
 def test_the_loss_at_the_end_alone(name, period):
-    """``evaluate`` of a state that matters, in windows, for random directions."""
+    """``evaluate`` depends on the state; windows, random directions."""
     problem, theta, _ = recurrence()
     final = ug.final_loss(problem, lambda key, theta, s: jnp.sum(s**2) + theta[0] * jnp.sum(s))
     # The last state is 0.8^20 (1 + 2 theta) + (1 + 0.8 + ... + 0.8^19) theta.
     x = np.asarray(theta, np.float64)
     slope = 2 * 0.8**20 + np.sum(0.8 ** np.arange(20))
     state = 0.8**20 + slope * x
-    direct = np.array([state.sum(), 0, 0, 0])  # negative control: the state taken for a constant
+    direct = np.array([state.sum(), 0, 0, 0])  # negative control: the state as a constant
     truth = slope * (2 * state + x[0]) + direct
     s = samples(build(name, final, truncation=5, noise_period=period), theta, 4)
     assert s.relative_se(truth) < 0.05
@@ -184,10 +184,10 @@ def test_the_loss_at_the_end_alone(name, period):
 
 
 def test_training_problems():
-    """theta is the learning rate of Adam and a penalty; the truth is backpropagation."""
+    """Theta is the learning rate of Adam and a penalty; the truth is from backpropagation."""
 
     def optimizer(theta, t):
-        # What uoro puts into Adam's v is multiplied by 1 / (1 - b2) and more: a small b2 tames it.
+        # uoro's noise in Adam's v grows by 1 / (1 - b2) and more: a small b2 bounds it.
         return optax.adam(jnp.exp(theta["log_lr"]), b2=0.9, eps_root=1e-2)
 
     problem = ug.training_problem(
@@ -222,7 +222,7 @@ def test_uoro_refuses_complex_states():
 
 
 def test_uoro_in_half_precision():
-    """A state of 70 000 numbers: their squares overflow float16."""
+    """The sum of the squares of 70 000 state entries would overflow float16."""
     problem = ug.UnrolledProblem(
         lambda key, theta: jnp.zeros(70_000, jnp.float16),
         lambda key, theta, s, t: (
@@ -238,7 +238,7 @@ def test_uoro_in_half_precision():
 def test_the_tangents_must_fit():
     problem, theta = quadratic()
     estimator = ug.forward_mode(problem, truncation=5, max_bytes=100)
-    # 4 tangents, each of 3 floats of state and 4 of direction.
+    # 4 tangents, each with 3 floats of state and 4 of direction.
     with raises(ValueError, "4 tangents", "12 bytes of state and 16", "`max_bytes`", "`dodge`"):
         jax.eval_shape(estimator.init, KEY, theta)
     fits = ug.forward_mode(problem, truncation=5, max_bytes=4 * 28)
@@ -256,7 +256,7 @@ def test_memory_does_not_grow_with_the_truncation(name):
         compiled = jax.jit(estimator.estimate).lower(KEY, theta, state).compile()
         return present(compiled.memory_analysis()).temp_size_in_bytes
 
-    # 4 bytes of loss per step (and tangent) are kept, the states are not.
+    # Each step (and tangent) keeps 4 bytes of loss, but no state.
     assert temporary(640) - temporary(10) < 640 * (4 * 6) + 1000
 
 

@@ -1,4 +1,4 @@
-"""Exact relations between estimators, and with central differences."""
+"""Exact relations between estimators, and between an estimator and central differences."""
 
 import functools
 
@@ -16,7 +16,7 @@ KEY = jax.random.key(3)
 
 @functools.partial(jax.jit, static_argnums=0)
 def one_calls(estimators, theta):
-    """The first estimate of each, of the same episode."""
+    """The first estimate of each estimator in the same episode."""
 
     def one(estimator):
         return estimator.estimate(KEY, theta, estimator.init(jax.random.key(2), theta))[0]
@@ -26,7 +26,7 @@ def one_calls(estimators, theta):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def episode(estimator, num_windows, theta):
-    """The estimates of one episode's windows, stacked; the keys of later calls are others."""
+    """The estimates of one episode's windows, stacked; each call has another key."""
 
     def call(state, i):
         key = jax.random.split(jax.random.fold_in(KEY, i))[0]
@@ -51,7 +51,7 @@ def in_float64(theta):
 def test_persistent_with_one_window_is_full_es(change):
     problem, theta = quadratic()
     problem = change(problem)
-    with jax.enable_x64(True):  # a difference of losses over sigma has its digits there
+    with jax.enable_x64(True):  # differences of losses, divided by sigma, need its digits
         whole, *windows = one_calls(
             tuple(
                 build(name, problem, truncation=20, noise_period=40, num_pairs=3)
@@ -87,7 +87,7 @@ def test_tbptt_with_one_window_is_bptt_and_central_differences(change):
 
 @CHANGES
 def test_one_noise_per_episode_is_full_es_window_by_window(change):
-    """The windows of ES-Single average to full ES on the same episode: nothing is seen twice."""
+    """The windows of ES-Single average to full ES on the same episode."""
     problem, theta = quadratic()
     problem = change(problem)
     (whole,) = one_calls((build("full_es", problem),), theta)
@@ -97,7 +97,7 @@ def test_one_noise_per_episode_is_full_es_window_by_window(change):
 
 
 def test_truncated_es_carries_the_state_that_theta_itself_reaches():
-    """The pairs restart from it in every window: it is the state that ``tbptt`` carries."""
+    """In every window the pairs restart from the state that ``tbptt`` carries."""
     problem, theta = quadratic()
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -111,7 +111,7 @@ def test_truncated_es_carries_the_state_that_theta_itself_reaches():
 
 
 def test_pes_weighs_the_evaluation_at_both_ends_with_its_own_noise():
-    """(T/K) (xi_t L_end - xi_{t-1} L_start), against a by-hand loop over one pair, in NumPy."""
+    """It is (T/K) (xi_t L_end - xi_{t-1} L_start), as in a NumPy loop over one pair."""
     problem, theta, _ = ug.problems.linear_recurrence(dim=3, horizon=6, memory=0.9)
     final = ug.final_loss(problem, lambda key, theta, s: jnp.sum(s**2) + theta[0])
     sigma = 0.1
@@ -138,7 +138,7 @@ def test_pes_weighs_the_evaluation_at_both_ends_with_its_own_noise():
 
 @pytest.mark.parametrize("name", ["full_es", "truncated_es", "es_single", "gpes", "bptt", "tbptt"])
 def test_deterministic_losses_agree(name):
-    """Averaged over its windows, every estimator's loss is that of the same episode."""
+    """Averaged over its windows, every estimator's loss is the loss of the same episode."""
     problem, theta = quadratic()
     estimator = build(name, problem, truncation=5, sigma=1e-4)
     windows = episode(estimator, 20 // (estimator.truncation or 20), theta)
@@ -168,7 +168,7 @@ def test_small_sigma_keeps_its_digits():
 
 
 def test_an_evaluation_that_cannot_be_differentiated_at_the_start():
-    """The norm of a state that begins at zero: the first window has no L_start to go through."""
+    """The norm of a state that begins at zero; the first window has no gradient of L_start."""
     problem = ug.UnrolledProblem(
         init=lambda key, theta: jnp.zeros(3) * theta,
         step=lambda key, theta, s, t: (s + theta, 0.0),

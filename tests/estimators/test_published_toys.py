@@ -1,4 +1,4 @@
-"""The toys of the PES and ES-Single papers come out as published (reference 2.6, 2.7)."""
+"""The toys of the PES and ES-Single papers give the published results."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from experiments._framework.training import trajectory
 
 
 def train(estimator, theta, optimizer, num_updates):
-    """Returns all thetas, those before each update and the last."""
+    """Returns theta before each update and after the last."""
     return trajectory(estimator, optimizer, jax.random.key(1), theta, num_updates)[0]
 
 
@@ -18,7 +18,7 @@ BALANCING, DRIVE = ug.problems.influence_balancing(horizon=3000)
 
 
 def balance(estimator, num_updates=3000):
-    """Influence balancing: the loss after 500 steps at theta after the updates, in NumPy."""
+    """Influence balancing: the loss after 500 steps at the trained theta, in NumPy."""
     theta = float(train(estimator, DRIVE, optax.sgd(1e-4), num_updates)[-1])
     matrix = 0.5 * (np.eye(23) + np.eye(23, k=1))
     drive, state = np.where(np.arange(23) < 10, 1.0, -1.0), np.ones(23)
@@ -34,7 +34,7 @@ def test_influence_balancing_is_solved(factory):
 
 @pytest.mark.parametrize(("truncation", "num_updates"), [(1, 3000), (10, 1000)])
 def test_influence_balancing_defeats_truncation(truncation, num_updates):
-    """With windows of ten steps, a third of the updates is enough to walk that far away."""
+    """With windows of ten steps, a third of the updates moves theta that far away."""
     es = ug.truncated_es(BALANCING, truncation=truncation, sigma=0.1, num_pairs=500)
     assert balance(es, num_updates) > 100
     assert balance(ug.tbptt(BALANCING, truncation=truncation), num_updates) > 100
@@ -49,7 +49,7 @@ def losses(thetas):
 
 
 def regress(estimator):
-    """Toy regression: 100 J, the mean over the last 1000 of 4000 updates (published: 20,000)."""
+    """Toy regression: 100 J, averaged over the last 1000 of 4000 updates (published: 20,000)."""
     path = train(estimator, RATES, optax.adam(1e-2, b1=0.99, b2=0.999), 4000)
     return 100 * np.asarray(losses(path[-1000:])).mean()
 

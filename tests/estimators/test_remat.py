@@ -1,4 +1,4 @@
-"""``remat`` and ``last``: the same gradient in less memory; a part of it."""
+"""``remat`` gives the same gradient in less memory; ``last`` gives a part of it."""
 
 import functools
 
@@ -22,7 +22,7 @@ def gradient(estimator, theta, data=None):
 
 
 def temporary(estimator, theta):
-    """Bytes of temporaries that XLA plans."""
+    """The bytes of temporaries that XLA plans."""
     state = jax.eval_shape(estimator.init, KEY, theta)
     compiled = estimator.estimate.lower(KEY, theta, state).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -122,13 +122,13 @@ def test_sqrt_grows_like_the_root():
 
 
 def test_last_is_the_derivative_of_the_last_steps():
-    """Of the step losses and of the evaluation."""
+    """It is the derivative of step losses and evaluation with respect to the last thetas."""
     problem = PROBLEM._replace(evaluate=lambda key, theta, s: jnp.sum(s["x"] ** 2))
 
     @jax.jit
     @jax.value_and_grad
     def cut(theta, last):
-        """The same episode, theta held constant up to the cut."""
+        """The same episode with theta held constant up to the cut."""
         fixed = jax.lax.stop_gradient(theta)
         held = problem._replace(
             init=lambda key, _: problem.init(key, fixed),
@@ -149,7 +149,7 @@ def test_last_is_the_derivative_of_the_last_steps():
 
 
 def test_numbers_that_do_not_divide_the_horizon_save_as_much():
-    """The rest is shorter than a segment."""
+    """The last segment is shorter than the others."""
     problem, theta = mlp_problem(199, 16, 2, 16)
     plain = temporary(ug.bptt(problem), theta)
     for remat in (14, 67, 100):

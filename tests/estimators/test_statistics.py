@@ -1,7 +1,7 @@
-"""Means and variances against closed forms, with power and with what must be rejected.
+"""Means and variances equal closed forms; the tests have power and reject wrong formulas.
 
-What differs between the structures is an argument of one program for each estimator. The draws of
-an estimator on a structure serve its mean, its variances and the negative controls.
+Each estimator has one program with the structure as its argument. An estimator's draws on a
+structure serve the tests of its mean, of its variances and the negative controls.
 """
 
 import functools
@@ -22,7 +22,7 @@ DIM, HORIZON, EPISODES = 5, 16, 8000
 
 
 class Structure(NamedTuple):
-    """How the influence of every use of theta on every loss is distributed."""
+    """A pattern of the influence of each step's theta on each loss."""
 
     gradients: str = "identical"
     memory: float = 0.0
@@ -30,9 +30,9 @@ class Structure(NamedTuple):
     init_influence: float = 0.0
 
     def exact(self):
-        """The data of the recurrence, theta, and all influences."""
+        """The recurrence's data, theta, and all influences."""
         example = ug.problems.linear_recurrence(DIM, HORIZON, **self._asdict())
-        # Without memory the influence of a step on its own loss is the direction of the loss.
+        # Without memory a step's influence on its own loss is the direction of the loss.
         plain = ug.problems.linear_recurrence(DIM, HORIZON, gradients=self.gradients)
         directions = np.einsum("ttp->tp", plain.influence(plain.theta))
         data = {"directions": directions.astype(np.float32), **self._asdict()}
@@ -52,7 +52,7 @@ STRUCTURES = {
 
 
 class Setting(NamedTuple):
-    """An estimator and how its episodes are cut."""
+    """An estimator, with its truncation and noise period."""
 
     name: str
     truncation: int = HORIZON
@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 
     @property
     def period(self):
-        """Steps between draws of noise; None: one draw per episode."""
+        """The steps between draws of noise; None means one draw per episode."""
         return self.truncation if self.name == "pes" else self.noise_period
 
 
@@ -86,7 +86,7 @@ def names(setting):
 
 
 def recurrence(data):
-    """``linear_recurrence`` whose structure may be traced."""
+    """``linear_recurrence`` with a structure that may be traced."""
 
     def step(key, theta, state, t):
         state = data["memory"] * state + theta
@@ -105,8 +105,8 @@ def program(setting):
 def drawn(setting, structure):
     """The gradients of all windows (episodes, windows, P), and the exact influences."""
     data, theta, influence = structure.exact()
-    # Where windows conflict, the mean of PES takes more samples; with full memory its variance is
-    # 0.95 of ES-Single's, which takes 64,000 to be told.
+    # If windows conflict, the mean of PES takes more samples; with full memory its variance is
+    # 0.95 times ES-Single's: distinguishing them takes 64,000 samples.
     hard = setting.truncation == 1 and structure.gradients == "independent"
     calls = {0.0: 3, 1.0: 8}[structure.memory] if hard else 1
     keys = [jax.random.fold_in(jax.random.key(12), i) for i in range(calls)]
@@ -121,13 +121,13 @@ def episodes(setting, structure):
 
 
 def is_unbiased(samples, truth):
-    """The test of every unbiased estimator: it has power, and the mean is the truth."""
+    """The test of every unbiased estimator: it has power, and the mean equals the truth."""
     assert samples.relative_se(truth) < 0.05, "not enough samples to tell"
     return samples.error_in_se(truth) < 5
 
 
 def agrees(measured, exact):
-    """The test of every variance: it has power, and the closed form is what was measured."""
+    """The test of every variance: it has power, and the measurement equals the closed form."""
     value, se = measured
     assert se < 0.05 * exact, "not enough samples to tell"
     return abs(value - exact) < 5 * se
@@ -155,7 +155,7 @@ class TestLinearRecurrence:
         one_noise = (DIM + 1) * np.sum(theory.gradient(influence) ** 2)
         if setting.period is None:
             np.testing.assert_allclose(exact, one_noise)
-        elif setting.truncation == 1:  # the same test tells PES from ES-Single
+        elif setting.truncation == 1:  # the same test distinguishes PES from ES-Single
             assert rejects(samples.variance(), one_noise)
 
     def test_variance_of_a_window_at_a_random_place(self, setting, structure):
@@ -168,13 +168,13 @@ class TestLinearRecurrence:
 
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 def test_truncated_es(structure):
-    """It has the bias and the variance of its closed forms, and the test sees the bias."""
+    """Its bias and variance equal their closed forms, and the test detects the bias."""
     samples, influence = episodes(TRUNCATED, structure)
     assert is_unbiased(samples, theory.truncated_gradient(influence, 4))
     if structure.memory:
         assert samples.error_in_se(theory.gradient(influence)) > 20
     assert agrees(samples.variance(), theory.truncated_variance(influence, 4))
-    assert rejects(samples.variance(), theory.episode_variance(influence, 4, 4))  # PES's
+    assert rejects(samples.variance(), theory.episode_variance(influence, 4, 4))  # for PES
 
 
 @pytest.mark.parametrize("init_influence", [0.0, 2.0])
@@ -185,7 +185,7 @@ def test_backpropagation(init_influence):
     for setting, expected in [(Setting("bptt"), truth), (Setting("tbptt", 4), biased)]:
         grads = program(setting)(jax.random.key(7), 3, theta, data)
         np.testing.assert_allclose(grads.mean(axis=1), np.tile(expected, (3, 1)), rtol=1e-5)
-    # Negative controls: the two differ, and so does the truth without the influence through init.
+    # Negative controls: the two differ, and so does the truth without init's influence.
     assert np.linalg.norm(biased - truth) > 0.2 * np.linalg.norm(truth)
     _, _, without = structure._replace(init_influence=0.0).exact()
     if init_influence:
@@ -201,7 +201,7 @@ def test_pairs_divide_the_variance():
 
 
 def test_the_double_sum_on_known_structures():
-    """Reference: P/2 (1 + 1/n) + 1/n times |g|^2 without memory and with agreeing windows."""
+    """Without memory and with equal windows it is (P/2 (1 + 1/n) + 1/n) |g|^2."""
     _, _, influence = STRUCTURES["identical"].exact()
     g = theory.gradient(influence)
     for n in [1, 4, 16]:
@@ -210,7 +210,7 @@ def test_the_double_sum_on_known_structures():
 
 
 class Balance(NamedTuple):
-    """What is lost on influence balancing, as weights: of the step losses, of the end, of theta."""
+    """Weights of the losses on influence balancing: of the steps, of the end, of theta itself."""
 
     steps: float = 0.0
     end: float = 0.0
@@ -274,7 +274,7 @@ def test_influence_balancing_rejects_truncation():
 
 @pytest.mark.parametrize("name", UNBIASED)
 def test_final_loss(name):
-    """The gradient of the final loss itself, not of it over T, nor once for each window."""
+    """The estimate is the gradient of the final loss, neither divided by T nor times T/K."""
     assert is_unbiased(balanced(name, END), balance_truth(END))
     assert balanced(name, END).error_in_se(balance_truth(END) / 60) > 5
     both = Balance(end=1.0, theta=20.0)
@@ -284,14 +284,14 @@ def test_final_loss(name):
 
 
 def test_final_loss_of_theta_alone():
-    """Nothing is forgotten by a truncation."""
+    """A truncation loses nothing if the state does not matter."""
     np.testing.assert_allclose(balanced("tbptt", THETA).mean, 20.0, rtol=1e-5)
     assert is_unbiased(balanced("truncated_es", THETA), [20.0])
 
 
 @pytest.mark.parametrize("name", ["full_es", "es_single"])
 def test_a_loss_that_is_not_quadratic(name):
-    """Full ES and ES-Single have the gradient of the smoothed J, not of J."""
+    """Full ES and ES-Single estimate the gradient of the smoothed J, not of J."""
     sigma = 0.5
 
     def step(key, theta, state, t):
@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_quadratic(name):
 
 @pytest.mark.parametrize("name", ["es_single", "gpes"])
 def test_sampled_horizon_weighs_every_window_equally(name):
-    """J = E[sum of losses] / E[T]: the mean over all windows a worker spends."""
+    """J = E[sum of losses] / E[T] is the mean over all windows that a worker spends."""
     problem, theta, influence = ug.problems.linear_recurrence(dim=2, horizon=12, memory=0.7)
     lengths = [4, 8, 12]
     exact = influence(theta)

@@ -1,9 +1,9 @@
 """Small tables of every experiment, for ``test_tables.py``, from recorded folders of results.
 
 Run ``python -m tests.experiments.make_tables FOLDER...`` from the root of the repository. For each
-folder's experiment it writes ``tables/NAME``: the table, thinned; the config; and, for somebody to
-look at, the claims and the lines of the picture. For a new experiment the folder may be that of a
-smoke run with two seeds.
+folder's experiment it writes ``tables/NAME``: the thinned table; the config; and the claims and the
+picture's lines, which somebody has to check. For a new experiment pass the folder of a smoke run
+with two seeds.
 """
 
 import json
@@ -24,20 +24,20 @@ from experiments._framework.results import Record, Summary
 TABLES = Path(__file__).with_name("tables")
 SEEDS = 2
 STEPS = 5
-"""Of a curve, the last included."""
+"""The number of points kept of a curve, including the last."""
 RATES = 3
-"""Of a grid of step sizes, for each method."""
+"""The number of step sizes kept of a grid, for each method."""
 SIDE = 3
-"""Of a grid over two parameters."""
+"""The number of cells kept of a grid over two parameters."""
 
 
 class Fewer(NamedTuple):
-    """What else is left out of a table.
+    """Further rows to leave out of a table.
 
     Attributes:
-        labels: The values that are kept.
-        whole: Metrics of which every step is kept.
-        config: What the config must say then.
+        labels: The values that are kept, by label.
+        whole: Metrics for which every step is kept.
+        config: Changes to the config that describe the smaller table.
     """
 
     labels: Mapping[str, list[str]] = MappingProxyType({})
@@ -61,7 +61,7 @@ FEWER = {
 
 
 def find(name: str) -> tuple[list[Record], Summary]:
-    """The table of an experiment, and its summary, made as after a run.
+    """The table of an experiment, and its summary, as a run makes it.
 
     Raises:
         FileNotFoundError: If there is no table.
@@ -75,7 +75,7 @@ def find(name: str) -> tuple[list[Record], Summary]:
 
 
 def _strict(found: list[dict]) -> list[dict]:
-    """As JSON has them: null for what is not finite."""
+    """Numbers as in strict JSON: null replaces numbers that are not finite."""
     return [
         {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in r.items()}
         for r in found
@@ -83,7 +83,7 @@ def _strict(found: list[dict]) -> list[dict]:
 
 
 def make(source: Path) -> Path:
-    """Writes the table, the config and the claims of a folder of results."""
+    """Writes the table, the config and the claims for a folder of results."""
     config, records = results.read_json(source / "config.json"), results.read(source)
     experiment = EXPERIMENTS[config["experiment"]]
     config["seeds"] = config["seeds"][:SEEDS]
@@ -106,7 +106,7 @@ def make(source: Path) -> Path:
 
 
 def lines_of(figure: Any) -> list[list[list[Any]]]:
-    """Of every axis, each line's label, its number of points, and their means across and up."""
+    """For each axis, each line's label, number of points, and mean x and y."""
     return [
         [[_name(line.get_label()), *_means(line.get_xydata())] for line in axis.lines]
         for axis in figure.axes
@@ -114,7 +114,7 @@ def lines_of(figure: Any) -> list[list[list[Any]]]:
 
 
 def _name(label):
-    return "" if label.startswith("_") else label  # matplotlib's own
+    return "" if label.startswith("_") else label  # a label made by matplotlib
 
 
 def _means(points: np.ndarray) -> list[float]:
@@ -123,7 +123,7 @@ def _means(points: np.ndarray) -> list[float]:
 
 
 def thinned(records: list[Record], name: str, seeds: list[int]) -> list[Record]:
-    """Few seeds, few steps of each curve, few rates, few cells of each grid."""
+    """Keeps few seeds, few steps of each curve, few rates, few cells of each grid."""
     records = [r for r in records if r.seed in seeds]
     fewer = FEWER.get(name, Fewer())
     for label, values in fewer.labels.items():
@@ -158,7 +158,7 @@ def _few(steps):
 
 
 def _few_rates(records):
-    """The first and last rate, and one in the middle, for each method of each case."""
+    """Keeps the first, a middle and the last rate for each method of each case."""
     found: dict[tuple, list[str]] = {}
     for r in records:
         if "rate" in r.labels:

@@ -1,4 +1,4 @@
-"""The APO experiments at smoke scale, and what they are made of."""
+"""The APO experiments at smoke scale, and their parts."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_learning_rate(tmp_path, capsys):
 
 @pytest.mark.experiments
 def test_labels_that_are_wrong():
-    """The floor is the entropy of the labels, and batches have as many wrong ones as they say."""
+    """The floor is the labels' entropy, and batches have the stated share of wrong labels."""
     task = apo_learning_rate.task("MLP", 20_000, 0.3)
     images, labels = task.sample(jax.random.key(0))
     clean = apo_learning_rate.task("MLP", 20_000, 0.0).sample(jax.random.key(0))
@@ -94,7 +94,7 @@ def test_regression(tmp_path, capsys):
 
 @pytest.mark.experiments
 def test_natural_gradient_takes_its_share_of_the_residual():
-    """A Gauss-Newton step of 0.01 leaves 0.99 of the residual, 0.9801 of the loss."""
+    """A Gauss-Newton step of 0.01 leaves 0.99 of the residual and 0.9801 of the loss."""
     with jax.enable_x64(True):
         task = apo_regression.task(0, 10.0, 8)
         params = task.init(jax.random.key(0))
@@ -166,7 +166,7 @@ def test_cost(tmp_path, capsys):
 
 @pytest.mark.experiments
 def test_training_loop():
-    """What the loop hands to the optimizer is what a loop by hand would."""
+    """The loop passes the same arguments to the optimizer as a loop written by hand."""
     task = apo_learning_rate.task("MLP", 8, 0.1)
     optimizer, key = apo.learning_rate(optax.sgd, 0.1, meta_interval=2), jax.random.key(0)
     params, losses, rates = proximal_training.train(task, optimizer, key, 4, 2)

@@ -1,4 +1,4 @@
-"""``python -m experiments benchmark``: what it measures is the same on both sides; no times."""
+"""``benchmark``: estimators and floors compute the same; times are not tested."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_smoke(tmp_path, capsys):
     assert {r.labels["part"] for r in records} == parts
     assert all(r.value > 0 for r in records)
     found = benchmark_figure.claims(results.read_summary(folder))
-    about = [claim.says.split(":")[0] for claim in found]  # one size, truncation, horizon: no slope
+    about = [claim.says.split(":")[0] for claim in found]  # one size: no slope
     assert about == ["medium", "es_single", "pes", "es_single", "pes", "medium"]
     printed = capsys.readouterr().out
     assert "es_single" in printed
@@ -38,7 +38,7 @@ def test_smoke(tmp_path, capsys):
 @pytest.mark.experiments
 @pytest.mark.parametrize("name", ["es_single", "truncated_es", "full_es", "tbptt", "bptt"])
 def test_the_floor_runs_the_same_steps(name):
-    """As many inner steps as ``info`` counts, in as many calls."""
+    """The floor runs as many inner steps as ``info`` counts, in as many calls."""
     case = floors.case(WORKLOAD, name, jax.random.key(0), particles=6)
     num_pairs = REGISTRY[name].least_pairs
     estimator = REGISTRY[name].build(
@@ -57,7 +57,7 @@ def test_the_floor_runs_the_same_steps(name):
 
 @pytest.mark.experiments
 def test_the_forward_floor_runs_the_problem():
-    """Every particle with its own theta, through the steps of its worker's episode."""
+    """Every particle has its own theta and takes the steps of its worker's episode."""
     problem, theta = ug.problems.lorenz(horizon=12)
     keys = jax.random.split(jax.random.key(0), 2)
     near = 1 + 0.01 * jnp.arange(6.0).reshape(2, 3)
@@ -89,7 +89,7 @@ def test_a_floor_in_single_steps_begins_where_an_episode_does():
 
 @pytest.mark.experiments
 def test_the_floor_of_backpropagation_is_its_gradient():
-    """Worker for worker it computes what the estimators do from the same episodes."""
+    """For each worker it computes the estimators' gradient from the same episode."""
     problem, theta = ug.problems.lorenz(horizon=12)
     key = jax.random.key(0)
     whole = floors.backwards(problem, 12, 1)
@@ -107,7 +107,7 @@ def test_the_floor_of_backpropagation_is_its_gradient():
 
 
 def test_turns():
-    """Every program once a turn, in an order that alternates; the first turn is not counted."""
+    """Every program runs once per turn, in alternating order; the first turn is not counted."""
     ran = []
     programs = {name: lambda name=name: ran.append(name) for name in "ab"}
     turns = list(timing.in_turn(programs, 2))
@@ -128,7 +128,7 @@ def test_numbers_with_commas(monkeypatch, tmp_path):
 @pytest.mark.experiments
 @pytest.mark.parametrize("floor_fits", [True, False])
 def test_what_memory_is_too_small_for(floor_fits, monkeypatch, tmp_path, capsys):
-    """Everything else is measured; a floor that fits makes it the estimator's fault."""
+    """The rest is measured; the claim says whether the floor fits into memory."""
     quick = timing.Compiled(lambda *args: 0, 1.0, 1.0, 1)
     calls = []
 

@@ -94,7 +94,7 @@ def test_claims_can_fail():
 @pytest.mark.experiments
 @pytest.mark.parametrize(("rates", "best"), [((0.1, 1.0, 3.0), 1.0), ((0.1, 1e30), 0.1)])
 def test_best_rate_of_a_parabola(rates, best):
-    """Gradient descent on x^2 / 2 is there after one step of 1 and diverges with 3."""
+    """Gradient descent on x^2 / 2 arrives in one step with the rate 1 and diverges with 3."""
     problem = ug.UnrolledProblem(
         init=lambda key, x: x, step=lambda key, x, state, t: (state, x**2 / 2), horizon=1
     )
@@ -108,7 +108,7 @@ def test_best_rate_of_a_parabola(rates, best):
 
 @pytest.mark.experiments
 def test_the_swimmer():
-    """It rests without motors; forces and momentum balance; some policy swims."""
+    """It rests without motors; forces and momentum balance; some policies swim."""
     problem, theta = swimmer(300)
     losses = jax.vmap(lambda key: ug.episode_loss(problem, key, theta))
     keys = jax.random.split(jax.random.key(0), 8)
@@ -121,7 +121,7 @@ def test_the_swimmer():
 
 @pytest.mark.experiments
 def test_the_swimmer_moves_as_lagrange_says():
-    """One short step against the Euler-Lagrange equations of the same links, by autodiff."""
+    """One short step satisfies the links' Euler-Lagrange equations, derived by autodiff."""
     links, dt = 3, 0.02
     key = jax.random.key(3)
     angles, rates = jax.random.normal(key, (2, links))

@@ -1,4 +1,4 @@
-"""``copy_task`` at smoke scale: strings grow; and the loss of a string is that of the problem."""
+"""``copy_task`` at smoke scale: strings grow, and a string's loss is the problem's."""
 
 import dataclasses
 
@@ -37,10 +37,10 @@ def test_smoke(tmp_path, capsys):
 
 
 def test_loss_of_an_episode_is_that_of_fresh_strings():
-    """J is the cross-entropy of the repeated half: half of it, for any length, no other steps."""
+    """J is half the cross-entropy of the repeated half, for any length; other steps add 0."""
     settings = dataclasses.replace(copy_task.SCALES["smoke"], batch_size=500)
     theta = copy_task.begin(settings, "es_single", 0.1, jax.random.key(0)).theta
-    theta["out"]["bias"] = jnp.array([0.0, 2.0])  # says one with 88 %
+    theta["out"]["bias"] = jnp.array([0.0, 2.0])  # predicts 1 with 88 %
     theta["out"]["kernel"] = jnp.zeros_like(theta["out"]["kernel"])
     expected = np.log1p(np.exp(2.0)) - 1
     for length in (1, 3):
@@ -61,6 +61,6 @@ def test_an_episode_keeps_its_length():
         problem.step(jax.random.key(1), run.theta, state, jnp.int32(2))[1]
         for problem in (before, after)
     )
-    assert first == other > 0  # step 2 is the first that repeats
+    assert first == other > 0  # step 2 is the first of the repeated half
     fresh = after.init(jax.random.key(0), run.theta)
     assert after.step(jax.random.key(1), run.theta, fresh, jnp.int32(2))[1] == 0

@@ -1,4 +1,4 @@
-"""Images by name: the split, and files of MNIST's format, whole and damaged."""
+"""Images by name: the split, and whole and damaged files in MNIST's format."""
 
 import gzip
 import urllib.error
@@ -28,7 +28,7 @@ def save(folder, arrays, suffix=""):
 
 
 def test_digits():
-    """All of them, each once, scaled; the same split again."""
+    """Every image is in one part, scaled; loading again gives the same split."""
     images = data.load("digits")
     assert images.train.images.shape == (1200, 64)
     assert images.validation.labels.shape == (597,)
@@ -87,7 +87,7 @@ def test_too_few_images(tmp_path, arrays):
 
 
 def test_openml(tmp_path, monkeypatch, arrays):
-    """Asked when there are no files; without a network it is said what was looked for."""
+    """OpenML is asked if there are no files; without a network the error names the files."""
     asked = {}
 
     def fetch(name, **settings):

@@ -1,4 +1,4 @@
-"""``data_cleaning`` at smoke scale: the sets, the inner minimum, and what cleaning gains."""
+"""``data_cleaning`` at smoke scale: the sets, the inner minimum, and cleaning's gain."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_the_sets():
 
 
 def test_training_reaches_the_minimum():
-    """Where the gradient vanishes, and an image of weight zero has no influence."""
+    """The gradient vanishes at the minimum, and an image of weight zero has no influence."""
     here = data_cleaning.task(SMOKE, 0)
     _, inner = data_cleaning.losses(here, SMOKE.decay)
 
@@ -66,7 +66,7 @@ def test_smoke(tmp_path, capsys):
     records, summary = results.read(folder), results.read_summary(folder)
     accuracies = {
         r.labels["series"]: r.value for r in records if r.metric == "test_accuracy"
-    }  # the last of each
+    }  # the last of each series
     assert accuracies["no cleaning"] + 0.05 < accuracies["cleaning, trained anew"]
     assert accuracies["no cleaning"] < accuracies["clean labels only"]
     curve = [r for r in records if r.labels["series"] == "cleaning" and r.metric == "auc"]
@@ -81,7 +81,7 @@ def test_smoke(tmp_path, capsys):
     gain, separation, *controls = data_cleaning.claims(summary)
     assert gain.holds
     assert separation.holds
-    assert [c.holds for c in controls] == [None, None]  # of one seed
+    assert [c.holds for c in controls] == [None, None]  # one seed cannot decide
     assert "gain" in capsys.readouterr().out
     figure = data_cleaning.draw(records, results.read_json(folder / "config.json"))
     left, right = figure.axes

@@ -1,4 +1,4 @@
-"""``distillation`` at smoke scale: the images compared, and what the learned ones are worth."""
+"""``distillation`` at smoke scale: the images compared, and the learned images' gain."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_both_solvers_descend():
     for solver in SMOKE.solvers:
         result = distillation.distil(SMOKE, train, solver)
         assert result.outer_losses[-1] < 0.6 * jnp.log(10.0)
-        np.testing.assert_allclose(result.outer_losses[0], jnp.log(10.0), rtol=0.01)  # of zeros
+        np.testing.assert_allclose(result.outer_losses[0], jnp.log(10.0), rtol=0.01)  # zero weights
 
 
 def test_smoke(tmp_path, capsys):
@@ -53,9 +53,9 @@ def test_smoke(tmp_path, capsys):
     assert 0 <= min(means) < max(means) <= 1
     claims = distillation.claims(summary)
     assert len(claims) == 4
-    assert all(claim.holds is None for claim in claims)  # of one seed
+    assert all(claim.holds is None for claim in claims)  # one seed cannot decide
     assert "over_random" in capsys.readouterr().out
     figure = distillation.draw(records, results.read_json(folder / "config.json"))
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
-    assert len(images) == 50  # three sets, and two less their mean
+    assert len(images) == 50  # three sets of ten, and two without their mean
     assert all(image.shape == (8, 8) and 0 <= image.min() < image.max() <= 1 for image in images)

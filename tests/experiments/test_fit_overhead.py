@@ -1,4 +1,4 @@
-"""``python -m experiments fit_overhead``: it measures both, and guards no time."""
+"""``python -m experiments fit_overhead`` measures both; times are not tested."""
 
 import dataclasses
 

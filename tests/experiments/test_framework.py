@@ -1,4 +1,4 @@
-"""How experiments run, what they leave behind, and how it is read again."""
+"""Running experiments, the files that they write, and reading these again."""
 
 import dataclasses
 import io
@@ -20,13 +20,13 @@ from tests.helpers import present
 class Settings(CommonSettings):
     """A toy.
 
-    Of no meaning.
+    Its settings decide how it fails.
     """
 
     seeds: tuple[int, ...] = (3, 4)
-    """Seeds."""
+    """The seeds."""
     fail: str = ""
-    """How it fails, and at which seed."""
+    """The kind of failure, and its seed."""
 
 
 def run(settings, seed, folder, write, progress):
@@ -97,7 +97,7 @@ def test_a_run_leaves_everything(tmp_path, capsys):
     assert summary.about["seconds"] >= summary.about["run_seconds"] >= 0
     for recorded in ["jax", "optax", "device", "xla_flags", "git_revision", "num_devices"]:
         assert recorded in summary.about["environment"]
-    # Over seeds, at the last step: 13 and 14.
+    # The mean over seeds at the last step: 13 and 14.
     loss = summary.find("loss", estimator="b")
     assert (loss["mean"], loss["n"]) == (13.5, 2)
     assert loss["se"] == pytest.approx(np.std([13, 14], ddof=1) / np.sqrt(2))
@@ -257,7 +257,7 @@ def test_the_scale_decides_the_defaults():
     assert cli.scale(["variance", "--sigma", "1", "--scale", "smoke"]) == "smoke"
     assert cli.scale(["variance", "--scale=paper"]) == "paper"
     assert cli.scale(["variance", "--scale", "smoke", "--scale", "paper"]) == "paper"
-    assert cli.scale(["variance", "--scale", "huge"]) == "cpu"  # refused later, by the parser
+    assert cli.scale(["variance", "--scale", "huge"]) == "cpu"  # the parser refuses it later
     for experiment in cli.EXPERIMENTS.values():
         assert tuple(experiment.scales) == SCALES
         for scale, settings in experiment.scales.items():

@@ -1,4 +1,4 @@
-"""``global_lr`` at smoke scale: the noise of PES grows along an episode; and how it is measured."""
+"""``global_lr`` at smoke scale: the noise of PES grows along an episode."""
 
 import dataclasses
 
@@ -36,9 +36,9 @@ def test_smoke(tmp_path, capsys):
 @pytest.mark.experiments
 @pytest.mark.parametrize("name", ["pes", "es_single"])
 def test_noise_of_losses_without_memory(name):
-    """Of losses theta e_t: sd |e_t| sqrt(Var[xi eps]), which is sqrt(k + 1) |e| or sqrt(2) |e|.
+    """For losses theta e_t the deviation of PES is sqrt(k + 1) |e|, and of ES-Single sqrt(2) |e|.
 
-    PES weighs window k's own u with the sum of k draws: Var[u (u + k - 1 others)] = 2 + (k - 1).
+    PES multiplies window k's loss by the sum of k draws: Var[u (u + k - 1 others)] = 2 + (k - 1).
     """
     problem = ug.UnrolledProblem(
         lambda key, theta: jnp.float32(0),
@@ -54,7 +54,7 @@ def test_noise_of_losses_without_memory(name):
 
 @pytest.mark.parametrize("power", [-0.3, 0.0, 0.5])
 def test_slope(power):
-    """Of a power of k, whatever the first fifth is."""
+    """The slope of a power of k is its exponent; the first fifth of the points is ignored."""
     sds = 3.0 * np.arange(1.0, 51) ** power
     sds[:10] = 7
     assert global_lr.slope(sds) == pytest.approx(power, abs=1e-6)

@@ -1,4 +1,4 @@
-"""``python -m experiments hypergradient_cost`` at smoke scale; its kinds compute the same."""
+"""``hypergradient_cost`` at smoke scale; its solvers compute the same hypergradient."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def test_smoke(tmp_path, capsys):
 
 
 def test_the_solvers_agree():
-    """With as many products as weights they solve the same system."""
+    """With as many products as weights they solve the same system exactly."""
     problem = hypergradient_cost.problem(jax.random.key(0), 2, 8, 5)
     found = hypergradient_cost.kinds(problem, 40)
     grads = [found[name](problem.params, problem.theta) for name in found if "CG" in name]

@@ -1,4 +1,4 @@
-"""``hypergradient_quality`` at smoke scale, and its exact hypergradient by other means."""
+"""``hypergradient_quality`` at smoke scale, and a second way to its exact hypergradient."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_smoke(tmp_path, capsys):
     folder = present(framework.execute(quality.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = {claim.says: claim for claim in quality.claims(summary)}
-    assert len(claims) == 6  # without that of 5 terms
+    assert len(claims) == 6  # the claim about 5 terms is missing
     assert claims["CG with as many steps as weights is exact: distance below 1e-6"].holds
     assert claims["unrolling from the minimum is Neumann with the inner rate"].holds
     assert (folder / "figure.png").stat().st_size > 10_000
@@ -65,7 +65,7 @@ def test_the_exact_one_is_the_derivative_of_the_minimum(x64):
 
 @pytest.mark.experiments
 def test_one_prediction_for_each_target(x64):
-    """Targets that broadcast against predictions would fit their mean, with an error of 1."""
+    """If targets broadcast against predictions, their mean would be fitted with an error of 1."""
     data = quality.diabetes(jax.random.key(0), 0.1)
     assert data.rows.shape == (398, quality.WEIGHTS)
     assert data.targets.shape == (398,)

@@ -1,4 +1,4 @@
-"""``influence_balancing`` at smoke scale: PES and ES-Single arrive, truncated estimators do not."""
+"""``influence_balancing`` at smoke scale: only PES and ES-Single reach the optimum."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""``learned_optimizer`` and ``evaluate_optimizer``: tasks, meta-training, going on, evaluation."""
+"""``learned_optimizer`` and ``evaluate_optimizer``: tasks, meta-training, evaluation."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def family(name: str, part: Literal["training", "validation", "test"] = "trainin
 @pytest.mark.experiments
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_a_guess_has_a_loss_of_one(name):
-    """Fresh weights guess, near enough; zero weights exactly."""
+    """Fresh weights have about the loss of a guess; zero weights have it exactly."""
     made = family(name)
 
     @jax.jit
@@ -52,7 +52,7 @@ def test_a_guess_has_a_loss_of_one(name):
 @pytest.mark.experiments
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_tasks_are_learned(name):
-    """By Adam, for training and for tests; tasks differ from each other."""
+    """Adam learns the tasks for training and for tests; tasks differ from each other."""
     for part in ("training", "test"):
         made = family(name, part)
         problem = tasks.problem(made, ADAM, 60)
@@ -69,7 +69,7 @@ def test_tasks_are_learned(name):
         found = losses(KEY, jnp.log(0.01))
         assert found[-10:].mean() < 0.85 * found[:5].mean()
         assert found.max() <= tasks.CEILING
-        for much in (1e3, 1e30):  # diverges, and to NaN
+        for much in (1e3, 1e30):  # divergence, and NaN
             assert losses(KEY, jnp.log(much)).max() == tasks.CEILING
         assert np.isfinite(losses(KEY, jnp.log(1e30))).all()
 
@@ -90,7 +90,7 @@ def test_the_parts_share_no_image():
 @pytest.mark.experiments
 @pytest.mark.parametrize("name", tasks.FAMILIES)
 def test_families_are_made_in_one_trace_after_another(name):
-    """What they keep is no tracer of the first."""
+    """They keep no tracer of an earlier trace."""
     tasks._images.cache_clear()
     for scale in (1.0, 2.0):
 
@@ -129,7 +129,7 @@ def test_patches_make_a_convolution():
 
 @pytest.mark.experiments
 def test_the_mean_of_estimators():
-    """Of two quadratics: gradients, losses, steps and variances as of their mean."""
+    """On two quadratics: gradients, losses, steps and variances of the mean."""
 
     def workers(target):
         problem = ug.UnrolledProblem(
@@ -177,7 +177,7 @@ def test_smoke(tmp_path, capsys):
     says = [claim.says for claim in learned_optimizer.claims(summary)]
     assert says[0] == "es_single ends at a lower meta-loss than truncated_es at equal inner steps"
 
-    # What it leaves can be loaded, and is what it validated.
+    # The saved optimizer can be loaded and is the validated one.
     saved = ug.learned_optimizers.read(folder / "scheduled_adam-es_single-seed-0.npz")
     assert saved.notes["estimator"] == "es_single"
     assert saved.notes["horizon"] == 8
@@ -224,7 +224,7 @@ def evaluate(out, *files):
 
 @pytest.mark.experiments
 def test_evaluation(tmp_path, capsys):
-    """A schedule that is constant gives Adam's own numbers; the table has the best rates."""
+    """A constant schedule gives the numbers of Adam itself; the table has the best rates."""
     rate = evaluate_optimizer.grid("Adam", 3)[1]
     rule = ug.learned_optimizers.scheduled_adam(rate=rate)
     ug.learned_optimizers.save(

@@ -39,7 +39,7 @@ def test_smoke(tmp_path, capsys):
     [(None, 1, 2.1), (None, 10, 14), (None, 200, 20), (1, 1, 11), (1, 10, 11), (1, 200, 11)],
 )
 def test_staggered_workers_of_monte_carlo(period, updates, known):
-    """Of an independent simulation: n = 10, P = 20, the same gradient in all windows."""
+    """It equals an independent simulation: n = 10, P = 20, equal gradients in all windows."""
     example = ug.problems.linear_recurrence(20, 10)
     influence = example.influence(example.theta)
     square = np.sum(theory.gradient(influence) ** 2)

@@ -1,4 +1,4 @@
-"""``lorenz`` at smoke scale: NRES finds the constants of a short, tame trajectory."""
+"""``lorenz`` at smoke scale: NRES finds the constants of a short, regular trajectory."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_nothing_is_lost_at_the_truth_from_any_start():
 
 
 def recovered(seeds, **means):
-    """A summary in which methods took so many steps, to 1; None: not with every seed."""
+    """A summary with the methods' steps and an error of 1; None means not with every seed."""
     found = [
         {"metric": metric, "estimator": name, "mean": mean, "se": 1.0}
         for name, mean in means.items()

@@ -52,7 +52,7 @@ def test_claims_can_fail(good, bad, comes_out):
 
 @pytest.mark.experiments
 def test_the_schedule():
-    """theta0 / (1 + t / c)^theta1."""
+    """The rate is theta0 / (1 + t / c)^theta1."""
     gradient = jnp.float32(1)
     for theta0, theta1, t in [(0.1, 2.0, 0), (0.1, 2.0, 50), (0.5, 30.0, 10)]:
         optimizer = image_mlp.decaying_sgd(jnp.log(jnp.array([theta0, theta1])), t, 100.0)
@@ -62,7 +62,7 @@ def test_the_schedule():
 
 @pytest.mark.experiments
 def test_the_network():
-    """Of zero weights: a guess, with the entropy ln 10; and two ReLUs by hand."""
+    """Zero weights give a guess with the entropy ln 10; two ReLUs equal their formula."""
     batch = jnp.ones((4, 3)), jnp.array([0, 0, 0, 1])
     zero = [(jnp.zeros((3, 10)), jnp.zeros(10))]
     assert float(image_mlp.cross_entropy(zero, batch)) == pytest.approx(math.log(10))

@@ -82,7 +82,7 @@ def test_thetas_are_drawn_as_published():
 
 
 def test_random_search_keeps_the_best():
-    """Of a problem whose loss is theta's first rate."""
+    """The problem's loss is theta's first rate."""
     problem = ug.UnrolledProblem(
         init=lambda key, theta: jnp.zeros(()),
         step=lambda key, theta, state, t: (state, theta["log_rate"][0]),

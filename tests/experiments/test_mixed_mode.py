@@ -1,4 +1,4 @@
-"""The mixed-mode inner gradient: jax's numbers under jvp, vjp, vmap and twice; the experiment."""
+"""The mixed-mode inner gradient has jax's numbers under jvp, vjp, vmap and twice."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def x64():
 
 
 def _scalar(value_and_grad):
-    """Of params and what the loss closes over, through the inner gradient and its value."""
+    """A scalar of params and of closed-over arrays, through the inner gradient and its value."""
 
     def scalar(params, closed):
         rows, scale = closed
@@ -39,7 +39,7 @@ def _scalar(value_and_grad):
 
 
 def _plain_sums(value_and_grad):
-    """Outputs that are used linearly, or not at all: their cotangents are constants."""
+    """Outputs that are used linearly or not at all, so that their cotangents are constants."""
 
     def scalar(params, closed):
         rows, scale = closed
@@ -55,7 +55,7 @@ def _plain_sums(value_and_grad):
 
 
 def _training(value_and_grad):
-    """Through scanned steps, recomputed on the way back."""
+    """Through scanned steps that are recomputed in the backward pass."""
 
     def scalar(params, closed):
         rows, scale = closed
@@ -117,7 +117,7 @@ CASES += [
 
 
 EAGER = [("sums", "jvp"), ("sums", "vjp")]
-"""One primitive after another, as without ``jit``; the others are one program each."""
+"""Runs one primitive at a time, as without ``jit``; the other cases are one program each."""
 
 
 @pytest.mark.parametrize(("loss", "name"), CASES)
@@ -136,7 +136,7 @@ def test_the_numbers_of_jax(loss, name, x64):
 
 
 def test_a_number_that_is_not_finite_stays_where_it_is():
-    """In the coordinate whose derivative it is."""
+    """Only the coordinate whose derivative is not finite is affected."""
 
     def second(w, mode):
         return jax.jvp(lambda w: mode(lambda w: w["a"] ** 2 + w["b"] ** 2)(w)[1], (w,), (w,))[1]
@@ -164,7 +164,7 @@ def test_other_dtypes(dtype):
 
 
 def test_in_shard_map():
-    """Left to jax, which sums where it must."""
+    """The gradient is left to jax, which sums over devices if it must."""
     mesh = jax.make_mesh((8,), ("d",))
 
     def spread(value_and_grad):
@@ -188,7 +188,7 @@ def test_in_shard_map():
 
 
 def test_what_is_left_to_jax():
-    """Effects and reverse-mode rules: the same numbers, backwards."""
+    """Losses with effects or reverse-mode rules get jax's own reverse mode."""
 
     @jax.custom_vjp
     def cube(x):

@@ -39,7 +39,7 @@ def test_smoke(tmp_path, capsys):
 
 @pytest.mark.experiments
 def test_what_is_tuned():
-    """A rate for every weight, moved both ways; none without tuning."""
+    """Every weight has a decay rate; tuning moves them up and down, and nothing else does."""
     settings = dataclasses.replace(overfit.SCALES["smoke"], num_steps=20, points=2, hidden=3)
     tuned, accuracies = overfit.tune(settings, jax.random.key(0), "mlp", True)
     fixed, _ = overfit.tune(settings, jax.random.key(0), "mlp", False)

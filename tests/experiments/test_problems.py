@@ -1,4 +1,4 @@
-"""The experiments' problems are what their docstrings say, and both families run on each."""
+"""The experiments' problems satisfy their docstrings; both families run on each."""
 
 import functools
 import math
@@ -19,14 +19,14 @@ from experiments.problems.text_lstm import VOCABULARY, encode, text_lstm
 KEY = jax.random.key(0)
 EPISODES = {text_lstm: 16, copy_task: 1000, learned_optimizer: 16}
 NETWORKS = {"text_lstm": text_lstm, "copy_task": copy_task, "learned_optimizer": learned_optimizer}
-# The programs run for a second, and would take three times as long to compile.
+# The programs run for a second; optimizing them would take three times as long.
 quick_to_compile = jax.jit(compiler_options={"xla_backend_optimization_level": 0})
 networks = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 
 
 @functools.cache
 def mean_gradient(make, factory, **settings):
-    """Of fresh workers, over the windows of an episode of 8 steps; a tree like theta."""
+    """The mean gradient of fresh workers in an episode of 8 steps; a tree like theta."""
     problem, theta = make(8)
     estimator = factory(problem, **settings)
 
@@ -46,7 +46,7 @@ def mean_gradient(make, factory, **settings):
 
 
 def losses(estimator, theta, workers, rate, steps):
-    """J, as a mean over workers sees it, along steps of Adam."""
+    """J, estimated by a mean over workers, along steps of Adam."""
     mean, optimizer = ug.average(estimator, workers), optax.adam(rate)
 
     @quick_to_compile
@@ -126,7 +126,7 @@ def test_text_lstm_reads_the_text_in_order():
     for t in range(6):
         state, _ = step(KEY, theta, state, t)
         np.testing.assert_array_equal(state[0], (places + t + 1) % 3)
-    # A net that always says "b" is right two times out of three; otherwise it pays its logit.
+    # A net that always predicts "b" is right two times of three; else the loss is its logit.
     flat_net = jax.tree.map(jnp.zeros_like, theta)
     says_b = jax.tree.map(jnp.zeros_like, theta)
     says_b["out"]["bias"] = says_b["out"]["bias"].at[encode("b")[0]].set(60.0)
@@ -156,10 +156,10 @@ def test_copy_task_scores_the_repetition_only():
 
 @pytest.mark.experiments
 def test_copy_task_truncation_hides_what_must_be_remembered():
-    """tbptt's gradient of the symbols' embeddings is exactly 0; bptt's is not."""
+    """tbptt's gradient for the symbols' embeddings is exactly 0; bptt's is not."""
     cut, exact = mean_gradient(copy_task, ug.tbptt, truncation=4), mean_gradient(copy_task, ug.bptt)
     assert np.abs(cut["embed"]["embedding"][:2]).max() == 0
-    assert np.abs(cut["embed"]["embedding"][2]).max() > 0  # of the delimiter
+    assert np.abs(cut["embed"]["embedding"][2]).max() > 0  # the delimiter's
     assert np.abs(exact["embed"]["embedding"][:2]).max() > 1e-4
     difference = jax.tree.map(jnp.subtract, cut, exact)
     np.testing.assert_allclose(norm(difference) / norm(exact), 0.66, atol=0.1)
@@ -188,7 +188,7 @@ def test_learned_optimizer_learns_to_train():
 
 @pytest.mark.experiments
 def test_learned_optimizer_every_step_matters_to_all_later_ones():
-    """A window of K sees not much more than K / T of the gradient at the default theta."""
+    """A window of K steps sees little more than K / T of the gradient at the default theta."""
     cut = mean_gradient(learned_optimizer, ug.tbptt, truncation=2)
     exact = mean_gradient(learned_optimizer, ug.bptt)
     cosine = optax.tree.vdot(cut, exact) / norm(cut) / norm(exact)
@@ -197,7 +197,7 @@ def test_learned_optimizer_every_step_matters_to_all_later_ones():
 
 
 def test_digits_is_what_it_was():
-    """The default schedule; the data code is shared with the learned optimizer."""
+    """The default schedule's loss is unchanged; the learned optimizer shares the data code."""
     theta = digits(20).theta
     np.testing.assert_allclose(np.exp(theta["log_lr"][np.array([0, 3])]), [0.1, 0.02], rtol=1e-5)
     np.testing.assert_allclose(jax.nn.sigmoid(theta["momentum_logit"]), 0.9, rtol=1e-6)

@@ -21,6 +21,6 @@ def test_smoke(tmp_path, capsys):
         assert f"remat {name:>8}" in printed
         assert found["mlp", name, None, "mebibytes"] > 0
         assert found["mlp", name, None, "seconds"] > 0
-    # More steps take more memory, and fewer states less.
+    # More steps take more memory, and fewer states take less.
     assert found["small", "none", 16, "mebibytes"] > 3 * found["small", "none", 4, "mebibytes"]
     assert found["small", "step", 16, "mebibytes"] < found["small", "none", 16, "mebibytes"]

@@ -19,7 +19,7 @@ from tests.experiments.make_tables import TABLES, find, lines_of
 from tests.helpers import counted
 
 METHODS = ("estimator", "method", "optimizer", "kind", "series", "remat", "layout", "decay")
-"""Labels that tell apart what an experiment compares."""
+"""Labels whose values are the methods that an experiment compares."""
 
 ONLY_BEST = ("SGD 0.1", "momentum 0.01", "Adam 0.0001", "Adam 0.139")
 NOT_SHOWN = {
@@ -40,7 +40,7 @@ NOT_DRAWN = {
     "toy_regression": ("surface",),
     "warm_vs_cold": ("re-trained, best", "neumann", "minimum", "both"),
 }
-"""What a picture leaves out, or names otherwise."""
+"""Methods that a picture leaves out or names differently."""
 
 every_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
 table = functools.cache(find)
@@ -54,7 +54,7 @@ def nothing_is_compiled():
 
 
 def other(records: list[Record]) -> list[Record]:
-    """The table with other numbers: every series has a factor of its own."""
+    """The table with other numbers: every series is multiplied by its own factor."""
     series = {(*r.labels.values(), r.metric): i for i, r in enumerate(records)}
     factors = {key: 1 + 0.1 * (i + 1) / len(records) for key, i in series.items()}
     return [r._replace(value=r.value * factors[*r.labels.values(), r.metric]) for r in records]
@@ -73,7 +73,7 @@ def missing(name: str, text: str, left_out: Mapping[str, tuple[str, ...]]) -> li
 
 
 def numbers(axis) -> np.ndarray:
-    """All that is drawn into an axis."""
+    """All numbers drawn into an axis."""
     drawn = [line.get_xydata() for line in axis.lines]
     for collection in axis.collections:
         drawn += [collection.get_offsets(), *(path.vertices for path in collection.get_paths())]
@@ -86,7 +86,7 @@ def numbers(axis) -> np.ndarray:
 
 @every_experiment
 def test_draw(name):
-    """It has the stored lines and names the methods; with other numbers it looks different."""
+    """The picture has the stored lines and names the methods; other numbers change it."""
     records, summary = table(name)
     figures = [
         EXPERIMENTS[name].draw(given, summary.about["config"])
@@ -113,7 +113,7 @@ def test_draw(name):
 
 @every_experiment
 def test_show(name, capsys):
-    """It names the methods, and prints other numbers for other results."""
+    """The text names the methods, and other results print other numbers."""
     records, _ = table(name)
     printed = []
     for given in (records, other(records)):
@@ -133,7 +133,7 @@ CHANGES = {
 
 
 def changed(results: list[dict], labels: tuple[str, ...]) -> Iterator[list[dict]]:
-    """The results with other means: of a metric, or of what has it and a label in common."""
+    """The results with other means for a metric, or for one label's rows of a metric."""
     for groups in ([()], [(label,) for label in labels]):
         for change, labels_of in itertools.product(CHANGES.values(), groups):
             keys = [(r["metric"], *(r[label] for label in labels_of)) for r in results]
@@ -148,7 +148,7 @@ def changed(results: list[dict], labels: tuple[str, ...]) -> Iterator[list[dict]
 
 @every_experiment
 def test_claims(name):
-    """The stored claims with their numbers; for each, other means turn the verdict."""
+    """The claims equal the stored ones, and other means change each verdict."""
     _, summary = table(name)
     claims = EXPERIMENTS[name].claims(summary)
     stored = json.loads((TABLES / name / "expected.json").read_text())["claims"]

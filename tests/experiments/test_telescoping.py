@@ -1,4 +1,4 @@
-"""``telescoping`` at smoke scale: the loss at the end on a fixed batch."""
+"""``telescoping`` at smoke scale: the loss at the end, on a fixed batch."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_smoke(tmp_path, capsys):
 
 @pytest.mark.experiments
 def test_j_is_the_loss_of_the_last_weights():
-    """No step has a loss, and the last weights' is that on the first training images."""
+    """Steps have no loss; the last weights have their loss on the first training images."""
     settings = dataclasses.replace(telescoping.SCALES["smoke"], horizon=3, truncation=1)
     problem = telescoping.final_problem(settings)
     theta = jnp.log(jnp.array([0.1, 2.0]))
@@ -59,7 +59,7 @@ def test_j_is_the_loss_of_the_last_weights():
 
 
 def test_roughness():
-    """Straight ways have none; a zigzag of steps 1 turns by 2 in one coordinate."""
+    """A straight path has roughness 0; a zigzag of steps 1 turns by 2 in one coordinate."""
     assert telescoping.roughness(np.outer(np.arange(5), [1.0, 3.0])) == pytest.approx(0)
     zigzag = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert telescoping.roughness(zigzag) == pytest.approx(2)

@@ -1,4 +1,4 @@
-"""``toy_regression`` at smoke scale: ES-Single is on its way, the short-sighted are stuck."""
+"""``toy_regression`` at smoke scale: ES-Single descends, truncated estimators are stuck."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_the_surface_has_theta0_along_its_rows():
     loss = jax.jit(toy_regression.summed_loss)
     assert losses[1, 4] == pytest.approx(float(loss(jnp.array([3.0, -3.0]))), rel=1e-3)
     assert losses[4, 1] == pytest.approx(float(loss(jnp.array([-3.0, 3.0]))), rel=1e-3)
-    assert losses[4, 1] > 2 * losses[1, 4]  # a rate that grows is no help, one that falls is
+    assert losses[4, 1] > 2 * losses[1, 4]  # falling rates help, growing ones do not
 
 
 def test_the_papers_minimum_is_in_the_basin():

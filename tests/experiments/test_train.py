@@ -1,4 +1,4 @@
-"""``python -m experiments train``: any problem, long runs, and going on with them."""
+"""``python -m experiments train``: all problems, long runs, and resuming."""
 
 import dataclasses
 import os
@@ -54,7 +54,7 @@ def test_a_theta_of_many_numbers(tmp_path):
 
 @pytest.mark.experiments
 def test_it_learns(tmp_path):
-    """The Lorenz system's constants are log 10 and log 28."""
+    """Theta approaches the Lorenz system's log 10 and log 28."""
     folder = execute(tmp_path, problem="lorenz", num_steps=300, num_workers=8, truncation=4)
     found = values(folder)
     assert found[0, 300, "objective"] < 0.01 * found[0, 0, "objective"]
@@ -66,7 +66,7 @@ def test_goes_on_as_if_it_had_never_stopped(tmp_path, capsys):
     cli.main(["train", *QUICK[:4], "--num-steps", "4", "--out", str(tmp_path / "part")])
     (part,) = (tmp_path / "part").iterdir()
     with open(part / "metrics.csv", "a") as file:
-        file.write("0,6,objec")  # what a kill may leave
+        file.write("0,6,objec")  # a killed run may leave half a line
     cli.main(["train", "--resume", str(part), "--num-steps", "8", "--seeds", "0", "1"])
     assert values(part) == values(whole)
     assert results.read_json(part / "config.json")["num_steps"] == 8
@@ -124,7 +124,7 @@ def test_flags_that_are_not_positive_leave_no_folder(flag, tmp_path):
 
 @pytest.mark.experiments
 def test_stopped_from_outside(tmp_path):
-    """By a signal, as a cluster sends it; the run says how it goes on, and goes on."""
+    """A signal, as from a cluster, stops the run; it prints how to resume, and resumes."""
     flags = [*QUICK, "--num-steps", "100", "--checkpoint-every", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments", "train", *flags],

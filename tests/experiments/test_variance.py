@@ -1,4 +1,4 @@
-"""``python -m experiments variance``: every problem at smoke scale, and as a user runs it."""
+"""``python -m experiments variance``: every problem at smoke scale, and as a command."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def command(*arguments):
 @pytest.mark.experiments
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
-    # text_lstm reads the standard library's source, another one in every Python.
+    # text_lstm reads the standard library's source, which differs between Pythons.
     monkeypatch.setattr("inspect.getsource", lambda _: (ROOT / "LICENSE").read_text())
     settings = dataclasses.replace(variance.SCALES["smoke"], problem=problem, out=tmp_path)
     folder = present(framework.execute(variance.EXPERIMENT, settings))
@@ -50,14 +50,14 @@ def test_every_problem_at_smoke_scale(problem, tmp_path, capsys, monkeypatch):
         updates = 40 if name == "pes" else 20
         for metric in ["norm", "variance", f"variance_of_mean[{updates}]"]:
             numbers[f"{name} {metric}"] = summary.find(metric, estimator=name)["mean"]
-    # Strict JSON has null for what is not finite: only the SNR where there is no spread.
+    # Strict JSON has null for infinity: only for the SNR of samples without spread.
     assert {x["metric"] for x in summary.results if x["mean"] is None} <= {"snr"}
     expect(problem, numbers)
 
 
 @pytest.mark.experiments
 def test_every_row_rows(tmp_path, capsys):
-    """An estimator is in the command by its row alone."""
+    """Its row in the registry is enough to make an estimator available in the command."""
     settings = dataclasses.replace(
         variance.SCALES["smoke"],
         problem="linear_recurrence",
@@ -93,7 +93,7 @@ def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     for group in rows.values():
         assert [row["name"] for row in group] == list(settings.estimators)
         for row in group:
-            # 3 workers' worth of episodes, both signs, that truncated_es can have 2.
+            # Equal steps: 3 workers of pes (2 x 8 each), 2 of truncated_es (3 x 8 each).
             assert row["inner_steps"] == 48
             assert (
                 list(row["variance_of_mean"])
@@ -114,8 +114,8 @@ def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     ("name", "square", "error", "reference", "holds"),
     [
         ("pes", 1e-5, 1e-4, "bptt", True),
-        ("pes", 0.0, 1.0, "bptt", None),  # blind: nothing below |g| can be seen
-        ("pes", 1.0, 0.01, "bptt", None),  # seen, but the smoothing counts as bias
+        ("pes", 0.0, 1.0, "bptt", None),  # not sensitive: no bias below |g| can be detected
+        ("pes", 1.0, 0.01, "bptt", None),  # sensitive, but the smoothing counts as bias
         ("pes", 1.0, 0.01, "full_es", False),
         ("bptt", 1.0, 0.01, "bptt", False),
         ("tbptt", 1.0, 0.01, "bptt", True),
@@ -179,7 +179,7 @@ def test_as_a_user_runs_it(tmp_path):
     (folder,) = tmp_path.iterdir()
     assert str(folder) in done.stdout.replace("\n", "")
     assert "…" not in done.stdout
-    assert done.stderr == ""  # no progress bar where nobody watches
+    assert done.stderr == ""  # no progress bar without a terminal
     config = json.loads((folder / "config.json").read_text())
     assert config["sigma"] == 0.05
     assert config["horizon"] == 8
@@ -263,7 +263,7 @@ def test_ctrl_c_leaves_what_was_computed(tmp_path):
     ],
 )
 def test_a_mistake_is_a_message_and_leaves_nothing(flags, message, tmp_path):
-    """What ``main`` catches; the subprocess above shows that it prints no traceback."""
+    """``main`` catches the error; the subprocess above shows that it prints no traceback."""
     flags = ["--scale", "smoke", "--problem", "toy_regression", "--out", str(tmp_path), *flags]
     with pytest.raises((ValueError, OverflowError, OSError), match=message):
         cli.main(["variance", *flags])

@@ -26,7 +26,7 @@ def test_smoke(tmp_path, capsys):
     assert all(f"{text:>9} {'pes':>10}  variance" in printed for text in variance_lstm_figure.TEXTS)
     claims = variance_lstm.claims(summary)
     assert len(claims) == 3 + 3 + 2 + 1 + 1
-    assert claims[-1].holds  # that sigma does not matter; one seed cannot tell the others
+    assert claims[-1].holds  # sigma does not matter; one seed cannot decide the others
     assert {claim.holds for claim in claims[:-1]} == {None}
     numbers = {}
     for text in variance_lstm_figure.TEXTS:

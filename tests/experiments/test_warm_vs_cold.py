@@ -1,4 +1,4 @@
-"""``warm_vs_cold`` at smoke scale; its hypergradient against plain differentiation."""
+"""``warm_vs_cold`` at smoke scale; its hypergradient equals plain differentiation."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def test_smoke(tmp_path, capsys):
 
 
 def _check_one_point(settings, records):
-    """Each method has a whole curve of each seed, and the ends are those of the curves."""
+    """Each method has a whole curve for each seed, and the stored ends are the curves' ends."""
     lines = [r for r in records if r.labels["part"] == "one point"]
     curves = {}
     for r in lines:
@@ -61,7 +61,7 @@ def _check_one_point(settings, records):
 
 @pytest.mark.experiments
 def test_the_starts_agree_at_first():
-    """All of them train from zero then; later warm and its training again part, cold's do not."""
+    """At first all train from zero; later only warm start and its retraining differ."""
     settings = dataclasses.replace(warm_vs_cold.SCALES["smoke"], num_steps=warm_vs_cold.KEPT)
     with jax.enable_x64(True):
         drawn = [warm_vs_cold.one_point_data("normal", jax.random.key(i)) for i in range(2)]
@@ -74,7 +74,7 @@ def test_the_starts_agree_at_first():
 @pytest.mark.experiments
 @pytest.mark.parametrize("damping", [1e-4, 0.5])
 def test_the_hypergradient_is_that_of_the_nearest_minimum(damping):
-    """Through the closed form of the inner solution from a start that is not zero."""
+    """It equals the derivative through the inner solution's closed form, from a nonzero start."""
     with jax.enable_x64(True):
         data = warm_vs_cold.one_point_data("alternating", jax.random.key(3))
         problem = warm_vs_cold.one_point(data, 10, damping)
@@ -88,7 +88,7 @@ def test_the_hypergradient_is_that_of_the_nearest_minimum(damping):
         out = problem.hypergradient(solution(theta), theta)
         direct = jax.grad(lambda theta: problem.outer(solution(theta), theta))(theta)
         chex.assert_trees_all_close(out.grad, direct, rtol=1e-6)
-        # and one step of the inner optimizer is that solution
+        # one step of the inner optimizer reaches that solution
         grad = jax.grad(problem.inner)(start, theta)
         step, _ = problem.optimizer.update(grad, problem.optimizer.init(start))
         chex.assert_trees_all_close(start + step, solution(theta), rtol=1e-10)
@@ -96,7 +96,7 @@ def test_the_hypergradient_is_that_of_the_nearest_minimum(damping):
 
 @pytest.mark.experiments
 def test_data():
-    """Real points stay apart, in all of (-pi, pi); alternating targets alternate."""
+    """Real points are spread over (-pi, pi); alternating targets alternate."""
     for seed in range(5):
         data = warm_vs_cold.one_point_data("alternating", jax.random.key(seed))
         gaps = np.diff(np.asarray(data.x))

@@ -1,4 +1,4 @@
-"""Window influence by reverse mode is the recurrence's own, which is known."""
+"""Window influence by reverse mode equals the recurrence's known influence."""
 
 import jax
 import jax.numpy as jnp

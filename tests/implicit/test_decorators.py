@@ -20,7 +20,7 @@ A = np.array([0.7, 1.3])
 
 
 def _newton(optimality, steps=30):
-    """A solver for ``optimality(x, *args) = 0`` of vectors, in a while loop."""
+    """A Newton solver for ``optimality(x, *args) = 0`` in a while loop; x is a vector."""
 
     def solve(init, *args):
         def turn(state):
@@ -34,12 +34,12 @@ def _newton(optimality, steps=30):
 
 
 def _system(x, a):
-    """A root that is not symmetric and not linear in anything."""
+    """A root whose Jacobian is not symmetric; no argument enters linearly."""
     return jnp.array([x[0] + 0.3 * jnp.sin(x[1]) - a[0] ** 2, x[1] ** 3 + x[1] + x[0] - a[1]])
 
 
 def _known(a):
-    """The root of the system and its Jacobian, in numpy."""
+    """The system's root and its Jacobian, in NumPy."""
     x = np.ones(2)
     for _ in range(50):
         slope = np.array([[1, 0.3 * np.cos(x[1])], [1, 3 * x[1] ** 2 + 1]])
@@ -55,7 +55,7 @@ def _differences(f, a, epsilon=1e-5):
 
 @pytest.mark.parametrize("under", ["jit", "vmap"])
 def test_root_forwards_backwards_and_twice(under):
-    """The default solver alone; one that compiles faster in a batch, in all orders."""
+    """The default solver alone; a solver that compiles faster in a batch, in all orders."""
     solver = None if under == "jit" else implicit.dense()
     solve = implicit.root(_system, solver=solver)(_newton(_system))
 
@@ -99,7 +99,7 @@ def test_the_initial_guess_has_no_gradient():
 
 
 def test_closed_over_arrays_have_derivatives():
-    """In the optimality, in the solver, and differentiated, batched or compiled outside."""
+    """Arrays closed over by the optimality or the solver; transformations outside."""
 
     def outer(shift, a):
         def optimality(x, a):
@@ -137,7 +137,7 @@ def test_a_number_that_is_closed_over_and_no_arguments():
 
 
 def test_second_derivatives_in_a_scan():
-    """jax before 0.12 loses the rule in reverse over reverse, as the docstring says."""
+    """As documented, jax before 0.12 loses the rule in reverse over reverse."""
     decorate = implicit.root(lambda x, a: x**2 - a, solver=implicit.dense())
     root = decorate(lambda init, a: jnp.sqrt(a))
 
@@ -166,7 +166,7 @@ def test_the_default_solver_on_a_larger_system():
 
 
 def test_arguments_of_all_kinds():
-    """Trees, keyword arguments, ints, keys, functions; and aux."""
+    """Arguments may be trees, keyword arguments, ints, keys and functions; aux is returned."""
 
     def optimality(x, theta, key, *, power, activation):
         noise = jax.random.normal(key, x["w"].shape)
@@ -199,7 +199,7 @@ def test_arguments_of_all_kinds():
 
 
 def test_a_part_that_theta_does_not_reach():
-    """Equations in which theta does not appear, forwards, backwards and twice."""
+    """Some equations do not contain theta: derivatives forwards, backwards and twice."""
 
     def optimality(x, a):
         return {"u": x["u"] - a**2, "v": 2 * x["v"] - x["u"], "w": x["w"] - 1.0}
@@ -254,7 +254,7 @@ def test_argmin_is_the_hypergradient():
 
 
 def test_a_truncated_solve_differentiates():
-    """Few terms: no error, Neumann's bias, the same forwards and backwards, and twice."""
+    """Few terms raise no error and have Neumann's bias, forwards, backwards and twice."""
     problem, alpha = ridge(), 0.3
     factor = np.eye(8) - alpha * problem.hessian
     inverse = alpha * sum(np.linalg.matrix_power(factor, j) for j in range(3))
@@ -298,7 +298,7 @@ def _box_step(w, bound, x, y):
 
 @functools.cache
 def _fixed_point(step, number):
-    """The data; the fixed point, its derivative forwards and backwards."""
+    """The data, the fixed point, and its derivative forwards and backwards."""
     draws = np.random.default_rng(0)
     x, y = draws.normal(size=(30, 6)), draws.normal(size=(30,))
 
@@ -346,7 +346,7 @@ def test_a_box():
 
 @functools.cache
 def _last_steps():
-    """Jacobians of the last steps of gradient descent, of as long a series, and of all of it."""
+    """Jacobians of the last steps of descent, of a series as long, and of all steps."""
     problem, alpha = ridge(), 0.3
 
     def step(w, theta):
@@ -375,7 +375,7 @@ def _last_steps():
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
 def test_the_last_steps(num_steps):
-    """Neumann's sum exactly, and within the bound of the error."""
+    """The last steps equal Neumann's sum exactly; the error is within its bound."""
     found = _last_steps()
     forward, backward = found[f"{num_steps} steps"]
     np.testing.assert_allclose(forward, backward, rtol=1e-10, atol=1e-13)
@@ -420,7 +420,7 @@ def test_mixed_dtypes():
 
 
 def test_a_solver_outside_jax():
-    """Any Python, as long as it is not traced."""
+    """The solver may be any Python code if it is not traced."""
 
     @implicit.root(lambda x, a: x**3 - a)
     def cube_root(init, a):

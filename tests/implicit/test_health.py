@@ -1,4 +1,4 @@
-"""What is wrong with an inner problem or a solve shows in ``info``, and raises with ``check``."""
+"""Faults of an inner problem or of a solve show in ``info``, and raise with ``check``."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def _both(outer, inner, w, theta, **settings):
-    """The info, from one program, and a function that raises, which compiles many."""
+    """The info, from one program, and a function that raises, which compiles many programs."""
     f = implicit.hypergradient(outer, inner, **settings)
     info = numbers(jax.jit(lambda w, theta: f(w, theta).info)(w, theta))
     return info, lambda: _check(outer, inner, w, theta, **settings)
 
 
 def _check(outer, inner, w, theta, **settings):
-    """The info, if nothing is wrong."""
+    """The info; raises if anything is wrong."""
     return present(implicit.hypergradient(outer, inner, check=True, **settings)(w, theta).info)
 
 
@@ -70,7 +70,7 @@ def test_a_saddle():
 
 
 def test_one_negative_curvature_among_many():
-    """Seen among 2000 directions, in float32."""
+    """The check finds it among 2000 directions, in float32."""
     with jax.enable_x64(False):
         diagonal = np.linspace(0.1, 1.0, 2000, dtype=np.float32)
         diagonal[7] = -1.0
@@ -158,7 +158,7 @@ def test_a_singular_hessian_that_cannot_be_solved():
 
 
 def test_a_few_terms_are_a_result():
-    """Stopped by intent: no error, and the residual says how far it came."""
+    """A solve that stops on purpose raises no error, and reports its residual."""
     problem = ridge()
     solvers = (
         lx.CG(**TIGHT, max_steps=3),

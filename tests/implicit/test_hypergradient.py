@@ -1,4 +1,4 @@
-"""``implicit.hypergradient`` against closed forms, reverse mode and its own bounds."""
+"""``implicit.hypergradient`` equals closed forms and reverse mode, within its bounds."""
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ EXACT = {
     "BiCGStab": lx.BiCGStab(**TIGHT),
     "LSMR": lx.LSMR(**TIGHT),
     "neumann": implicit.neumann(500),
-    "nystrom": implicit.nystrom(8, 1e-8),  # with less, rounding outgrows what it is off by
+    "nystrom": implicit.nystrom(8, 1e-8),  # less damping: rounding dominates
     "dense": implicit.dense(),
 }
 SINGLE = {
@@ -46,7 +46,7 @@ def _error(got, truth):
 
 
 def _each(solvers, outer, inner, **settings):
-    """One program for all of the solvers: what each of them finds, in part."""
+    """One program for all solvers: a part of each solver's result."""
 
     @jax.jit
     def found(*arguments):
@@ -64,7 +64,7 @@ def _each(solvers, outer, inner, **settings):
 
 @functools.cache
 def _of_ridge(dtype):
-    """Each solver's results on the ridge problem, in a precision."""
+    """Each solver's results on the ridge problem in the given precision."""
     problem = ridge()
     single = {name: solver for name, solver in SINGLE.items() if name != "LSMR"}
     solve = _each(EXACT if dtype == "float64" else single, problem.outer, problem.inner)
@@ -82,7 +82,7 @@ def test_ridge_with_a_decay_for_each_weight(name):
 
 
 def test_eager_and_checked():
-    """Outside of jit, where the result is checked, everything is as in it."""
+    """Outside jit, where results are checked, the results are as inside."""
     problem = ridge()
     f = implicit.hypergradient(problem.outer, problem.inner, solver=EXACT["CG"], check=True)
     out = f(problem.params, problem.theta)
@@ -91,7 +91,7 @@ def test_eager_and_checked():
 
 
 def test_the_comparison_can_fail():
-    """Few terms, the wrong sign and the direct term alone are all rejected by it."""
+    """The comparison rejects few terms, the wrong sign, and the direct term alone."""
     problem = ridge()
     few = _each({"few": implicit.neumann(3)}, problem.outer, problem.inner)
     assert _error(few(problem.params, problem.theta)["few"]["grad"], problem.exact) > 1e-2
@@ -102,7 +102,7 @@ def test_the_comparison_can_fail():
 
 @functools.cache
 def _terms():
-    """For 1, 2 and 7 terms: backpropagation, the series, one term more; and the identity."""
+    """For 1, 2 and 7 terms: backpropagation, the series, a longer series; and the identity."""
     problem, alpha = ridge(), 0.3
 
     def descend(theta, w, terms):
@@ -158,7 +158,7 @@ def test_a_singular_hessian():
     damped = [_error(x, truth) for x in with_cg]
     assert damped[0] > damped[1] > damped[2]
     assert damped[2] < 1e-4
-    # Neumann's series is the sharper filter at the same budget, damping = 1 / (alpha K).
+    # At the same budget, damping = 1 / (alpha K), Neumann's series is the sharper filter.
     assert errors[20] < _error(filtered, truth)
 
 
@@ -197,7 +197,7 @@ def test_nystrom_is_the_inverse_of_its_approximation():
 
 
 def test_nystrom_on_trees():
-    """Rows are found wherever they lie in a tree."""
+    """The method finds its rows at any place of a tree."""
     draws = np.random.default_rng(0)
     factor, flat = draws.normal(size=(7, 2)), draws.normal(size=7)
     tree = {"a": flat[:3].reshape(3, 1), "b": [flat[3:5], flat[5:].reshape(1, 2)]}
@@ -227,7 +227,7 @@ def test_the_mixed_term_has_its_own_batch():
 
 
 def test_gauss_newton():
-    """The Hessian where the model is linear; positive where the Hessian is not."""
+    """It equals the Hessian if the model is linear, and stays positive if the Hessian does not."""
     draws = np.random.default_rng(5)
     x, y, w = draws.normal(size=(9, 4)), draws.normal(size=(9,)), np.ones(4)
 
@@ -269,7 +269,7 @@ CURVATURE = np.array([1.0, 2.0, 5.0])
 
 @functools.cache
 def _in_units():
-    """The results of loose solvers as a function of the inner loss's scale and the outer's."""
+    """The results of loose solvers as a function of the scales of inner and outer loss."""
 
     @jax.jit
     def found(scale, weight):
@@ -287,7 +287,7 @@ def _in_units():
 
 @pytest.mark.parametrize("name", [n for n in EXACT if n != "nystrom"])
 def test_an_outer_loss_that_does_not_see_the_params(name):
-    """Nothing to solve: the direct term alone, and nothing is wrong."""
+    """The result is the direct term, and the check finds no fault."""
     out = _in_units()(1.0, 0.0)[name]
     np.testing.assert_allclose(out["grad"], 2)
     assert out["converged"]
@@ -296,7 +296,7 @@ def test_an_outer_loss_that_does_not_see_the_params(name):
 @pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3])
 @pytest.mark.parametrize("name", ["CG", "NormalCG", "GMRES", "LSMR", "dense"])
 def test_any_units(name, scale):
-    """An inner loss in large or small units, in the tolerances of single precision."""
+    """An inner loss in large or small units is solved within single precision's tolerances."""
     out = _in_units()(scale, 1.0)[name]
     np.testing.assert_allclose(out["grad"] - 2, 1 / CURVATURE, rtol=1e-3)
     assert out["converged"]
@@ -307,7 +307,7 @@ def test_any_units(name, scale):
     [("float64", 1e-7, 1.0), ("float32", 1e3, 1.0), ("float32", 1.0, 0.0)],
 )
 def test_the_check_knows_no_units(dtype, scale, weight):
-    """Nothing is wrong with large or small numbers, nor where nothing is to be solved."""
+    """The check accepts large and small numbers, and systems with a right side of zero."""
     curvature, scale, weight = (np.asarray(x, dtype) for x in (CURVATURE, scale, weight))
     f = implicit.hypergradient(
         lambda w, theta: weight * jnp.sum(w),
@@ -378,7 +378,7 @@ def test_trees_of_mixed_dtypes():
 
 @pytest.mark.parametrize("name", [name for name in EXACT if name != "LSMR"])
 def test_single_precision(name):
-    """float32 stays float32, also where jax has float64 enabled (lineax's LSMR fails there)."""
+    """float32 stays float32 even with float64 enabled in jax (lineax's LSMR fails then)."""
     out = _of_ridge("float32")[name]
     assert out["grad"].dtype == out["v"].dtype == np.float32
     assert out["converged"]
@@ -386,7 +386,7 @@ def test_single_precision(name):
 
 
 def test_a_million_of_both_in_a_few_vectors():
-    """10^6 weights, each with its decay: a few times the 8 MB of one, at most."""
+    """10^6 weights, each with its decay, take a few times the 8 MB of one vector."""
     number = 10**6
 
     def inner(w, theta):
@@ -407,7 +407,7 @@ def test_a_million_of_both_in_a_few_vectors():
 
 @pytest.mark.parametrize("solver", ["CG", "NormalCG"])
 def test_a_million_in_single_precision(solver):
-    """lineax's CG alone returns NaN here: it takes curvatures below 10 for zero."""
+    """lineax's own CG returns NaN here, since it treats curvatures below 10 as zero."""
     number, theta = 10**6, np.float32(0.5)
     cg = lx.CG(rtol=1e-4, atol=1e-4, max_steps=20)
     f = implicit.hypergradient(
@@ -477,12 +477,12 @@ def test_batches_over_a_mesh(kind):
         return text.count(" all-reduce("), sum(inside)
 
     total, inside = reductions(20)
-    assert inside == 1  # of the product, in the series' loop
-    assert total <= 4  # and outer, the inner gradient, the mixed product
+    assert inside == 1  # the product's, in the series' loop
+    assert total <= 4  # and the outer loss, the inner gradient, the mixed product
 
 
 def test_descending_it():
-    """Outer optimization with a warm-started solve, in one scan."""
+    """A scan optimizes theta with warm-started solves."""
     problem = ridge(decay=0.1)
     solver = lx.CG(rtol=1e-8, atol=1e-8, max_steps=20)
     f = implicit.hypergradient(problem.outer, problem.inner, solver=solver)

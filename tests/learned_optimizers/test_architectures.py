@@ -1,4 +1,4 @@
-"""Architectures of learned optimizers: optax's contract, and what they compute."""
+"""Architectures of learned optimizers obey optax's contract and compute their formulas."""
 
 import functools
 from typing import Any
@@ -32,7 +32,7 @@ def architecture_of(name):
 
 @functools.cache
 def thetas():
-    """For each architecture a theta that does something."""
+    """For each architecture a theta that has an effect."""
 
     @jax.jit
     def made():
@@ -45,7 +45,7 @@ def thetas():
 
 @functools.cache
 def trees():
-    """Weights and three gradients of them: a kernel, a bias, a scalar, a convolution."""
+    """Weights (a kernel, a bias, a scalar, a convolution) and three gradients for them."""
     shapes = {"kernel": (4, 3), "bias": (3,), "gain": (), "conv": (2, 2, 3, 2)}
     draws = np.random.default_rng(0)
 
@@ -56,7 +56,7 @@ def trees():
 
 
 def updates_of(optimizer, params, grads):
-    """The updates of several steps and the last state, from a scan: its carry keeps its type."""
+    """The updates and last state of several steps; as a scan, so that types must not change."""
 
     def step(carry, grad):
         params, state = carry
@@ -68,7 +68,7 @@ def updates_of(optimizer, params, grads):
 
 
 def twice(optimizer, params, grads):
-    """The updates of the second of two steps at fixed weights, and the state after it."""
+    """The second step's updates at fixed weights, and the state after it."""
     state = optimizer.init(params)
     _, state = optimizer.update(grads, state, params)
     return optimizer.update(grads, state, params)
@@ -81,7 +81,7 @@ EMPTY = {"w": W, "none": np.zeros((0, 3), np.float32)}
 
 @functools.cache
 def program(name):
-    """All runs of an architecture in one program of theta and the gradients."""
+    """All runs of an architecture, in one program with theta and gradients as arguments."""
     architecture = architecture_of(name)
 
     @jax.jit
@@ -114,7 +114,7 @@ def program(name):
 
 @functools.cache
 def runs(name):
-    """What came out of the program, as numpy arrays."""
+    """The program's results as NumPy arrays."""
     return jax.tree.map(np.asarray, program(name)(thetas()[name], trees()[1]))
 
 
@@ -124,7 +124,7 @@ def test_all_are_tested():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_optax_optimizer(name):
-    """The state keeps its structure and dtypes, and has the same ones for every theta."""
+    """The state keeps its structure and dtypes, which are equal for every theta."""
     architecture = architecture_of(name)
 
     def begun(key, params):
@@ -149,7 +149,7 @@ def test_updates_have_the_weights_dtype(name, run):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tensors_do_not_see_each_other(name):
-    """All go through one product; each moves as if it were alone."""
+    """All tensors go through one product; each one's update is as if it were alone."""
     found = runs(name)
     chex.assert_trees_all_close(found["together"][0], found["alone"], rtol=1e-4, atol=1e-6)
 
@@ -180,7 +180,7 @@ def test_without_weights(name):
 
 @pytest.mark.parametrize("name", ["mlp", "rnn_mlp"])
 def test_the_losses_scale_does_not_matter(name):
-    """To ``rnn_mlp`` only a little: it reads the logarithm."""
+    """It matters only a little to ``rnn_mlp``, which reads the loss's logarithm."""
     large = jax.tree.map(lambda g: 1000 * g, trees()[1])
     scaled = program(name)(thetas()[name], large)["together"][0]
     plain = runs(name)["together"][0]
@@ -197,7 +197,7 @@ def test_derivatives_are_finite_where_gradients_are_zero(name):
 
 
 def by_hand(theta, w, grads, step, magnitude):
-    """The formula of ``mlp``, one weight after another, in numpy."""
+    """The formula of ``mlp`` in NumPy, one weight after another."""
     decays, times = np.array(SMALL["decays"]), np.array(SMALL["times"])
     layers = jax.tree.map(np.asarray, theta["layers"])
     averages = np.zeros((*w.shape, len(decays)))
@@ -219,7 +219,7 @@ def by_hand(theta, w, grads, step, magnitude):
 
 
 def test_mlp_is_its_formula():
-    """Eagerly, as a user would try it."""
+    """Runs eagerly, as a user would try it."""
     optimizer: Any = ug.learned_optimizers.mlp(**SMALL, magnitude=0.5).transform(thetas()["mlp"])
     params, grads = trees()
     w, gs = jnp.asarray(params["kernel"]), grads["kernel"]
@@ -284,7 +284,7 @@ def test_hyperparameters_without_a_logarithm():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nothing_to_update(name):
-    """No leaf; a leaf without numbers."""
+    """Weights may have no leaf, or a leaf of size 0."""
     optimizer = architecture_of(name).transform(thetas()[name])
     assert jax.eval_shape(lambda: twice(optimizer, {}, {})[0]) == {}
     (updates, state), alone = runs(name)["empty"], runs(name)["full"]
@@ -309,7 +309,7 @@ def test_complex_weights(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_wide_weights(name):
-    """float64 weights move in float64, with a float32 theta, where jax has float64 enabled."""
+    """With float64 enabled, float64 weights move in float64 although theta is float32."""
     with jax.enable_x64(True):
         architecture = architecture_of(name)
         theta = jax.eval_shape(architecture.init, KEY)
@@ -352,7 +352,7 @@ def test_the_recurrent_unit_is_that_of_flax():
     gru["bias"] = np.arange(6, dtype=np.float32) / 10
     draws = np.random.default_rng(0)
     x, memory = (draws.normal(size=(4, n)).astype(np.float32) for n in (3, 2))
-    # flax calls z what stays: its gates are in the order r, z, n.
+    # flax's z is the share that stays; its gates are in the order r, z, n.
     z, r, n = np.split(gru["kernel"], 3, axis=1)
     b_z, b_r, b_n = np.split(gru["bias"], 3)
 
@@ -370,7 +370,7 @@ def test_the_recurrent_unit_is_that_of_flax():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_it_can_be_trained(name):
-    """A few gradient steps on theta through twenty inner steps: the loss at the end falls."""
+    """A few gradient steps on theta through twenty inner steps lower the final loss."""
     architecture, theta = architecture_of(name), thetas()[name]
     problem = ug.training_problem(
         loss=lambda theta, w, batch, key: 0.5 * jnp.sum((w["w"] - batch) ** 2),

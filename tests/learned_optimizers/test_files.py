@@ -1,4 +1,4 @@
-"""Learned optimizers in files: what goes in comes out, and what is wrong is said."""
+"""Files of learned optimizers: reading returns what was written, and faults are named."""
 
 import functools
 from typing import Any
@@ -48,7 +48,7 @@ def test_what_goes_in_comes_out(name, tmp_path):
 
 
 def test_the_name_is_kept(tmp_path):
-    """numpy would add .npz to a name without."""
+    """The file has the given name; NumPy would append .npz."""
     saved(tmp_path / "rule")
     assert [p.name for p in tmp_path.iterdir()] == ["rule"]
     load(str(tmp_path / "rule"))
