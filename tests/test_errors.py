@@ -404,9 +404,7 @@ def test_keys_that_are_none(name, warm):
             many.init(mistyped(bad), theta)
         with raises(TypeError, "`key` must be"):
             call(many, theta, states, bad)
-    if estimator.truncation is not None:
-        with raises(TypeError, "key<rbg>", "one PRNG implementation"):
-            call(estimator, theta, begun(estimator, theta), rbg)
+    call(estimator, theta, state, rbg)  # every implementation becomes the default one at the door
 
 
 def test_average():
@@ -462,5 +460,12 @@ def test_compare():
     with raises(ValueError, "truncation=15 does not divide", "made for another problem"):
         other = ug.pes(problem._replace(horizon=30), truncation=15, sigma=0.1)
         compare(estimators={"pes": other})
+    shorter = problem._replace(horizon=10)
+    for one in (ug.pes(shorter, truncation=5, sigma=0.1), ug.full_es(shorter, sigma=0.1)):
+        for made in (one, ug.average(one, 2)):
+            with raises(ValueError, "made for another problem: its horizon is 10"):
+                compare(estimators={"other": made})
+            with raises(ValueError, "made for another problem: its horizon is 10"):
+                compare(reference=made)
     with raises(ValueError, "`reference` must be a gradient with theta's structure"):
         compare(reference={"log_rate": 1.0})

@@ -3,6 +3,7 @@
 Every message names the argument, its values, the leaf, and one way out.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,11 @@ from unrollgrad.types import Key, Sigma, State, Theta
 
 
 def typed_key(key: Key) -> Key:
-    """Returns ``key`` as a typed key; wraps a raw uint32 one.
+    """Returns ``key`` as a typed key of JAX's default implementation, threefry.
+
+    A raw uint32 key is wrapped, and a key of another implementation becomes the threefry key that
+    its bits determine: under ``vmap`` JAX draws for a batch of rbg keys from the first one alone,
+    so that a worker's noise, which is drawn again in every call, would depend on its neighbours.
 
     Raises:
         TypeError: If ``key`` is neither.
@@ -27,16 +32,24 @@ def typed_key(key: Key) -> Key:
                 f"`key` must be a single PRNG key; got an array of keys of shape {key.shape}. "
                 "Split it and vmap, or pass one of them."
             )
-        return key
+        return _threefry(key)
     if getattr(key, "dtype", None) == np.uint32 and np.ndim(key) == 1:
         try:
-            return jax.random.wrap_key_data(jnp.asarray(key))
+            return _threefry(jax.random.wrap_key_data(jnp.asarray(key)))
         except TypeError as error:
             raise TypeError(
                 f"`key` is raw key data, {describe(key)}, of another implementation than the "
                 "default; wrap it yourself: jax.random.wrap_key_data(key, impl=...)."
             ) from error
     raise TypeError(f"`key` must be a PRNG key such as jax.random.key(0); got {describe(key)}.")
+
+
+def _threefry(key: Key) -> Key:
+    if jax.random.key_impl(key) == "threefry2x32":
+        return key
+    words = jax.random.key_data(key).ravel()
+    start = jax.random.key(0, impl="threefry2x32")
+    return functools.reduce(jax.random.fold_in, (words[i] for i in range(words.size)), start)
 
 
 def floating_theta(theta: Theta) -> Theta:
@@ -63,16 +76,29 @@ def floating(name: str, tree: object, advice: str, what: str = "they") -> chex.A
             f"`{name}` has no floating leaves; got {tree!r}. Pass the parameters to be tuned."
         )
     for path, leaf in leaves:
-        if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} is {describe(leaf)}; {what} must be "
-                f"real floating-point arrays. {advice}"
-            )
-        if np.size(leaf) == 0:
+        if jnp.issubdtype(dtype_of(leaf), jnp.floating) and np.size(leaf) == 0:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} is empty: {describe(leaf)}. Remove the leaf."
             )
-    return jax.tree.map(strong, tree)
+    return floating_leaves(name, tree, advice, what)
+
+
+def floating_leaves(name: str, tree: object, advice: str, what: str = "they") -> chex.ArrayTree:
+    """Returns the tree, which may be empty, with strongly typed floating arrays as leaves.
+
+    Raises:
+        TypeError: If a leaf is not floating.
+    """
+
+    def leaf(path, x):
+        if not jnp.issubdtype(dtype_of(x), jnp.floating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is {describe(x)}; {what} must be "
+                f"real floating-point arrays. {advice}"
+            )
+        return strong(x)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def strong_state(state: State, made_by: str) -> State:
