@@ -191,3 +191,19 @@ def test_errors():
         run(keep_v=True)
     with raises(ValueError, "`num_steps`", "0"):
         bilevel.unrolled(problem.outer, problem.inner, optimizer=optax.sgd(0.1), num_steps=0)
+
+
+def test_unrolled_through_its_start():
+    """MAML on a quadratic: grad = (1 - rate A)^K (w_K - b)."""
+    curvature, rate, steps = jnp.diag(jnp.array([0.5, 2.0])), 0.1, 5
+    a, b, theta = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), jnp.array([2.0, -1.0])
+    f = bilevel.unrolled(
+        lambda w, theta: jnp.sum((w - b) ** 2) / 2,
+        lambda w, theta: (w - a) @ curvature @ (w - a) / 2,
+        optimizer=optax.sgd(rate),
+        num_steps=steps,
+        start=lambda params, theta: theta,
+    )
+    power = jnp.linalg.matrix_power(jnp.eye(2) - rate * curvature, steps)
+    expected = power @ (a + power @ (theta - a) - b)
+    np.testing.assert_allclose(f(theta, theta).grad, expected, rtol=1e-5)

@@ -239,7 +239,7 @@ def whole_loop():
     problem, theta = kitchen_sink(), theta_of_all_kinds()
 
     def one(key, data):
-        segment = Segment(problem, unroll.new_episode(problem, key, HORIZON), HORIZON, data)
+        segment = Segment(problem, unroll.new_episode(problem.horizon, key, HORIZON), HORIZON, data)
         state = unroll.initial_state(problem, segment.episode, theta)
         after, _ = unroll.unroll(segment, theta, state)
         return ug.episode_loss(problem, key, theta, data=data), after["drawn"]

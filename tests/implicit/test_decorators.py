@@ -438,10 +438,121 @@ def test_errors():
         implicit.one_step(lambda x: x, num_steps=0)
     wrong = implicit.root(lambda x, a: {"u": x["u"] - a, "w": x["u"]})(lambda init, a: init)
     with raises(TypeError, "`optimality`", "like params", "['v']"):
-        wrong({"u": jnp.ones(2), "v": jnp.ones(2)}, 1.0)
+        jax.eval_shape(wrong, {"u": jnp.ones(2), "v": jnp.ones(2)}, 1.0)
     shape = implicit.fixed_point(lambda x, a: jnp.sum(x) * a)(lambda init, a: init)
     with raises(TypeError, "`step`", "(2,)"):
-        shape(jnp.ones(2), 1.0)
+        jax.eval_shape(shape, jnp.ones(2), 1.0)
     counter = implicit.root(lambda x, a: x)(lambda init, a: init)
     with raises(TypeError, "params['n']", "int"):
         counter({"n": jnp.arange(3)}, 1.0)
+
+
+def test_the_equation_is_read_only_where_a_derivative_is_taken():
+    calls = []
+
+    def optimality(x, a):
+        calls.append(0)
+        return jnp.tanh(x) - a
+
+    solve = implicit.root(optimality)(lambda init, a: jnp.arctanh(a))
+    np.testing.assert_allclose(solve(None, 0.3), np.arctanh(0.3), rtol=1e-6)
+    assert not calls
+    np.testing.assert_allclose(jax.grad(solve, 1)(None, 0.3), 1 / (1 - 0.3**2), rtol=1e-5)
+    assert calls
+
+
+def test_what_an_equation_closes_over_is_read_in_every_call():
+    data = [np.float32(2.0), np.ones(2, np.float32)]
+    solve = implicit.root(lambda x, a: x - a * data[0] * data[1])(
+        lambda init, a: a * data[0] * data[1]
+    )
+
+    def slope():
+        return jax.grad(lambda a: jnp.sum(solve(None, a)))(1.0)
+
+    np.testing.assert_allclose(slope(), 4.0, rtol=1e-6)
+    data[0] = np.float32(3.0)
+    np.testing.assert_allclose(slope(), 6.0, rtol=1e-6)
+    data[1] = np.full(2, 5.0, np.float32)
+    np.testing.assert_allclose(slope(), 30.0, rtol=1e-6)
+
+
+SINGULAR = np.array([[0.0, 0, 0], [0.3, -1.2, 0.7], [0.9, 0.4, -0.5]])
+
+
+def singular(**settings):
+    """The solution of least norm of a singular linear system."""
+    inverse = jnp.asarray(np.linalg.pinv(SINGULAR), jnp.float32)
+    matrix = jnp.asarray(SINGULAR, jnp.float32)
+    solve = implicit.root(lambda x, b: matrix @ x - b, **settings)(lambda init, b: inverse @ b)
+    return lambda b: solve(None, b)
+
+
+def test_a_singular_system_has_the_derivative_of_least_norm_or_none():
+    inverse, b = np.linalg.pinv(SINGULAR), jnp.asarray(SINGULAR @ np.ones(3), jnp.float32)
+    solve = singular()
+    _, push = jax.jvp(solve, (b,), (b,))
+    np.testing.assert_allclose(push, inverse @ b, atol=1e-5)
+    for cotangent in np.eye(3, dtype=np.float32):
+        (pull,) = jax.vjp(solve, b)[1](jnp.asarray(cotangent))
+        np.testing.assert_allclose(pull, inverse.T @ cotangent, atol=1e-5)
+    impossible = jnp.ones(3, jnp.float32)  # no solution moves that way
+    assert np.isnan(jax.jvp(solve, (b,), (impossible,))[1]).all()
+
+
+def test_a_check_raises_where_there_is_no_derivative():
+    b = jnp.asarray(SINGULAR @ np.ones(3), jnp.float32)
+    checked = jax.jit(
+        lambda db: jax.jvp(singular(check=True, solver=implicit.dense()), (b,), (db,))[1]
+    )
+    np.testing.assert_allclose(checked(b), np.linalg.pinv(SINGULAR) @ b, atol=1e-5)
+    with pytest.raises(Exception, match="derivative through `optimality` was not found"):
+        checked(jnp.ones(3, jnp.float32)).block_until_ready()
+
+
+@pytest.mark.parametrize("decorator", [implicit.root, implicit.fixed_point])
+def test_solvers_for_definite_matrices(decorator):
+    """d/d decay of ridge regression is (-0.2, -0.2) by hand, as in the docstring of ``argmin``."""
+    x, y = jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([1.0, 2.0])
+
+    def gradient(w, decay):
+        return 2 * x.T @ (x @ w - y) + 2 * decay * w
+
+    def function(w, decay):
+        return gradient(w, decay) if decorator is implicit.root else w - 0.1 * gradient(w, decay)
+
+    def solve(init, decay):
+        return jnp.linalg.solve(x.T @ x + decay * jnp.eye(2), x.T @ y)
+
+    ways: list = [{"solver": lx.CG(1e-6, 1e-6)}, {"solver": lx.Cholesky()}]
+    ways.append({"tags": lx.symmetric_tag, "solver": lx.GMRES(1e-6, 1e-6)})
+    ways.append({"tags": (lx.symmetric_tag, lx.positive_semidefinite_tag)})
+    for way in ways:
+        slope = jax.jacobian(decorator(function, **way)(solve), 1)(jnp.zeros(2), 1.0)
+        np.testing.assert_allclose(slope, [-0.2, -0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_triangular_systems(upper):
+    matrix = jnp.array([[2.0, 0.0], [1.0, 4.0]])
+    matrix, tag = (
+        (matrix.T, lx.upper_triangular_tag) if upper else (matrix, lx.lower_triangular_tag)
+    )
+    solve = implicit.root(lambda x, b: matrix @ x - b, solver=lx.Triangular(), tags=tag)(
+        lambda init, b: jnp.linalg.solve(matrix, b)
+    )
+    for derive in (jax.jacfwd, jax.jacrev):
+        found = derive(solve, 1)(None, jnp.ones(2))
+        np.testing.assert_allclose(found, jnp.linalg.inv(matrix), rtol=1e-6)
+
+
+def test_defaults_and_names_of_the_solvers_arguments():
+    def square(x, a, b):
+        return x**2 - a * b
+
+    solve = implicit.root(square)(lambda init, a, b=4.0, steps=3: jnp.sqrt(a * b))
+    np.testing.assert_allclose(jax.grad(solve, 1)(1.0, 1.0), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(solve, 1)(1.0, 1.0, b=9.0), 1.5, rtol=1e-6)
+    turned = implicit.root(lambda x, b, a: x**2 - a / b)(lambda init, a, b: jnp.sqrt(a / b))
+    found = jax.grad(lambda a: turned(1.0, a=a, b=4.0))(1.0)
+    np.testing.assert_allclose(found, 0.25, rtol=1e-6)

@@ -547,3 +547,37 @@ def test_imported_on_use():
     assert ug.implicit is importlib.import_module("unrollgrad.implicit")
     with pytest.raises(AttributeError, match="implicitly"):
         ug.implicitly  # noqa: B018
+
+
+def test_what_a_loss_closes_over_is_read_in_every_call():
+    """As in a loop over batches, outside jit."""
+    first = np.array([1.0, 2.0], np.float32)
+    f = implicit.hypergradient(
+        lambda w, theta: jnp.sum(w**2) / 2,
+        lambda w, theta: jnp.sum((w - theta * batch) ** 2) / 2,
+        solver=implicit.dense(),
+    )
+    for batch in (first, 3 * first):
+        w = 0.5 * jnp.asarray(batch)
+        np.testing.assert_allclose(f(w, 0.5).grad, 0.5 * np.sum(batch**2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e8])
+def test_nystrom_in_float32_is_right_or_says_that_it_is_not(scale):
+    """A curvature of rank 10, from scale / 100 to scale, with rho = 1."""
+    rng = np.random.default_rng(0)
+    span = np.linalg.qr(rng.normal(size=(200, 10)))[0]
+    h = (span * np.geomspace(scale, scale / 100, 10)) @ span.T
+    a = rng.normal(size=200)
+    for start, right in {"generic": a, "in the span": span @ span.T @ a}.items():
+        solution = lx.linear_solve(
+            lx.MatrixLinearOperator(jnp.asarray(h, jnp.float32), lx.positive_semidefinite_tag),
+            jnp.asarray(right, jnp.float32),
+            implicit.nystrom(10, 1.0),
+            throw=False,
+        )
+        exact = np.linalg.solve(h + np.eye(200), right)
+        error = np.linalg.norm(solution.value - exact) / np.linalg.norm(exact)
+        converged = bool(solution.result == lx.RESULTS.successful)
+        assert converged == (scale < 1e8)
+        assert not converged or error < (0.02 if start == "generic" else 0.3)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
-from unrollgrad._core import mesh_axes
+from unrollgrad._core import eager, mesh_axes
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
 
 Remat = Literal["step", "sqrt"] | int | None
@@ -25,6 +26,9 @@ _Data = chex.ArrayTree | None
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")
 
+Horizon = int | Callable[[Key], chex.Numeric]
+"""The inner steps of an episode, or a sampler of them."""
+
 _INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
 
 
@@ -33,31 +37,29 @@ def noise_key(episode: Episode, period: chex.Numeric) -> Key:
     return jax.random.fold_in(jax.random.fold_in(episode.key, _NOISE), period)
 
 
-def new_episode(problem: UnrolledProblem, key: Key, truncation: int) -> Episode:
+def new_episode(horizon: Horizon, key: Key, truncation: int) -> Episode:
     """Makes an episode at t = 0; a sampled horizon is rounded up to a multiple of ``truncation``.
 
     Raises:
         TypeError: If the sampler of the horizon does not return a whole number.
     """
-    horizon = problem.horizon
+    length = horizon
     if callable(horizon):
-        horizon = horizon(jax.random.fold_in(key, _HORIZON))
-        if not jnp.issubdtype(arguments.dtype_of(horizon), jnp.integer) or jnp.shape(horizon) != ():
+        drawn = horizon(jax.random.fold_in(key, _HORIZON))
+        if not jnp.issubdtype(arguments.dtype_of(drawn), jnp.integer) or jnp.shape(drawn) != ():
             raise TypeError(
                 "`problem.horizon(key)` must return a whole number; got "
-                f"{arguments.describe(horizon)}. Round it and cast it to int32."
+                f"{arguments.describe(drawn)}. Round it and cast it to int32."
             )
-        windows = -(-jnp.asarray(horizon, jnp.int32) // truncation)
-        horizon = truncation * jnp.maximum(windows, 1)
-    horizon = arguments.strong(jnp.asarray(horizon, jnp.int32))
-    return mesh_axes.over(mesh_axes.axes(key), Episode(key, jnp.zeros((), jnp.int32), horizon))
+        windows = -(-jnp.asarray(drawn, jnp.int32) // truncation)
+        length = truncation * jnp.maximum(windows, 1)
+    length = arguments.strong(jnp.asarray(length, jnp.int32))
+    return mesh_axes.over(mesh_axes.axes(key), Episode(key, jnp.zeros((), jnp.int32), length))
 
 
-def continue_or_begin(
-    problem: UnrolledProblem, key: Key, episode: Episode, truncation: int
-) -> Episode:
+def continue_or_begin(horizon: Horizon, key: Key, episode: Episode, truncation: int) -> Episode:
     """Returns the episode unchanged, or a new one from ``key`` where t is 0."""
-    begun = new_episode(problem, key, truncation)
+    begun = new_episode(horizon, key, truncation)
     return jax.tree.map(lambda new, old: jnp.where(episode.t == 0, new, old), begun, episode)
 
 
@@ -207,7 +209,8 @@ class Window(NamedTuple):
         mean = jnp.mean(self.losses)
         if self.start is None or self.end is None:
             return mean
-        return mean + self.end - self.start
+        with standard_promotion():
+            return mean + self.end - self.start
 
 
 def enter(
@@ -295,10 +298,15 @@ def episode_loss(
     key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
     arguments.check_data(data, horizon, "horizon")
     inner_loop.check_step(problem, key, theta, data)
-    segment = Segment(problem, new_episode(problem, key, horizon), horizon, data)
-    return window(segment, theta, enter(segment, theta, None)).loss()
+
+    @eager.compiled
+    def run(key, theta, data):
+        segment = Segment(problem, new_episode(horizon, key, horizon), horizon, data)
+        return window(segment, theta, enter(segment, theta, None)).loss()
+
+    return run(key, theta, data)
 
 
 def _as_loss(loss: chex.Numeric) -> jax.Array:
     loss = jnp.asarray(loss)
-    return loss.astype(jnp.promote_types(loss.dtype, jnp.float32))
+    return loss.astype(wide(loss))

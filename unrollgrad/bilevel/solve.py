@@ -9,6 +9,8 @@ import optax
 from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import eager
+from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta, descend
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import Theta
@@ -117,7 +119,7 @@ def solve(
     if keep_v and jax.eval_shape(hypergradient, params, theta).v is None:
         raise ValueError("`keep_v=True` needs a hypergradient that solves; this one has v = None.")
 
-    @jax.jit
+    @eager.compiled
     def run(params, theta):
         begin = params, optimizer(theta, 0).init(params)
 
@@ -128,8 +130,9 @@ def solve(
             state = begin if start == "cold" else at.inner
             trained, _ = jax.lax.scan(inner_step, state, length=inner_steps)
             out = hypergradient(trained[0], at.theta, at.v)
-            updates, outer_state = outer_optimizer.update(out.grad, at.outer_state, at.theta)
-            theta, v = optax.apply_updates(at.theta, updates), out.v if keep_v else None
+            with standard_promotion():
+                updates, outer_state = outer_optimizer.update(out.grad, at.outer_state, at.theta)
+                theta, v = optax.apply_updates(at.theta, updates), out.v if keep_v else None
             return _Progress(theta, trained, outer_state, v, at.theta), out.outer_loss
 
         def stretch(at, _):

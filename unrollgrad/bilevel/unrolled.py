@@ -8,6 +8,7 @@ import optax
 from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import eager
 from unrollgrad._core.unroll import Remat
 from unrollgrad._training import inner_optimizers
 from unrollgrad.estimators import bptt
@@ -24,13 +25,15 @@ def unrolled(
     *,
     optimizer: InnerOptimizer,
     num_steps: int,
+    start: Callable[..., ArrayTree] | None = None,
     remat: Remat = None,
 ) -> Callable[..., HyperGradient]:
     """Backpropagation through ``num_steps`` inner steps, in place of ``implicit.hypergradient``.
 
     Estimates d/dtheta of outer(w_K(theta), theta), where w_K is the result of K = num_steps inner
-    steps from the given params, which count as constant. That is the whole path if they are its
-    initial params, and its last K steps if they were trained before. At a minimum of inner, with
+    steps from the given params, which count as constant unless ``start`` computes the first ones.
+    That is the whole path if they are its initial params, and its last K steps if they were trained
+    before. At a minimum of inner, with
     gradient descent of rate alpha, it equals ``hypergradient(solver=neumann(K, alpha))``; but here
     theta may also be in the optimizer, such as its learning rate.
 
@@ -41,6 +44,8 @@ def unrolled(
         inner: ``inner(params, theta) -> scalar``.
         optimizer: An optax optimizer, or a function of theta that returns one; its state is fresh.
         num_steps: K.
+        start: ``start(params, theta) -> params``, where the inner steps begin; the gradient goes
+            through it. For MAML, whose weights begin at theta: ``lambda params, theta: theta``.
         remat: As in ``bptt``.
 
     Returns:
@@ -59,11 +64,12 @@ def unrolled(
     """
     chosen, num_steps = by_theta(optimizer), arguments.positive_int("num_steps", num_steps)
 
-    def f(params: ArrayTree, theta: Theta, v0: None = None) -> HyperGradient:
-        params = trees.check_floating("params", params)
-
+    @eager.compiled
+    def run(params, theta):
         def init(key, theta):
-            return params, chosen(theta, 0).init(params)
+            begin = params if start is None else start(params, theta)
+            begin = trees.check_floating("start", begin)
+            return begin, chosen(theta, 0).init(begin)
 
         def step(key, theta, state, t):
             return descend(inner, chosen, theta, *state), jnp.zeros(())
@@ -75,6 +81,9 @@ def unrolled(
         estimator, key = bptt(problem, remat=remat), jax.random.key(0)
         out, _ = estimator.estimate(key, theta, estimator.init(key, theta))
         return HyperGradient(out.grad, out.loss, None, None)
+
+    def f(params: ArrayTree, theta: Theta, v0: None = None) -> HyperGradient:
+        return run(trees.check_floating("params", params), arguments.floating_theta(theta))
 
     return f
 

@@ -40,7 +40,7 @@ def made_by(estimator: str, problem: UnrolledProblem, **settings: object) -> Mad
 
 def estimate_of(grad: chex.ArrayTree, loss: jax.Array, inner_steps: int) -> Estimate:
     """Makes an estimate that cost ``inner_steps`` forward inner steps."""
-    return Estimate(grad, loss, Info(jnp.int32(inner_steps)))
+    return Estimate(grad, loss, Info(jnp.int32(min(inner_steps, 2**31 - 1))))
 
 
 def windowed(
@@ -67,7 +67,7 @@ def windowed(
     def init(key: Key, theta: Theta) -> Worker:
         theta = arguments.floating_theta(theta)
         check(theta)
-        episode = unroll.new_episode(problem, arguments.typed_key(key), num_steps)
+        episode = unroll.new_episode(problem.horizon, arguments.typed_key(key), num_steps)
         carried = begin(episode, theta)
         names = mesh_axes.axes((key, theta))
         return Worker(episode, mesh_axes.over(names, carried), fingerprint)
@@ -81,9 +81,9 @@ def windowed(
         names = mesh_axes.axes((key, theta, state, data))
         key, theta = mesh_axes.over(names, (key, theta))
         if truncation is None:
-            episode = unroll.new_episode(problem, key, num_steps)
+            episode = unroll.new_episode(problem.horizon, key, num_steps)
         else:
-            episode = unroll.continue_or_begin(problem, key, state.episode, num_steps)
+            episode = unroll.continue_or_begin(problem.horizon, key, state.episode, num_steps)
         segment = Segment(problem, episode, num_steps, data)
         out, carried = window(segment, theta, state.carried)
         return out, Worker(unroll.advance(episode, num_steps), carried, fingerprint)

@@ -1,9 +1,12 @@
 """Solvers that are differentiated through the equation that they solve, not through their path."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -12,16 +15,23 @@ from chex import ArrayTree, Numeric
 from jax.custom_derivatives import SymbolicZero
 
 from unrollgrad._checks import arguments
-from unrollgrad.implicit import linear, trees
+from unrollgrad._core import eager
+from unrollgrad.implicit import linear, operators, trees
+from unrollgrad.implicit.solvers import dense
 from unrollgrad.implicit.trees import T
 
 Solve = Callable[..., Any]
+
+_MOST_LEFT = 0.01
+_MOST_DENSE = 128
 
 
 def root(
     optimality: Callable[..., ArrayTree],
     *,
     solver: lx.AbstractLinearSolver | None = None,
+    tags: object = (),
+    check: bool = False,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
     """Decorates ``solve(init, *args) -> params`` where ``optimality(params, *args) = 0``.
@@ -45,9 +55,18 @@ def root(
 
     Args:
         optimality: ``optimality(params, *args, **kwargs)``, which returns a tree like params.
-        solver: Solves the linear systems; a solver of lineax or of ``implicit``. The default is
-            ``lineax.GMRES``, restarted after 200 vectors. A solver that stops early raises no
-            error: the derivative is then approximate.
+        solver: Solves the linear systems; a solver of lineax or of ``implicit``. By default the
+            pseudo-inverse (``implicit.dense``) for at most 128 unknowns, and conjugate gradients
+            on the normal equations for more: both give the derivative of least norm where A is
+            singular. Where the default solver leaves more than 1 % of the right-hand side (there is
+            no derivative, or A is too ill-conditioned), the derivative is NaN; in reverse mode,
+            which has no such right-hand side, it is the derivative of the least-squares solution. A
+            solver of yours that stops early raises no error: the derivative is then approximate.
+        tags: What is known of A, as in lineax: ``lineax.symmetric_tag``,
+            ``lineax.positive_semidefinite_tag``, a triangular one, or several. A solver that needs
+            a positive semidefinite A (``lineax.CG``, ``lineax.Cholesky``) says so by itself.
+        check: Whether to raise where a solver leaves more than 1 % of the right-hand side, also
+            under jit.
         has_aux: Whether ``solve`` returns ``(params, aux)``; aux has no derivative.
 
     Returns:
@@ -70,13 +89,16 @@ def root(
         Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
     """
     trees.check_function("optimality", optimality)
-    return _implicit(_Equation("optimality", optimality, solver), has_aux)
+    equation = _Equation("optimality", optimality, optimality, solver, tags, check)
+    return _implicit(equation, has_aux)
 
 
 def fixed_point(
     step: Callable[..., ArrayTree],
     *,
     solver: lx.AbstractLinearSolver | None = None,
+    tags: object = (),
+    check: bool = False,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
     """Decorates ``solve(init, *args) -> params`` where ``params = step(params, *args)``.
@@ -88,6 +110,8 @@ def fixed_point(
     Args:
         step: ``step(params, *args, **kwargs)``, which returns a tree like params.
         solver: As in ``root``.
+        tags: As in ``root``.
+        check: As in ``root``.
         has_aux: As in ``root``, which raises the same errors.
 
     Example:
@@ -107,13 +131,14 @@ def fixed_point(
         _check_like("step", params, after)
         return jax.tree.map(lambda x, y: x - y, params, after)
 
-    return _implicit(_Equation("step", residual, solver), has_aux)
+    return _implicit(_Equation("step", step, residual, solver, tags, check), has_aux)
 
 
 def argmin(
     objective: Callable[..., Numeric],
     *,
     solver: lx.AbstractLinearSolver | None = None,
+    check: bool = False,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
     """Decorates ``solve(init, *args) -> params`` where params minimise ``objective``.
@@ -125,6 +150,7 @@ def argmin(
     Args:
         objective: ``objective(params, *args, **kwargs) -> scalar``.
         solver: As in ``root``, but the default is ``lineax.CG``, which needs positive curvature.
+        check: As in ``root``.
         has_aux: As in ``root``, which raises the same errors.
 
     Example:
@@ -139,8 +165,8 @@ def argmin(
         [-0.2 -0.2]
     """
     trees.check_function("objective", objective)
-    tag = lx.positive_semidefinite_tag
-    return _implicit(_Equation("objective", jax.grad(objective), solver, tag), has_aux)
+    tag, gradient = lx.positive_semidefinite_tag, jax.grad(objective)
+    return _implicit(_Equation("objective", objective, gradient, solver, tag, check), has_aux)
 
 
 def one_step(
@@ -185,23 +211,55 @@ def one_step(
 
         return jax.lax.scan(again, params, length=num_steps)[0]
 
-    return _decorator(has_aux, finish)
+    return _decorator(step, has_aux, finish)
 
 
-def _decorator(has_aux: bool, finish: Callable[..., ArrayTree]) -> Callable[[Solve], Solve]:
-    """Decorates a solver: ``finish(params, args, kwargs)`` adds the derivative of its params."""
+def _decorator(
+    function: Callable[..., object],
+    has_aux: bool,
+    finish: Callable[..., ArrayTree],
+    only_derivative: bool = False,
+) -> Callable[[Solve], Solve]:
+    """Decorates a solver: ``finish(params, args, kwargs)`` adds the derivative of its params.
+
+    If that is all it does, it is left out where nothing is traced: no derivative is taken there.
+    """
 
     def decorate(solve: Solve) -> Solve:
         @functools.wraps(solve)
         def solved(init, *args, **kwargs):
-            out = _constant(solve(_constant(init), *_constant(args), **_constant(kwargs)))
-            params, aux = out if has_aux else (out, None)
-            params = finish(trees.check_floating("params", params), args, kwargs)
+            out = solve(_constant(init), *_constant(args), **_constant(kwargs))
+            concrete = trees.is_concrete((out, args, kwargs))
+            params, aux = _constant(out) if has_aux else (_constant(out), None)
+            params = trees.check_floating("params", params)
+            if not (only_derivative and concrete):
+                params = finish(params, *_completed(solve, function, args, kwargs))
             return (params, aux) if has_aux else params
 
         return solved
 
     return decorate
+
+
+def _completed(
+    solve: Solve, function: Callable[..., object], args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """The arguments of a call, and the defaults of those not given if ``function`` takes them."""
+    try:
+        parameters = list(inspect.signature(solve).parameters.values())[1:]
+        given = inspect.signature(solve).bind_partial(None, *args, **kwargs).arguments
+        taken = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables have no signature
+        return args, kwargs
+    missing = [p for p in parameters if p.name not in given and p.default is not p.empty]
+    by_name = {p.name: p.default for p in missing if p.name in taken.parameters}
+    by_place = [] if by_name or kwargs else [p.default for p in missing]
+    for number in range(len(by_place), -1, -1):
+        more = (*args, *by_place[:number])
+        with contextlib.suppress(TypeError):
+            taken.bind(None, *more, **kwargs, **by_name)
+            return more, kwargs | by_name
+    return args, kwargs
 
 
 def _constant(tree: T) -> T:
@@ -216,74 +274,96 @@ class _Equation(NamedTuple):
     """The equation ``residual(params, *args, **kwargs) = 0``, and how its derivative is solved."""
 
     name: str  # of the user's function, for error messages
+    function: Callable[..., object]  # the user's
     residual: Callable[..., ArrayTree]
     solver: lx.AbstractLinearSolver | None
-    tags: object = ()  # lineax's, of A = d residual / d params
+    tags: object  # lineax's, of A = d residual / d params
+    check: bool
+
+    def guard(self, residual: jax.Array, x: T) -> T:
+        """The solution, or what stands for one that leaves too much of the right-hand side."""
+        bad = ~(residual <= _MOST_LEFT)
+        if self.check:
+            return eqx.error_if(
+                x,
+                bad,
+                f"the derivative through `{self.name}` was not found: the linear solve leaves more "
+                "than 1 % of the right-hand side. The matrix is singular, and there is no "
+                "derivative, or it is too ill-conditioned for the solver: try implicit.dense().",
+            )
+        if self.solver is None:
+            return jax.tree.map(lambda y: jnp.where(bad, jnp.nan, y), x)
+        return x
 
 
 def _implicit(equation: _Equation, has_aux: bool) -> Callable[[Solve], Solve]:
     """Decorates a solver of the equation; the params get the derivative of its solution."""
 
-    def finish(params, args, kwargs):
-        residual, inputs = _trace(equation, params, args, kwargs)
+    # Kept by program, so that the derivative is compiled once though it is made in every call.
+    @functools.lru_cache(maxsize=16)
+    def attached(program: eager.Program, num_arrays: int) -> Callable[..., list[jax.Array]]:
+        def residual(unknowns, *inputs):
+            arrays, closed_over = inputs[:num_arrays], inputs[num_arrays:]
+            return program(list(closed_over), *unknowns, *arrays)
+
+        tangents = jax.jit(functools.partial(_tangents, equation, residual))
 
         @jax.custom_jvp
         def value(unknowns, *inputs):
             return unknowns
 
-        def rule(primals, tangents):
+        def rule(primals, given):
             unknowns = value(*primals)  # with its own derivative, for the second one
-            at = unknowns, *primals[1:]
-            return unknowns, _tangents(equation, residual, at, tangents[1:])
+            moving = {i: x for i, x in enumerate(given[1:]) if not isinstance(x, SymbolicZero)}
+            if not moving:
+                return unknowns, [jnp.zeros_like(x) for x in unknowns]
+            return unknowns, tangents((unknowns, *primals[1:]), moving)
 
         value.defjvp(rule, symbolic_zeros=True)
-        leaves, structure = jax.tree.flatten(params)
-        return structure.unflatten(value(leaves, *inputs))
+        return value
 
-    return _decorator(has_aux, finish)
+    def finish(params, args, kwargs):
+        unknowns, structure = jax.tree.flatten(params)
+        flat, arrays = _flattened(equation, structure, args, kwargs)
+        program, closed_over, _ = eager.traced(flat, unknowns, arrays)
+        value = attached(program, len(arrays))
+        return structure.unflatten(value(unknowns, *arrays, *map(jnp.asarray, closed_over)))
+
+    return _decorator(equation.function, has_aux, finish, only_derivative=True)
 
 
-def _trace(
-    equation: _Equation, params: ArrayTree, args: tuple, kwargs: dict
+def _flattened(
+    equation: _Equation, structure: jax.tree_util.PyTreeDef, args: tuple, kwargs: dict
 ) -> tuple[Callable[..., list[jax.Array]], list[jax.Array]]:
-    """The residual as a function ``f(unknowns, *inputs)`` of arrays alone, and its inputs.
+    """The residual as a function ``f(unknowns, arrays)`` of leaves, and the arguments' arrays.
 
-    The unknowns are the leaves of params; the inputs are the arrays in the arguments, and those
-    that the user's function closes over.
+    The unknowns are the leaves of params, whose structure is given.
     """
-    unknowns, structure = jax.tree.flatten(params)
     leaves, rebuild = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if _is_array(x)]
 
     def flat(unknowns, arrays):
         given = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
         args, kwargs = rebuild.unflatten(given.values())
-        out = equation.residual(structure.unflatten(unknowns), *args, **kwargs)
+        params = structure.unflatten(unknowns)
+        out = equation.residual(params, *args, **kwargs)
         _check_like(equation.name, params, out)
         return jax.tree.leaves(out)
 
-    arrays = [jnp.asarray(leaves[i]) for i in places]
-    program: Any = jax.make_jaxpr(flat)(unknowns, arrays)
-    jaxpr = getattr(program, "jaxpr", program)  # jax 0.12 has one class for both
-
-    def residual(unknowns, *inputs):
-        arrays, closed_over = inputs[: len(places)], inputs[len(places) :]
-        return jax.core.eval_jaxpr(jaxpr, closed_over, *unknowns, *arrays)
-
-    return residual, arrays + [jnp.asarray(x) for x in program.consts]
+    return flat, [jnp.asarray(leaves[i]) for i in places]
 
 
 def _tangents(
     equation: _Equation,
     residual: Callable[..., list[jax.Array]],
     at: tuple,
-    tangents: Sequence[jax.Array | SymbolicZero],
+    moving: dict[int, jax.Array],
 ) -> list[jax.Array]:
-    """-A^-1 (d residual / d inputs) tangents, with the unknowns and the inputs in ``at``."""
+    """-A^-1 (d residual / d inputs) tangents, with the unknowns and the inputs in ``at``.
+
+    ``moving`` has the tangents of those inputs that are not constant.
+    """
     unknowns, *inputs = at
-    moving = {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)}
-    if not moving:
-        return [jnp.zeros_like(x) for x in unknowns]
 
     def of_moving(*some):
         whole = dict(enumerate(inputs)) | dict(zip(moving, some, strict=True))
@@ -299,19 +379,22 @@ def _tangents(
 
     seen = [x for x in (*unknowns, *inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     vector = [-p.astype(wide) for p in push]
-    solver = equation.solver or _default(unknowns, equation.tags)
-    x = linear.differentiable_solve(matvec, vector, solver, seen, equation.tags)
+    tags = operators.as_tags(equation.tags)
+    if isinstance(equation.solver, lx.CG | lx.Cholesky):
+        tags |= {lx.positive_semidefinite_tag}
+    solver = equation.solver or _default(unknowns, tags)
+    x = linear.differentiable_solve(matvec, vector, solver, seen, tags, equation.guard)
     return trees.narrow(x, unknowns)
 
 
-def _default(leaves: list[jax.Array], tags: object) -> lx.AbstractLinearSolver:
+def _default(leaves: list[jax.Array], tags: frozenset[object]) -> lx.AbstractLinearSolver:
     """A solver whose tolerance is about the precision of the dtype."""
     tolerance = float(jnp.finfo(trees.dtype(leaves)).eps) ** 0.75
     size = optax.tree.size(leaves)
-    steps = max(10, min(10 * size, 1000))
-    if tags:
-        return lx.CG(rtol=tolerance, atol=tolerance, max_steps=steps)
-    return lx.GMRES(rtol=tolerance, atol=tolerance, max_steps=steps, restart=min(size, 200))
+    cg = lx.CG(rtol=tolerance, atol=tolerance, max_steps=max(10, min(10 * size, 1000)))
+    if lx.positive_semidefinite_tag in tags:
+        return cg
+    return dense() if size <= _MOST_DENSE else lx.Normal(cg)
 
 
 def _check_like(name: str, params: ArrayTree, out: ArrayTree) -> None:

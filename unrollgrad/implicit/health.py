@@ -51,7 +51,6 @@ class Case(NamedTuple):
     curvature: lx.AbstractLinearOperator  # H
     operator: lx.AbstractLinearOperator  # H + damping
     vector: ArrayTree  # a
-    solver: lx.AbstractLinearSolver
     solution: Solution
 
 
@@ -107,21 +106,49 @@ def _spectrum(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array
     return jnp.linalg.eigvalsh(jnp.diag(alphas) + off_diagonal)
 
 
-def check(case: Case, info: HypergradientInfo, inner_loss: Numeric) -> None:
-    """Raises HypergradientError, with the likely cause and a remedy; needs concrete values."""
-    dtypes = {x.dtype for x in jax.tree.leaves(case.gradient)}
-    tolerance = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5
+class Symptoms(NamedTuple):
+    """What ``check`` looks at beside the info, as numbers."""
+
+    largest: jax.Array  # curvature of H + damping
+    scale: jax.Array  # the largest magnitude of a curvature
+    along: jax.Array  # the curvature along the solution
+    stopped: jax.Array  # whether the solver stopped after its last step
+    left: jax.Array  # the share of the inner loss that a Newton step would still gain
+    tolerance: jax.Array  # the square root of the coarsest machine epsilon
+
+
+def symptoms(case: Case, inner_loss: Numeric) -> Symptoms:
+    """Measures what ``check`` needs, at the cost of about 120 products."""
+    q, result, _ = case.solution
     curvatures = _spectrum(case.operator, case.vector)
-    largest = float(curvatures[-1])
-    scale = max(abs(float(curvatures[0])), abs(largest))
+    square = trees.dot(q, q)
+    along = trees.dot(q, case.operator.mv(q)) / jnp.where(square > 0, square, 1)
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(case.gradient))
+    gradient = trees.widen(case.gradient)
+    newton = solve(case.curvature, gradient, lx.CG(rtol=1e-3, atol=1e-3, max_steps=100)).value
+    loss = jnp.maximum(jnp.abs(jnp.asarray(inner_loss, square.dtype)), 1e-30)
+    return Symptoms(
+        largest=curvatures[-1],
+        scale=jnp.maximum(jnp.abs(curvatures[0]), jnp.abs(curvatures[-1])),
+        along=jnp.where(jnp.isfinite(square), along, 0),
+        stopped=result == lx.RESULTS.max_steps_reached,
+        left=trees.dot(gradient, newton) / 2 / loss,
+        tolerance=jnp.asarray(eps**0.5),
+    )
+
+
+def check(solver: lx.AbstractLinearSolver, info: HypergradientInfo, symptoms: Symptoms) -> None:
+    """Raises HypergradientError, with the likely cause and a remedy; needs concrete values."""
+    found = jax.tree.map(float, symptoms)
+    tolerance, scale = found.tolerance, found.scale
     symmetric = not float(info.asymmetry) > 10 * tolerance  # else a curvature has no sign
     problems = []
     if not jnp.isfinite(info.stationarity):
         problems.append(
             "the inner gradient is not finite: the inner problem has diverged. Lower its rate."
         )
-    elif not symmetric and isinstance(case.solver, lx.CG | lx.Cholesky):
-        name = type(case.solver).__name__
+    elif not symmetric and isinstance(solver, lx.CG | lx.Cholesky):
+        name = type(solver).__name__
         problems.append(
             f"the operator is not symmetric (asymmetry {float(info.asymmetry):.2g}), but {name} "
             "needs a symmetric one. Use lineax.GMRES, lineax.BiCGStab or "
@@ -135,45 +162,36 @@ def check(case: Case, info: HypergradientInfo, inner_loss: Numeric) -> None:
             "params are not at a minimum of `inner`. Take more inner steps, or "
             f"damping={2 * negative:.1g}, or curvature=implicit.gauss_newton(...)."
         )
-    problems += _of_solve(case, info, largest, tolerance)
-    if symmetric and not problems and (left := _left_to_gain(case, inner_loss)) > _UNSOLVED:
+    problems += _of_solve(solver, info, found)
+    if symmetric and not problems and found.left > _UNSOLVED:
         problems.append(
             f"the inner problem is not solved: its gradient has norm {float(info.stationarity):.3g}"
-            f", and a Newton step would still take {100 * left:.2g} % from its loss. Take more "
-            "inner steps, or differentiate the path instead (bilevel.unrolled, bptt)."
+            f", and a Newton step would still take {100 * found.left:.2g} % from its loss. Take "
+            "more inner steps, or differentiate the path instead (bilevel.unrolled, bptt)."
         )
     if problems:
         raise HypergradientError("; ".join(problems))
 
 
-def _left_to_gain(case: Case, inner_loss: Numeric) -> float:
-    """g^T H^-1 g / 2 as a share of the inner loss, by conjugate gradients."""
-    gradient = trees.widen(case.gradient)
-    cg = lx.CG(rtol=1e-3, atol=1e-3, max_steps=100)
-    step = solve(case.curvature, gradient, cg).value
-    return float(trees.dot(gradient, step)) / 2 / max(abs(float(inner_loss)), 1e-30)
-
-
-def _of_solve(case: Case, info: HypergradientInfo, largest: float, tolerance: float) -> list[str]:
-    """The problem with the solve itself, if any; ``largest`` is the largest curvature."""
-    q, result, _ = case.solution
-    residual, iterations = float(info.residual), int(info.iterations)
-    rate = getattr(case.solver, "step_size", "auto")
+def _of_solve(
+    solver: lx.AbstractLinearSolver, info: HypergradientInfo, found: Symptoms
+) -> list[str]:
+    """The problem with the solve itself, if any."""
+    residual, iterations, largest = float(info.residual), int(info.iterations), found.largest
+    rate = getattr(solver, "step_size", "auto")
     if iterations > 1 and not isinstance(rate, str) and float(rate) * largest > 2:
         return [
             f"Neumann's series diverges: step_size={float(rate):.3g}, and it must be below 2 / "
             f"lambda_max = {2 / largest:.2g} (residual {residual:.2g} after {iterations} terms). "
             'Use step_size="auto", or another solver'
         ]
-    bounded = bool(result == lx.RESULTS.max_steps_reached) and residual < 1
+    bounded = bool(found.stopped) and residual < 1
     if bool(info.converged) or bounded:  # a solve of few terms is a result
         return []
-    square = float(trees.dot(q, q))
-    along = float(trees.dot(q, case.operator.mv(q))) / square if 0 < square < jnp.inf else 0.0
     singular = (
-        f", and the curvature along the solution is {along:.2g}, while the largest is "
+        f", and the curvature along the solution is {found.along:.2g}, while the largest is "
         f"{largest:.2g}: the Hessian is singular along it"
-        if abs(along) <= tolerance * abs(largest)
+        if abs(found.along) <= found.tolerance * abs(largest)
         else ""
     )
     finite = "" if jnp.isfinite(residual) else "non-finite solve: "

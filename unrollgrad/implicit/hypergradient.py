@@ -8,6 +8,7 @@ import lineax as lx
 from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import eager
 from unrollgrad.implicit import health, linear, operators, trees
 from unrollgrad.types import Theta
 
@@ -109,8 +110,8 @@ def hypergradient(
         raise ValueError(f"`damping` must not be negative; got {damping}.")
     mixed = inner if mixed is None else mixed
 
-    def f(params: ArrayTree, theta: Theta, v0: ArrayTree | None = None) -> HyperGradient:
-        params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
+    @eager.compiled
+    def run(params, theta, v0):
         for name, loss in {"outer": outer, "inner": inner, "mixed": mixed}.items():
             arguments.check_loss(name, jax.eval_shape(loss, params, theta))
         outer_loss, (a, direct) = jax.value_and_grad(outer, argnums=(0, 1))(params, theta)
@@ -132,10 +133,15 @@ def hypergradient(
         at, along = (params,), (trees.narrow(solution.value, params),)
         _, along = jax.jvp(lambda p: jax.grad(mixed, argnums=1)(p, theta), at, along)
         grad = jax.tree.map(lambda b, m: (b - m).astype(b.dtype), direct, along)
-        case = health.Case(gradient, undamped, operator, a, solver, solution)
-        info = health.examine(case)
-        if check and trees.is_concrete(info):
-            health.check(case, info, inner(params, theta))
-        return HyperGradient(grad, outer_loss, solution.value, info)
+        case = health.Case(gradient, undamped, operator, a, solution)
+        out = HyperGradient(grad, outer_loss, solution.value, health.examine(case))
+        return out, health.symptoms(case, inner(params, theta)) if check else None
+
+    def f(params: ArrayTree, theta: Theta, v0: ArrayTree | None = None) -> HyperGradient:
+        params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
+        out, symptoms = run(params, theta, v0)
+        if symptoms is not None and out.info is not None and trees.is_concrete(out):
+            health.check(solver, out.info, symptoms)
+        return out
 
     return f

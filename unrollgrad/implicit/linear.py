@@ -47,7 +47,7 @@ def solve(
     def scaled(v):
         return trees.scale(factor, operator.mv(v))
 
-    state = solver.init(operators.function(scaled, right, operators.symmetry(operator)), options)
+    state = solver.init(operators.function(scaled, right, operators.kept_tags(operator)), options)
     value, result, stats = solver.compute(state, right, options)
     # Some solvers divide zero by zero where there is nothing to solve.
     value = jax.tree.map(lambda x: jnp.where(size > 0, x, 0), value)
@@ -83,6 +83,7 @@ def differentiable_solve(
     solver: lx.AbstractLinearSolver,
     seen: Sequence[jax.Array],
     tags: object = (),
+    guard: Callable[[jax.Array, T], T] = lambda residual, x: x,
 ) -> T:
     """Solves ``matvec(x) = vector``, with jvp, vjp, vmap and any nesting of them.
 
@@ -90,15 +91,30 @@ def differentiable_solve(
     differentiated. ``unseen`` zeros tie the leaves together, so that none is constant where another
     is not: one zero is added to the vector, and 1 plus another multiplies the matrix. ``seen`` are
     the arrays in the closure of ``matvec`` that may be differentiated, ``tags`` are lineax's.
+    ``guard(residual, x)`` looks at every solution, and at |matvec(x) - vector| / |vector|.
     """
     nothing = unseen(jax.tree.leaves(vector))
     one = 1 + unseen(seen)
 
-    def run(matvec, vector):
-        return solve(operators.function(matvec, vector, tags), vector, solver).value
+    def solved(tags, matvec, vector):
+        x, result, _ = solve(operators.function(matvec, vector, tags), vector, solver)
+        size = optax.tree.norm(vector)
+        missed = optax.tree.norm(trees.add(matvec(x), vector, -1))
+        return x, result, missed / jnp.where(size > 0, size, 1)
+
+    def forwards(matvec, vector):
+        x, _, missed = solved(tags, matvec, vector)
+        return guard(missed, x)
+
+    def backwards(matvec, vector):
+        x, result, missed = solved(lx.transpose_tags(operators.as_tags(tags)), matvec, vector)
+        # With x = A^+ b the transposed solve is (A^+)^T, right for any vector, whatever is left.
+        return guard(jnp.where(result == lx.RESULTS.successful, 0, missed), x)
 
     vector = jax.tree.map(lambda x: x + nothing.astype(x.dtype), vector)
-    return jax.lax.custom_linear_solve(lambda x: trees.scale(one, matvec(x)), vector, run, run)
+    return jax.lax.custom_linear_solve(
+        lambda x: trees.scale(one, matvec(x)), vector, forwards, backwards
+    )
 
 
 def unseen(leaves: Sequence[jax.Array]) -> jax.Array:

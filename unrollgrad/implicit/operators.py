@@ -1,8 +1,10 @@
 """Curvature of the inner problem, as lineax operators."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import lineax as lx
 from chex import ArrayTree, Numeric
 
@@ -75,23 +77,65 @@ def damped(
     def mv(v):
         return trees.add(trees.narrow(operator.mv(trees.narrow(v, params)), wide), v, damping)
 
-    return function(mv, wide, symmetry(operator))
+    return function(mv, wide, kept_tags(operator))
 
 
-def symmetry(operator: lx.AbstractLinearOperator) -> object:
-    """The tag of ``operator`` that still holds after adding or multiplying a positive number."""
-    if lx.is_positive_semidefinite(operator):
-        return lx.positive_semidefinite_tag
-    return lx.symmetric_tag if lx.is_symmetric(operator) else ()
+_KEPT = {
+    lx.positive_semidefinite_tag: lx.is_positive_semidefinite,
+    lx.symmetric_tag: lx.is_symmetric,
+    lx.lower_triangular_tag: lx.is_lower_triangular,
+    lx.upper_triangular_tag: lx.is_upper_triangular,
+    lx.tridiagonal_tag: lx.is_tridiagonal,
+    lx.diagonal_tag: lx.is_diagonal,
+}
+
+
+def kept_tags(operator: lx.AbstractLinearOperator) -> frozenset[object]:
+    """The tags of ``operator`` that hold after adding to it or multiplying it by a number > 0."""
+    return frozenset(tag for tag, holds in _KEPT.items() if holds(operator))
+
+
+def as_tags(tags: object) -> frozenset[object]:
+    """One tag of lineax, or several, as a set."""
+    several = isinstance(tags, tuple | list | set | frozenset)
+    return frozenset(tags) if several else frozenset([tags])
 
 
 def function(
     matvec: Callable[..., ArrayTree], like: ArrayTree, tags: object = ()
 ) -> lx.AbstractLinearOperator:
-    """The operator of a linear function on trees like ``like``.
+    """The square operator of a linear function on trees like ``like``.
 
     ``matvec`` stays a closure, for solvers that are called where it was made: closure conversion,
     lineax's default, fails for arrays on a mesh with explicit axes.
     """
     structure = jax.eval_shape(lambda: like)
-    return lx.FunctionLinearOperator(matvec, structure, tags, closure_convert=False)
+    make: Any = _Square  # whose arguments pyrefly takes for its fields
+    return make(matvec, structure, tags, closure_convert=False)
+
+
+class _Square(lx.FunctionLinearOperator):
+    """A function whose results are like its arguments.
+
+    lineax asks a cache without bounds for the shape of the result, and would keep there, with the
+    function, all arrays that it closes over.
+    """
+
+    def out_structure(self):
+        return self.in_structure()
+
+    def transpose(self) -> lx.FunctionLinearOperator:
+        if lx.is_symmetric(self):
+            return self
+        transposed = jax.linear_transpose(self.fn, self.in_structure())
+        tags = lx.transpose_tags(self.tags)
+        made: Any = function(lambda v: transposed(v)[0], self.in_structure(), tags)
+        return made
+
+
+@lx.conj.register(_Square)
+def _(operator: _Square) -> lx.AbstractLinearOperator:
+    def conjugate(v):
+        return jax.tree.map(jnp.conj, operator.fn(jax.tree.map(jnp.conj, v)))
+
+    return function(conjugate, operator.in_structure(), operator.tags)

@@ -13,19 +13,20 @@ import optax
 from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.dtypes import standard_promotion, wide
 
 T = TypeVar("T")
 
 
 def dtype(tree: object) -> np.dtype:
     """The dtype in which a system with these unknowns is solved: at least float32."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+    return wide(*jax.tree.leaves(tree))
 
 
 def widen(tree: T) -> T:
     """Casts all leaves to the one ``dtype``."""
-    wide = dtype(tree)
-    return jax.tree.map(lambda x: jnp.asarray(x, wide), tree)
+    widest = dtype(tree)
+    return jax.tree.map(lambda x: jnp.asarray(x, widest), tree)
 
 
 def narrow(tree: T, like: ArrayTree) -> T:
@@ -38,11 +39,13 @@ def dot(a: T, b: T) -> jax.Array:
     return jnp.asarray(optax.tree.vdot(a, b))
 
 
+@standard_promotion()
 def scale(factor: Numeric, tree: T) -> T:
     """``factor`` times every leaf, in the leaf's dtype."""
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
+@standard_promotion()
 def add(a: T, b: T, factor: Numeric = 1) -> T:
     """``a + factor * b``, in the dtypes of ``a``."""
     return jax.tree.map(lambda x, y: (x + factor * y).astype(x.dtype), a, b)

@@ -1,0 +1,93 @@
+"""What users call in a Python loop outside jit keeps nothing and compiles nothing after a while."""
+
+import gc
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+import pytest
+
+import unrollgrad as ug
+from tests.helpers import counted
+
+CALLS = int(os.environ.get("UNROLLGRAD_CALLS", "6"))
+"""By hand 200: ``UNROLLGRAD_CALLS=200 pytest tests/test_python_loops.py``."""
+SIZE = 5000
+BATCH = jnp.ones(SIZE) / SIZE
+
+
+def inner(w, theta):
+    return jnp.mean((w - BATCH) ** 2) + jnp.exp(theta) * jnp.mean(w**2)
+
+
+def outer(w, theta):
+    return jnp.mean((w - 1) ** 2)
+
+
+def descended(w, theta):
+    return w - jax.grad(inner)(w, theta)
+
+
+def loops():
+    """By name: ``call(i)``, with arrays of its own in every call."""
+    f = ug.implicit.hypergradient(outer, inner, solver=ug.implicit.neumann(3, 0.1))
+    yield "hypergradient", lambda i: f(jnp.full(SIZE, 0.1 * i), jnp.float32(-1.0)).grad
+    checked = ug.implicit.hypergradient(outer, inner, solver=lx.CG(1e-4, 1e-4), check=True)
+    at = BATCH / (1 + jnp.exp(-1.0))
+    yield "check", lambda i: checked(at + 0.0 * i, jnp.float32(-1.0)).grad
+    solver = ug.implicit.neumann(3, 0.1)
+    decorated = {
+        "argmin": ug.implicit.argmin(inner, solver=solver),
+        "root": ug.implicit.root(jax.grad(inner), solver=solver),
+        "fixed_point": ug.implicit.fixed_point(
+            lambda w, t: w - jax.grad(inner)(w, t), solver=solver
+        ),
+    }
+    for name, decorator in decorated.items():
+        solve = decorator(lambda init, theta: init)
+
+        def slope(i, solve=solve):
+            return jax.grad(lambda t: outer(solve(jnp.full(SIZE, 0.1 * i), t), t))(-1.0)
+
+        yield name, slope
+    unrolled = ug.bilevel.unrolled(outer, inner, optimizer=optax.sgd(0.1), num_steps=3)
+    yield "unrolled", lambda i: unrolled(jnp.full(SIZE, 0.1 * i), jnp.float32(-1.0)).grad
+    given: dict[str, Any] = {"inner_steps": 2, "num_steps": 2}
+    given |= {"inner_optimizer": optax.sgd(0.1), "outer_optimizer": optax.sgd(0.1)}
+
+    def solve_both(i):
+        start = jnp.full(SIZE, 0.1 * i)
+        return ug.bilevel.solve(inner, f, start, jnp.float32(-1.0), **given).theta
+
+    yield "solve", solve_both
+    problem = ug.UnrolledProblem(
+        lambda key, theta: theta + jax.random.normal(key, (SIZE,)),
+        lambda key, theta, x, t: (0.9 * x, jnp.mean(x**2)),
+        4,
+    )
+    theta = jnp.float32(0.1)
+    yield "episode_loss", lambda i: ug.episode_loss(problem, jax.random.key(i), theta + i)
+    many = ug.average(ug.pes(problem, truncation=2, sigma=0.1), 2)
+    state = many.init(jax.random.key(0), theta)
+    yield "estimate", lambda i: many.estimate(jax.random.key(i), theta + i, state)[0].grad
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), list(loops()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_nothing_grows(name, call):
+    def live():
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    for i in range(3):
+        jax.block_until_ready(call(i))
+    before = live()
+    with counted() as programs:
+        for i in range(CALLS):
+            jax.block_until_ready(call(3 + i))
+    assert programs[0] == 0
+    assert live() - before < 4 * SIZE  # less than one call's weights

@@ -1,0 +1,87 @@
+"""Functions that users call outside ``jit``, in a Python loop: compiled once, and nothing leaks.
+
+``jax.jit`` would keep what a function closes over as it was in the first call: a loss that closes
+over the batch of a loop would see the first batch for ever. So a function is traced in every call,
+which reads its closure, and is compiled only if the program that comes out is a new one.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+Out = TypeVar("Out")
+
+
+class Program:
+    """A traced function; two are equal if they print alike and hold equal constants.
+
+    Attributes:
+        jaxpr: The program, whose constants are arguments: scalars are printed in it.
+    """
+
+    def __init__(self, jaxpr: Any):
+        """Wraps the program of ``jax.make_jaxpr``."""
+        self.jaxpr, self._text = jaxpr, (str(jaxpr), *_inner_constants(jaxpr))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other program is the same."""
+        return isinstance(other, Program) and self._text == other._text
+
+    def __hash__(self) -> int:
+        """As the text."""
+        return hash(self._text)
+
+    def __call__(self, constants: list[jax.Array], *leaves: jax.Array) -> list[jax.Array]:
+        """The leaves of the function's result."""
+        return jax.core.eval_jaxpr(self.jaxpr, constants, *leaves)
+
+
+def _inner_constants(jaxpr: Any) -> Iterator[object]:
+    """The constants that the programs inside a program hold themselves, as what can be compared."""
+    for equation in jaxpr.eqns:
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                for x in getattr(inner, "consts", ()):
+                    yield id(x) if isinstance(x, jax.core.Tracer) else np.asarray(x).tobytes()
+                program = getattr(inner, "jaxpr", inner)
+                if hasattr(program, "eqns"):
+                    yield from _inner_constants(program)
+
+
+@functools.lru_cache(maxsize=128)
+def _first(program: Program) -> Program:
+    return program
+
+
+def traced(function: Callable[..., Out], *args: Any) -> tuple[Program, list[jax.Array], Out]:
+    """The program of ``function(*args)``, the arrays that it closes over, and the result's shape.
+
+    Of equal programs the first one is returned, so that what is compiled or cached for it is found.
+    """
+    closed: Any
+    # A new function, since jax remembers the program of one that it has seen.
+    closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+    jaxpr = getattr(closed, "jaxpr", closed)  # jax 0.12 has one class for both
+    return _first(Program(jaxpr)), list(closed.consts), shape
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(program: Program, constants: list[jax.Array], leaves: list[jax.Array]) -> list[jax.Array]:
+    return program(constants, *leaves)
+
+
+def compiled(function: Callable[..., Out]) -> Callable[..., Out]:
+    """The function of trees of arrays, compiled where it is called outside ``jit``."""
+
+    @functools.wraps(function)
+    def call(*args):
+        leaves = jax.tree.leaves(args)
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return function(*args)
+        program, constants, shape = traced(function, *args)
+        return jax.tree.unflatten(jax.tree.structure(shape), _run(program, constants, leaves))
+
+    return call
