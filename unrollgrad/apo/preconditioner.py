@@ -9,7 +9,7 @@ import optax
 from unrollgrad import constraints as kinds
 from unrollgrad._checks import arguments
 from unrollgrad.apo import structures
-from unrollgrad.apo.proximal import Proximal, adapted, kl_divergence, known_zero, relative_steps
+from unrollgrad.apo.proximal import KL, Default, Proximal, adapted, known_zero, relative_steps
 from unrollgrad.apo.structures import Structure
 
 
@@ -18,7 +18,7 @@ def preconditioner(
     *,
     lambda_fsd: float = 1.0,
     lambda_wsd: float = 0.0,
-    discrepancy: Callable[..., chex.Numeric] | None = kl_divergence,
+    discrepancy: Callable[..., chex.Numeric] | Default | None = KL,
     linearised: bool = False,
     structure: Structure | Callable[..., Structure | None] | None = None,
     meta_optimizer: optax.GradientTransformation | None = None,
@@ -130,6 +130,8 @@ def _structure(
     path: jax.tree_util.KeyPath,
     leaf: jax.Array,
 ) -> Structure:
+    if not leaf.size:
+        return structures.frozen()
     found = rule if isinstance(rule, Structure) else rule(_name(path), leaf)
     if not isinstance(found, Structure):
         raise ValueError(

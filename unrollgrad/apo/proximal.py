@@ -10,7 +10,7 @@ import optax
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
-from unrollgrad._core.dtypes import wide
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._training import inner_optimizers
 from unrollgrad.constraints import constrain, unconstrain
 
@@ -32,12 +32,18 @@ class ApoState(NamedTuple):
     meta_state: optax.ApplyIfFiniteState
 
 
+class Default(NamedTuple):
+    """A function as a default: ``optax.inject_hyperparams`` takes a bare one for a schedule."""
+
+    function: Callable[..., chex.Numeric]
+
+
 class Proximal(NamedTuple):
     """The meta-objective and its optimizer: the arguments that both factories document."""
 
     lambda_fsd: chex.Numeric
     lambda_wsd: chex.Numeric
-    discrepancy: Callable[..., chex.Numeric] | None
+    discrepancy: Callable[..., chex.Numeric] | Default | None
     linearised: bool
     meta_optimizer: optax.GradientTransformation
     meta_interval: int
@@ -69,6 +75,9 @@ def kl_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     )
 
 
+KL = Default(kl_divergence)
+
+
 def squared_error(outputs: jax.Array, reference: jax.Array) -> jax.Array:
     """½ ‖outputs - reference‖² along the last axis: for regression."""
     return jnp.sum(optax.l2_loss(outputs, reference), axis=-1)
@@ -90,9 +99,10 @@ def adapted(
         base: ``base(hyperparams, t)``, the optimizer with these hyperparameters.
         proximal: The meta-objective and its optimizer.
     """
+    if isinstance(proximal.discrepancy, Default):
+        proximal = proximal._replace(discrepancy=proximal.discrepancy.function)
     _check(proximal)
-    # A non-finite meta-gradient would be applied only after 2^31 skips in a row. The leaves are
-    # passed as a list, so that ``optax.tree.get`` finds a name in the hyperparameters alone.
+    # A non-finite meta-gradient would be applied only after 2^31 skips in a row.
     meta: Any = optax.apply_if_finite(proximal.meta_optimizer, max_consecutive_errors=2**31 - 1)
 
     def init(params):
@@ -102,13 +112,13 @@ def adapted(
             count=jnp.zeros((), jnp.int32),
             hyperparams=hyperparams,
             base_state=inner_optimizers.init(base, hyperparams, params),
-            meta_state=meta.init(jax.tree.leaves(unconstrain(constraints, hyperparams))),
+            meta_state=meta.init(_nameless(unconstrain(constraints, hyperparams))),
         )
 
     def update(updates, state, params=None, **extra_args):
         given = _Given(*(extra_args.pop(key, None) for key in _Given._fields))
         _check_given(name, proximal, {"params": params, **given._asdict()})
-        params = _admitted(name, params)
+        params, updates = _admitted(name, params), jax.tree.map(jnp.asarray, updates)
 
         def step(hyperparams):
             return inner_optimizers.update(
@@ -116,27 +126,36 @@ def adapted(
             )
 
         def adapt(hyperparams, meta_state):
-            free, structure = jax.tree.flatten(unconstrain(constraints, hyperparams))
+            named = unconstrain(constraints, hyperparams)
+            free, structure = _nameless(named), jax.tree.structure(named)
             objective = _meta_objective(proximal, updates, params, given)
 
             def value(free):
-                return constrain(constraints, structure.unflatten(free))
+                return constrain(constraints, structure.unflatten(jax.tree.leaves(free)))
 
             def look_ahead(free):
-                return objective(optax.apply_updates(params, step(value(free))[0]))
+                moved, _ = step(value(free))
+                with standard_promotion():
+                    there = optax.apply_updates(params, moved)
+                return objective(there)
 
             gradient = _gradient(proximal.axis_name, look_ahead, free)
-            moved, meta_state = meta.update(gradient, meta_state, free)
+            with standard_promotion():
+                moved, meta_state = meta.update(gradient, meta_state, free)
             return value(optax.apply_updates(free, moved)), meta_state
+
+        def unchanged(*at):
+            return at
 
         hyperparams, meta_state = jax.lax.cond(
             state.count % proximal.meta_interval == 0,
-            adapt,
-            lambda *unchanged: unchanged,
+            adapt if jax.tree.leaves(params) else unchanged,
+            unchanged,
             state.hyperparams,
             state.meta_state,
         )
         moved, base_state = step(hyperparams)
+        moved = jax.tree.map(lambda g, x: x.astype(g.dtype), updates, moved)
         return moved, ApoState(state.count + 1, hyperparams, base_state, meta_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -146,7 +165,7 @@ def _meta_objective(
     proximal: Proximal, gradient: optax.Updates, params: optax.Params, given: _Given
 ) -> Callable[[optax.Params], tuple[jax.Array, jax.Array]]:
     """Q(weights after the look-ahead step), and Q without its weight-space term."""
-    discrepancy = None if known_zero(proximal.lambda_fsd) else proximal.discrepancy
+    discrepancy: Any = None if known_zero(proximal.lambda_fsd) else proximal.discrepancy
     reference = None if discrepancy is None else given.predict(params, given.other_batch)
 
     def objective(there):
@@ -166,9 +185,16 @@ def _meta_objective(
             value += proximal.lambda_fsd * jnp.mean(_widened(jnp.asarray(away)))
         if known_zero(proximal.lambda_wsd):
             return value, value
-        return value + 0.5 * proximal.lambda_wsd * optax.tree.norm(moved, squared=True), value
+        with standard_promotion():
+            away = optax.tree.norm(moved, squared=True)
+            return value + 0.5 * proximal.lambda_wsd * away, value
 
     return objective
+
+
+def _nameless(hyperparams: chex.ArrayTree) -> chex.ArrayTree:
+    """The hyperparameters without their names, which ``optax.tree.get`` is to find once."""
+    return tuple(hyperparams.values()) if isinstance(hyperparams, dict) else hyperparams
 
 
 def _widened(x: jax.Array) -> jax.Array:
@@ -177,9 +203,9 @@ def _widened(x: jax.Array) -> jax.Array:
 
 def _gradient(
     axis_name: str | tuple[str, ...] | None,
-    objective: Callable[[list[jax.Array]], tuple[jax.Array, jax.Array]],
-    free: list[jax.Array],
-) -> list[jax.Array]:
+    objective: Callable[..., tuple[jax.Array, jax.Array]],
+    free: chex.ArrayTree,
+) -> chex.ArrayTree:
     """Gradient of the objective, averaged over devices; NaN where the value is not finite."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     free = mesh_axes.over(frozenset(axes), free)
@@ -203,13 +229,19 @@ def _is_masked(x: object) -> bool:
 
 
 def _admitted(name: str, params: object) -> optax.Params:
-    """The weights, with strongly typed leaves. Raises if a leaf is masked or not floating."""
+    """The weights as strongly typed arrays. Raises if a leaf is masked or not floating.
+
+    Abstract weights become zeros, and there may be none: optax's tools begin a state with either.
+    """
     if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
         raise ValueError(
             f"params have masked leaves, but `loss` and `predict` need them all: mask the base of "
             f"apo.learning_rate, or use apo.frozen() in apo.preconditioner, not apo.{name}."
         )
-    return arguments.floating("params", params, "Train the floating leaves alone.")
+    params = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params
+    )
+    return arguments.floating_leaves("params", params, "Train the floating leaves alone.")
 
 
 def _check(proximal: Proximal) -> None:

@@ -48,17 +48,17 @@ class Factored(NamedTuple):
     Attributes:
         rows: The mean over columns, the last axis, of each row: (*batch, rows, decays).
         columns: The mean over rows of each column: (*batch, columns, decays). For tensors with
-            fewer than two axes it is None, and ``rows`` are averages of the squares themselves.
+            fewer than two axes it is empty, and ``rows`` are averages of the squares themselves.
     """
 
     rows: jax.Array
-    columns: jax.Array | None
+    columns: jax.Array
 
 
 def factored_zeros(shape: tuple[int, ...], count: int, dtype: chex.ArrayDType) -> Factored:
     """Averages before the first gradient, for ``count`` decays."""
     if len(shape) < 2:
-        return Factored(jnp.zeros((*shape, count), dtype), None)
+        return Factored(jnp.zeros((*shape, count), dtype), jnp.zeros((0, count), dtype))
     return Factored(
         jnp.zeros((*shape[:-1], count), dtype),
         jnp.zeros((*shape[:-2], shape[-1], count), dtype),
@@ -68,8 +68,8 @@ def factored_zeros(shape: tuple[int, ...], count: int, dtype: chex.ArrayDType) -
 def factored_averages(old: Factored, grad: jax.Array, decays: Sequence[float]) -> Factored:
     """Averages that include one more gradient."""
     square = jnp.square(grad)
-    if old.columns is None:
-        return Factored(averages(old.rows, square, decays), None)
+    if square.ndim < 2:
+        return Factored(averages(old.rows, square, decays), old.columns)
     return Factored(
         averages(old.rows, jnp.mean(square, axis=-1), decays),
         averages(old.columns, jnp.mean(square, axis=-2), decays),
@@ -79,7 +79,7 @@ def factored_averages(old: Factored, grad: jax.Array, decays: Sequence[float]) -
 def factored_rsqrt(found: Factored, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
     """1 / root of the factored average, of the rows, and of the columns: (*shape, decays) each."""
     rows, columns = found
-    if columns is None:
+    if len(shape) < 2:
         root = jax.lax.rsqrt(rows + TINY)
         return root, root, root
     mean = jnp.mean(rows, axis=-2, keepdims=True)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad._core.dtypes import wide
+from unrollgrad._checks import arguments
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.learned_optimizers import features, networks
 
 
@@ -23,7 +24,7 @@ class PerWeightState(NamedTuple):
 
     Attributes:
         count: int32, number of steps so far.
-        memory: The memory of each tensor, a tree like the weights.
+        memory: What the tensors remember: a tree like the weights for each part of a ``Memory``.
         controller: The recurrent network's memory, (tensors, units); () without a controller.
     """
 
@@ -78,7 +79,7 @@ def transform_of(
     times: Sequence[float],
     step: float,
     magnitude: float,
-) -> Callable[..., optax.GradientTransformation]:
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Returns ``transform(theta)`` for theta = {"layers": ...} plus the controller's weights.
 
     Leaves without numbers, and leaves whose gradient is None, do not change.
@@ -97,14 +98,15 @@ def transform_of(
         return both, state.controller.at[active].set(own.astype(state.controller.dtype))
 
     def transform(theta):
-        def update(updates, state, params=None):
+        @standard_promotion()
+        def update(updates, state, params=None, **extra_args):
             if params is None:
                 raise ValueError(
                     "a learned optimizer looks at the weights: call update(grads, state, params)."
                 )
             weights, structure = jax.tree.flatten(params)
             moves = structure.flatten_up_to(updates)
-            remembered = structure.flatten_up_to(state.memory)
+            remembered = _by_tensor(memory, structure, state.memory)
             active = [i for i, g in enumerate(moves) if g is not None and jnp.size(g)]
             seen = []
             for i in active:
@@ -117,10 +119,12 @@ def transform_of(
             for i, (d, m) in zip(active, both, strict=True):
                 g, move = jnp.asarray(moves[i]), -step * d * jnp.exp(magnitude * m)
                 moves[i] = move.reshape(g.shape).astype(g.dtype)
-            new = PerWeightState(state.count + 1, structure.unflatten(remembered), controlled)
-            return structure.unflatten(moves), new
+            parts = _by_part(memory, structure, remembered)
+            return structure.unflatten(moves), PerWeightState(state.count + 1, parts, controlled)
 
-        return optax.GradientTransformation(functools.partial(_begin, memory, controller), update)
+        return optax.GradientTransformationExtraArgs(
+            functools.partial(_begin, memory, controller), update
+        )
 
     return transform
 
@@ -128,19 +132,45 @@ def transform_of(
 def _begin(memory: Memory, controller: Controller | None, params: optax.Params) -> PerWeightState:
     leaves, structure = jax.tree.flatten(params)
     for path, w in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.iscomplexobj(w):
+        if jnp.issubdtype(arguments.dtype_of(w), jnp.complexfloating):
             raise TypeError(
                 f"a learned optimizer updates real weights; params{jax.tree_util.keystr(path)} is "
-                f"{jnp.result_type(w)}. Train the others (optax.masked), or hold its real and "
+                f"{arguments.dtype_of(w)}. Train the others (optax.masked), or hold its real and "
                 "imaginary parts as two leaves."
             )
+    zeros = [jnp.zeros_like(w, wide(arguments.dtype_of(w))) for w in leaves]
+    remembered = [memory.begin(x) for x in zeros]
     return PerWeightState(
         jnp.zeros((), jnp.int32),
-        structure.unflatten(
-            memory.begin(jnp.zeros_like(w, wide(jnp.result_type(w)))) for w in leaves
-        ),
+        _by_part(memory, structure, remembered),
         () if controller is None else controller.begin(len(leaves)),
     )
+
+
+def _parts(memory: Memory) -> jax.tree_util.PyTreeDef:
+    """The structure of a tensor's memory."""
+    return jax.tree.structure(jax.eval_shape(memory.begin, jnp.zeros((1, 1))))
+
+
+def _by_part(
+    memory: Memory, structure: jax.tree_util.PyTreeDef, remembered: list[chex.ArrayTree]
+) -> chex.ArrayTree:
+    """The tensors' memories as one tree like the weights for each part, as optax's tools expect."""
+    parts = _parts(memory)
+    columns = [[] for _ in range(parts.num_leaves)]
+    for one in remembered:
+        for column, x in zip(columns, parts.flatten_up_to(one), strict=True):
+            column.append(x)
+    return parts.unflatten(map(structure.unflatten, columns))
+
+
+def _by_tensor(
+    memory: Memory, structure: jax.tree_util.PyTreeDef, state: chex.ArrayTree
+) -> list[chex.ArrayTree]:
+    """The inverse of ``_by_part``."""
+    parts = _parts(memory)
+    columns = map(structure.flatten_up_to, parts.flatten_up_to(state))
+    return [parts.unflatten(row) for row in zip(*columns, strict=True)]
 
 
 def _through(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unrollgrad._core.dtypes import wide
+from unrollgrad._checks import arguments
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.learned_optimizers.architecture import Architecture
 
 KNOTS = (0, 3, 10, 30, 100, 300, 1000, 3000)
@@ -103,20 +104,30 @@ def _schedule(log_rate: jax.Array, knots: Sequence[int]) -> optax.Schedule:
     return rate
 
 
-def _widened(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+def _widened(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The transformation with moments of at least float32 and updates in the gradients' dtypes."""
 
     def widened(tree):
-        return jax.tree.map(lambda x: jnp.asarray(x, wide(jnp.result_type(x))), tree)
+        def leaf(x):
+            dtype = wide(arguments.dtype_of(x))
+            if isinstance(x, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(x.shape, dtype)
+            return jnp.asarray(x, dtype)
+
+        return jax.tree.map(leaf, tree)
 
     def like(old, new):
         return jax.tree.map(lambda a, b: jnp.asarray(b, jnp.result_type(a)), old, new)
 
-    def update(updates, state, params=None):
+    @standard_promotion()
+    def update(updates, state, params=None, **extra_args):
         moves, new = transform.update(widened(updates), state, params)
         return like(updates, moves), like(state, new)
 
-    return optax.GradientTransformation(lambda params: transform.init(widened(params)), update)
+    def init(params):
+        return transform.init(widened(params))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _logit(name: str, decay: float) -> jax.Array:
