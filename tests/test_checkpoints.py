@@ -261,3 +261,31 @@ def test_refuses_another_run(tmp_path):
         given = {"num_steps": 4, "key": KEY, "config": {"a": 1}}
         ug.fit(other, theta, optax.adam(0.05), checkpoint_dir=tmp_path, **given)
     assert len(str(caught.value)) < 800
+
+
+def test_leaves_without_numbers_and_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def init(key, theta):
+        return {"buffer": jnp.zeros((0, 3)), "x": jax.random.normal(key), "z": jnp.zeros((2, 0))}
+
+    def step(key, theta, state, t):
+        return state, (theta - 1) ** 2 + state["x"]
+
+    one = ug.pes(ug.UnrolledProblem(init, step, 4), truncation=2, sigma=0.1)
+    folder, sizes = "~/run", {"steps_per_dispatch": 2}
+    results = [
+        ug.fit(one, jnp.zeros(()), OUTER, num_steps=n, key=KEY, checkpoint_dir=place, **sizes)
+        for n, place in ((2, folder), (4, folder), (4, None))
+    ]
+    assert_same(results[1], results[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", Path("s3://bucket/run")])
+def test_a_bucket_is_refused_before_the_first_step(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with raises(ValueError, "`checkpoint_dir` must be a folder of this machine", "bucket/run"):
+        run(2, folder)
+    assert not list(tmp_path.iterdir())

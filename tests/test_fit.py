@@ -235,3 +235,46 @@ def test_errors():
         ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, steps_per_dispatch=0)
     with raises(TypeError, "theta['n'] is 3"):
         ug.fit(estimator, {"n": 3}, OUTER, num_steps=1, key=KEY)
+
+
+def test_contexts_of_jax_hold_in_the_thread_that_makes_data():
+    seen = []
+
+    def data(step):
+        names = ("jax_default_matmul_precision", "jax_default_prng_impl")
+        seen.append(tuple(getattr(jax.config, name) for name in names))
+        return np.full(2, 1 / 3)
+
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.zeros(()),
+        lambda key, theta, state, t, batch: (state, (theta - batch) ** 2),
+        2,
+    )
+    given = {"num_steps": 60, "key": KEY, "data": data, "steps_per_dispatch": 20}
+    with jax.enable_x64(True), jax.default_matmul_precision("float32"):
+        with jax.default_prng_impl("rbg"):
+            result = ug.fit(ug.bptt(problem), jnp.float64(0.3), optax.sgd(0.5), **given)
+        assert abs(float(result.theta) - 1 / 3) < 1e-15
+    assert set(seen) == {("float32", "rbg")}
+
+
+def test_what_fit_cannot_do_is_said():
+    estimator, theta = workers()
+    with raises(TypeError, "`optimizer` is a line search", "optax.adam"):
+        ug.fit(estimator, theta, optax.lbfgs(), num_steps=2, key=KEY)
+
+    def run(key):
+        return ug.fit(estimator, theta, OUTER, num_steps=2, key=key).theta
+
+    with raises(TypeError, "`fit`", "vmap"):
+        jax.vmap(run)(jax.random.split(KEY, 2))
+    with raises(TypeError, "`evaluate` must return numbers; 'nothing'"):
+        ug.fit(
+            estimator,
+            theta,
+            OUTER,
+            num_steps=2,
+            steps_per_dispatch=4,
+            key=KEY,
+            evaluate=lambda key, theta: {"nothing": np.zeros((0, 3))},
+        )

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import numbers
+from tests.helpers import numbers, raises
 
 KEY = jax.random.key(0)
 
@@ -179,3 +179,67 @@ def test_final_loss_is_the_loss_of_the_final_state():
     for _ in range(6):
         s = 0.5 * s + np.asarray(theta)
     np.testing.assert_allclose(ug.episode_loss(final, KEY, theta), np.sum(s**2), rtol=1e-5)
+
+
+def test_complex_weights_are_trained_as_their_real_and_imaginary_parts():
+    target = jnp.array([1 + 2j, -1 - 1j], jnp.complex64)
+    parts = jnp.concatenate([target.real, target.imag])
+
+    def j_and_gradient(target):
+        problem = ug.training_problem(
+            loss=lambda theta, w, batch, key: jnp.sum(jnp.abs(w - target) ** 2),
+            init_params=lambda key: jnp.zeros_like(target),
+            optimizer=lambda theta, t: optax.sgd(jnp.exp(theta)),
+            sample_batch=lambda key: 0.0,
+            horizon=30,
+        )
+        estimator, key, theta = ug.bptt(problem), jax.random.key(0), jnp.log(0.2)
+        out, _ = estimator.estimate(key, theta, estimator.init(key, theta))
+        return out.loss, out.grad
+
+    np.testing.assert_allclose(j_and_gradient(target), j_and_gradient(parts), rtol=1e-5)
+
+
+def test_init_params_may_begin_at_theta():
+    """MAML on a quadratic: d/dtheta of the loss after K steps is (1 - rate A)^K A (w_K - a)."""
+    curvature, rate, steps = jnp.diag(jnp.array([0.5, 2.0])), 0.1, 5
+    goal, theta = jnp.array([1.0, 0.0]), jnp.array([2.0, -1.0])
+
+    def loss(theta, w, batch, key):
+        return 0.5 * (w - goal) @ curvature @ (w - goal)
+
+    problem = ug.training_problem(
+        loss=loss,
+        init_params=lambda key, theta: theta,
+        optimizer=lambda theta, t: optax.sgd(rate),
+        sample_batch=lambda key: 0.0,
+        horizon=steps,
+    )
+    final = ug.final_loss(problem, lambda key, theta, s: loss(theta, s.params, None, None))
+    estimator, key = ug.bptt(final), jax.random.key(0)
+    out, _ = estimator.estimate(key, theta, estimator.init(key, theta))
+    power = jnp.linalg.matrix_power(jnp.eye(2) - rate * curvature, steps)
+    expected = power @ curvature @ power @ (theta - goal)
+    np.testing.assert_allclose(out.grad, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("loss", lambda theta, params, batch: 0.0),
+        ("meta_loss", lambda params: 0.0),
+        ("init_params", lambda: jnp.zeros(2)),
+        ("optimizer", lambda theta: optax.sgd(0.1)),
+    ],
+)
+def test_a_function_with_other_arguments_is_named(name, function):
+    functions: dict[str, Any] = {
+        "loss": lambda theta, params, batch, key: jnp.sum(params**2),
+        "init_params": lambda key: jnp.zeros(2),
+        "optimizer": lambda theta, t: optax.sgd(theta),
+        "sample_batch": lambda key: 0.0,
+    }
+    estimator = ug.bptt(ug.training_problem(**{**functions, name: function}, horizon=2))
+    key, theta = jax.random.key(0), jnp.float32(0.1)
+    with raises(TypeError, f"`{name}(", "cannot be called as", f"{name}("):
+        jax.eval_shape(lambda: estimator.estimate(key, theta, estimator.init(key, theta)))

@@ -84,6 +84,12 @@ def check_remat(remat: object) -> None:
         )
 
 
+_STREAMED = (
+    " The fifth argument of a step is the slice of `estimate(..., data=)`, there only when data is "
+    'streamed (and not in `init`, where average(stagger="burn_in") runs the workers).'
+)
+
+
 def check_step(
     problem: UnrolledProblem, key: Key, theta: Theta, data: chex.ArrayTree | None = None
 ) -> tuple[ClosedJaxpr, ClosedJaxpr]:
@@ -98,14 +104,19 @@ def check_step(
             shapes or dtypes; the message lists the differing paths.
         ValueError: If the loss is not a scalar.
     """
+    check_call("init", problem.init, key=key, theta=theta)
 
     def init(key, theta):
         return arguments.strong_state(problem.init(key, theta), "init")
 
     def step(state, theta, key, t, data):
         extra = () if data is None else (jax.tree.map(lambda x: jnp.asarray(x)[0], data),)
-        _check_takes(problem.step, key, theta, state, 0, *extra)
-        result = problem.step(key, theta, state, t, *extra)
+        named = {"key": key, "theta": theta, "state": state, "t": t}
+        check_call(
+            "step", problem.step, _STREAMED, **named, **({"batch": extra[0]} if extra else {})
+        )
+        for_step, for_evaluate = jax.random.split(key)
+        result = problem.step(for_step, theta, state, t, *extra)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 f"`step` must return (state, loss); got {type(result).__name__} "
@@ -115,7 +126,8 @@ def check_step(
         _check_same(state, after)
         losses = {"step": result[1]}
         if problem.evaluate is not None:
-            losses["evaluate"] = problem.evaluate(key, theta, state)
+            check_call("evaluate", problem.evaluate, key=key, theta=theta, state=state)
+            losses["evaluate"] = problem.evaluate(for_evaluate, theta, state)
         for made_by, loss in losses.items():
             arguments.check_loss(made_by, loss)
         return after, losses
@@ -124,20 +136,24 @@ def check_step(
     return traced_init, jax.make_jaxpr(step)(state, theta, key, jnp.int32(0), data)
 
 
-def _check_takes(step: Callable, *arguments: object) -> None:
+def takes(function: Callable, *arguments: object) -> bool:
+    """Whether the function can be called with these arguments; some callables do not tell."""
     try:
-        signature = inspect.signature(step)
-    except (TypeError, ValueError):
-        return  # some callables have no signature
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        given = "key, theta, state, t" + (", batch" if len(arguments) == 5 else "")
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # it has no signature
+    return True
+
+
+def check_call(name: str, function: Callable, hint: str = "", /, **arguments: object) -> None:
+    """Raises TypeError unless ``function`` can be called with the arguments, by position."""
+    if not takes(function, *arguments.values()):
         raise TypeError(
-            f"`step{signature}` cannot be called as step({given}): {error}. The fifth argument is "
-            "the slice of `estimate(..., data=)`, there only when data is streamed (and not in "
-            '`init`, where average(stagger="burn_in") runs the workers).'
-        ) from error
+            f"`{name}{inspect.signature(function)}` cannot be called as "
+            f"{name}({', '.join(arguments)}). Give it these arguments.{hint}"
+        )
 
 
 def _check_same(before: State, after: State) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.contexts import worker_thread
 from unrollgrad._core.optional_packages import need
 from unrollgrad._workers.mesh import on_any_process
 from unrollgrad.types import Key
@@ -149,8 +150,8 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
     ocp = need("orbax.checkpoint", "orbax")
     policies = need("orbax.checkpoint.checkpoint_managers", "orbax")
     best = policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1)
-    folder = Path(folder).absolute()
-    with _locked(folder), ThreadPoolExecutor(max_workers=1) as writer:
+    folder = _local(folder)
+    with _locked(folder), worker_thread() as writer:
         (folder / "steps").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
@@ -171,6 +172,15 @@ def opened(folder: str | Path | None) -> Iterator[Checkpoints | None]:
             yield Checkpoints(folder, manager, writer, [])
         finally:
             manager.close()
+
+
+def _local(folder: str | Path) -> Path:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
+        raise ValueError(
+            f"`checkpoint_dir` must be a folder of this machine; got {str(folder)!r}. Mount the "
+            "bucket (gcsfuse, mount-s3) and name the folder, or copy the checkpoints afterwards."
+        )
+    return Path(folder).expanduser().absolute()
 
 
 @contextlib.contextmanager
@@ -219,17 +229,22 @@ def _is_key(x: jax.Array) -> bool:
 
 
 def _plain(tree: object) -> list[jax.Array]:
-    """The leaves as a file can hold them: keys become their data."""
-    return [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
+    """The leaves as a file can hold them: keys become their data, empty leaves are left out."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.size]
+    return [jax.random.key_data(x) if _is_key(x) else x for x in leaves]
 
 
 def _typed(like: _Tree, leaves: list[jax.Array]) -> _Tree:
     """The inverse of ``_plain``, for a tree with the structure of ``like``."""
-    old, structure = jax.tree.flatten(like)
-    return structure.unflatten(
-        jax.random.wrap_key_data(new, impl=jax.random.key_impl(x)) if _is_key(x) else new
-        for x, new in zip(old, leaves, strict=True)
-    )
+    found = iter(leaves)
+
+    def typed(x):
+        if not x.size:
+            return x
+        new = next(found)
+        return jax.random.wrap_key_data(new, impl=jax.random.key_impl(x)) if _is_key(x) else new
+
+    return jax.tree.map(typed, like)
 
 
 def about(tree: object, key: Key, config: object) -> dict[str, object]:

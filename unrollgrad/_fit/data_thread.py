@@ -4,11 +4,13 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from unrollgrad._core.contexts import worker_thread
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ def prefetched(
                 ahead = pool.submit(make, first)
             yield stacked(ready) if main_stacks else ready
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with worker_thread() as pool:
         if not callable(data):
             for step in range(done):
                 batch(step)

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.progress import progress_bar
 from unrollgrad._fit import checkpoints
 from unrollgrad._fit.data_thread import prefetched
@@ -162,6 +163,12 @@ def fit(
     every = 10 * size if checkpoint_every is None else checkpoint_every
     every = arguments.positive_int("checkpoint_every", every)
     key, theta, config = arguments.typed_key(key), arguments.floating_theta(theta), _as_json(config)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((key, theta))):
+        raise TypeError(
+            "`fit` is a loop of compiled programs, which cannot run inside jit, vmap or grad; got "
+            "a traced `theta` or `key`. Call it for each of them in a Python loop, or scan over "
+            "`estimator.estimate` yourself."
+        )
     program, stopping = _program(estimator, optimizer, size), False
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         carry = _begin(estimator, theta, optimizer, key)
@@ -285,7 +292,7 @@ def _checked(found: object, run: _Run) -> dict[str, np.ndarray]:
         raise ValueError(f"`evaluate` returns {taken}, which `fit` records itself; rename it.")
     values = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
     for name, x in values.items():
-        if not jnp.issubdtype(x.dtype, np.number) and x.dtype != bool:
+        if (not jnp.issubdtype(x.dtype, np.number) and x.dtype != bool) or not x.size:
             raise TypeError(f"`evaluate` must return numbers; {name!r} is {found[name]!r:.100}.")
     if rows := run.records.get("evaluations"):
         before = {k: x.shape[1:] for k, x in rows[-1].items() if k != "evaluated_at"}
@@ -369,10 +376,20 @@ def _step(estimator, optimizer, key, carry, given):
     """One outer step: the carry, the record, and which leaves are finite."""
     estimate, worker_state = estimator.estimate(key, carry.theta, carry.worker_state, **given)
     # Wrapped here and not before, so that jit finds its program again in another call of fit.
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
-    )
-    theta = optax.apply_updates(carry.theta, updates)
+    transform = optax.with_extra_args_support(optimizer)
+    try:
+        with standard_promotion():
+            updates, opt_state = transform.update(
+                estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
+            )
+            theta = optax.apply_updates(carry.theta, updates)
+    except TypeError as error:
+        if "value_fn" not in str(error):
+            raise
+        raise TypeError(
+            "`optimizer` is a line search, which computes the loss itself; `fit` has only an "
+            "estimate of it. Use an optimizer without one, such as optax.adam(1e-2)."
+        ) from error
     norm = optax.tree.norm(estimate.grad)
     record = {"loss": estimate.loss, "grad_norm": norm, **estimate.info._asdict()}
     finite = {"gradient": estimate.grad, "theta": theta}

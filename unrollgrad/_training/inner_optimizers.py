@@ -24,6 +24,7 @@ from jax.extend import core
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import float_leaves
+from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad.types import Theta
 
 Optimizer = Callable[..., optax.GradientTransformation]  # optimizer(theta, t)
@@ -75,7 +76,7 @@ def update(
     Raises:
         TypeError: If the optimizer needs a Python number and gets an array.
     """
-    with _arrays_for_numbers():
+    with _arrays_for_numbers(), standard_promotion():
         transform = optax.with_extra_args_support(optimizer(theta, t))
         if any(map(_is_injected, jax.tree.leaves(state, is_leaf=_is_injected))):
             state = _renewed(state, transform.init(params))

@@ -29,7 +29,7 @@ class TrainingState(NamedTuple):
 def training_problem(
     *,
     loss: Callable[..., chex.Numeric],
-    init_params: Callable[[Key], Any],
+    init_params: Callable[..., Any],
     optimizer: Callable[..., optax.GradientTransformation],
     sample_batch: Callable[[Key], object] | None = None,
     meta_loss: Callable[..., chex.Numeric] | None = None,
@@ -52,7 +52,9 @@ def training_problem(
         loss: ``loss(theta, params, batch, key) -> scalar``, the inner training loss.
         init_params: ``init_params(key) -> params``, any pytree of arrays: a dict, flax parameters,
             the arrays of an equinox module (``eqx.partition(model, eqx.is_array)[0]``). Leaves that
-            are not floating (counters, keys) stay as they are.
+            are not floating (counters, keys) stay as they are. A function that requires two
+            arguments is called ``init_params(key, theta)``: the gradient goes through it, as in
+            MAML, where the weights begin at theta.
         optimizer: ``optimizer(theta, t) -> optax transform``, called inside every step; its state
             must have the same structure for every (theta, t) and keeps its initial dtypes. Line
             searches get ``value``, ``grad`` and ``value_fn``. Hyperparameters that
@@ -96,7 +98,10 @@ def training_problem(
     )
 
     def init(key, theta):
-        params = arguments.strong_state(init_params(key), made_by="init_params")
+        given = {"key": key} if inner_loop.takes(init_params, key) else {"key": key, "theta": theta}
+        inner_loop.check_call("init_params", init_params, **given)
+        inner_loop.check_call("optimizer", optimizer, theta=theta, t=0)
+        params = arguments.strong_state(init_params(*given.values()), made_by="init_params")
         trained = _trained(params)
         try_float16(shapes(theta), shapes(trained))
         return TrainingState(params, inner_optimizers.init(optimizer, theta, trained))
@@ -111,6 +116,8 @@ def training_problem(
                 )
             batch = sample_batch(key_batch)
         params = _trained(state.params)
+        named = {"theta": theta, "params": state.params, "batch": batch, "key": key_loss}
+        inner_loop.check_call("loss", loss, **named)
 
         def inner(params):
             value = loss(theta, _merged(params, state.params), batch, key_loss)
@@ -118,6 +125,8 @@ def training_problem(
             return value
 
         value, grad = jax.value_and_grad(inner)(params)
+        # Of a complex weight JAX's gradient is the conjugate of the direction of steepest ascent.
+        grad = jax.tree.map(jnp.conj, grad)
         updates, opt_state = inner_optimizers.update(
             optimizer, theta, t, grad, state.opt_state, params, value=value, value_fn=inner
         )
@@ -125,8 +134,10 @@ def training_problem(
         updates = inner_optimizers.when_differentiated(updates, report)
         params = optax.apply_updates(params, updates)
         whole = _merged(params, state.params)
-        outer = inner(params) if meta_loss is None else meta_loss(theta, whole, key_meta)
-        return TrainingState(whole, opt_state), outer
+        if meta_loss is None:
+            return TrainingState(whole, opt_state), inner(params)
+        inner_loop.check_call("meta_loss", meta_loss, theta=theta, params=whole, key=key_meta)
+        return TrainingState(whole, opt_state), meta_loss(theta, whole, key_meta)
 
     return UnrolledProblem(init, step, horizon)
 

@@ -1,0 +1,44 @@
+"""Threads that keep JAX's context managers, such as ``jax.enable_x64(True)``.
+
+A context manager of JAX holds in the thread that enters it: work that is handed to another thread
+would lose it.
+"""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+_OPTIONS = (
+    "enable_x64",
+    "default_matmul_precision",
+    "default_device",
+    "default_prng_impl",
+    "threefry_partitionable",
+    "numpy_dtype_promotion",
+    "numpy_rank_promotion",
+    "debug_nans",
+    "debug_infs",
+    "debug_key_reuse",
+    "disable_jit",
+    "transfer_guard_host_to_device",
+    "transfer_guard_device_to_device",
+    "transfer_guard_device_to_host",
+)
+
+
+def worker_thread() -> ThreadPoolExecutor:
+    """A pool of one thread, which works under the contexts of the thread that calls this."""
+    here, entered = _values(), contextlib.ExitStack()
+
+    def enter():
+        there = _values()
+        for name, value in here.items():
+            if value != there[name]:
+                entered.enter_context(getattr(jax, name)(value))
+
+    return ThreadPoolExecutor(max_workers=1, initializer=enter)
+
+
+def _values() -> dict[str, object]:
+    return {name: getattr(jax.config, f"jax_{name}") for name in _OPTIONS}
