@@ -1,8 +1,6 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
 import dataclasses
-import importlib
-import pkgutil
 import re
 import sys
 from collections.abc import Callable
@@ -11,31 +9,17 @@ from typing import Annotated, Any
 
 import tyro
 
-import experiments
 from experiments._framework import experiment as framework
 from experiments._framework import report, results
+from experiments._framework.discovery import by_topic
 from experiments._framework.experiment import SCALES, Experiment
 from experiments._framework.processes import Processes, join
 from experiments._framework.settings import ResumableSettings
 from experiments.problems import PROBLEMS
 from unrollgrad import running
 
-
-def by_topic() -> dict[str, dict[str, Experiment]]:
-    """The experiments by topic: every module in the topic's folder that has an ``EXPERIMENT``."""
-    found: dict[str, dict[str, Experiment]] = {}
-    for module in pkgutil.walk_packages(experiments.__path__, "experiments."):
-        topic = module.name.split(".")[1]
-        if topic.startswith("_"):
-            continue
-        if one := getattr(importlib.import_module(module.name), "EXPERIMENT", None):
-            found.setdefault(topic, {})[one.name] = one
-    return found
-
-
 TOPICS = by_topic()
 EXPERIMENTS = {name: one for topic in TOPICS.values() for name, one in topic.items()}
-
 
 RECORDED = Path("experiments/results")
 

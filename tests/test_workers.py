@@ -243,3 +243,23 @@ def test_all_workers_bad_with_finite_losses():
     state = many.init(KEY, theta)
     with pytest.raises(FloatingPointError, match=r"0 a non-finite loss.*it is the derivatives"):
         many.estimate(KEY, theta, state)
+
+
+def test_more_inner_steps_than_an_int32_holds():
+    problem = ug.UnrolledProblem(
+        lambda key, theta: jnp.zeros(()), lambda k, theta, s, t: (s + theta, s), 1_000_000
+    )
+    key, theta, most = jax.random.key(0), jnp.float32(0.2), 2**31 - 1
+    es = ug.full_es(problem, sigma=0.1, num_pairs=2000)
+    jax.eval_shape(lambda: es.estimate(key, theta, es.init(key, theta)))
+    one = ug.pes(problem, truncation=1000, sigma=0.1)
+    for steps, total in ((2**30, most), (2**29, 3 * 2**29)):
+
+        def counted(key, theta, state, *, data=None, steps=steps):
+            return ug.Estimate(theta, theta, ug.Info(jnp.int32(steps))), state
+
+        fake = ug.GradientEstimator(one.init, counted, 1000)
+        for mesh in (None, ug.make_worker_mesh(3)):
+            many = ug.average(fake, 3, mesh=mesh)
+            out, _ = many.estimate(key, theta, many.init(key, theta))
+            assert out.info.inner_steps == total

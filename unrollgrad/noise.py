@@ -6,7 +6,6 @@ theta, each leaf with a leading axis ``num_pairs``, at least float32. The estima
 by sigma, so that the same draw serves every sigma.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -105,13 +104,14 @@ def orthogonal() -> Noise:
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
         dim = sum(x.size for x in leaves)
-        dtype = functools.reduce(jnp.promote_types, [wide(x.dtype) for x in leaves])
+        dtype = wide(*leaves)
 
         def block(index, count):
             normal = jax.random.normal(jax.random.fold_in(key, index), (dim, count), dtype)
             q, r = jnp.linalg.qr(normal)
             # With r's signs the directions are uniform, whatever signs the decomposition chose.
-            return (q * jnp.where(jnp.diagonal(r) < 0, -1, 1)).T * jnp.sqrt(jnp.asarray(dim, dtype))
+            signs = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
+            return (q * signs[None]).T * jnp.sqrt(jnp.asarray(dim, dtype))
 
         counts = [min(dim, num_pairs - first) for first in range(0, num_pairs, dim)]
         rows = jnp.concatenate([block(i, count) for i, count in enumerate(counts)])

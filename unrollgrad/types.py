@@ -59,7 +59,7 @@ class Info(NamedTuple):
 
     Attributes:
         inner_steps: int32, forward inner steps spent: both signs of a pair and the pass with theta
-            itself count, backward steps do not.
+            itself count, backward steps do not. 2^31 - 1 stands for that many or more.
     """
 
     inner_steps: jax.Array

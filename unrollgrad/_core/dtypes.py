@@ -1,10 +1,28 @@
 """The dtypes in which numbers are perturbed, accumulated and averaged."""
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype in which a leaf is perturbed and accumulated: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+def wide(*of: object) -> np.dtype:
+    """The common dtype of arrays or dtypes, at least float32.
+
+    It is the same under ``jax_numpy_dtype_promotion="strict"``, where JAX itself has no common
+    dtype of bfloat16 and float32.
+    """
+    with standard_promotion():
+        return jnp.result_type(jnp.float32, *of)
+
+
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """JAX's default promotion of dtypes and ranks, for code that does not run under stricter rules.
+
+    optax's optimizers are such code: ``optax.adam`` adds int32 to float32.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from unrollgrad._core.dtypes import wide
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.types import State
 
 
@@ -34,4 +34,5 @@ def inner_product(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
         jnp.sum(x.astype(wide(x.dtype)) * y.astype(wide(y.dtype)))
         for x, y in zip(a, b, strict=True)
     ]
-    return sum(parts, jnp.zeros(()))
+    with standard_promotion():
+        return sum(parts, jnp.zeros(()))

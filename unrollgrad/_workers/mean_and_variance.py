@@ -5,6 +5,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from unrollgrad._core.dtypes import wide
@@ -12,6 +13,9 @@ from unrollgrad.types import AverageInfo, Estimate, Key, Theta
 
 SKETCH = 128
 """The largest number of numbers that stand for a device's mean gradient in ``grad_variance``."""
+
+
+_MOST = np.int32(2**31 - 1)
 
 
 class Moments(NamedTuple):
@@ -45,7 +49,7 @@ def of(each: Estimate, finite: jax.Array, counted: jax.Array) -> Moments:
         return jnp.sum(_where(counted, x), axis=0) / jnp.maximum(count, 1).astype(x.dtype)
 
     def squares(g, m):
-        return jnp.sum(_where(counted, jnp.square(g.astype(m.dtype) - m)))
+        return jnp.sum(_where(counted, jnp.square(g.astype(m.dtype) - m[None])))
 
     grad = jax.tree.map(mean, each.grad)
     return Moments(
@@ -53,7 +57,7 @@ def of(each: Estimate, finite: jax.Array, counted: jax.Array) -> Moments:
         grad=grad,
         loss=mean(each.loss),
         squares=jnp.asarray(optax.tree.sum(jax.tree.map(squares, each.grad, grad))),
-        inner_steps=jnp.sum(each.info.inner_steps, dtype=jnp.int32),
+        inner_steps=jax.lax.reduce(each.info.inner_steps, jnp.int32(0), _saturating_add, (0,)),
         num_nonfinite=jnp.sum(~finite, dtype=jnp.int32),
         num_nonfinite_losses=jnp.sum(~jnp.isfinite(each.loss), dtype=jnp.int32),
     )
@@ -72,8 +76,8 @@ def merge(a: Moments, b: Moments) -> Moments:
         count=count,
         grad=jax.tree.map(lambda x, d: x + weight(x) * d, a.grad, away),
         loss=a.loss + weight(a.loss) * (b.loss - a.loss),
-        squares=a.squares + b.squares + a.count * weight(a.squares) * between,
-        inner_steps=a.inner_steps + b.inner_steps,
+        squares=a.squares + b.squares + a.count.astype(between.dtype) * weight(a.squares) * between,
+        inner_steps=_saturating_add(a.inner_steps, b.inner_steps),
         num_nonfinite=a.num_nonfinite + b.num_nonfinite,
         num_nonfinite_losses=a.num_nonfinite_losses + b.num_nonfinite_losses,
     )
@@ -90,7 +94,7 @@ def over_devices(own: Moments, axis: str, key: Key) -> Moments:
     numbers.
     """
     device, num_devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    widest = jnp.result_type(own.loss, own.squares, *jax.tree.leaves(own.grad))
+    widest = wide(own.loss, own.squares, *jax.tree.leaves(own.grad))
 
     def place(x):
         """Puts ``x`` in this device's place, and 0 in the places of the others."""
@@ -123,7 +127,7 @@ def over_devices(own: Moments, axis: str, key: Key) -> Moments:
         grad=jax.tree.map(lambda x, g: (x * per_worker).astype(g.dtype), added["grad"], own.grad),
         loss=(added["loss"] * per_worker).astype(own.loss.dtype),
         squares=(added["squares"] + between).astype(own.squares.dtype),
-        inner_steps=4096 * high + low,
+        inner_steps=jnp.where(high + low // 4096 > _MOST // 4096, _MOST, 4096 * high + low),
         num_nonfinite=num_nonfinite,
         num_nonfinite_losses=num_nonfinite_losses,
     )
@@ -142,6 +146,11 @@ def estimate(moments: Moments, theta: Theta) -> Estimate:
     info = AverageInfo(moments.inner_steps, moments.num_nonfinite, variance)
     grad = jax.tree.map(lambda g, x: mean(g).astype(x.dtype), moments.grad, theta)
     return Estimate(grad, mean(moments.loss), info)
+
+
+def _saturating_add(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The sum of two counts, at most the largest int32."""
+    return jnp.where(a > _MOST - b, _MOST, a + b)
 
 
 def _where(good: jax.Array, x: jax.Array) -> jax.Array:

@@ -20,8 +20,16 @@ from unrollgrad._workers.mesh import make_worker_mesh
 from unrollgrad.diagnostics import statistics
 from unrollgrad.diagnostics.report import Comparison
 from unrollgrad.diagnostics.statistics import Row
-from unrollgrad.types import GradientEstimator, Key, Theta, UnrolledProblem, WorkerState
+from unrollgrad.types import (
+    GradientEstimator,
+    Key,
+    MadeBy,
+    Theta,
+    UnrolledProblem,
+    WorkerState,
+)
 
+_UNKNOWN = MadeBy("", ())
 CHAIN = 20
 """The number of episodes in a chain: the long run is 20 n updates, n per episode."""
 
@@ -112,15 +120,15 @@ def compare(
         )
     if not estimators:
         raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
-    for name, estimator in estimators.items():
-        _check_estimator(name, estimator, horizon)
     size = -(-num_samples // -(-num_samples // arguments.positive_int("batch_size", batch_size)))
     size = -(-size // devices) * devices
     setup = _Setup(theta, key, horizon, num_samples, size, devices, progress)
+    for name, estimator in estimators.items():
+        _check_estimator(name, estimator, setup)
 
     with jax.default_matmul_precision(matmul_precision):
         if isinstance(reference, GradientEstimator):
-            _check_estimator("reference", reference, horizon)
+            _check_estimator("reference", reference, setup)
             truth = _draw(setup, " reference", reference).samples
         else:
             truth = _flat_reference(reference, theta)
@@ -271,15 +279,17 @@ def episode_mean(
         estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
         # Welford's recursion: it subtracts no large squares.
         away = jax.tree.map(lambda m, g: g.astype(m.dtype) - m, mean, estimate.grad)
-        mean = jax.tree.map(lambda m, a: m + a / (i + 1), mean, away)
-        square = sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(away))
-        scatter = scatter + (square * (i / (i + 1))).astype(scatter.dtype)
+        share = 1 / (i.astype(scatter.dtype) + 1)
+        mean = jax.tree.map(lambda m, a: m + a * share.astype(m.dtype), mean, away)
+        square = sum(jnp.sum(jnp.square(a)).astype(scatter.dtype) for a in jax.tree.leaves(away))
+        scatter = scatter + square * (1 - share)
         bad = getattr(estimate.info, "num_nonfinite", ~jnp.isfinite(estimate.loss))
+        nonfinite = nonfinite + bad.astype(nonfinite.dtype)
         steps = steps + estimate.info.inner_steps
-        return (state, EpisodeMean(mean, scatter, steps, nonfinite + bad)), None
+        return (state, EpisodeMean(mean, scatter, steps, nonfinite)), None
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), theta)
-    widest = jnp.result_type(*jax.tree.leaves(zero))
+    widest = wide(*jax.tree.leaves(zero))
     begin = EpisodeMean(zero, jnp.zeros((), widest), jnp.int32(0), jnp.int32(0))
     carry = mesh_axes.over(mesh_axes.axes((key, theta, state)), (state, begin))
     (state, mean), _ = jax.lax.scan(call, carry, jnp.arange(num_windows))
@@ -333,16 +343,24 @@ def _check_counts(num_samples: int, num_chains: int | None) -> tuple[int, int]:
     return num_samples, num_chains
 
 
-def _check_estimator(name: str, estimator: GradientEstimator, horizon: int) -> None:
+def _check_estimator(name: str, estimator: GradientEstimator, setup: _Setup) -> None:
     if not isinstance(estimator, GradientEstimator):
         raise TypeError(
             f"estimator {name!r} must be a GradientEstimator such as ug.pes(problem, ...); got a "
             f"{type(estimator).__name__}."
         )
-    if horizon % (estimator.truncation or horizon):
+    if setup.horizon % (estimator.truncation or setup.horizon):
         raise ValueError(
             f"estimator {name!r}: its truncation={estimator.truncation} does not divide "
-            f"problem.horizon={horizon}: it was made for another problem. Make it with this one."
+            f"problem.horizon={setup.horizon}: it was made for another problem. Make it with this "
+            "one."
+        )
+    state = jax.eval_shape(estimator.init, setup.key, setup.theta)
+    own = dict(getattr(state, "made_by", _UNKNOWN).settings).get("horizon", setup.horizon)
+    if own != setup.horizon:
+        raise ValueError(
+            f"estimator {name!r} was made for another problem: its horizon is {own}, and "
+            f"problem.horizon={setup.horizon}. Make it with this problem."
         )
 
 

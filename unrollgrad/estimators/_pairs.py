@@ -73,7 +73,7 @@ def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
 
     def perturb(x, s, u):
         eps = jnp.asarray(s, wide(x.dtype)) * u
-        center = x.astype(eps.dtype)
+        center = x.astype(eps.dtype)[None]
         both = [_round(center + eps, x.dtype), _round(center - eps, x.dtype)]
         return jnp.stack(both, axis=1).astype(x.dtype)
 

@@ -261,6 +261,6 @@ def _spread_of_others(x: jax.Array) -> jax.Array:
 
     def one(mask):
         mean = jnp.sum(jnp.where(mask[:, None], x, 0), axis=0) / (n - 1)
-        return jnp.sum(jnp.where(mask[:, None], (x - mean) ** 2, 0)) / (n - 2)
+        return jnp.sum(jnp.where(mask[:, None], (x - mean[None]) ** 2, 0)) / (n - 2)
 
     return jax.lax.map(one, others)

@@ -11,7 +11,7 @@ import optax
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes, unroll
-from unrollgrad._core.dtypes import wide
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._core.float_leaves import floats_of, inner_product, split
 from unrollgrad.estimators import backprop
 from unrollgrad.estimators._window import estimate_of, made_by, windowed
@@ -217,8 +217,9 @@ def _balanced(
         return jnp.sqrt(above / below)
 
     a, b = ratio(right, pushed), ratio(fresh, v)
-    left = [(a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
-    return left, jax.tree.map(lambda r, f: (r / a + f / b).astype(r.dtype), right, fresh)
+    with standard_promotion():
+        left = [(a * p + b * x).astype(p.dtype) for p, x in zip(pushed, v, strict=True)]
+        return left, jax.tree.map(lambda r, f: (r / a + f / b).astype(r.dtype), right, fresh)
 
 
 def _check_real(state: State) -> None:
