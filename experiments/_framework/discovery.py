@@ -1,4 +1,4 @@
-"""The experiments, found by walking the topics' folders: there is no list to add one to."""
+"""Finds the experiments by walking the topics' folders: a new file there is a new experiment."""
 
 import importlib
 import pkgutil

@@ -138,22 +138,27 @@ def check_step(
 
 def takes(function: Callable, *arguments: object) -> bool:
     """Whether the function can be called with these arguments; some callables do not tell."""
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        return True  # it has no signature
-    return True
+    return _refusal(function, arguments) is None
 
 
 def check_call(name: str, function: Callable, hint: str = "", /, **arguments: object) -> None:
     """Raises TypeError unless ``function`` can be called with the arguments, by position."""
-    if not takes(function, *arguments.values()):
+    if error := _refusal(function, tuple(arguments.values())):
         raise TypeError(
             f"`{name}{inspect.signature(function)}` cannot be called as "
-            f"{name}({', '.join(arguments)}). Give it these arguments.{hint}"
-        )
+            f"{name}({', '.join(arguments)}): {error}.{hint}"
+        ) from error
+
+
+def _refusal(function: Callable, arguments: tuple) -> TypeError | None:
+    """The error of a call with these arguments, if the function's signature has one."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        return error
+    except ValueError:
+        return None  # it has no signature
+    return None
 
 
 def _check_same(before: State, after: State) -> None:
