@@ -18,6 +18,9 @@ Out = TypeVar("Out")
 class Program:
     """A traced function; two are equal if they print alike and hold equal constants.
 
+    The rules of custom derivatives inside are not compared: a rule that closes over something else
+    than in an earlier call, with the same function, is taken for the earlier one.
+
     Attributes:
         jaxpr: The program, whose constants are arguments: scalars are printed in it.
     """
