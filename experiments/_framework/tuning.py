@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments._framework import training
 from unrollgrad.types import GradientEstimator, Key, Theta
 
 
@@ -52,7 +51,53 @@ def _curves(trial: Trial, rates: jax.Array, keys: Key, theta: Theta) -> jax.Arra
     def run(rate, key):
         optimizer = trial.optimizer(rate)
         steps = trial.num_steps, trial.every
-        thetas, _ = training.trajectory(trial.estimator, optimizer, key, theta, *steps)
+        thetas = trajectory(trial.estimator, optimizer, key, theta, *steps)
         return jax.vmap(trial.loss)(jax.tree.map(lambda x: x[1:], thetas))
 
     return jax.vmap(lambda rate: jax.vmap(lambda key: run(rate, key))(keys))(rates)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
+def trajectory(
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    theta: Theta,
+    num_steps: int,
+    every: int = 1,
+) -> Theta:
+    """Updates theta ``num_steps`` times inside one program, so that vmap runs many at once.
+
+    Args:
+        estimator: The gradient estimator.
+        optimizer: The outer optimizer.
+        key: Update i uses ``fold_in(key, i)``.
+        theta: Initial outer parameters.
+        num_steps: A multiple of ``every``.
+        every: Updates between the thetas that are kept.
+
+    Returns:
+        The initial theta and the thetas after every ``every`` updates, stacked.
+
+    Raises:
+        ValueError: If num_steps is negative or not a multiple of ``every``.
+    """
+    if num_steps < 0 or num_steps % every:
+        raise ValueError(
+            f"`num_steps` must be a multiple of every={every}; got num_steps={num_steps}."
+        )
+
+    def update(carry, i):
+        theta, state, opt_state = carry
+        estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
+        updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
+        return (optax.apply_updates(theta, updates), state, opt_state), None
+
+    def stretch(carry, first):
+        carry, _ = jax.lax.scan(update, carry, first + jnp.arange(every))
+        return carry, carry[0]
+
+    theta = jax.tree.map(jnp.asarray, theta)
+    begin = theta, estimator.init(key, theta), optimizer.init(theta)
+    _, thetas = jax.lax.scan(stretch, begin, jnp.arange(0, num_steps, every))
+    return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), begin[0], thetas)

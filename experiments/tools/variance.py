@@ -13,7 +13,6 @@ import optax
 from jax.experimental import multihost_utils
 
 import unrollgrad as ug
-from experiments._framework import training
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -195,15 +194,20 @@ def _thetas(
     if set(settings.thetas) == {"start"}:
         return {"start": theta}
     # An update is one estimate: a whole episode of bptt or full_es.
+    steps = {place: round(PLACES[place] * settings.num_steps) for place in PLACES}
+    kept = {0: theta}
+    options = {"num_steps": settings.num_steps, "steps_per_dispatch": math.gcd(*steps.values())}
+
+    def keep(step: int, theta: Any, numbers: dict[str, Any]) -> None:
+        kept[step] = theta
+
     with jax.default_matmul_precision(settings.matmul_precision):
-        path, _ = training.trajectory(estimator, optimizer, key, theta, settings.num_steps)
+        ug.fit(estimator, theta, optimizer, key=key, callback=keep, **options)
+    if settings.num_steps not in kept:
+        raise KeyboardInterrupt
     if jax.process_count() > 1:  # each process trained its own, and sums may differ on a GPU
-        path = multihost_utils.broadcast_one_to_all(path)
-
-    def at(fraction):
-        return jax.tree.map(lambda x: x[round(fraction * settings.num_steps)], path)
-
-    return {place: at(PLACES[place]) for place in dict.fromkeys(settings.thetas)}
+        kept = multihost_utils.broadcast_one_to_all(kept)
+    return {place: kept[steps[place]] for place in dict.fromkeys(settings.thetas)}
 
 
 def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:

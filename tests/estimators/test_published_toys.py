@@ -6,12 +6,12 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from experiments._framework.training import trajectory
+from experiments._framework.tuning import trajectory
 
 
 def train(estimator, theta, optimizer, num_updates):
     """Returns theta before each update and after the last."""
-    return trajectory(estimator, optimizer, jax.random.key(1), theta, num_updates)[0]
+    return trajectory(estimator, optimizer, jax.random.key(1), theta, num_updates)
 
 
 BALANCING, DRIVE = ug.problems.influence_balancing(horizon=3000)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -323,13 +324,23 @@ def _begin(
     return _Carry(theta, opt_state, jax.tree.map(lambda x: x.copy(), worker_state))
 
 
-@functools.lru_cache(maxsize=1)
+_PROGRAMS: weakref.WeakKeyDictionary[Callable, Callable[..., Callable[..., tuple]]]
+_PROGRAMS = weakref.WeakKeyDictionary()
+
+
 def _program(estimator, optimizer, size) -> Callable[..., tuple]:
-    """``_dispatch``, compiled; only the last program is kept, for another call of ``fit``."""
-    return jax.jit(functools.partial(_dispatch, estimator, optimizer, size), donate_argnums=(0,))
+    """``_dispatch``, compiled; the last programs of an estimator are kept as long as it lives."""
+    # The program refers weakly to the estimator, which would otherwise never be freed.
+    estimate = weakref.ref(estimator.estimate)
+
+    @functools.lru_cache(maxsize=4)
+    def compiled(optimizer, size):
+        return jax.jit(functools.partial(_dispatch, estimate, optimizer, size), donate_argnums=(0,))
+
+    return _PROGRAMS.setdefault(estimator.estimate, compiled)(optimizer, size)
 
 
-def _dispatch(estimator, optimizer, size, carry, steps):
+def _dispatch(estimate, optimizer, size, carry, steps):
     """Runs ``steps``, at most ``size`` of them, and stops at one that is not finite.
 
     Returns:
@@ -341,7 +352,7 @@ def _dispatch(estimator, optimizer, size, carry, steps):
     def step(i, carry):
         at = jax.random.fold_in(key, first + i)
         given = {} if data is None else {"data": jax.tree.map(lambda x: x[i], data)}
-        return _step(estimator, optimizer, at, carry, given)
+        return _step(estimate(), optimizer, at, carry, given)
 
     _, record, finite = jax.eval_shape(step, jnp.int32(0), carry)
     records = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), record)
@@ -372,15 +383,15 @@ def _all(finite):
     return jnp.all(jnp.stack(jax.tree.leaves(finite)))
 
 
-def _step(estimator, optimizer, key, carry, given):
+def _step(estimate, optimizer, key, carry, given):
     """One outer step: the carry, the record, and which leaves are finite."""
-    estimate, worker_state = estimator.estimate(key, carry.theta, carry.worker_state, **given)
+    estimated, worker_state = estimate(key, carry.theta, carry.worker_state, **given)
     # Wrapped here and not before, so that jit finds its program again in another call of fit.
     transform = optax.with_extra_args_support(optimizer)
     try:
         with standard_promotion():
             updates, opt_state = transform.update(
-                estimate.grad, carry.opt_state, carry.theta, value=estimate.loss
+                estimated.grad, carry.opt_state, carry.theta, value=estimated.loss
             )
             theta = optax.apply_updates(carry.theta, updates)
     except TypeError as error:
@@ -390,8 +401,8 @@ def _step(estimator, optimizer, key, carry, given):
             "`optimizer` is a line search, which computes the loss itself; `fit` has only an "
             "estimate of it. Use an optimizer without one, such as optax.adam(1e-2)."
         ) from error
-    norm = optax.tree.norm(estimate.grad)
-    record = {"loss": estimate.loss, "grad_norm": norm, **estimate.info._asdict()}
-    finite = {"gradient": estimate.grad, "theta": theta}
+    norm = optax.tree.norm(estimated.grad)
+    record = {"loss": estimated.loss, "grad_norm": norm, **estimated.info._asdict()}
+    finite = {"gradient": estimated.grad, "theta": theta}
     finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), finite)
     return _Carry(theta, opt_state, worker_state), record, finite
