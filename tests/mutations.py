@@ -188,8 +188,8 @@ MUTATIONS = [
     Mutation(
         "one key for all outer steps of fit",
         "_fit/fit.py",
-        "at = jax.random.fold_in(key, first + i)",
-        "at = jax.random.fold_in(key, first)",
+        "lambda i: jax.random.fold_in(key, first + i)",
+        "lambda i: jax.random.fold_in(key, first)",
         "tests/test_fit.py",
     ),
     Mutation(

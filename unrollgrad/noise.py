@@ -49,7 +49,8 @@ def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
 def gaussian() -> Noise:
     """Independent standard normal perturbations: the law that smooths J by a Gaussian.
 
-    Each pair has its own key, so the first draws stay the same if pairs are added.
+    The first pairs' draws stay the same if pairs are added: in JAX's threefry (as it is by default,
+    ``jax_threefry_partitionable``) a number depends on the key and on its place alone.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -127,14 +128,13 @@ def _independent(draw: Callable[..., jax.Array]) -> Noise:
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
         groups = _drawn_together(leaves)
-        # The keys of all groups at once: each separate fold_in would be a program to compile.
-        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        of_groups = fold(key, jnp.arange(len(groups)))
-        keys = jax.vmap(fold, in_axes=(0, None))(of_groups, jnp.arange(num_pairs))
+        keys = [key]
+        if len(groups) > 1:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(groups)))
 
-        def together(keys, group):
+        def together(key, group):
             size, dtype = sum(x.size for x in group), wide(group[0].dtype)
-            return cut(jax.vmap(lambda k: _in_blocks(draw, k, size, dtype))(keys), group)
+            return cut(_in_blocks(draw, key, (num_pairs, size), dtype), group)
 
         drawn = [together(k, g) for k, g in zip(keys, groups, strict=True)]
         return structure.unflatten(itertools.chain.from_iterable(drawn))
@@ -163,17 +163,21 @@ def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
     return groups
 
 
-def _in_blocks(draw: Callable, key: Key, size: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Draws ``size`` numbers, block by block.
+def _in_blocks(
+    draw: Callable, key: Key, shape: tuple[int, int], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Draws numbers of the shape (rows, columns), block of columns by block of columns.
 
     Random bits take twice the memory of the numbers, and drawing is faster inside the cache.
     """
-    if size <= _BLOCK:
-        return draw(key, (size,), dtype)
-    count = -(-size // _BLOCK)
-    length = -(-size // count)
+    rows, columns = shape
+    if columns <= _BLOCK:
+        return draw(key, shape, dtype)
+    count = -(-columns // _BLOCK)
+    length = -(-columns // count)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return jax.lax.map(lambda k: draw(k, (length,), dtype), keys).ravel()[:size]
+    blocks = jax.lax.map(lambda k: draw(k, (rows, length), dtype), keys)
+    return jnp.moveaxis(blocks, 0, 1).reshape(rows, count * length)[:, :columns]
 
 
 _BLOCK = 2**16

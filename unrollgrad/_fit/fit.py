@@ -183,8 +183,9 @@ def fit(
                 progress_bar(num_steps, "steps") as progress,
             ):
                 while run.done < num_steps and not stopping:
-                    number = min(size, num_steps - run.done)
-                    _advance(run, program, _Steps(key, run.done, number, next(batches)))
+                    number = np.int32(min(size, num_steps - run.done))
+                    steps = _Steps(key, np.int32(run.done), number, next(batches))
+                    _advance(run, program, steps)
                     _observe(run, key, evaluate, callback)
                     stopping = on_any_process(bool(stop))
                     ends = run.done == num_steps or stopping
@@ -207,23 +208,24 @@ def fit(
 
 def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
-    carry, count, records, finite = program(run.carry, steps)
-    count = int(count)
-    record = {k: np.array(x[:count]) for k, x in jax.device_get(records).items()}
+    carry, *out = program(run.carry, steps)
+    count, records, finite = jax.device_get(out)
+    record = {k: x[:count] for k, x in records.items()}
     # Only now, since an interrupt may come while the device computes.
-    run.carry, run.done = carry, run.done + count
+    run.carry, run.done = carry, run.done + int(count)
     run.records.setdefault("steps", []).append(record)
+    if count == steps.number:
+        return
     bad = [
         f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
         for path, ok in jax.tree_util.tree_leaves_with_path(finite)
         if not ok
     ]
-    if bad:
-        raise FloatingPointError(
-            f"not finite in outer step {run.done}: {', '.join(bad)}. Lower the learning rate or "
-            "sigma, clip the gradient (optax.clip_by_global_norm), or look at "
-            "history['num_nonfinite']."
-        )
+    raise FloatingPointError(
+        f"not finite in outer step {run.done}: {', '.join(bad)}. Lower the learning rate or "
+        "sigma, clip the gradient (optax.clip_by_global_norm), or look at "
+        "history['num_nonfinite']."
+    )
 
 
 def _observe(run: _Run, key: Key, evaluate, callback) -> None:
@@ -348,9 +350,11 @@ def _dispatch(estimate, optimizer, size, carry, steps):
         leaf of the last step's gradient and new theta whether it is finite.
     """
     key, first, number, data = steps
+    # All at once, since drawing a key costs microseconds: as long as a small problem's inner steps.
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(jnp.arange(size))
 
     def step(i, carry):
-        at = jax.random.fold_in(key, first + i)
+        at = keys[i]
         given = {} if data is None else {"data": jax.tree.map(lambda x: x[i], data)}
         return _step(estimate(), optimizer, at, carry, given)
 
@@ -359,28 +363,25 @@ def _dispatch(estimate, optimizer, size, carry, steps):
     finite = jax.tree.map(lambda x: jnp.ones((), bool), finite)
 
     def body(loop):
-        i, carry, records, _ = loop
+        i, _, carry, records, _ = loop
         after, record, finite = step(i, carry)
-        good = _all(finite)
+        good = jnp.all(jnp.stack(jax.tree.leaves(finite)))
 
         def unless_bad(new, old):
             # With x64 some optimizers make float64 of their float32 states.
             return jnp.where(good, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
         theta, opt_state = jax.tree.map(unless_bad, after[:2], carry[:2])
-        records = jax.tree.map(lambda xs, x: xs.at[i].set(x), records, record)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        records = jax.tree.map(put, records, record)
         after = _Carry(theta, opt_state, after.worker_state)
-        return i + good.astype(i.dtype), after, records, finite
+        return i + good.astype(i.dtype), good, after, records, finite
 
-    begin = (jnp.int32(0), carry, records, finite)
-    i, carry, records, finite = jax.lax.while_loop(
-        lambda loop: (loop[0] < number) & _all(loop[3]), body, begin
+    begin = (jnp.int32(0), jnp.bool_(True), carry, records, finite)
+    i, _, carry, records, finite = jax.lax.while_loop(
+        lambda loop: (loop[0] < number) & loop[1], body, begin
     )
     return carry, i, records, finite
-
-
-def _all(finite):
-    return jnp.all(jnp.stack(jax.tree.leaves(finite)))
 
 
 def _step(estimate, optimizer, key, carry, given):

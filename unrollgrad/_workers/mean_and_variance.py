@@ -45,8 +45,10 @@ def of(each: Estimate, finite: jax.Array, counted: jax.Array) -> Moments:
     count = jnp.sum(counted, dtype=jnp.int32)
 
     def mean(x):
-        x = x.astype(wide(x.dtype))
-        return jnp.sum(_where(counted, x), axis=0) / jnp.maximum(count, 1).astype(x.dtype)
+        x = _where(counted, x.astype(wide(x.dtype)))
+        # A product: XLA's sum over a leading axis takes ten times as long on CPUs.
+        total = jnp.tensordot(jnp.ones(len(x), x.dtype), x, 1, precision=jax.lax.Precision.HIGHEST)
+        return total / jnp.maximum(count, 1).astype(x.dtype)
 
     def squares(g, m):
         return jnp.sum(_where(counted, jnp.square(g.astype(m.dtype) - m[None])))
