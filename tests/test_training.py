@@ -39,9 +39,13 @@ def pes(problem):
     return ug.pes(problem, truncation=4, sigma=0.1)
 
 
-def test_it_is_the_loop_written_by_hand():
+@pytest.mark.parametrize("meta_loss", [None, "before"])
+def test_it_is_the_loop_written_by_hand(meta_loss):
     """SGD with momentum: losses and hypergradient equal a Python loop and its jax.grad."""
-    problem = make(lambda theta, t: optax.sgd(jnp.exp(theta["log_lr"]), theta["momentum"]))
+    problem = make(
+        lambda theta, t: optax.sgd(jnp.exp(theta["log_lr"]), theta["momentum"]),
+        meta_loss=meta_loss,
+    )
     theta = {"log_lr": jnp.log(jnp.float32(0.2)), "momentum": jnp.float32(0.7)}
 
     def by_hand(theta):
@@ -51,8 +55,9 @@ def test_it_is_the_loop_written_by_hand():
             key = jax.random.fold_in(jax.random.fold_in(KEY, 1), t)
             batch = 1 + 0.1 * jax.random.normal(jax.random.split(key, 3)[0], (3,))
             velocity = theta["momentum"] * velocity + 2 * (w - batch) / 3
-            w = w - jnp.exp(theta["log_lr"]) * velocity
-            losses.append(jnp.mean((w - batch) ** 2))
+            new = w - jnp.exp(theta["log_lr"]) * velocity
+            losses.append(jnp.mean(((w if meta_loss == "before" else new) - batch) ** 2))
+            w = new
         return jnp.mean(jnp.stack(losses))
 
     (estimate,) = estimates(problem, theta, ug.bptt)

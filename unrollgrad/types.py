@@ -6,21 +6,25 @@ Everything here is a ``NamedTuple``: a pytree (or a bundle of pure functions) th
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import chex
 import jax
 
-Key = chex.PRNGKey
+if TYPE_CHECKING:
+    from chex import ArrayDType, ArrayTree, Numeric, PRNGKey
+else:  # importing chex takes as long as half of unrollgrad
+    ArrayDType = ArrayTree = Numeric = PRNGKey = Any
+
+Key = PRNGKey
 """A typed PRNG key (``jax.random.key``); public functions accept raw ``uint32`` keys too."""
 
-Theta = chex.ArrayTree
+Theta = ArrayTree
 """Outer parameters: any pytree of floating leaves."""
 
-State = chex.ArrayTree
+State = ArrayTree
 """Inner state: any pytree of arrays; ints, bools and typed keys may be among the leaves."""
 
-Sigma = chex.Numeric | chex.ArrayTree | Iterable[chex.Numeric]
+Sigma = Numeric | ArrayTree | Iterable[Numeric]
 """Standard deviations of perturbations: a number, or a pytree prefix of theta with numbers."""
 
 WorkerState = Any
@@ -49,9 +53,9 @@ class UnrolledProblem(NamedTuple):
     """
 
     init: Callable[..., Any]
-    step: Callable[..., tuple[Any, chex.Numeric]]
-    horizon: int | Callable[[Key], chex.Numeric]
-    evaluate: Callable[..., chex.Numeric] | None = None
+    step: Callable[..., tuple[Any, Numeric]]
+    horizon: int | Callable[[Key], Numeric]
+    evaluate: Callable[..., Numeric] | None = None
 
 
 class Info(NamedTuple):
@@ -124,7 +128,7 @@ class Segment(NamedTuple):
     problem: UnrolledProblem
     episode: Episode
     num_steps: int
-    data: chex.ArrayTree | None = None
+    data: ArrayTree | None = None
 
 
 @jax.tree_util.register_static
@@ -163,7 +167,7 @@ class EstimateFn(Protocol):
     """The call of an estimator: ``estimate(key, theta, state, *, data=None)``."""
 
     def __call__(
-        self, key: Key, theta: Theta, state: WorkerState, *, data: chex.ArrayTree | None = None
+        self, key: Key, theta: Theta, state: WorkerState, *, data: ArrayTree | None = None
     ) -> tuple[Estimate, WorkerState]:
         """Estimates the gradient from one window and moves the worker on."""
         ...

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.typing import DTypeLike
-from sklearn import datasets
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
@@ -101,7 +100,7 @@ def bernoulli_divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
 
 def task(widths: tuple[int, ...], batch: int, dtype: DTypeLike) -> Task:
     """The training task: the autoencoder and all 1797 digits."""
-    pixels, _ = datasets.load_digits(return_X_y=True)
+    pixels, _ = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
     pixels = jnp.asarray(pixels, jnp.float32) / 16
     entropy = -jnp.sum(jax.scipy.special.xlogy(pixels, pixels), -1)
     entropy -= jnp.sum(jax.scipy.special.xlogy(1 - pixels, 1 - pixels), -1)

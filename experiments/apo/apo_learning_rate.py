@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from sklearn import datasets
 
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
@@ -118,7 +117,7 @@ def task(net: str, batch: int, wrong: float) -> Task:
         rngs = nnx.Rngs(key)
         return MLP(64, 32, 10, rngs=rngs) if net == "MLP" else ConvNet(rngs)
 
-    images, labels = datasets.load_digits(return_X_y=True)
+    images, labels = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
     images, labels = jnp.asarray(images, jnp.float32) / 16 - 0.5, jnp.asarray(labels)
     clean = jax.nn.one_hot(labels, 10)
     graph = nnx.graphdef(build(0))

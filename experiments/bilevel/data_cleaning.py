@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
-from sklearn import datasets
 
+import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
-from unrollgrad import bilevel, implicit
 from unrollgrad.running import need
 
 
@@ -106,7 +104,7 @@ class Task(NamedTuple):
 
 def digits(key: jax.Array, *sizes: int) -> list[Data]:
     """Splits scikit-learn's digits, pixels in [0, 1], into sets of these sizes and the rest."""
-    images, labels = datasets.load_digits(return_X_y=True)
+    images, labels = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
     order = np.asarray(jax.random.permutation(key, len(images)))
     parts = np.split(order, np.cumsum(sizes))
     return [
@@ -173,14 +171,14 @@ def losses(task: Task, decay: float) -> tuple[Callable[..., jax.Array], Callable
     return outer, inner
 
 
-def clean(settings: Settings, task: Task, params: Classifier) -> bilevel.BilevelResult:
+def clean(settings: Settings, task: Task, params: Classifier) -> "ug.bilevel.BilevelResult":
     """Learns theta, starting from 0; the inner parameters start at ``params``."""
     size = settings.num_train
     outer, inner = losses(task, settings.decay)
-    solver = lx.CG(rtol=1e-3, atol=1e-3, max_steps=settings.cg_steps)
-    return bilevel.solve(
+    solver = need("lineax", "lineax").CG(rtol=1e-3, atol=1e-3, max_steps=settings.cg_steps)
+    return ug.bilevel.solve(
         inner,
-        implicit.hypergradient(outer, inner, solver=solver),
+        ug.implicit.hypergradient(outer, inner, solver=solver),
         params,
         jnp.zeros(size),
         inner_optimizer=optax.sgd(settings.inner_learning_rate / size, momentum=0.9),

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
 
+import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -25,12 +25,11 @@ from experiments.bilevel.data_cleaning import (
     points,
     zeros,
 )
-from unrollgrad import bilevel, implicit
 from unrollgrad.running import need
 
-SOLVERS: dict[str, Callable[[int], lx.AbstractLinearSolver]] = {
-    "identity": lambda steps: implicit.identity(),
-    "CG": lambda steps: lx.CG(rtol=1e-3, atol=1e-3, max_steps=steps),
+SOLVERS: dict[str, Callable[[int], Any]] = {
+    "identity": lambda steps: ug.implicit.identity(),
+    "CG": lambda steps: need("lineax", "lineax").CG(rtol=1e-3, atol=1e-3, max_steps=steps),
 }
 
 
@@ -91,7 +90,7 @@ def inner(params: Classifier, images: jax.Array, log_decay: float) -> jax.Array:
     return fit + math.exp(log_decay) * optax.tree.norm(params, squared=True)
 
 
-def distil(settings: Settings, train: Data, solver: str) -> bilevel.BilevelResult:
+def distil(settings: Settings, train: Data, solver: str) -> "ug.bilevel.BilevelResult":
     """Learns the images, starting from zero."""
 
     def loss(params, theta):
@@ -100,9 +99,9 @@ def distil(settings: Settings, train: Data, solver: str) -> bilevel.BilevelResul
     def outer(params, theta):
         return jnp.mean(cross_entropies(params, train))
 
-    return bilevel.solve(
+    return ug.bilevel.solve(
         loss,
-        implicit.hypergradient(outer, loss, solver=SOLVERS[solver](settings.cg_steps)),
+        ug.implicit.hypergradient(outer, loss, solver=SOLVERS[solver](settings.cg_steps)),
         zeros(),
         jnp.zeros((10, 64)),
         inner_optimizer=optax.adam(settings.inner_learning_rate),

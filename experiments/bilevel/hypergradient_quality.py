@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
-from sklearn import datasets
 
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
@@ -99,7 +97,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 def diabetes(key: jax.Array, validation: float) -> Data:
     """Splits scikit-learn's data at random and standardizes them by the training rows."""
-    rows, targets = map(jnp.asarray, datasets.load_diabetes(return_X_y=True))
+    rows, targets = map(
+        jnp.asarray, need("sklearn.datasets", "scikit-learn").load_diabetes(return_X_y=True)
+    )
     order = jax.random.permutation(key, len(rows))
     held_out, train = jnp.split(order, [int(validation * len(rows))])
 
@@ -175,7 +175,7 @@ def _hypergradient(kind: str, terms: int) -> Callable[..., jax.Array]:
             ).grad
         solver = {
             "dense": lambda: ug.implicit.dense(),
-            "cg": lambda: lx.CG(rtol=0.0, atol=0.0, max_steps=terms),
+            "cg": lambda: need("lineax", "lineax").CG(rtol=0.0, atol=0.0, max_steps=terms),
             "auto": lambda: ug.implicit.neumann(terms),
             "neumann": lambda: ug.implicit.neumann(terms, number),
             "nystrom": lambda: ug.implicit.nystrom(terms, number),

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import datasets
 
 import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
@@ -74,9 +73,11 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 def tune(
     settings: Settings, key: jax.Array, model: str, tuned: bool
-) -> tuple[ug.bilevel.BilevelResult, np.ndarray]:
+) -> "tuple[ug.bilevel.BilevelResult, np.ndarray]":
     """The result, and accuracies of shape (points, 3): training, validation and test."""
-    images, labels = map(jnp.asarray, datasets.load_digits(return_X_y=True))
+    images, labels = map(
+        jnp.asarray, need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
+    )
     images = (images / 16 - 0.5).astype(jnp.float32)
     key_rows, key_weights = jax.random.split(key)
     order = jax.random.permutation(key_rows, len(images))

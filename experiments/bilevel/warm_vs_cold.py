@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
 
@@ -27,6 +26,7 @@ from experiments.problems.fourier import (
     one_point,
     one_point_data,
 )
+from unrollgrad.running import need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,13 +225,13 @@ def _displacements(settings: Settings) -> Callable[[jax.Array, jax.Array], tuple
     inverse = jnp.linalg.pinv(hessian, rtol=RANK, hermitian=True)
     alpha = 1 / float(jnp.linalg.eigvalsh(hessian)[-1])
     newton = optax.stateless(lambda updates, params: -inverse @ jnp.asarray(updates))
-    solvers: dict[tuple[str, str], tuple[lx.AbstractLinearSolver, float]] = {
+    solvers: dict[tuple[str, str], tuple[Any, float]] = {
         ("pinv", "pinv"): (ug.implicit.dense(RANK), 0.0)
     }
     for terms in settings.terms:
         case, damping = f"K = {terms}", 1 / (alpha * terms)
         solvers[case, "neumann"] = ug.implicit.neumann(terms, alpha), 0.0
-        solvers[case, "damping"] = lx.CG(1e-12, 1e-12, max_steps=200), damping
+        solvers[case, "damping"] = need("lineax", "lineax").CG(1e-12, 1e-12, max_steps=200), damping
 
     @jax.jit
     def displacements(x, y):

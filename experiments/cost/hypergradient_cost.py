@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 
+import unrollgrad as ug
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.cost import timing
-from unrollgrad import implicit
 from unrollgrad.running import need
 
 
@@ -110,13 +109,17 @@ def kinds(problem: Problem, terms: int) -> dict[str, Hypergradient]:
     """The floor, our solvers and, if installed, jaxopt's CG; CG's first residual is a product."""
 
     def ours(solver):
-        f = implicit.hypergradient(problem.outer, problem.inner, solver=solver)
+        f = ug.implicit.hypergradient(problem.outer, problem.inner, solver=solver)
         return lambda params, theta: f(params, theta).grad
 
     found = {
         "floor": floor(problem, terms),
-        "neumann": ours(implicit.neumann(terms + 1, 1e-3)),
-        "CG": ours(lx.CG(rtol=0.0, atol=0.0, max_steps=terms - 1, stabilise_every=None)),
+        "neumann": ours(ug.implicit.neumann(terms + 1, 1e-3)),
+        "CG": ours(
+            need("lineax", "lineax").CG(
+                rtol=0.0, atol=0.0, max_steps=terms - 1, stabilise_every=None
+            )
+        ),
     }
     if importlib.util.find_spec("jaxopt"):
         found["jaxopt CG"] = _jaxopt(problem, terms)

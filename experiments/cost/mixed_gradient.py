@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from unrollgrad.implicit.linear import unseen
+import unrollgrad as ug
 
 Value = tuple[jax.Array, list[jax.Array]]
 """The value and the list of gradients."""
@@ -134,8 +134,8 @@ def _linear(
     the system is [[1, 0], [-J, 1]] (x, y) = (tangents, 0). jax transposes it only if the whole
     right-hand side is linear in the differentiated inputs: ``unseen`` zeros tie its parts together.
     """
-    nothing = unseen(tangents)
-    one = 1 + unseen([x for x in inputs if jnp.issubdtype(x.dtype, jnp.inexact)])
+    nothing = ug.implicit.linear.unseen(tangents)
+    one = 1 + ug.implicit.linear.unseen([x for x in inputs if jnp.issubdtype(x.dtype, jnp.inexact)])
 
     def add(a, b):
         return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), a, b)

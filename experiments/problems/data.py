@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from sklearn import datasets
+
+from unrollgrad.running import need
 
 Name = Literal["digits", "mnist", "fashion_mnist"]
 
@@ -58,7 +59,7 @@ def load(name: Name, data_dir: Path | None = None) -> Images:
         ValueError: If a file is damaged, or is not the file that its name says.
     """
     if name == "digits":
-        pixels, labels = datasets.load_digits(return_X_y=True)
+        pixels, labels = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
         return _split(np.asarray(pixels) / 16, np.asarray(labels), VALIDATION[name])
     found = {file: path for file in MAGIC if (path := _find(data_dir, file))}
     if len(found) == 1:
@@ -124,7 +125,7 @@ def _from_files(found: dict[str, Path]) -> tuple[np.ndarray, np.ndarray]:
 
 def _from_openml(name: str, data_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
     try:
-        pixels, labels = datasets.fetch_openml(
+        pixels, labels = need("sklearn.datasets", "scikit-learn").fetch_openml(
             OPENML[name],
             version=1,
             return_X_y=True,

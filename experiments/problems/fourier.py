@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
 
 import unrollgrad as ug
+from unrollgrad.running import need
 
 TARGETS = 13
 """Number of antidistillation's targets, which lie on a grid."""
@@ -65,7 +65,7 @@ def one_point(data: Data, frequencies: int, damping: float) -> OnePoint:
         return jnp.mean((features(data.x, frequencies) @ w - data.y) ** 2)
 
     square = float(1 + np.sum(1 / np.arange(1, frequencies + 1) ** 2))  # |features|^2 for any x
-    solver = lx.CG(1e-10, 1e-10, max_steps=5)  # there are two eigenvalues
+    solver = need("lineax", "lineax").CG(1e-10, 1e-10, max_steps=5)  # there are two eigenvalues
     hypergradient = ug.implicit.hypergradient(outer, inner, solver=solver, damping=damping)
     return OnePoint(outer, inner, optax.sgd(1 / (square + damping)), hypergradient)
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn import datasets
 
 import unrollgrad as ug
+from unrollgrad.running import need
 
 
 class Split(NamedTuple):
@@ -29,7 +29,7 @@ def diabetes() -> Split:
     The order is the first among ``default_rng(0)``, ``(1)`` and so on for which the validation loss
     of the ridge solution has a single minimum over L2's weight, so that every start leads to it.
     """
-    x, y = datasets.load_diabetes(return_X_y=True, scaled=False)
+    x, y = need("sklearn.datasets", "scikit-learn").load_diabetes(return_X_y=True, scaled=False)
     order = np.random.default_rng(2).permutation(len(x))
     count = len(x) * 4 // 5
     data = np.column_stack([x, y])[order]

@@ -29,8 +29,8 @@ def test_the_solvers_agree():
     problem = hypergradient_cost.problem(jax.random.key(0), 2, 8, 5)
     found = hypergradient_cost.kinds(problem, 40)
     grads = [found[name](problem.params, problem.theta) for name in found if "CG" in name]
-    series = hypergradient_cost.implicit.hypergradient(
-        problem.outer, problem.inner, solver=hypergradient_cost.implicit.neumann(500)
+    series = hypergradient_cost.ug.implicit.hypergradient(
+        problem.outer, problem.inner, solver=hypergradient_cost.ug.implicit.neumann(500)
     )
     grads.append(series(problem.params, problem.theta).grad)
     for grad in grads:

@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from unrollgrad.types import Key, Sigma, State, Theta
+from unrollgrad.types import ArrayTree, Key, Numeric, Sigma, State, Theta
 
 
 def typed_key(key: Key) -> Key:
@@ -68,7 +67,7 @@ def floating_theta(theta: Theta) -> Theta:
     )
 
 
-def floating(name: str, tree: object, advice: str, what: str = "they") -> chex.ArrayTree:
+def floating(name: str, tree: object, advice: str, what: str = "they") -> ArrayTree:
     """Does the work of ``floating_theta`` for another tree, which the messages call ``name``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
@@ -83,7 +82,7 @@ def floating(name: str, tree: object, advice: str, what: str = "they") -> chex.A
     return floating_leaves(name, tree, advice, what)
 
 
-def floating_leaves(name: str, tree: object, advice: str, what: str = "they") -> chex.ArrayTree:
+def floating_leaves(name: str, tree: object, advice: str, what: str = "they") -> ArrayTree:
     """Returns the tree, which may be empty, with strongly typed floating arrays as leaves.
 
     Raises:
@@ -160,7 +159,7 @@ def positive_int(name: str, value: object, note: str = "") -> int:
     return int(value)
 
 
-def number(name: str, value: chex.Numeric) -> chex.Numeric:
+def number(name: str, value: Numeric) -> Numeric:
     """Returns ``value``; the value of a traced number is not known, and not checked.
 
     Raises:

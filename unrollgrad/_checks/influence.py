@@ -8,15 +8,18 @@ not), needs all of its inputs, so a leaf that is reported is certainly dead; one
 """
 
 import warnings
+from typing import TYPE_CHECKING
 
 import jax
-from jax.extend.core import ClosedJaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from unrollgrad.types import Theta
 
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr  # takes long to import
 
-def check_theta(theta: Theta, init: ClosedJaxpr, step: ClosedJaxpr) -> None:
+
+def check_theta(theta: Theta, init: "ClosedJaxpr", step: "ClosedJaxpr") -> None:
     """Warns about the leaves of theta that cannot influence the loss.
 
     Args:
@@ -51,7 +54,7 @@ def check_theta(theta: Theta, init: ClosedJaxpr, step: ClosedJaxpr) -> None:
     )
 
 
-def _reaching(init: ClosedJaxpr, step: ClosedJaxpr) -> list[bool]:
+def _reaching(init: "ClosedJaxpr", step: "ClosedJaxpr") -> list[bool]:
     """Returns which leaves of theta reach a loss."""
     num_state, num_theta = len(init.out_avals), len(init.in_avals) - 1  # `init` takes the key, too
     losses = [True] * (len(step.out_avals) - num_state)

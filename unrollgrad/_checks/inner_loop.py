@@ -2,15 +2,17 @@
 
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 
 from unrollgrad._checks import arguments
-from unrollgrad.types import Key, State, Theta, UnrolledProblem
+from unrollgrad.types import ArrayTree, Key, State, Theta, UnrolledProblem
+
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr  # takes long to import
 
 
 def check_problem(problem: object) -> None:
@@ -91,8 +93,8 @@ _STREAMED = (
 
 
 def check_step(
-    problem: UnrolledProblem, key: Key, theta: Theta, data: chex.ArrayTree | None = None
-) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+    problem: UnrolledProblem, key: Key, theta: Theta, data: ArrayTree | None = None
+) -> tuple["ClosedJaxpr", "ClosedJaxpr"]:
     """Traces ``init`` and one inner step abstractly, and checks what they return.
 
     Returns:

@@ -10,29 +10,37 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import eager, mesh_axes
 from unrollgrad._core.dtypes import standard_promotion, wide
-from unrollgrad.types import Episode, Key, Segment, State, Theta, UnrolledProblem
+from unrollgrad.types import (
+    ArrayTree,
+    Episode,
+    Key,
+    Numeric,
+    Segment,
+    State,
+    Theta,
+    UnrolledProblem,
+)
 
 Remat = Literal["step", "sqrt"] | int | None
 """The states that backpropagation keeps: all values (None), every step's state, or some states."""
 
-_Data = chex.ArrayTree | None
+_Data = ArrayTree | None
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")
 
-Horizon = int | Callable[[Key], chex.Numeric]
+Horizon = int | Callable[[Key], Numeric]
 """The inner steps of an episode, or a sampler of them."""
 
 _INIT, _STEP, _NOISE, _EVALUATE, _HORIZON = range(5)
 
 
-def noise_key(episode: Episode, period: chex.Numeric) -> Key:
+def noise_key(episode: Episode, period: Numeric) -> Key:
     """Returns the key of the episode's noise period ``period``."""
     return jax.random.fold_in(jax.random.fold_in(episode.key, _NOISE), period)
 
@@ -234,7 +242,7 @@ def window(
     segment: Segment,
     theta: Theta,
     state: State,
-    start: chex.Numeric | None = None,
+    start: Numeric | None = None,
     remat: Remat = None,
 ) -> Window:
     """Runs one window from ``state``, which ``enter`` returned; ``remat`` as in ``bptt``.
@@ -262,7 +270,7 @@ def weigh(segment: Segment, evaluated: _Tree) -> _Tree:
     return jax.tree.map(lambda x: horizon / segment.num_steps * x, evaluated)
 
 
-def since(segment: Segment, start: chex.Numeric | chex.ArrayTree | None, end: _Tree) -> _Tree:
+def since(segment: Segment, start: Numeric | ArrayTree | None, end: _Tree) -> _Tree:
     """Returns the value to subtract from ``end``: ``start``, but 0 in an episode's first window."""
     if start is None:
         return jax.tree.map(jnp.zeros_like, end)
@@ -307,6 +315,6 @@ def episode_loss(
     return run(key, theta, data)
 
 
-def _as_loss(loss: chex.Numeric) -> jax.Array:
+def _as_loss(loss: Numeric) -> jax.Array:
     loss = jnp.asarray(loss)
     return loss.astype(wide(loss))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,7 @@ from unrollgrad._fit import checkpoints
 from unrollgrad._fit.data_thread import prefetched
 from unrollgrad._fit.interrupts import stop_requests
 from unrollgrad._workers.mesh import on_any_process, placed
-from unrollgrad.types import GradientEstimator, Key, Theta, WorkerState
+from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric, Theta, WorkerState
 
 _INIT, _EVALUATE = 0x696E6974, 0x6576616C  # folded into the key; no step has these numbers
 
@@ -56,9 +55,9 @@ class _Steps(NamedTuple):
     """The outer steps of one dispatch: ``number`` steps from step ``first`` on."""
 
     key: Key
-    first: chex.Numeric
-    number: chex.Numeric
-    data: chex.ArrayTree | None  # one step's batches per entry of the leading axis
+    first: Numeric
+    number: Numeric
+    data: ArrayTree | None  # one step's batches per entry of the leading axis
 
 
 @dataclasses.dataclass

@@ -15,17 +15,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import float_leaves
 from unrollgrad._core.dtypes import standard_promotion
-from unrollgrad.types import Theta
+from unrollgrad.types import ArrayTree, Numeric, Theta
 
 Optimizer = Callable[..., optax.GradientTransformation]  # optimizer(theta, t)
 
@@ -61,7 +59,7 @@ def init(optimizer: Optimizer, theta: Theta, params: optax.Params) -> optax.OptS
 def update(
     optimizer: Optimizer,
     theta: Theta,
-    t: chex.Numeric,
+    t: Numeric,
     grad: optax.Updates,
     state: optax.OptState,
     params: optax.Params,
@@ -137,7 +135,7 @@ class Shapes(NamedTuple):
     structure: jax.tree_util.PyTreeDef
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
-    def filled(self, make: Callable[[tuple[int, ...], int], np.ndarray]) -> chex.ArrayTree:
+    def filled(self, make: Callable[[tuple[int, ...], int], np.ndarray]) -> ArrayTree:
         """The tree with ``make(shape, index)`` as its leaves."""
         leaves = [make(x.shape, i).astype(x.dtype) for i, x in enumerate(self.leaves)]
         return self.structure.unflatten(leaves)
@@ -286,7 +284,7 @@ def _cpu() -> jax.Device | None:
         return None  # the default device
 
 
-def _made_up(theta: Shapes, params: Shapes) -> tuple[chex.ArrayTree, ...]:
+def _made_up(theta: Shapes, params: Shapes) -> tuple[ArrayTree, ...]:
     """Theta, weights, and gradients with leading axes (2, steps)."""
 
     def draw(shape, index):
@@ -331,6 +329,8 @@ def _trial(optimizer, theta, params, gradients, *, differentiate):
 def _primitives(program) -> set[str]:
     """The names of all primitives in a program and in the programs inside it."""
     eqns = getattr(program, "jaxpr", program).eqns
+    from jax.extend import core  # takes long to import
+
     inside = (_primitives(j) for eqn in eqns for j in core.jaxprs_in_params(eqn.params))
     return {eqn.primitive.name for eqn in eqns}.union(*inside)
 

@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._training import inner_optimizers
-from unrollgrad.types import Key, UnrolledProblem
+from unrollgrad.types import Key, Numeric, UnrolledProblem
 
 
 class TrainingState(NamedTuple):
@@ -28,12 +27,12 @@ class TrainingState(NamedTuple):
 
 def training_problem(
     *,
-    loss: Callable[..., chex.Numeric],
+    loss: Callable[..., Numeric],
     init_params: Callable[..., Any],
     optimizer: Callable[..., optax.GradientTransformation],
     sample_batch: Callable[[Key], object] | None = None,
-    meta_loss: Callable[..., chex.Numeric] | None = None,
-    horizon: int | Callable[[Key], chex.Numeric] = 1000,
+    meta_loss: Callable[..., Numeric] | Literal["before"] | None = None,
+    horizon: int | Callable[[Key], Numeric] = 1000,
 ) -> UnrolledProblem:
     """An unrolled problem that trains inner weights with an optimizer that theta controls.
 
@@ -63,11 +62,16 @@ def training_problem(
         sample_batch: ``sample_batch(key) -> batch`` from data on the device. None: batches are
             streamed through ``estimate(..., data=)``, one slice per step.
         meta_loss: ``meta_loss(theta, params, key) -> scalar``, such as the validation loss. By
-            default the training loss at the new weights, on the same batch.
+            default the training loss at the new weights, on the same batch. "before" records the
+            training loss at the weights before the update, whose value the gradient computes
+            anyway: one forward pass less per step (learned_optimization's convention). Step t then
+            depends on theta through the updates before it alone, so that windows of one step have
+            a gradient of zero with ``tbptt`` and ``truncated_es``.
         horizon: Inner steps in an episode, or a sampler ``horizon(key)``.
 
     Raises:
-        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function.
+        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function, or ``meta_loss``
+            is neither a function nor "before".
         ValueError: When stepping, if the loss is not a scalar, or neither ``sample_batch`` nor
             ``data`` gives a batch; in ``init``, if ``optax.inject_hyperparams`` keeps
             hyperparameters in 16 bits.
@@ -90,6 +94,11 @@ def training_problem(
                 f"`{name}` must be a function; got a {type(function).__name__}. For a fixed "
                 "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
             )
+    if not (meta_loss is None or meta_loss == "before" or callable(meta_loss)):
+        raise TypeError(
+            '`meta_loss` must be a function `(theta, params, key) -> scalar`, "before" for the '
+            f"training loss before the update, or None for it after the update; got {meta_loss!r}."
+        )
     shapes = inner_optimizers.shapes
     # Tried once for the same shapes, not in every trace.
     try_derivatives, try_float16 = (
@@ -136,6 +145,8 @@ def training_problem(
         whole = _merged(params, state.params)
         if meta_loss is None:
             return TrainingState(whole, opt_state), inner(params)
+        if not callable(meta_loss):
+            return TrainingState(whole, opt_state), value
         inner_loop.check_call("meta_loss", meta_loss, theta=theta, params=whole, key=key_meta)
         return TrainingState(whole, opt_state), meta_loss(theta, whole, key_meta)
 
@@ -156,7 +167,7 @@ def _merged(trained, params):
     )
 
 
-def final_loss(problem: UnrolledProblem, evaluate: Callable[..., chex.Numeric]) -> UnrolledProblem:
+def final_loss(problem: UnrolledProblem, evaluate: Callable[..., Numeric]) -> UnrolledProblem:
     """A problem whose J is the loss of the final state: ``evaluate``, and zero step losses.
 
     Windowed estimators see a telescoping sum, (T/K) (L_end - L_start) per window, with the

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,9 +14,9 @@ from unrollgrad._core import mesh_axes
 from unrollgrad._workers import mean_and_variance, staggering
 from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import axis_size, placed
-from unrollgrad.types import Estimate, GradientEstimator, Key, Theta, WorkerState
+from unrollgrad.types import ArrayTree, Estimate, GradientEstimator, Key, Theta, WorkerState
 
-_Data = chex.ArrayTree | None
+_Data = ArrayTree | None
 
 _BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys; larger than any worker's index
 
@@ -301,7 +300,7 @@ def _split(tree: _Data, workers: _Workers) -> _Data:
     return jax.tree.map(lambda x: x.reshape(*workers.chunks, *x.shape[1:]), tree)
 
 
-def _join(tree: chex.ArrayTree) -> chex.ArrayTree:
+def _join(tree: ArrayTree) -> ArrayTree:
     # The size is named: -1 would not be known for a leaf without numbers.
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 

@@ -4,13 +4,21 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
-from unrollgrad.types import Episode, Estimate, GradientEstimator, Key, MadeBy, Theta, WorkerState
+from unrollgrad.types import (
+    ArrayTree,
+    Episode,
+    Estimate,
+    GradientEstimator,
+    Key,
+    MadeBy,
+    Theta,
+    WorkerState,
+)
 
 _TAG = 0x63757272  # folded into the key of a stage's first state; larger than a worker's index
 
@@ -90,7 +98,7 @@ def curriculum(
         return CurriculumState(state.episode, calls, _carried(state), _made_by(stages, boundaries))
 
     def estimate(
-        key: Key, theta: Theta, state: CurriculumState, *, data: chex.ArrayTree | None = None
+        key: Key, theta: Theta, state: CurriculumState, *, data: ArrayTree | None = None
     ) -> tuple[Estimate, CurriculumState]:
         if data is not None:
             raise ValueError(

@@ -2,14 +2,13 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from unrollgrad._core.dtypes import wide
-from unrollgrad.types import AverageInfo, Estimate, Key, Theta
+from unrollgrad.types import ArrayTree, AverageInfo, Estimate, Key, Theta
 
 SKETCH = 128
 """The largest number of numbers that stand for a device's mean gradient in ``grad_variance``."""
@@ -159,7 +158,7 @@ def _where(good: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(good.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
 
-def _sketch(key: Key, tree: chex.ArrayTree) -> jax.Array:
+def _sketch(key: Key, tree: ArrayTree) -> jax.Array:
     flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
     signed = flat * jax.random.rademacher(key, flat.shape, flat.dtype)
     size = min(SKETCH, flat.size)

@@ -3,13 +3,12 @@
 import functools
 from collections.abc import Sequence
 
-import chex
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from unrollgrad._checks import arguments
+from unrollgrad.types import ArrayTree
 
 
 def make_worker_mesh(
@@ -79,7 +78,7 @@ def axis_size(mesh: Mesh, axis: str) -> int:
     return mesh.shape[axis]
 
 
-def placed(tree: chex.ArrayTree | None, sharding: NamedSharding) -> chex.ArrayTree | None:
+def placed(tree: ArrayTree | None, sharding: NamedSharding) -> ArrayTree | None:
     """Lays concrete arrays out over the mesh, so that all calls share one layout and program."""
 
     def leaf(x):
@@ -101,4 +100,6 @@ def on_any_process(flag: bool) -> bool:
     """Returns whether ``flag`` is set in any process; all processes must call this."""
     if jax.process_count() == 1:
         return flag
+    from jax.experimental import multihost_utils  # takes long to import
+
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))

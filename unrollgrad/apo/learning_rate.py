@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from unrollgrad import constraints as kinds
 from unrollgrad.apo.proximal import KL, Default, Proximal, adapted, relative_steps
+from unrollgrad.types import Numeric
 
 
 def learning_rate(
@@ -18,7 +18,7 @@ def learning_rate(
     *,
     lambda_fsd: float = 3.0,
     lambda_wsd: float = 1.0,
-    discrepancy: Callable[..., chex.Numeric] | Default | None = KL,
+    discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     constraints: Any = kinds.positive,
     meta_optimizer: optax.GradientTransformation | None = None,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import optax
 
@@ -11,6 +10,7 @@ from unrollgrad._checks import arguments
 from unrollgrad.apo import structures
 from unrollgrad.apo.proximal import KL, Default, Proximal, adapted, known_zero, relative_steps
 from unrollgrad.apo.structures import Structure
+from unrollgrad.types import Numeric
 
 
 def preconditioner(
@@ -18,7 +18,7 @@ def preconditioner(
     *,
     lambda_fsd: float = 1.0,
     lambda_wsd: float = 0.0,
-    discrepancy: Callable[..., chex.Numeric] | Default | None = KL,
+    discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     structure: Structure | Callable[..., Structure | None] | None = None,
     meta_optimizer: optax.GradientTransformation | None = None,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +12,7 @@ from unrollgrad._core import mesh_axes
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._training import inner_optimizers
 from unrollgrad.constraints import constrain, unconstrain
+from unrollgrad.types import ArrayTree, Numeric
 
 
 class ApoState(NamedTuple):
@@ -35,15 +35,15 @@ class ApoState(NamedTuple):
 class Default(NamedTuple):
     """A function as a default: ``optax.inject_hyperparams`` takes a bare one for a schedule."""
 
-    function: Callable[..., chex.Numeric]
+    function: Callable[..., Numeric]
 
 
 class Proximal(NamedTuple):
     """The meta-objective and its optimizer: the arguments that both factories document."""
 
-    lambda_fsd: chex.Numeric
-    lambda_wsd: chex.Numeric
-    discrepancy: Callable[..., chex.Numeric] | Default | None
+    lambda_fsd: Numeric
+    lambda_wsd: Numeric
+    discrepancy: Callable[..., Numeric] | Default | None
     linearised: bool
     meta_optimizer: optax.GradientTransformation
     meta_interval: int
@@ -54,7 +54,7 @@ class _Given(NamedTuple):
     """The keyword arguments of ``update`` that the meta-objective depends on."""
 
     loss: Callable[..., jax.Array]
-    predict: Callable[..., chex.ArrayTree]
+    predict: Callable[..., ArrayTree]
     batch: object
     other_batch: object
 
@@ -85,7 +85,7 @@ def squared_error(outputs: jax.Array, reference: jax.Array) -> jax.Array:
 
 def adapted(
     name: str,
-    start: Callable[..., chex.ArrayTree],
+    start: Callable[..., ArrayTree],
     constraints: Any,
     base: inner_optimizers.Optimizer,
     proximal: Proximal,
@@ -192,7 +192,7 @@ def _meta_objective(
     return objective
 
 
-def _nameless(hyperparams: chex.ArrayTree) -> chex.ArrayTree:
+def _nameless(hyperparams: ArrayTree) -> ArrayTree:
     """The hyperparameters without their names, which ``optax.tree.get`` is to find once."""
     return tuple(hyperparams.values()) if isinstance(hyperparams, dict) else hyperparams
 
@@ -204,8 +204,8 @@ def _widened(x: jax.Array) -> jax.Array:
 def _gradient(
     axis_name: str | tuple[str, ...] | None,
     objective: Callable[..., tuple[jax.Array, jax.Array]],
-    free: chex.ArrayTree,
-) -> chex.ArrayTree:
+    free: ArrayTree,
+) -> ArrayTree:
     """Gradient of the objective, averaged over devices; NaN where the value is not finite."""
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
     free = mesh_axes.over(frozenset(axes), free)
@@ -219,7 +219,7 @@ def _gradient(
     return jax.lax.pmean(gradient, axes) if axes else gradient
 
 
-def known_zero(number: chex.Numeric) -> bool:
+def known_zero(number: Numeric) -> bool:
     """Whether a number is known to be 0; a traced number is not known."""
     return not isinstance(number, jax.core.Tracer) and float(number) == 0
 

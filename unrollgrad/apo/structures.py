@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import wide
+from unrollgrad.types import ArrayTree
 
 _Leaf = jax.Array | jax.ShapeDtypeStruct
 
@@ -27,7 +27,7 @@ class Structure(NamedTuple):
             semidefinite for all factors, because they are learned without constraints.
     """
 
-    init: Callable[..., chex.ArrayTree]
+    init: Callable[..., ArrayTree]
     multiply: Callable[..., jax.Array]
 
 

@@ -6,14 +6,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import eager
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta, descend
 from unrollgrad.implicit import HyperGradient, trees
-from unrollgrad.types import Theta
+from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
 class BilevelResult(NamedTuple):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import eager
@@ -13,7 +12,7 @@ from unrollgrad._core.unroll import Remat
 from unrollgrad._training import inner_optimizers
 from unrollgrad.estimators import bptt
 from unrollgrad.implicit import HyperGradient, trees
-from unrollgrad.types import Theta, UnrolledProblem
+from unrollgrad.types import ArrayTree, Numeric, Theta, UnrolledProblem
 
 InnerOptimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 """An optax optimizer, or a function of theta that returns one."""

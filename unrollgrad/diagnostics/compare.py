@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from unrollgrad._checks import arguments, inner_loop
@@ -311,6 +310,8 @@ def _fetched(result: EpisodeMean) -> EpisodeMean:
     """``result`` as numpy arrays, with the parts that other processes hold."""
     if jax.process_count() == 1:
         return jax.device_get(result)
+    from jax.experimental import multihost_utils  # takes long to import
+
     return multihost_utils.process_allgather(result, tiled=True)
 
 

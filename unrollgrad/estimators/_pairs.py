@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +10,7 @@ from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators._window import estimate_of
 from unrollgrad.noise import Noise, gaussian, sample
-from unrollgrad.types import Estimate, Key, Segment, Sigma, State, Theta
+from unrollgrad.types import ArrayDType, Estimate, Key, Segment, Sigma, State, Theta
 
 
 class Pairs(NamedTuple):
@@ -103,7 +102,7 @@ def difference(thetas: Theta, sigma: Sigma) -> Theta:
     return jax.tree.map(leaf, arguments.broadcast_sigma(sigma, thetas), thetas)
 
 
-def _round(x: jax.Array, dtype: chex.ArrayDType) -> jax.Array:
+def _round(x: jax.Array, dtype: ArrayDType) -> jax.Array:
     """Rounds to the precision of ``dtype``; XLA may drop a cast there and back, but not this."""
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)

@@ -8,13 +8,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, influence, inner_loop
 from unrollgrad._core import mesh_axes, unroll
 from unrollgrad.types import (
+    ArrayTree,
     Episode,
     Estimate,
     GradientEstimator,
@@ -38,7 +38,7 @@ def made_by(estimator: str, problem: UnrolledProblem, **settings: object) -> Mad
     return MadeBy(estimator, (*settings.items(), ("horizon", horizon)))
 
 
-def estimate_of(grad: chex.ArrayTree, loss: jax.Array, inner_steps: int) -> Estimate:
+def estimate_of(grad: ArrayTree, loss: jax.Array, inner_steps: int) -> Estimate:
     """Makes an estimate that cost ``inner_steps`` forward inner steps."""
     return Estimate(grad, loss, Info(jnp.int32(min(inner_steps, 2**31 - 1))))
 
@@ -72,7 +72,7 @@ def windowed(
         names = mesh_axes.axes((key, theta))
         return Worker(episode, mesh_axes.over(names, carried), fingerprint)
 
-    def estimate(key: Key, theta: Theta, state: Worker, *, data: chex.ArrayTree | None = None):
+    def estimate(key: Key, theta: Theta, state: Worker, *, data: ArrayTree | None = None):
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         arguments.check_data(data, num_steps, axis)
         influence.check_theta(theta, *inner_loop.check_step(problem, key, theta, data))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,6 +15,7 @@ from unrollgrad._core.float_leaves import floats_of, inner_product, split
 from unrollgrad.estimators import backprop
 from unrollgrad.estimators._window import estimate_of, made_by, windowed
 from unrollgrad.types import (
+    ArrayTree,
     Episode,
     Estimate,
     GradientEstimator,
@@ -180,7 +180,7 @@ def _begin(problem: UnrolledProblem, theta: Theta, signs: Callable, episode: Epi
     return RankOne(state, *_balanced(none, nothing, v, right))
 
 
-def _widened(tree: chex.ArrayTree) -> chex.ArrayTree:
+def _widened(tree: ArrayTree) -> ArrayTree:
     return jax.tree.map(lambda x: x.astype(wide(x.dtype)), tree)
 
 

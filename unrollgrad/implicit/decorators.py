@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
-from chex import ArrayTree, Numeric
 from jax.custom_derivatives import SymbolicZero
 
 from unrollgrad._checks import arguments
@@ -19,6 +18,7 @@ from unrollgrad._core import eager
 from unrollgrad.implicit import linear, operators, trees
 from unrollgrad.implicit.solvers import dense
 from unrollgrad.implicit.trees import T
+from unrollgrad.types import ArrayTree, Numeric
 
 Solve = Callable[..., Any]
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
-from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import trees
 from unrollgrad.implicit.linear import Solution, solve
+from unrollgrad.types import ArrayTree, Numeric
 
 _LANCZOS_STEPS = 16
 _PROBES = 3

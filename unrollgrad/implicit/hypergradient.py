@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import lineax as lx
-from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import eager
 from unrollgrad.implicit import health, linear, operators, trees
-from unrollgrad.types import Theta
+from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
 class HyperGradient(NamedTuple):

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
-from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import operators, trees
 from unrollgrad.implicit.trees import T
+from unrollgrad.types import ArrayTree, Numeric
 
 
 class Solution(NamedTuple):

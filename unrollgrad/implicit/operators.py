@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from chex import ArrayTree, Numeric
 
 from unrollgrad.implicit import trees
-from unrollgrad.types import Theta
+from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
 def hessian(

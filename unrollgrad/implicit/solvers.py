@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-from chex import ArrayTree, Numeric
 from jax.flatten_util import ravel_pytree
 
 from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
-from unrollgrad.types import Key
+from unrollgrad.types import ArrayTree, Key, Numeric
 
 _POWER_STEPS = 20
 _SHARE_OF_RHO = 0.01

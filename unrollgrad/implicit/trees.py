@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from chex import ArrayTree, Numeric
 
 from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import standard_promotion, wide
+from unrollgrad.types import ArrayTree, Numeric
 
 T = TypeVar("T")
 

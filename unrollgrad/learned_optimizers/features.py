@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+
+from unrollgrad.types import ArrayDType, Numeric
 
 TINY = 1e-10
 """Added to mean squares, so that derivatives are finite where a tensor is zero. Tensors whose root
@@ -30,7 +31,7 @@ def normalised(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def time(count: chex.Numeric, times: Sequence[float], dtype: chex.ArrayDType) -> jax.Array:
+def time(count: Numeric, times: Sequence[float], dtype: ArrayDType) -> jax.Array:
     """tanh(t / T - 1) for each T: whether step t is early or late relative to T steps."""
     return jnp.tanh(jnp.asarray(count, dtype) / jnp.asarray(times, dtype) - 1)
 
@@ -55,7 +56,7 @@ class Factored(NamedTuple):
     columns: jax.Array
 
 
-def factored_zeros(shape: tuple[int, ...], count: int, dtype: chex.ArrayDType) -> Factored:
+def factored_zeros(shape: tuple[int, ...], count: int, dtype: ArrayDType) -> Factored:
     """Averages before the first gradient, for ``count`` decays."""
     if len(shape) < 2:
         return Factored(jnp.zeros((*shape, count), dtype), jnp.zeros((0, count), dtype))

@@ -3,11 +3,10 @@
 import itertools
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from unrollgrad.types import Key
+from unrollgrad.types import Key, Numeric
 
 Layer = dict[str, jax.Array]
 """The weights of one layer, "kernel" and "bias"."""
@@ -25,7 +24,7 @@ def init_layers(key: Key, sizes: Sequence[int], last: float = 1.0) -> list[Layer
     return layers
 
 
-def apply_layers(layers: Sequence[Layer], x: jax.Array, context: chex.Numeric = 0.0) -> jax.Array:
+def apply_layers(layers: Sequence[Layer], x: jax.Array, context: Numeric = 0.0) -> jax.Array:
     """Applies dense layers with ReLUs between them; ``context`` is added to the first output."""
     for i, layer in enumerate(layers):
         x = (x if i == 0 else jax.nn.relu(x)) @ layer["kernel"] + layer["bias"]

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +16,7 @@ import optax
 from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.learned_optimizers import features, networks
+from unrollgrad.types import ArrayTree
 
 
 class PerWeightState(NamedTuple):
@@ -29,7 +29,7 @@ class PerWeightState(NamedTuple):
     """
 
     count: jax.Array
-    memory: chex.ArrayTree
+    memory: ArrayTree
     controller: jax.Array | tuple[()]
 
 
@@ -42,8 +42,8 @@ class Memory(NamedTuple):
             the gradient and the weights, and the next memory.
     """
 
-    begin: Callable[[jax.Array], chex.ArrayTree]
-    see: Callable[..., tuple[jax.Array, chex.ArrayTree]]
+    begin: Callable[[jax.Array], ArrayTree]
+    see: Callable[..., tuple[jax.Array, ArrayTree]]
 
 
 class Controller(NamedTuple):
@@ -153,8 +153,8 @@ def _parts(memory: Memory) -> jax.tree_util.PyTreeDef:
 
 
 def _by_part(
-    memory: Memory, structure: jax.tree_util.PyTreeDef, remembered: list[chex.ArrayTree]
-) -> chex.ArrayTree:
+    memory: Memory, structure: jax.tree_util.PyTreeDef, remembered: list[ArrayTree]
+) -> ArrayTree:
     """The tensors' memories as one tree like the weights for each part, as optax's tools expect."""
     parts = _parts(memory)
     columns = [[] for _ in range(parts.num_leaves)]
@@ -165,8 +165,8 @@ def _by_part(
 
 
 def _by_tensor(
-    memory: Memory, structure: jax.tree_util.PyTreeDef, state: chex.ArrayTree
-) -> list[chex.ArrayTree]:
+    memory: Memory, structure: jax.tree_util.PyTreeDef, state: ArrayTree
+) -> list[ArrayTree]:
     """The inverse of ``_by_part``."""
     parts = _parts(memory)
     columns = map(structure.flatten_up_to, parts.flatten_up_to(state))
