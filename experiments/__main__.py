@@ -1,12 +1,14 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from experiments._framework import experiment as framework
@@ -139,6 +141,13 @@ def resumed(arguments: list[str]) -> Any:
     return EXPERIMENTS[name].settings(**config)
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs in a folder of the user's caches, unless JAX is told another one."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "unrollgrad"))
+
+
 def main(arguments: list[str]) -> None:
     """Runs the command; several numbers may also be given as 1,2,4."""
     arguments = [
@@ -148,6 +157,8 @@ def main(arguments: list[str]) -> None:
     ]
     app = tyro.extras.SubcommandApp()
     before, asked = resumed(arguments), arguments[0].replace("-", "_") if arguments else ""
+    if asked in EXPERIMENTS and asked not in TOPICS["cost"]:  # these measure how long it takes
+        keep_programs()
     for name, experiment in EXPERIMENTS.items():
         default = experiment.scales[scale(arguments)]
         if isinstance(before, experiment.settings):
