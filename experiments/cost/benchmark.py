@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments._framework.experiment import Experiment, Progress, Write
 from experiments._framework.settings import CommonSettings
-from experiments.cost import floors, hypergradient_cost, timing
+from experiments.cost import floors, hypergradient_cost, peers, timing
 from experiments.cost.benchmark_figure import claims, draw, show
 from experiments.cost.workloads import NAMES, Workload, leaky_sum, workloads
 from unrollgrad.estimators import REGISTRY
@@ -33,7 +33,8 @@ class Settings(CommonSettings):
     weights of a small optimizer, "meta-training" all weights of a larger one on new tasks in every
     episode, "large" the schedule of a transformer; "K=1" marks windows of one step. Then sweeps
     follow: workers, devices, truncation and horizon (compile time), theta's size (memory), and
-    implicit hypergradients over bare Hessian products.
+    implicit hypergradients over bare Hessian products, with jaxopt's where it is installed. With
+    --peers whole outer loops run beside a hand-written one and, where it is installed, evosax's.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -58,6 +59,9 @@ class Settings(CommonSettings):
     """Sizes of theta and of the state, for a step of negligible cost."""
     terms: tuple[int, ...] = (10, 40)
     """Products with the Hessian per implicit hypergradient."""
+    peers: bool = False
+    """Compare outer loops of persistent evolution strategies on two tiny problems: by hand, by
+    evosax, by `fit`, and by an update a call."""
     num_repeats: int = 11
     """Runs of each program."""
     num_compilations: int = 3
@@ -94,6 +98,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         "horizon": _horizons,
         "size": _sizes,
         "products": _products,
+        "peers": _peers,
     }
     for i, (part, cells) in enumerate(parts.items()):
         for labels, measure in cells(settings, jax.random.key(seed)):
@@ -109,7 +114,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 Labels = dict[str, str | int]
-Numbers = dict[str, float]
+Numbers = dict[str, Any]
 Cell = tuple[Labels, Callable[[Callable[[float], None]], Iterator[Numbers]]]
 """The labels of one measurement, and the measurement, which takes a progress callback."""
 
@@ -190,6 +195,30 @@ def _products(settings: Settings, key: jax.Array) -> Iterator[Cell]:
             }
             labels = {"workload": "implicit", "estimator": name, "number": number}
             yield labels, functools.partial(_ratios, programs, settings.num_repeats)
+
+
+def _peers(settings: Settings, key: jax.Array) -> Iterator[Cell]:
+    num_steps = 100 if settings.scale == "smoke" else 2000
+    for name, task in peers.TASKS.items() if settings.peers else ():
+        labels = {"workload": name, "estimator": "pes", "number": task.num_pairs}
+        yield labels, functools.partial(_outer_loops, task, num_steps, settings.num_repeats)
+
+
+def _outer_loops(
+    task: peers.Task, num_steps: int, num_repeats: int, progress: Callable[[float], None]
+) -> Iterator[Numbers]:
+    """Measures all outer loops in turn; the yardstick is the one written by hand."""
+    found: dict[str, list[float]] = {}
+    for _, seconds in timing.in_turn(peers.programs(task, num_steps), num_repeats, progress):
+        for name, value in seconds.items():
+            found.setdefault(name, []).append(value / num_steps)
+    floor = np.array(found["by hand"])
+    for name, values in found.items():
+        yield {
+            "estimator": name,
+            "microseconds_per_update": 1e6 * float(np.median(values)),
+            "median_ratio": float(np.median(np.array(values) / floor)),
+        }
 
 
 _COMPILED: dict[tuple[object, ...], dict[str, timing.Compiled]] = {}

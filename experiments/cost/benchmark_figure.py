@@ -136,10 +136,13 @@ def show(records: list[Record]) -> None:
         ("size", "median_seconds", "s"),
         ("size", "copies_per_pair", "copies of theta per pair"),
         ("products", "median_ratio", "of bare products"),
+        ("peers", "microseconds_per_update", "us per outer update"),
+        ("peers", "median_ratio", "of the loop by hand"),
     ):
-        for (_, estimator), line in _table(records, part, metric).items():
+        for (workload, estimator), line in _table(records, part, metric).items():
             values = ", ".join(f"{number}: {value:.3g}" for number, value in line.items())
-            print(f"{part:>10} {estimator:>12}  {values} {unit}")
+            name = f"{estimator}, {workload}" if part == "peers" else estimator
+            print(f"{part:>10} {name:>12}  {values} {unit}")
 
 
 def _print_estimators(records: list[Record]) -> None:

@@ -11,7 +11,7 @@ import unrollgrad as ug
 from experiments import __main__ as command
 from experiments._framework import experiment as framework
 from experiments._framework import results
-from experiments.cost import benchmark, benchmark_figure, floors, timing, workloads
+from experiments.cost import benchmark, benchmark_figure, floors, peers, timing, workloads
 from tests.helpers import present
 from unrollgrad.estimators import REGISTRY
 
@@ -193,3 +193,21 @@ def test_claims_can_fail():
         found += [result("size", "pes", 100, "copies_per_pair", 5.4 * factor)]
         claims = benchmark_figure.claims(results.Summary(found, {}))
         assert [claim.holds for claim in claims] == [holds] * 3
+
+
+@pytest.mark.experiments
+def test_outer_loops_of_peers_train_the_same():
+    """The loop by hand and ours (and evosax's, if installed) are as far after the same updates."""
+    task = peers.TASKS["influence balancing"]._replace(horizon=100)
+    loops = peers.programs(task, 300)
+    ends = {}
+    for name, loop in loops.items():
+        if "call" not in name and "jit" not in name:
+            end = loop()
+            carried = end if hasattr(end, "theta") else end[0]
+            ends[name] = float(np.ravel(getattr(carried, "theta", getattr(carried, "mean", 0)))[0])
+    start = float(task.make(100)[1])
+    assert len(ends) >= 3
+    assert abs(ends["by hand"] - start) > 0.2
+    for end in ends.values():
+        assert end == pytest.approx(ends["by hand"], abs=0.1 * abs(ends["by hand"] - start))
