@@ -36,8 +36,8 @@ MUTATIONS = [
     Mutation(
         "wrong sign of a pair",
         "estimators/_pairs.py",
-        "return (both[:, 0] - both[:, 1]) /",
-        "return (both[:, 1] - both[:, 0]) /",
+        "return (_plus(both) - _minus(both)) /",
+        "return (_minus(both) - _plus(both)) /",
         CONTRACT,
     ),
     Mutation(
@@ -107,7 +107,7 @@ MUTATIONS = [
         "missing init gradient of pairs",
         "estimators/_pairs.py",
         "state = unroll.enter(segment, theta, state, unroll.reset_forwards)",
-        "mean = jax.tree.map(lambda x: x.mean((0, 1)).astype(x.dtype), thetas)\n"
+        "mean = jax.tree.map(lambda x: x.mean(0).astype(x.dtype), thetas)\n"
         "        init = segment.problem.init\n"
         "        fixed = segment.problem._replace(init=lambda key, _: init(key, mean))\n"
         "        here = segment._replace(problem=fixed)\n"

@@ -193,7 +193,7 @@ def test_what_a_curriculum_refuses():
     more_pairs = ug.pes(problem, truncation=5, sigma=0.1, num_pairs=3)
     other_kind = ug.es_single(problem, truncation=5, **SETTINGS)
     for other, line in [
-        (more_pairs, "state.carried.states: float32[2,2] -> float32[3,2]"),
+        (more_pairs, "state.carried.states: float32[4] -> float32[6]"),
         (other_kind, "state.carried.accumulated: float32[2] -> absent"),
         (ug.average(made[1], 2), "state.episode.t: int32[] -> int32[2]"),
     ]:

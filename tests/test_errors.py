@@ -224,7 +224,7 @@ def test_state_of_another_estimator(name):
         call(estimator, theta, stranger)
     if name == "pes":
         more = begun(ug.pes(problem, truncation=5, sigma=0.1, num_pairs=4), theta)
-        with raises(TypeError, "state.carried.states['x']: float32[2,2,3] -> float32[4,2,3]"):
+        with raises(TypeError, "state.carried.states['x']: float32[4,3] -> float32[8,3]"):
             call(estimator, theta, more)
 
 

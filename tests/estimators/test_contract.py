@@ -714,7 +714,7 @@ def test_bf16_uses_the_realised_difference(name, optimized):
 
 
 def test_the_difference_of_bf16_signs_has_more_than_8_bits():
-    both = jnp.asarray([[[256.0, 1.0], [-0.00390625, 3.0]]], jnp.bfloat16)  # (pairs, signs, 2)
+    both = jnp.asarray([[256.0, 1.0], [-0.00390625, 3.0]], jnp.bfloat16)  # (plus and minus, 2)
     difference = _pairs.difference(both, 0.5)
     assert isinstance(difference, jax.Array)
     assert difference.dtype == jnp.float32

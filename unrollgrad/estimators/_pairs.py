@@ -1,4 +1,8 @@
-"""Antithetic pairs: theta + eps and theta - eps through the same window of the same episode."""
+"""Antithetic pairs: theta + eps and theta - eps through the same window of the same episode.
+
+One leading axis holds theta + eps of all pairs, then theta - eps of all pairs: with an axis of its
+own for the sign, XLA's loops over small states take twice as long.
+"""
 
 from typing import NamedTuple
 
@@ -67,14 +71,14 @@ def pairs(sigma: Sigma, num_pairs: int, noise: Noise | None = None) -> Pairs:
 
 
 def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
-    """Draws the pairs' perturbed thetas, in theta's dtypes, leading axes ``(num_pairs, 2)``."""
+    """Draws the pairs' perturbed thetas, in theta's dtypes, leading axis ``2 num_pairs``."""
     unit = sample(pairs.law, key, theta, pairs.num_pairs)
 
     def perturb(x, s, u):
         eps = jnp.asarray(s, wide(x.dtype)) * u
         center = x.astype(eps.dtype)[None]
         both = [_round(center + eps, x.dtype), _round(center - eps, x.dtype)]
-        return jnp.stack(both, axis=1).astype(x.dtype)
+        return jnp.concatenate(both).astype(x.dtype)
 
     return jax.tree.map(perturb, theta, arguments.broadcast_sigma(pairs.sigma, theta), unit)
 
@@ -97,7 +101,7 @@ def difference(thetas: Theta, sigma: Sigma) -> Theta:
 
     def leaf(s, both):
         both = both.astype(wide(both.dtype))
-        return (both[:, 0] - both[:, 1]) / (2 * jnp.asarray(s, both.dtype))
+        return (_plus(both) - _minus(both)) / (2 * jnp.asarray(s, both.dtype))
 
     return jax.tree.map(leaf, arguments.broadcast_sigma(sigma, thetas), thetas)
 
@@ -111,18 +115,13 @@ def _round(x: jax.Array, dtype: ArrayDType) -> jax.Array:
 def run(
     segment: Segment, thetas: Theta, states: State | None, starts: jax.Array | None = None
 ) -> unroll.Window:
-    """Runs one window of every pair; leading axes ``(num_pairs, 2)`` in and out."""
+    """Runs one window of every pair; leading axis ``2 num_pairs`` in and out."""
 
     def one(theta, state, start):
         state = unroll.enter(segment, theta, state, unroll.reset_forwards)
         return unroll.window(segment, theta, state, start)
 
-    # One batch axis: XLA's loops over small states take twice as long with two.
-    num_pairs = jax.tree.leaves(thetas)[0].shape[0]
-    split, join = (num_pairs, 2), (2 * num_pairs,)
-    joined = jax.tree.map(lambda x: x.reshape(*join, *x.shape[2:]), (thetas, states, starts))
-    window = jax.vmap(one)(*joined)
-    return jax.tree.map(lambda x: x.reshape(*split, *x.shape[1:]), window)
+    return jax.vmap(one)(thetas, states, starts)
 
 
 def run_from_mean(
@@ -131,16 +130,15 @@ def run_from_mean(
     """Runs one window of every pair, and of theta itself, side by side from one state.
 
     Returns:
-        The pairs' windows (without states) and thetas, leading axes ``(num_pairs, 2)``; the state
-        at the end of the window under theta itself.
+        The pairs' windows (without states) and thetas, leading axis ``2 num_pairs``; the state at
+        the end of the window under theta itself.
     """
-    num_pairs = jax.tree.leaves(thetas)[0].shape[0]
 
     def join(both, x):
-        return jnp.concatenate([both.reshape(2 * num_pairs, *x.shape), x[None]])
+        return jnp.concatenate([both, x[None]])
 
     def of_pairs(x):
-        return x[:-1].reshape(num_pairs, 2, *x.shape[1:])
+        return x[:-1]
 
     def one(theta):
         return unroll.window(
@@ -190,14 +188,27 @@ def estimate(
         return (g / jnp.asarray(s, g.dtype)).astype(x.dtype)
 
     grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), weight, before)
-    loss = jnp.mean(jax.vmap(jax.vmap(unroll.Window.loss))(window))
+    loss = jnp.mean(jax.vmap(unroll.Window.loss)(window))
     inner_steps = window.losses.size + (window.losses.shape[-1] if mean_pass else 0)
     return estimate_of(grad, loss, inner_steps)
 
 
 def half_difference(x: jax.Array) -> jax.Array:
-    """Halves the difference between the signs of every pair: axes ``(num_pairs, 2, ...)``."""
-    return (x[:, 0] - x[:, 1]) / 2
+    """Halves the difference between the signs of every pair; leading axis ``num_pairs``."""
+    return (_plus(x) - _minus(x)) / 2
+
+
+def mean_of_signs(x: jax.Array) -> jax.Array:
+    """Averages the signs of every pair; leading axis ``num_pairs``."""
+    return (_plus(x) + _minus(x)) / 2
+
+
+def _plus(x: jax.Array) -> jax.Array:
+    return x[: len(x) // 2]
+
+
+def _minus(x: jax.Array) -> jax.Array:
+    return x[len(x) // 2 :]
 
 
 def weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:

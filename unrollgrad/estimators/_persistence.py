@@ -84,10 +84,10 @@ class Persistent(NamedTuple):
     """The carried state of a worker whose pairs keep their own inner states.
 
     Attributes:
-        states: Inner states, leading axes ``(num_pairs, 2)``: theta + eps, theta - eps.
+        states: Inner states, leading axis ``2 num_pairs``: under all theta + eps, then theta - eps.
         accumulated: The sum of the finished periods' unit-variance noise, leading axis
             ``num_pairs``; None if a period is a whole episode.
-        evaluated: (T/K) ``evaluate`` at the end of the last window, shape ``(num_pairs, 2)``; None
+        evaluated: (T/K) ``evaluate`` at the end of the last window, shape ``(2 num_pairs,)``; None
             without ``evaluate``.
     """
 
@@ -113,14 +113,14 @@ class Persistence(NamedTuple):
         """Returns pairs at the start of an episode, with an empty accumulator."""
         num_pairs, accumulated, evaluated = self.pairs.num_pairs, None, None
         state = unroll.initial_state(self.problem, episode, theta)
-        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_pairs, 2, *x.shape)), state)
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (2 * num_pairs, *x.shape)), state)
         if self.noise_period is not None:
             accumulated = jax.tree.map(
                 lambda x: jnp.zeros((num_pairs, *x.shape), wide(x.dtype)), theta
             )
         if self.problem.evaluate is not None:
             loss = unroll.evaluate_shape(self.problem, episode, theta, state)
-            evaluated = jnp.zeros((num_pairs, 2), loss.dtype)
+            evaluated = jnp.zeros(2 * num_pairs, loss.dtype)
         return Persistent(states, accumulated, evaluated)
 
     def run(

@@ -222,13 +222,13 @@ def reparameterized_es(
         def one(theta):
             return backprop.gradient("reparameterized_es", loss, theta, segment.num_steps)[0]
 
-        own = jax.vmap(jax.vmap(one))(thetas)
+        own = jax.vmap(one)(thetas)
         unit = _pairs.realised(thetas, sigma, own.loss)
         halves = _pairs.half_difference(own.loss)
 
         def leaf(x, s, u, r):
             e = u * _like(halves.astype(u.dtype), u) / jnp.asarray(s, u.dtype)
-            return _merged(e, jnp.mean(r.astype(u.dtype), axis=1)).astype(x.dtype)
+            return _merged(e, _pairs.mean_of_signs(r.astype(u.dtype))).astype(x.dtype)
 
         grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), unit, own.grad)
         return estimate_of(grad, jnp.mean(own.loss), 2 * num_pairs * segment.num_steps), None
