@@ -176,8 +176,12 @@ def _in_blocks(
     count = -(-columns // _BLOCK)
     length = -(-columns // count)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    blocks = jax.lax.map(lambda k: draw(k, (rows, length), dtype), keys)
-    return jnp.moveaxis(blocks, 0, 1).reshape(rows, count * length)[:, :columns]
+
+    def body(i, drawn):  # the last block overlaps the one before it, and the later draw counts
+        block = draw(keys[i], (rows, length), dtype)
+        return jax.lax.dynamic_update_slice(drawn, block, (0, i * length))
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, dtype))
 
 
-_BLOCK = 2**16
+_BLOCK = 2**15

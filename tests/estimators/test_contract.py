@@ -458,7 +458,7 @@ def test_the_gradient_of_the_first_window(name):
     named = jax.tree_util.tree_leaves_with_path(exact)
     for (path, wanted), leaf in zip(named, jax.tree.leaves(got), strict=True):
         gap = np.linalg.norm(leaf - wanted) / np.linalg.norm(wanted)
-        assert gap < 0.3, jax.tree_util.keystr(path)
+        assert gap < 0.5, jax.tree_util.keystr(path)
 
 
 def mean(estimates):

@@ -52,9 +52,7 @@ def check_period(noise_period: int | None, truncation: int) -> int | None:
 
 def noise_key(episode: Episode, noise_period: int | None) -> Key:
     """Returns the key of the episode's current noise period."""
-    return unroll.noise_key(
-        episode, 0 if noise_period is None else jax.lax.div(episode.t, noise_period)
-    )
+    return unroll.noise_key(episode, 0 if noise_period is None else episode.t // noise_period)
 
 
 def accumulate(
