@@ -115,7 +115,7 @@ def run(
     """Runs one window of every pair; leading axes ``(num_pairs, 2)`` in and out."""
 
     def one(theta, state, start):
-        state = unroll.enter(segment, theta, state, unroll.reset_forwards)
+        state = unroll.enter(segment, theta, state)
         return unroll.window(segment, theta, state, start)
 
     return jax.vmap(jax.vmap(one))(thetas, states, starts)
@@ -139,9 +139,7 @@ def run_from_mean(
         return x[:-1].reshape(num_pairs, 2, *x.shape[1:])
 
     def one(theta):
-        return unroll.window(
-            segment, theta, unroll.enter(segment, theta, state, unroll.reset_forwards)
-        )
+        return unroll.window(segment, theta, unroll.enter(segment, theta, state))
 
     everyone = jax.tree.map(join, thetas, theta)
     windows = jax.vmap(one)(everyone)
