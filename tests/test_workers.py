@@ -65,15 +65,13 @@ def test_episodes_begin_only_where_they_do(name, optimized):
     plain, theta = simple(), jnp.float32(0.3)
     runs = []
 
-    @jax.custom_jvp
-    def counted(x):
-        return jax.pure_callback(count, x, x, vmap_method="broadcast_all")
-
     def count(x):
         runs.append(1)
-        return np.asarray(x)
+        return np.zeros(np.shape(x), np.float32)
 
-    counted.defjvp(lambda x, dx: (counted(*x), dx[0]))
+    def counted(x):
+        like, fixed = jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(x)
+        return x + jax.pure_callback(count, like, fixed, vmap_method="broadcast_all")
 
     def init(key, theta):
         return counted(plain.init(key, theta)) + counted(theta)
