@@ -106,20 +106,34 @@ MUTATIONS = [
     Mutation(
         "missing init gradient of pairs",
         "estimators/_pairs.py",
-        "state = unroll.enter(segment, theta, state, unroll.reset_forwards)",
+        "state = unroll.enter(segment, theta, state)",
         "mean = jax.tree.map(lambda x: x.mean(0).astype(x.dtype), thetas)\n"
         "        init = segment.problem.init\n"
         "        fixed = segment.problem._replace(init=lambda key, _: init(key, mean))\n"
         "        here = segment._replace(problem=fixed)\n"
-        "        state = unroll.enter(here, theta, state, unroll.reset_forwards)",
+        "        state = unroll.enter(here, theta, state)",
         STATISTICS,
     ),
     Mutation(
         "stale state: an episode begins with the last one's end",
         "_core/unroll.py",
-        "return jax.lax.while_loop(lambda carry: carry[0], turn, (first, carried))[1]",
+        "return jax.lax.while_loop(lambda carry: carry[0], turn, (first, alike(carried)))[1]",
         "return carried",
         CONTRACT,
+    ),
+    Mutation(
+        "missing init gradient of tbptt",
+        "estimators/backprop.py",
+        "grad = jax.tree.map(jnp.add, grad, added)",
+        "pass",
+        STATISTICS,
+    ),
+    Mutation(
+        "separate signs for init in uoro",
+        "estimators/uoro.py",
+        "v = signs(episode, 0, ends)",
+        "v = signs(episode, -1, ends)",
+        "tests/estimators/test_forward.py",
     ),
     Mutation(
         "mean state of truncated_es advanced with a perturbed theta",

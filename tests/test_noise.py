@@ -38,7 +38,7 @@ def test_more_pairs_keep_the_first_draws():
 
 
 def test_a_large_leaf_is_drawn_in_blocks_that_differ():
-    size = 2**17 + 3  # three blocks, none of them full
+    size = 2**16 + 3  # three blocks, none of them full
     theta = {"w": np.zeros((size, 1), np.float32)}
     unit = np.asarray(draw(ug.noise.gaussian(), theta, 2)["w"])
     assert unit.shape == (2, size, 1)
@@ -50,7 +50,7 @@ def test_a_large_leaf_is_drawn_in_blocks_that_differ():
 
 def test_small_leaves_are_drawn_together():
     """Neighbouring leaves that fit a block share one draw; coordinates stay distinct."""
-    sizes = {"a": 3, "b": 2**16 - 3, "c": 2, "d": 2**16 - 1, "e": 4}
+    sizes = {"a": 3, "b": 2**15 - 3, "c": 2, "d": 2**15 - 1, "e": 4}
     theta = {name: np.zeros(size, np.float32) for name, size in sizes.items()}
     two = functools.partial(draw, ug.noise.gaussian(), num_pairs=2)
     draws = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(two(theta))])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import unrollgrad as ug
 from tests.helpers import build, numbers, over_workers, quadratic
@@ -51,35 +52,53 @@ def test_mean_of_workers_with_folded_keys():
         assert estimate.info.num_nonfinite == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "again"), [("gpes", False), ("truncated_es", False), ("tbptt", True)]
-)
-def test_episodes_begin_only_where_they_do(name, again, optimized):
-    """``init`` runs only in windows that begin an episode; under differentiation in all.
+BEGINNERS = ["gpes", "truncated_es", "tbptt", "dodge", "uoro", "pes_analytic"]
 
-    XLA may move a pure callback, as it may move any other part of ``init``.
+
+@pytest.mark.parametrize("name", BEGINNERS)
+def test_episodes_begin_only_where_they_do(name, optimized):
+    """``init`` runs only in calls that begin an episode, also on each device of a ``shard_map``.
+
+    XLA may move a pure callback, as it may move any other part of ``init``; one callback depends on
+    the key, the other on theta alone.
     """
     plain, theta = simple(), jnp.float32(0.3)
     runs = []
 
-    def count(data):
+    def count(x):
         runs.append(1)
-        return np.zeros(data.shape[:-1], np.float32)
+        return np.zeros(np.shape(x), np.float32)
+
+    def counted(x):
+        like, fixed = jax.ShapeDtypeStruct((), jnp.float32), jax.lax.stop_gradient(x)
+        return x + jax.pure_callback(count, like, fixed, vmap_method="broadcast_all")
 
     def init(key, theta):
-        data, like = jax.random.key_data(key), jax.ShapeDtypeStruct((), jnp.float32)
-        zero = jax.pure_callback(count, like, data, vmap_method="broadcast_all")
-        return plain.init(key, theta) + zero
+        return counted(plain.init(key, theta)) + counted(theta)
 
     many = ug.average(build(name, plain._replace(init=init)), 4)
-    state, counts = many.init(KEY, theta), []
-    for i in range(5):
-        runs.clear()
-        _, state = jax.block_until_ready(many.estimate(jax.random.key(i), theta, state))
-        counts.append(len(runs))
-    assert counts[0] > 0
-    assert [bool(count) for count in counts[1:4]] == [again] * 3
-    assert counts[4] == counts[0]
+    mesh, each = ug.make_worker_mesh(2), PartitionSpec("workers")
+    own = [jax.random.split(jax.random.key(i), 2) for i in range(6)]
+
+    def on_each(keys, theta, state):
+        out = many.estimate(keys[0], theta, jax.tree.map(lambda x: x[0], state))
+        return jax.tree.map(lambda x: x[None], out)
+
+    alone = many.init(KEY, theta)
+    pair = jax.tree.map(lambda x: jnp.stack([x, x]), alone)
+    spread = jax.jit(
+        jax.shard_map(on_each, mesh=mesh, in_specs=(each, PartitionSpec(), each), out_specs=each)
+    )
+    for estimate, keys, state in [
+        (many.estimate, [keys[0] for keys in own], alone),
+        (spread, own, pair),
+    ]:
+        counts = []
+        for key in keys[:5]:
+            runs.clear()
+            _, state = jax.block_until_ready(estimate(key, theta, state))
+            counts.append(len(runs))
+        assert [bool(count) for count in counts] == [True, False, False, False, True]
 
 
 def test_one_worker_has_no_spread():

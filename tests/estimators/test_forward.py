@@ -211,6 +211,36 @@ def test_training_problems():
         assert s.error_in_se(biased) > 10
 
 
+def test_init_shares_the_signs_of_the_first_step():
+    """``uoro`` gives the same numbers whether ``init`` or the first step makes the first state.
+
+    Two steps, the second one's loss c . s2: the first step's signs v estimate ds1/dtheta =
+    (1 + memory i) v v^T, i = d init / dtheta. The variance of half the sum of both gradients is
+    (P - 1) |c memory (1 + memory i)|^2 / 4. With signs w of their own for ``init``, it would be
+    (P - 1) (|c i memory (1 + memory)|^2 + |c memory|^2) / 4 + (P + 1) memory^3 i |c|^2 / 2.
+    """
+    dim, memory, i = 4, 0.8, 2.0
+    problem, theta, influence = ug.problems.linear_recurrence(
+        dim=dim, horizon=2, memory=memory, init_influence=i
+    )
+
+    def step(key, theta, s, t):
+        return problem.step(key, theta, jnp.where(t == 0, problem.init(key, theta), s), t)
+
+    inside = problem._replace(init=lambda key, theta: jnp.ones(dim), step=step)
+    s, other = (samples(ug.uoro(p, truncation=1), theta, 2) for p in (problem, inside))
+    np.testing.assert_allclose(s.x, other.x, rtol=1e-5, atol=1e-5)
+    influences = influence(theta)
+    assert s.error_in_se(theory.gradient(influences)) < 5
+    square = np.sum(influences[1, 1] ** 2)
+    shared = (dim - 1) * (memory * (1 + memory * i)) ** 2 * square / 4
+    cross = (dim + 1) * memory**3 * i * square / 2
+    separate = (dim - 1) * ((i * memory * (1 + memory)) ** 2 + memory**2) * square / 4 + cross
+    variance, se = s.variance()
+    assert abs(variance - shared) < 5 * se
+    assert abs(variance - separate) > 100 * se
+
+
 def test_uoro_refuses_complex_states():
     problem = ug.UnrolledProblem(
         lambda key, theta: {"z": jnp.zeros(2, jnp.complex64)},

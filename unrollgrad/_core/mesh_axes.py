@@ -26,11 +26,9 @@ def over(names: frozenset[str], tree: Any) -> Any:
     return jax.tree.map(leaf, tree) if names else tree
 
 
-def like(shapes: Any, tree: Any) -> Any:
-    """Makes every leaf of ``tree`` vary as its counterpart does in ``shapes`` (``eval_shape``)."""
+def like(other: Any, tree: Any) -> Any:
+    """Makes every leaf of ``tree`` vary over the axes of its counterpart in ``other`` as well.
 
-    def leaf(shape, x):
-        kind = shape.manual_axis_type
-        return over(kind.varying, x) if kind else x
-
-    return jax.tree.map(leaf, shapes, tree)
+    ``other`` has arrays, or what ``jax.eval_shape`` returns.
+    """
+    return jax.tree.map(lambda a, x: over(axes(a), x), other, tree)

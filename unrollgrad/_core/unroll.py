@@ -6,6 +6,7 @@ used, so a step is a pure function of (episode, t): both signs of a pair see the
 truncated run sees the data of the untruncated run, and a saved state continues bit for bit.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
@@ -165,35 +166,37 @@ def _remade(body: Callable) -> Callable:
     return jax.checkpoint(body, prevent_cse=False)  # a scan has nothing to merge it with
 
 
-def reset(episode: Episode, begin: Callable[[Episode], _Carry], carried: _Carry) -> _Carry:
-    """Returns ``begin(episode)`` where t is 0, and ``carried`` elsewhere."""
-    first = episode.t == 0
-    if mesh_axes.axes(first):
-        # In shard_map `cond` fails (jax 0.10): under vmap it becomes a select of all that it closes
-        # over, which then varies over devices where the branch was traced with constants.
-        return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin(episode), carried)
-    return jax.lax.cond(first, lambda: begin(episode), lambda: carried)
-
-
-def reset_forwards(episode: Episode, begin: Callable[[Episode], _Carry], carried: _Carry) -> _Carry:
-    """Does the work of ``reset`` where nothing is differentiated in reverse mode.
+def reset(
+    episode: Episode, theta: Theta, begin: Callable[[Episode, Theta], _Carry], carried: _Carry
+) -> _Carry:
+    """Returns ``begin(episode, theta)`` where t is 0, and ``carried`` elsewhere.
 
     A ``while_loop`` that runs zero or one time: it overwrites the carried state in place, and under
     ``vmap`` it runs ``begin`` only if one of the episodes is at its start; a ``cond`` always does.
+    JAX differentiates it forwards only; ``backprop`` goes back through ``init`` in a second one. An
+    estimate is therefore differentiable backwards only where neither ``init`` nor ``carried``
+    depends on what is differentiated.
     """
-    first = episode.t == 0
-    if mesh_axes.axes(first):
-        return reset(episode, begin, carried)
+    first, impl = episode.t == 0, jax.random.key_impl(episode.key)
+    given = jax.random.key_data(episode.key), theta
+    # Inside `shard_map` a carry varies over the same axes before and after the loop's body.
+    inside = mesh_axes.axes((first, given, carried))
+    shapes = jax.eval_shape(begin, episode, theta) if inside else carried
+
+    def alike(tree):
+        tree = mesh_axes.like(shapes, mesh_axes.like(carried, tree))
+        return mesh_axes.over(mesh_axes.axes(first), tree)
 
     def turn(carry):
-        # XLA moves loop invariants out of the loop and would begin an episode in every call, so the
-        # key depends on `waiting`. Where that is False (under vmap) the new episode is dropped.
+        # XLA moves loop invariants out of the loop and would begin an episode in every call. What
+        # shares a barrier with `waiting` is no invariant. Where `waiting` is False (under vmap),
+        # the new episode is dropped.
         waiting, _ = carry
-        data = jnp.where(waiting, jax.random.key_data(episode.key), 0)
-        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(episode.key))
-        return jnp.zeros_like(waiting), begin(episode._replace(key=key))
+        waiting, (data, here) = jax.lax.optimization_barrier((waiting, given))
+        own = episode._replace(key=jax.random.wrap_key_data(data, impl=impl))
+        return jnp.zeros_like(waiting), alike(begin(own, here))
 
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (first, carried))[1]
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (first, alike(carried)))[1]
 
 
 class Window(NamedTuple):
@@ -221,21 +224,15 @@ class Window(NamedTuple):
             return mean + self.end - self.start
 
 
-def enter(
-    segment: Segment,
-    theta: Theta,
-    state: State | None,
-    reset: Callable[[Episode, Callable[[Episode], State], State], State] = reset,
-) -> State:
+def enter(segment: Segment, theta: Theta, state: State | None) -> State:
     """Returns the inner state at the segment's start: ``state``, or where t is 0 a new one.
 
     ``state`` is the end of the window before, or None if the segment is a whole episode.
     """
-
-    def begin(episode):
-        return initial_state(segment.problem, episode, theta)
-
-    return begin(segment.episode) if state is None else reset(segment.episode, begin, state)
+    begin = functools.partial(initial_state, segment.problem)
+    if state is None:
+        return begin(segment.episode, theta)
+    return reset(segment.episode, theta, begin, state)
 
 
 def window(

@@ -118,7 +118,7 @@ def run(
     """Runs one window of every pair; leading axis ``2 num_pairs`` in and out."""
 
     def one(theta, state, start):
-        state = unroll.enter(segment, theta, state, unroll.reset_forwards)
+        state = unroll.enter(segment, theta, state)
         return unroll.window(segment, theta, state, start)
 
     return jax.vmap(one)(thetas, states, starts)
@@ -141,9 +141,7 @@ def run_from_mean(
         return x[:-1]
 
     def one(theta):
-        return unroll.window(
-            segment, theta, unroll.enter(segment, theta, state, unroll.reset_forwards)
-        )
+        return unroll.window(segment, theta, unroll.enter(segment, theta, state))
 
     everyone = jax.tree.map(join, thetas, theta)
     windows = jax.vmap(one)(everyone)

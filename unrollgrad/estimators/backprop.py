@@ -1,6 +1,7 @@
 """Reverse-mode estimators: backpropagation through an episode or through one window of it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
+from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad._core.unroll import Remat
 from unrollgrad.estimators._window import estimate_of, inner_state, made_by, nothing, windowed
 from unrollgrad.types import Estimate, GradientEstimator, Segment, State, Theta, UnrolledProblem
@@ -65,16 +67,18 @@ def bptt(
     inner_loop.check_remat(remat)
 
     def whole(segment, theta, carried):
-        return gradient("bptt", window(segment, None, remat), theta, horizon)[0], None
+        return gradient("bptt", whole_episode(segment, remat), theta, horizon), None
 
     def ending(segment, theta, carried):
         head, tail = _cut(segment, horizon - last)
         state = unroll.initial_state(problem, segment.episode, theta)
         state, losses = unroll.unroll(head, theta, state)
-        out, _ = gradient("bptt", window(tail, state, remat, start=0.0), theta, horizon)
+        run = functools.partial(unroll.window, tail, state=state, start=0.0, remat=remat)
+        out = gradient("bptt", run, theta, last)
         share = last / horizon
         grad = jax.tree.map(lambda g: (share * g).astype(g.dtype), out.grad)
-        return Estimate(grad, share * out.loss + (1 - share) * jnp.mean(losses), out.info), None
+        loss = share * out.loss + (1 - share) * jnp.mean(losses)
+        return estimate_of(grad, loss, horizon), None
 
     run = whole if last == horizon else ending
     return windowed(problem, made_by("bptt", problem), None, nothing, run)
@@ -129,35 +133,63 @@ def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> 
     inner_loop.check_remat(remat)
 
     def run(segment, theta, state):
-        return gradient("tbptt", window(segment, state, remat), theta, truncation)
+        run = functools.partial(unroll.window, segment, remat=remat)
+        return continued("tbptt", segment, theta, state, run)
 
     fingerprint = made_by("tbptt", problem, truncation=truncation)
     return windowed(problem, fingerprint, truncation, inner_state(problem), run)
 
 
-def window(
-    segment: Segment,
-    state: State | None,
-    remat: Remat = None,
-    start: jax.Array | float | None = None,
-) -> Callable[[Theta], tuple[jax.Array, State]]:
-    """Makes a function of theta that returns the window's loss and the state after it."""
+def whole_episode(segment: Segment, remat: Remat = None) -> Callable[[Theta], unroll.Window]:
+    """Makes a function of theta that runs a whole episode."""
 
-    def loss(theta):
-        before = unroll.enter(segment, theta, state)
-        out = unroll.window(segment, theta, before, start, remat)
-        return out.loss(), out.state
+    def run(theta):
+        return unroll.window(segment, theta, unroll.enter(segment, theta, None), remat=remat)
 
-    return loss
+    return run
 
 
 def gradient(
-    name: str, loss: Callable[[Theta], tuple[jax.Array, State]], theta: Theta, inner_steps: int
-) -> tuple[Estimate, State]:
-    """Returns the gradient of a window's loss, and the state after it."""
+    name: str, run: Callable[[Theta], unroll.Window], theta: Theta, inner_steps: int
+) -> Estimate:
+    """Returns the gradient of the loss of a window ``run(theta)``."""
     with no_while_loop(name):
-        (value, after), grad = jax.value_and_grad(loss, has_aux=True)(theta)
-    return estimate_of(grad, value, inner_steps), after
+        value, grad = jax.value_and_grad(lambda theta: run(theta).loss())(theta)
+    return estimate_of(grad, value, inner_steps)
+
+
+def continued(
+    name: str,
+    segment: Segment,
+    theta: Theta,
+    state: State,
+    run: Callable[[Theta, State], unroll.Window],
+) -> tuple[Estimate, State]:
+    """Returns the gradient of the loss of a window ``run(theta, state)``, and the state after it.
+
+    The state at the window's start is ``unroll.enter``'s: a constant or, in the first window,
+    ``init``'s result, which is differentiated. Both are done only in calls that begin an episode,
+    so that ``init`` is not part of the function that JAX differentiates.
+    """
+    floats, rebuild = split(unroll.enter(segment, theta, state))
+
+    def loss(theta, floats):
+        out = run(theta, rebuild(floats))
+        return out.loss(), out.state
+
+    def through_init(episode, theta):
+        def initial(theta):
+            return floats_of(unroll.initial_state(segment.problem, episode, theta))
+
+        return jax.vjp(initial, theta)[1](slope)[0]
+
+    with no_while_loop(name):
+        value, back, after = jax.vjp(loss, theta, floats, has_aux=True)
+        grad, slope = back(jnp.ones_like(value))
+        none = jax.tree.map(jnp.zeros_like, grad)
+        added = unroll.reset(segment.episode, theta, through_init, none)
+    grad = jax.tree.map(jnp.add, grad, added)
+    return estimate_of(grad, value, segment.num_steps), after
 
 
 FORWARD_ONLY = ("full_es", "truncated_es", "pes", "es_single", "gpes", "forward_mode", "dodge")

@@ -1,9 +1,7 @@
 """Evolution-strategies estimators: antithetic pairs of unrolls with theta +- sigma u.
 
 They differ in when noise is drawn, where a pair begins, and what weighs its losses. All of them run
-``step`` forwards only, so it may contain a ``while_loop``, integers and jumps. If ``init`` depends
-on theta, a ``while_loop`` begins the episodes of the estimators with a ``truncation``; those are
-themselves differentiable in forward mode only.
+``step`` forwards only, so it may contain a ``while_loop``, integers and jumps.
 """
 
 from unrollgrad._checks import inner_loop

@@ -140,8 +140,8 @@ def _analytic(
     def window(segment, theta, carried):
         result, noise, persistent = persistence.run(segment, theta, carried.pairs)
         # Only earlier noise influences the evaluation at the window's start: it is not part of p.
-        loss = backprop.window(segment, carried.state, start=0.0)
-        own, state = backprop.gradient(name, loss, theta, truncation)
+        run = functools.partial(unroll.window, segment, start=0.0)
+        own, state = backprop.continued(name, segment, theta, carried.state, run)
         weight, sigma = weigh(noise), pairs.sigma
         out = _pairs.estimate(result, sigma, theta, weight, noise.before, mean_pass=True)
         expected = _products(noise.unit, own.grad)
@@ -217,10 +217,10 @@ def reparameterized_es(
 
     def window(segment, theta, carried):
         thetas = _pairs.draw(pairs, theta, unroll.noise_key(segment.episode, 0))
-        loss = backprop.window(segment, None)
+        run = backprop.whole_episode(segment)
 
         def one(theta):
-            return backprop.gradient("reparameterized_es", loss, theta, segment.num_steps)[0]
+            return backprop.gradient("reparameterized_es", run, theta, segment.num_steps)
 
         own = jax.vmap(one)(thetas)
         unit = _pairs.realised(thetas, sigma, own.loss)

@@ -45,10 +45,11 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
 
     Instead of G = d state / d theta the worker carries two vectors with E[left right^T] = G. In
     each step, with random signs v, left <- a (ds'/ds left) + b v and right <- right / a + (v^T
-    ds'/dtheta) / b; a and b make both parts equally long. ``grad`` is the mean over the window's
-    steps of (dloss/dstate . left) right + dloss/dtheta. Averaged over an episode's windows it is
-    unbiased for the gradient of J where the step is differentiable, ``init`` included. With
-    ``evaluate`` the window adds (T/K) (L_end - L_start), differentiated in the same way.
+    ds'/dtheta) / b; a and b make both parts equally long, and ``init`` is a part of the first step.
+    ``grad`` is the mean over the window's steps of (dloss/dstate . left) right + dloss/dtheta.
+    Averaged over an episode's windows it is unbiased for the gradient of J where the step is
+    differentiable, ``init`` included. With ``evaluate`` the window adds (T/K) (L_end - L_start),
+    differentiated in the same way.
 
     Variance: high, without a closed form, since the signs disturb every number of the state alike,
     however little the loss depends on it. Prefer ``dodge`` for adaptive optimizers: Adam takes the
@@ -102,18 +103,20 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
 def _window(segment: Segment, theta: Theta, carried: RankOne) -> tuple[Estimate, RankOne]:
     """Runs one window; its gradient is the mean over its steps, plus what ``evaluate`` adds."""
     problem, episode = segment.problem, segment.episode
-    signs = _signs(segment, mesh_axes.axes((theta, episode, carried.state, segment.data)))
-    first = unroll.reset(episode, partial(_begin, problem, theta, signs), carried)
+    signs = partial(_signs, mesh_axes.axes((theta, episode, carried.state, segment.data)))
+    nothing = jax.tree.map(jnp.zeros_like, carried.right)
+    begin = partial(_begin, segment, signs)
+    first, total = unroll.reset(episode, theta, begin, (carried, nothing))
 
     def body(carry, key, t, batch):
         def step(theta, state):
             return unroll.one_step(problem, key, theta, state, t, batch)
 
         before, total = carry
-        after, grad, loss = _advance(step, theta, before, partial(signs, t + 1))
+        draw = partial(signs, episode, t)
+        after, grad, loss = _advance(step, theta, before, draw, t == 0)
         return (after, jax.tree.map(jnp.add, total, grad)), loss
 
-    total = jax.tree.map(jnp.zeros_like, carried.right)
     (after, total), losses = unroll.scan(segment, body, (first, total))
     grad = jax.tree.map(lambda a: a / segment.num_steps, total)
     loss = jnp.mean(losses)
@@ -133,8 +136,12 @@ def _advance(
     theta: Theta,
     before: RankOne,
     signs: Callable[[list[jax.Array]], list[jax.Array]],
+    first: jax.Array,
 ) -> tuple[RankOne, Theta, jax.Array]:
-    """Takes one inner step: what is carried after it, the gradient of its loss, and its loss."""
+    """Takes one inner step: what is carried after it, the gradient of its loss, and its loss.
+
+    In an episode's first step ``before.right`` is not a factor, but ``init``'s part of ``fresh``.
+    """
     floats, rebuild = split(before.state)
 
     def of_floats(theta, floats):
@@ -148,36 +155,58 @@ def _advance(
     direct, through = back(([jnp.zeros_like(x) for x in ends], jnp.ones_like(loss)))
     fresh, _ = back((v, jnp.zeros_like(loss)))
     pushed, _ = push(jax.tree.map(jnp.zeros_like, theta), before.left)
-    left, right = _balanced(pushed, before.right, v, _widened(fresh))
+    held = jax.tree.map(lambda r: jnp.where(first, r, 0), before.right)
+    fresh = jax.tree.map(jnp.add, _widened(fresh), held)
+    right = jax.tree.map(lambda r: jnp.where(first, 0, r), before.right)
+    left, right = _balanced(pushed, right, v, fresh)
     return RankOne(after, left, right), _product(direct, through, before), loss
 
 
-def _signs(segment: Segment, names: frozenset) -> Callable[..., list[jax.Array]]:
-    """``signs(t, floats)``: random signs for the state after t steps of the episode."""
-
-    def signs(t, floats):
-        key = unroll.noise_key(segment.episode, t)
-        drawn = [
-            jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
-            for i, x in enumerate(floats)
-        ]
-        return mesh_axes.over(names, drawn)
-
-    return signs
+def _signs(
+    names: frozenset, episode: Episode, t: chex.Numeric, floats: list[jax.Array]
+) -> list[jax.Array]:
+    """Draws the random signs that project the new part of the state's derivative in step ``t``."""
+    key = unroll.noise_key(episode, t + 1)
+    drawn = [
+        jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)
+        for i, x in enumerate(floats)
+    ]
+    return mesh_axes.over(names, drawn)
 
 
-def _begin(problem: UnrolledProblem, theta: Theta, signs: Callable, episode: Episode) -> RankOne:
-    """Begins an episode: the derivative of ``init``, as a product with random signs."""
+def _begin(
+    segment: Segment, signs: Callable, episode: Episode, theta: Theta
+) -> tuple[RankOne, Theta]:
+    """Begins an episode: the state, and what the first step needs of ``init``'s derivative.
+
+    One v of the first step serves its whole derivative: v^T (ds1/dtheta + ds1/ds0 ds0/dtheta). With
+    signs of its own ds0/dtheta would be estimated without bias too, but their products with v would
+    add variance to the episode's end.
+
+    Returns:
+        What is carried, with the second term in place of ``right``; and the gradient of the first
+        loss through ``init``.
+    """
 
     def initial(theta):
-        state = unroll.initial_state(problem, episode, theta)
+        state = unroll.initial_state(segment.problem, episode, theta)
         return floats_of(state), state
 
-    floats, back, state = jax.vjp(initial, theta, has_aux=True)
-    v = signs(0, floats)
-    right = _widened(back(v)[0])
-    none, nothing = jax.tree.map(jnp.zeros_like, (v, right))
-    return RankOne(state, *_balanced(none, nothing, v, right))
+    floats, into_theta, state = jax.vjp(initial, theta, has_aux=True)
+    _, rebuild = split(state)
+    data = jax.tree.map(lambda x: x[:1], segment.data)
+    start = segment._replace(episode=episode, num_steps=1, data=data)
+
+    def step(floats):
+        after, losses = unroll.unroll(start, theta, rebuild(floats))
+        return floats_of(after), losses
+
+    (ends, losses), into_state = jax.vjp(step, floats)
+    v = signs(episode, 0, ends)
+    none, no_ends, no_losses = jax.tree.map(jnp.zeros_like, (floats, ends, losses))
+    held = into_theta(*into_state((v, no_losses)))[0]
+    slope = into_theta(*into_state((no_ends, jnp.ones_like(losses))))[0]
+    return RankOne(state, none, _widened(held)), _widened(slope)
 
 
 def _widened(tree: ArrayTree) -> ArrayTree:
