@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.contexts import own_transfers
 from unrollgrad.types import Episode, Estimate, GradientEstimator, Key, MadeBy, Theta, WorkerState
 
 _TAG = 0x63757272  # folded into the key of a stage's first state; larger than a worker's index
@@ -81,6 +82,7 @@ def curriculum(
     def shapes(key: Key, theta: Theta) -> list[WorkerState]:
         return [jax.eval_shape(e.init, key, theta) for e in estimators]
 
+    @own_transfers()
     def init(key: Key, theta: Theta) -> CurriculumState:
         key = arguments.typed_key(key)
         stages = shapes(key, theta)
