@@ -6,6 +6,7 @@ programs are only traced.
 
 import contextlib
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -182,9 +183,11 @@ def fitted():
 def solved():
     """Without inner steps, as one-step unrolling has it."""
     _, _, optimizer, inner, gradient = made()
-    given = {"inner_optimizer": optimizer, "outer_optimizer": optimizer, "start": "cold"}
+    given: dict[str, Any] = {"inner_optimizer": optimizer, "outer_optimizer": optimizer}
     w, a = jnp.ones(3), jnp.float32(0.5)
-    return ug.bilevel.solve(inner, gradient, w, a, inner_steps=0, num_steps=2, **given).theta
+    return ug.bilevel.solve(
+        inner, gradient, w, a, inner_steps=0, num_steps=2, start="cold", **given
+    ).theta
 
 
 def differentiated():
