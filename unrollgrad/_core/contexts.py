@@ -43,11 +43,11 @@ def worker_thread() -> ThreadPoolExecutor:
 
 @contextlib.contextmanager
 def own_transfers() -> Iterator[None]:
-    """For numbers of the host that are meant for the device, as where a state is begun.
+    """For numbers that are meant for other devices: a state's first ones, and keys on a mesh.
 
     ``jax.transfer_guard("disallow")`` would refuse them like those that come about by mistake.
     """
-    with jax.transfer_guard_host_to_device("allow"):
+    with jax.transfer_guard_host_to_device("allow"), jax.transfer_guard_device_to_device("allow"):
         yield
 
 

@@ -187,8 +187,7 @@ def fit(
             ):
                 while run.done < num_steps and not stopping:
                     number = min(size, num_steps - run.done)
-                    first, number = jax.device_put((run.done, number))
-                    _advance(run, program, _Steps(key, first, number, next(batches)))
+                    _advance(run, program, _Steps(key, run.done, number, next(batches)))
                     _observe(run, key, evaluate, callback)
                     stopping = on_any_process(bool(stop))
                     ends = run.done == num_steps or stopping
@@ -211,7 +210,8 @@ def fit(
 
 def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
-    carry, *found = program(run.carry, steps)
+    with own_transfers():
+        carry, *found = program(run.carry, steps)
     count, records, finite = jax.device_get(found)
     count = int(count)
     record = {k: np.array(x[:count]) for k, x in records.items()}
