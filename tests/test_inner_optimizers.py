@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import numbers
+from tests.helpers import numbers, raises
 from unrollgrad._training import inner_optimizers
 
 KEY = jax.random.key(0)
@@ -188,6 +188,52 @@ def test_hyperparameters_that_are_kept_in_16_bits(dtype):
             match=rf"hyperparameter 'b1' in {dtype.__name__}.*\['b1'\].*hyperparam_dtype=",
         ):
             gradient(problem, ug.pes, truncation=4, sigma=0.1)
+
+
+def test_a_number_that_16_bits_round_to_1_is_named_everywhere():
+    """optax.inject_hyperparams(adam) keeps b2 = 0.999 as 1.0, and all updates would be NaN."""
+    w = jnp.ones(2, jnp.bfloat16)
+
+    def inner(w, theta):
+        return jnp.sum((w - theta) ** 2)
+
+    approximate = ug.implicit.hypergradient(inner, inner, solver=ug.implicit.identity(0.5))
+    problem = ug.UnrolledProblem(lambda k, th: th, lambda k, th, x, t: (x, jnp.sum(x**2)), 2)
+
+    def fitted(adam):
+        return ug.fit(ug.bptt(problem), w, adam, num_steps=1, key=jax.random.key(0)).theta
+
+    def solved(inner_optimizer, outer_optimizer):
+        given = {"inner_optimizer": inner_optimizer, "outer_optimizer": outer_optimizer}
+        return ug.bilevel.solve(inner, approximate, w, w, inner_steps=1, num_steps=1, **given).theta
+
+    def unrolled(adam):
+        return ug.bilevel.unrolled(inner, inner, optimizer=adam, num_steps=1)(w, w).grad
+
+    sgd = optax.sgd(0.1)
+    runs = {
+        "`optimizer`": fitted,
+        "`outer_optimizer`": lambda adam: solved(sgd, adam),
+        "the inner optimizer": lambda adam: solved(adam, sgd),
+        "the inner optimizer keeps": unrolled,
+    }
+    for name, run in runs.items():
+        with raises(ValueError, name, "in bfloat16", "hyperparam_dtype=jnp.float32"):
+            run(optax.inject_hyperparams(optax.adam)(1e-3, eps_root=1e-4))
+    wide = optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.float32)(0.25, eps_root=1e-4)
+    plain = optax.adam(0.25, eps_root=1e-4)
+    assert jnp.array_equal(fitted(wide), fitted(plain))
+    assert jnp.array_equal(solved(sgd, wide), solved(sgd, plain))
+    # A rate loses digits in 16 bits, and is not refused where it can be read.
+    assert jnp.isfinite(fitted(optax.inject_hyperparams(optax.sgd)(0.01))).all()
+
+
+def test_a_rate_from_a_bf16_theta_is_the_users_own():
+    def optimizer(theta, t):
+        return optax.inject_hyperparams(optax.adam)(jnp.exp(theta), eps_root=1e-4)
+
+    bptt = ug.bptt(make(optimizer))
+    assert np.isfinite(numbers(gradients(jnp.bfloat16(-3.0), bptt)[0]))
 
 
 def test_bf16_weights_with_injected_float32_hyperparameters():

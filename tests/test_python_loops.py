@@ -73,10 +73,47 @@ def loops():
     many = ug.average(ug.pes(problem, truncation=2, sigma=0.1), 2)
     state = many.init(jax.random.key(0), theta)
     yield "estimate", lambda i: many.estimate(jax.random.key(i), theta + i, state)[0].grad
+    yield "init", lambda i: many.init(jax.random.key(i), theta + i)
+    sgd, one = optax.sgd(0.1), {"num_steps": 1, "steps_per_dispatch": 1}
+
+    def fitted(i):
+        return ug.fit(many, theta + i, sgd, key=jax.random.key(i), **one).theta
+
+    yield "fit", fitted
+    few: dict[str, Any] = {"reference": theta, "num_samples": 3, "num_chains": 0}
+
+    def compared(i):
+        measured = {"pes": ug_pes}
+        return ug.diagnostics.compare(problem, theta + i, measured, key=jax.random.key(i), **few)
+
+    ug_pes = ug.pes(problem, truncation=2, sigma=0.1)
+    yield "compare", lambda i: compared(i).samples["pes"]
+
+
+def updates():
+    """By name: ``call(i)``, an update of each optimizer, eagerly as optax's are called."""
+    made = {
+        "learning_rate": ug.apo.learning_rate(optax.adam, 1e-2, lambda_fsd=0),
+        "preconditioner": ug.apo.preconditioner(1e-2, lambda_fsd=0, lambda_wsd=0.1),
+    }
+    for name in ("scheduled_adam", "mlp"):
+        architecture = getattr(ug.learned_optimizers, name)()
+        made[name] = architecture.transform(architecture.init(jax.random.key(0)))
+    w = jnp.ones(SIZE)
+    for name, one in made.items():
+        state = one.init(w)
+
+        def updated(i, one=one, state=state):
+            given = {"loss": lambda p, batch: jnp.sum((p * batch) ** 2), "batch": BATCH}
+            return one.update(w * i, state, w, **given)
+
+        yield name, updated
+    positive = ug.constraints.positive
+    yield "constrain", lambda i: ug.constraints.constrain(positive, w * i)
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), list(loops()), ids=lambda x: x if isinstance(x, str) else ""
+    ("name", "call"), [*loops(), *updates()], ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_nothing_grows(name, call):
     def live():

@@ -1,10 +1,14 @@
 """Every family under JAX's strict switches, as careful users set them.
 
-Promotion of dtypes and ranks is decided while tracing, so most programs are only traced.
+Promotion of dtypes and ranks is decided while tracing, and so is what leaks out of a trace: most
+programs are only traced.
 """
 
 import contextlib
+import functools
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -13,9 +17,10 @@ import optax
 import pytest
 
 import unrollgrad as ug
+from tests.helpers import numbers
 from unrollgrad.estimators import REGISTRY
 
-KEYS = jax.random.split(jax.random.key(0), 3)
+KEYS = list(jax.random.split(jax.random.key(0), 3))
 
 
 @contextlib.contextmanager
@@ -118,8 +123,9 @@ def optimizers(dtype):
 
 @pytest.mark.parametrize("family", [estimators, implicit_functions, optimizers])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
-def test_strict_promotion(family, dtype):
-    with jax.enable_x64(dtype == jnp.float64):
+def test_strict_promotion_and_no_leaks(family, dtype):
+    leaks = jax.checking_leaks() if dtype == jnp.float32 else contextlib.nullcontext()
+    with jax.enable_x64(dtype == jnp.float64), leaks:
         for name, run in family(dtype):
             with strict():
                 try:
@@ -142,3 +148,104 @@ def test_what_runs_outside_jit():
             many, theta, optax.adam(0.1), num_steps=2, steps_per_dispatch=2, key=KEYS[1]
         )
         assert np.isfinite(result.history["loss"]).all()
+
+
+@functools.cache
+def made():
+    """Estimator, theta, optimizer, inner loss and hypergradient of the small programs."""
+    unrolled = ug.UnrolledProblem(
+        lambda key, theta: jax.random.normal(key),
+        lambda key, theta, x, t: (x * theta, jnp.square(x - theta)),
+        4,
+    )
+    theta = jnp.float32(0.5)
+    many = ug.average(ug.es_single(unrolled, truncation=2, sigma=0.1), 2, stagger="burn_in")
+
+    def inner(w, theta):
+        return jnp.sum((w - theta) ** 2)
+
+    approximate = ug.implicit.identity(0.5)  # half the inverse Hessian is exact here
+    gradient = ug.implicit.hypergradient(lambda w, a: jnp.sum(w), inner, solver=approximate)
+    return many, theta, optax.adam(0.1), inner, gradient
+
+
+def fitted():
+    """Three steps in two dispatches, with evaluations, and the state's keys used again."""
+    many, theta, optimizer, _, _ = made()
+    key, given = jax.random.clone(KEYS[0]), {"num_steps": 3, "steps_per_dispatch": 2}
+
+    def evaluate(key, theta):
+        return {"theta": theta}
+
+    return ug.fit(many, theta, optimizer, key=key, evaluate=evaluate, **given)
+
+
+def solved():
+    """Without inner steps, as one-step unrolling has it."""
+    _, _, optimizer, inner, gradient = made()
+    given: dict[str, Any] = {"inner_optimizer": optimizer, "outer_optimizer": optimizer}
+    w, a = jnp.ones(3), jnp.float32(0.5)
+    return ug.bilevel.solve(
+        inner, gradient, w, a, inner_steps=0, num_steps=2, start="cold", **given
+    ).theta
+
+
+def differentiated():
+    root = ug.implicit.root(lambda x, a: x**2 - a)(lambda start, a: jnp.sqrt(a))
+    return jax.grad(root, 1)(jnp.float32(1.0), jnp.float32(4.0))
+
+
+def updated():
+    w = jnp.ones((2, 3))
+    architecture = ug.learned_optimizers.scheduled_adam()
+    optimizer = architecture.transform(architecture.init(jax.random.clone(KEYS[2])))
+    return optimizer.update(w, optimizer.init(w), w)[0]
+
+
+@functools.cache
+def without_switch(run):
+    return numbers(run())
+
+
+@pytest.mark.parametrize("run", [fitted, solved, differentiated, updated])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        jax.disable_jit,
+        jax.checking_leaks,
+        functools.partial(jax.debug_key_reuse, True),
+        functools.partial(jax.transfer_guard, "disallow"),
+    ],
+    ids=["disable_jit", "check_tracer_leaks", "debug_key_reuse", "transfer_guard"],
+)
+def test_switch_changes_no_number(switch, run):
+    guarded = isinstance(switch, functools.partial) and switch.func is jax.transfer_guard
+    if guarded and run is not fitted:
+        pytest.skip("eager functions transfer their Python numbers")
+    expected = without_switch(run)
+    made()  # its constants are not part of the run
+    with switch():
+        found = run()
+    # Operations that are not fused are rounded each by itself.
+    chex.assert_trees_all_close(numbers(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_key_that_is_used_twice_is_seen():
+    """The library hides no reuse by a caller: a key of two calls that both begin an episode."""
+    unrolled, theta = problem(jnp.float32)
+    pes = ug.pes(unrolled, truncation=2, sigma=0.1)
+    with jax.debug_key_reuse(True):
+        key, state = jax.random.key(1), pes.init(jax.random.key(2), theta)
+        pes.estimate(key, theta, state)
+        with pytest.raises(jax.errors.KeyReuseError):
+            pes.estimate(key, theta, state)
+
+
+@pytest.mark.parametrize("name", ["full_es", "es_single", "pes_analytic", "uoro"])
+def test_init_under_a_transfer_guard(name):
+    unrolled, theta = problem(jnp.float32)
+    row, key = REGISTRY[name], jax.random.clone(KEYS[1])
+    estimator = row.build(unrolled, truncation=2, sigma=0.1, num_pairs=3)
+    with jax.transfer_guard("disallow"):
+        state = estimator.init(key, theta)
+    assert int(state.episode.t) == 0

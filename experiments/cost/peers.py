@@ -99,7 +99,7 @@ def _calls(task: Task, estimator: GradientEstimator, theta: Theta, num_steps: in
 class _Loop(NamedTuple):
     """Persistent evolution strategies as a user would write them: theta is a vector."""
 
-    theta: jax.Array
+    theta: Theta
     opt_state: Any
     states: State
     accumulated: jax.Array

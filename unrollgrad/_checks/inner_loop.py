@@ -134,8 +134,9 @@ def check_step(
             arguments.check_loss(made_by, loss)
         return after, losses
 
+    t = jax.ShapeDtypeStruct((), jnp.int32)
     traced_init, state = jax.make_jaxpr(init, return_shape=True)(key, theta)
-    return traced_init, jax.make_jaxpr(step)(state, theta, key, jnp.int32(0), data)
+    return traced_init, jax.make_jaxpr(step)(state, theta, key, t, data)
 
 
 def takes(function: Callable, *arguments: object) -> bool:

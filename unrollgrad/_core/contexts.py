@@ -1,10 +1,11 @@
-"""Threads that keep JAX's context managers, such as ``jax.enable_x64(True)``.
+"""JAX's context managers: threads that keep them, and transfers that are meant.
 
 A context manager of JAX holds in the thread that enters it: work that is handed to another thread
 would lose it.
 """
 
 import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -38,6 +39,16 @@ def worker_thread() -> ThreadPoolExecutor:
                 entered.enter_context(getattr(jax, name)(value))
 
     return ThreadPoolExecutor(max_workers=1, initializer=enter)
+
+
+@contextlib.contextmanager
+def own_transfers() -> Iterator[None]:
+    """For numbers that are meant for other devices: a state's first ones, and keys on a mesh.
+
+    ``jax.transfer_guard("disallow")`` would refuse them like those that come about by mistake.
+    """
+    with jax.transfer_guard_host_to_device("allow"), jax.transfer_guard_device_to_device("allow"):
+        yield
 
 
 def _values() -> dict[str, object]:

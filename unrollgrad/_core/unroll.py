@@ -68,8 +68,22 @@ def new_episode(horizon: Horizon, key: Key, truncation: int) -> Episode:
 
 def continue_or_begin(horizon: Horizon, key: Key, episode: Episode, truncation: int) -> Episode:
     """Returns the episode unchanged, or a new one from ``key`` where t is 0."""
-    begun = new_episode(horizon, key, truncation)
-    return jax.tree.map(lambda new, old: jnp.where(episode.t == 0, new, old), begun, episode)
+    return select(episode.t == 0, new_episode(horizon, key, truncation), episode)
+
+
+def select(first: jax.Array, new: _Tree, old: _Tree) -> _Tree:
+    """``jnp.where(first, new, old)`` of trees whose leaves may be keys.
+
+    A key that is kept is not used: its draws come from ``fold_in``. JAX's checker
+    (``jax_debug_key_reuse``) counts a selection as a use of both keys, unless they are clones.
+    """
+
+    def leaf(new, old):
+        if not jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            return jnp.where(first, new, old)
+        return jax.random.clone(jnp.where(first, new, jax.random.clone(old)))
+
+    return jax.tree.map(leaf, new, old)
 
 
 def advance(episode: Episode, truncation: int) -> Episode:
@@ -159,6 +173,16 @@ def scan(
         return carry, out.ravel()
     carry, rest = stretch(carry, jax.tree.map(lambda x: x[whole:], inputs))
     return carry, jnp.concatenate([out.ravel(), rest])
+
+
+def repeat(step: Callable[[_Carry], _Carry], carry: _Carry, times: int) -> _Carry:
+    """Runs ``step(carry) -> carry`` so many times.
+
+    ``jax.disable_jit`` refuses a scan of no steps, so none is made.
+    """
+    if times == 0:
+        return carry
+    return jax.lax.scan(lambda carry, _: (step(carry), None), carry, length=times)[0]
 
 
 def _remade(body: Callable) -> Callable:

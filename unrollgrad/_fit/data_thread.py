@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unrollgrad._core.contexts import worker_thread
+from unrollgrad._core.contexts import own_transfers, worker_thread
 
 
 @contextlib.contextmanager
@@ -47,7 +47,8 @@ def prefetched(
         return batches if main_stacks else stacked(batches)
 
     def stacked(batches):
-        return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
+        with own_transfers():
+            return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(b) for b in x]), *batches)
 
     def chunks():
         ahead = pool.submit(make, done)

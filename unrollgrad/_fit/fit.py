@@ -16,11 +16,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.progress import progress_bar
 from unrollgrad._fit import checkpoints
 from unrollgrad._fit.data_thread import prefetched
 from unrollgrad._fit.interrupts import stop_requests
+from unrollgrad._training import inner_optimizers
 from unrollgrad._workers.mesh import on_any_process, placed
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric, Theta, WorkerState
 
@@ -162,7 +164,9 @@ def fit(
     size = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
     every = 10 * size if checkpoint_every is None else checkpoint_every
     every = arguments.positive_int("checkpoint_every", every)
-    key, theta, config = arguments.typed_key(key), arguments.floating_theta(theta), _as_json(config)
+    with own_transfers():
+        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
+    config = _as_json(config)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((key, theta))):
         raise TypeError(
             "`fit` is a loop of compiled programs, which cannot run inside jit, vmap or grad; got "
@@ -207,7 +211,8 @@ def fit(
 
 def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
-    carry, *out = program(run.carry, steps)
+    with own_transfers():
+        carry, *out = program(run.carry, steps)
     count, records, finite = jax.device_get(out)
     record = {k: x[:count] for k, x in records.items()}
     # Only now, since an interrupt may come while the device computes.
@@ -235,7 +240,8 @@ def _observe(run: _Run, key: Key, evaluate, callback) -> None:
     theta = jax.tree.map(jnp.copy, run.carry.theta)
     metrics = {k: x[-1] for k, x in run.records["steps"][-1].items()}
     if evaluate is not None:
-        at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
+        with own_transfers():
+            at = jax.random.fold_in(jax.random.fold_in(key, _EVALUATE), run.done)
         found = _checked(evaluate(at, theta), run)
         row = {"evaluated_at": np.asarray(run.done), **found}
         run.records.setdefault("evaluations", []).append({k: x[None] for k, x in row.items()})
@@ -307,6 +313,7 @@ def _checked(found: object, run: _Run) -> dict[str, np.ndarray]:
     return values
 
 
+@own_transfers()
 def _begin(
     estimator: GradientEstimator, theta: Theta, optimizer: optax.GradientTransformation, key: Key
 ) -> _Carry:
@@ -320,7 +327,9 @@ def _begin(
         x = jnp.copy(arguments.strong(x))
         return x if whole is None else placed(x, whole)
 
-    theta, opt_state = jax.tree.map(own, (theta, optimizer.init(theta)))
+    opt_state = optimizer.init(theta)
+    inner_optimizers.check_injected("`optimizer`", optimizer.init, theta, opt_state)
+    theta, opt_state = jax.tree.map(own, (theta, opt_state))
     # Worker states are copied too: a problem's `init` may return an array that is the user's.
     return _Carry(theta, opt_state, jax.tree.map(lambda x: x.copy(), worker_state))
 

@@ -22,7 +22,7 @@ import optax
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import float_leaves
-from unrollgrad._core.dtypes import standard_promotion
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
 Optimizer = Callable[..., optax.GradientTransformation]  # optimizer(theta, t)
@@ -42,18 +42,47 @@ def init(optimizer: Optimizer, theta: Theta, params: optax.Params) -> optax.OptS
         ValueError: If the state keeps hyperparameters in 16 bits.
     """
     with _arrays_for_numbers():
-        state = optimizer(theta, jnp.int32(0)).init(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        injected = jax.tree_util.GetAttrKey("hyperparams") in path
-        if injected and arguments.dtype_of(leaf) in (jnp.bfloat16, jnp.float16):
-            name = getattr(path[-1], "key", path[-1])
+        transform = optimizer(theta, jnp.int32(0))
+        state = transform.init(params)
+        check_injected("the inner optimizer", transform.init, params, state)
+    return state
+
+
+def check_injected(
+    name: str,
+    init: Callable[[optax.Params], optax.OptState],
+    params: optax.Params,
+    state: optax.OptState,
+) -> None:
+    """Raises ValueError if ``optax.inject_hyperparams`` rounded a number to the weights' 16 bits.
+
+    Where the numbers can be read, only one that became 1 is refused.
+    """
+
+    def injected(state):
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        return {p: x for p, x in leaves if jax.tree_util.GetAttrKey("hyperparams") in p}
+
+    low = (jnp.bfloat16, jnp.float16)
+    narrow = {p: x for p, x in injected(state).items() if arguments.dtype_of(x) in low}
+    if not narrow:
+        return
+    exact = injected(init(jax.tree.map(_widened, params)))
+    for path, x in narrow.items():
+        given = exact[path]
+        if arguments.dtype_of(given) == x.dtype:
+            continue  # an array of the user's own, such as a rate computed from a bfloat16 theta
+        if isinstance(x, jax.core.Tracer) or (float(x) == 1 and float(given) != 1):
             raise ValueError(
-                f"the inner optimizer keeps its hyperparameter {name!r} in {leaf.dtype} (opt_state"
-                f"{jax.tree_util.keystr(path)}), the dtype of the weights: 0.999 is 1.0 in "
-                "bfloat16, and Adam's bias correction divides by zero. Pass "
+                f"{name} keeps its hyperparameter {getattr(path[-1], 'key', path[-1])!r} in "
+                f"{x.dtype} (opt_state{jax.tree_util.keystr(path)}), the dtype of the weights: "
+                "0.999 is 1.0 in bfloat16, and Adam's bias correction divides by zero. Pass "
                 "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
             )
-    return state
+
+
+def _widened(x):
+    return jnp.zeros(np.shape(x), wide(arguments.dtype_of(x))) if _is_floating(x) else x
 
 
 def update(
@@ -79,7 +108,7 @@ def update(
         if any(map(_is_injected, jax.tree.leaves(state, is_leaf=_is_injected))):
             state = _renewed(state, transform.init(params))
         updates, new = transform.update(grad, state, params, **{"grad": grad, **extra})
-    return updates, _keep_dtypes(state, new)
+    return updates, keep_dtypes(state, new)
 
 
 def _is_injected(x: object) -> bool:
@@ -101,7 +130,7 @@ def _renewed(state, fresh):
     return jax.tree.map(node, state, fresh, is_leaf=_is_injected)
 
 
-def _keep_dtypes(old, new):
+def keep_dtypes(old: optax.OptState, new: optax.OptState) -> optax.OptState:
     """Casts floating leaves to the old dtypes: a float32 theta would widen bfloat16 state."""
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new  # ``inner_loop.check_step`` refuses it by name

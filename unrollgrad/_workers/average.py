@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.contexts import own_transfers
 from unrollgrad._workers import mean_and_variance, staggering
 from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import axis_size, placed
@@ -135,6 +136,7 @@ def average(
     step = functools.partial(_step_all, workers)
     step = _compiled(step, mesh, (whole, whole, split, split), (whole, whole, split))
 
+    @own_transfers()
     def init(key: Key, theta: Theta) -> WorkerState:
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         # Outside `jit` first: a trace hides theta's values, which the estimator may refuse.
@@ -154,8 +156,9 @@ def average(
                 '"breakstep", or sample batches in `step` (`sample_batch` of training_problem).'
             )
         out, (count, num_nonfinite_losses), state = step(key, theta, state, data)
-        if not isinstance(count, jax.core.Tracer) and int(count) == 0:
-            raise FloatingPointError(_all_bad(num_workers, int(num_nonfinite_losses), theta))
+        if not isinstance(count, jax.core.Tracer) and int(jax.device_get(count)) == 0:
+            bad = int(jax.device_get(num_nonfinite_losses))
+            raise FloatingPointError(_all_bad(num_workers, bad, theta))
         return out, state
 
     return GradientEstimator(init, estimate, estimator.truncation)
@@ -217,8 +220,11 @@ def _step_all(
         return mean_and_variance.merge(total, some), state
 
     chunks = (_indices(workers), _split(state, workers), _split(data, workers))
-    first = jax.tree.map(lambda x: x[0], chunks)
-    shapes, _ = jax.eval_shape(lambda *args: _step(workers, *args), key, theta, *first)
+
+    def first(key, theta, chunks):
+        return _step(workers, key, theta, *jax.tree.map(lambda x: x[0], chunks))[0]
+
+    shapes = jax.eval_shape(first, key, theta, chunks)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, state = jax.lax.scan(chunk, mesh_axes.like(shapes, nothing), chunks)
     if workers.axis is not None:

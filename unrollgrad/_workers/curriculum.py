@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.contexts import own_transfers
 from unrollgrad.types import (
     ArrayTree,
     Episode,
@@ -89,6 +90,7 @@ def curriculum(
     def shapes(key: Key, theta: Theta) -> list[WorkerState]:
         return [jax.eval_shape(e.init, key, theta) for e in estimators]
 
+    @own_transfers()
     def init(key: Key, theta: Theta) -> CurriculumState:
         key = arguments.typed_key(key)
         stages = shapes(key, theta)

@@ -3,13 +3,12 @@
 In lockstep all workers stand at the same window, and an update sees that window alone.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from unrollgrad._core import mesh_axes
+from unrollgrad._core import mesh_axes, unroll
 from unrollgrad.types import Episode, WorkerState
 
 
@@ -51,8 +50,7 @@ def burn_in(
 
     def move(carry):
         number, state = carry
-        choose = functools.partial(jax.vmap(jnp.where), behind(state))
-        return number + 1, jax.tree.map(choose, call(number, state), state)
+        return number + 1, jax.vmap(unroll.select)(behind(state), call(number, state), state)
 
     state = mesh_axes.like(jax.eval_shape(call, 0, state), state)
     return jax.lax.while_loop(lambda carry: jnp.any(behind(carry[1])), move, (0, state))[1]

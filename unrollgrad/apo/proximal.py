@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments
-from unrollgrad._core import mesh_axes
+from unrollgrad._core import eager, mesh_axes
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._training import inner_optimizers
 from unrollgrad.constraints import constrain, unconstrain
@@ -147,13 +147,12 @@ def adapted(
         def unchanged(*at):
             return at
 
-        hyperparams, meta_state = jax.lax.cond(
-            state.count % proximal.meta_interval == 0,
-            adapt if jax.tree.leaves(params) else unchanged,
-            unchanged,
-            state.hyperparams,
-            state.meta_state,
-        )
+        @eager.compiled
+        def adapted(count, *at):
+            do = adapt if jax.tree.leaves(params) else unchanged
+            return jax.lax.cond(count % proximal.meta_interval == 0, do, unchanged, *at)
+
+        hyperparams, meta_state = adapted(state.count, state.hyperparams, state.meta_state)
         moved, base_state = step(hyperparams)
         moved = jax.tree.map(lambda g, x: x.astype(g.dtype), updates, moved)
         return moved, ApoState(state.count + 1, hyperparams, base_state, meta_state)

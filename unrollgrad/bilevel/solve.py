@@ -10,6 +10,8 @@ import optax
 from unrollgrad._checks import arguments
 from unrollgrad._core import eager
 from unrollgrad._core.dtypes import standard_promotion
+from unrollgrad._core.unroll import repeat
+from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta, descend
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import ArrayTree, Numeric, Theta
@@ -120,17 +122,18 @@ def solve(
 
     @eager.compiled
     def run(params, theta):
-        begin = params, optimizer(theta, 0).init(params)
+        begin = params, inner_optimizers.init(optimizer, theta, params)
 
         def outer_step(at, _):
-            def inner_step(state, _):
-                return descend(inner, optimizer, at.theta, *state), None
+            def inner_step(state):
+                return descend(inner, optimizer, at.theta, *state)
 
             state = begin if start == "cold" else at.inner
-            trained, _ = jax.lax.scan(inner_step, state, length=inner_steps)
+            trained = repeat(inner_step, state, inner_steps)
             out = hypergradient(trained[0], at.theta, at.v)
             with standard_promotion():
                 updates, outer_state = outer_optimizer.update(out.grad, at.outer_state, at.theta)
+                outer_state = inner_optimizers.keep_dtypes(at.outer_state, outer_state)
                 theta, v = optax.apply_updates(at.theta, updates), out.v if keep_v else None
             return _Progress(theta, trained, outer_state, v, at.theta), out.outer_loss
 
@@ -139,7 +142,11 @@ def solve(
             return at, (at.before, at.inner[0], losses)
 
         v = jax.tree.map(jnp.zeros_like, trees.widen(params)) if keep_v else None
-        at = _Progress(theta, begin, outer_optimizer.init(theta), v, theta)
+        outer_state = outer_optimizer.init(theta)
+        inner_optimizers.check_injected(
+            "`outer_optimizer`", outer_optimizer.init, theta, outer_state
+        )
+        at = _Progress(theta, begin, outer_state, v, theta)
         return jax.lax.scan(stretch, at, length=num_steps // every)
 
     at, (thetas, paths, losses) = run(params, theta)

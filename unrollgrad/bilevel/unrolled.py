@@ -68,7 +68,7 @@ def unrolled(
         def init(key, theta):
             begin = params if start is None else start(params, theta)
             begin = trees.check_floating("start", begin)
-            return begin, chosen(theta, 0).init(begin)
+            return begin, inner_optimizers.init(chosen, theta, begin)
 
         def step(key, theta, state, t):
             return descend(inner, chosen, theta, *state), jnp.zeros(())

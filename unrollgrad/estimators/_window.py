@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, influence, inner_loop
 from unrollgrad._core import mesh_axes, unroll
+from unrollgrad._core.contexts import own_transfers
 from unrollgrad.types import (
     ArrayTree,
     Episode,
@@ -64,6 +65,7 @@ def windowed(
     axis = "horizon" if truncation is None else "truncation"
     num_steps = truncation or inner_loop.static_horizon(problem, fingerprint.estimator)
 
+    @own_transfers()
     def init(key: Key, theta: Theta) -> Worker:
         theta = arguments.floating_theta(theta)
         check(theta)

@@ -19,6 +19,7 @@ from unrollgrad.types import (
     Episode,
     Estimate,
     GradientEstimator,
+    Numeric,
     Segment,
     State,
     Theta,
@@ -163,7 +164,7 @@ def _advance(
 
 
 def _signs(
-    names: frozenset, episode: Episode, t: chex.Numeric, floats: list[jax.Array]
+    names: frozenset, episode: Episode, t: Numeric, floats: list[jax.Array]
 ) -> list[jax.Array]:
     """Draws the random signs that project the new part of the state's derivative in step ``t``."""
     key = unroll.noise_key(episode, t + 1)

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import eager
+from unrollgrad._core.unroll import repeat
 from unrollgrad.implicit import linear, operators, trees
 from unrollgrad.implicit.solvers import dense
 from unrollgrad.implicit.trees import T
@@ -204,12 +205,12 @@ def one_step(
     num_steps = arguments.positive_int("num_steps", num_steps)
 
     def finish(params, args, kwargs):
-        def again(params, _):
+        def again(params):
             after = step(params, *args, **kwargs)
             _check_like("step", params, after)
-            return trees.narrow(after, params), None
+            return trees.narrow(after, params)
 
-        return jax.lax.scan(again, params, length=num_steps)[0]
+        return repeat(again, params, num_steps)
 
     return _decorator(step, has_aux, finish)
 

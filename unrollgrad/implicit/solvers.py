@@ -14,6 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.unroll import repeat
 from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree, Key, Numeric
 
@@ -48,25 +49,25 @@ class _Neumann(_MatrixFree):
         if isinstance(alpha, str):
             alpha = 1 / jnp.maximum(_lambda_max(state, vector), float(jnp.finfo(jnp.float32).tiny))
 
-        def richardson(q, _):
-            return trees.add(q, trees.add(vector, state.mv(q), -1), alpha), None
+        def richardson(q):
+            return trees.add(q, trees.add(vector, state.mv(q), -1), alpha)
 
         start, steps = options.get("y0"), self.terms
         if start is None:  # the first step from zero needs no product
             start, steps = trees.scale(alpha, vector), self.terms - 1
-        q, _ = jax.lax.scan(richardson, start, length=steps)
+        q = repeat(richardson, start, steps)
         return q, lx.RESULTS.successful, {"num_steps": jnp.int32(self.terms)}
 
 
 def _lambda_max(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array:
     """The magnitude of the eigenvalue of largest magnitude, from below, by power iteration."""
 
-    def multiply(v, _):
+    def multiply(v):
         size = optax.tree.norm(v)
-        return operator.mv(trees.scale(1 / jnp.where(size > 0, size, 1), v)), None
+        return operator.mv(trees.scale(1 / jnp.where(size > 0, size, 1), v))
 
     v = optax.tree.random_like(jax.random.key(0), like)
-    return optax.tree.norm(jax.lax.scan(multiply, v, length=_POWER_STEPS)[0])
+    return optax.tree.norm(repeat(multiply, v, _POWER_STEPS))
 
 
 def neumann(terms: int, step_size: Numeric | Literal["auto"] = "auto") -> lx.AbstractLinearSolver:
