@@ -124,10 +124,10 @@ def optimizers(dtype):
 @pytest.mark.parametrize("family", [estimators, implicit_functions, optimizers])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_strict_promotion_and_no_leaks(family, dtype):
-    leaks = jax.checking_leaks() if dtype == jnp.float32 else contextlib.nullcontext()
-    with jax.enable_x64(dtype == jnp.float64), leaks:
+    leaks = jax.checking_leaks if dtype == jnp.float32 else contextlib.nullcontext
+    with jax.enable_x64(dtype == jnp.float64):
         for name, run in family(dtype):
-            with strict():
+            with strict(), leaks():
                 try:
                     jax.eval_shape(run)
                 except (TypeError, ValueError) as error:
