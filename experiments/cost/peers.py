@@ -99,7 +99,7 @@ def _calls(task: Task, estimator: GradientEstimator, theta: Theta, num_steps: in
 class _Loop(NamedTuple):
     """Persistent evolution strategies as a user would write them: theta is a vector."""
 
-    theta: Theta
+    theta: jax.Array
     opt_state: Any
     states: State
     accumulated: jax.Array
@@ -169,8 +169,7 @@ def _by_hand(task: Task, num_steps: int, size: int = PER_PROGRAM) -> Callable[[]
         grad = differences @ accumulated / (2 * num_pairs * sigma**2)
         updates, opt_state = task.optimizer.update(grad, opt_state, theta)
         t = jnp.where(t + task.truncation >= task.horizon, 0, t + task.truncation)
-        theta = optax.apply_updates(theta, updates)
-        return _Loop(theta, opt_state, states, accumulated, t), losses.mean()
+        return _Loop(theta + updates, opt_state, states, accumulated, t), losses.mean()
 
     zeros = jnp.zeros((num_pairs, dim))
     start = _Loop(theta, task.optimizer.init(theta), states, zeros, jnp.int32(0))
