@@ -169,7 +169,8 @@ def _by_hand(task: Task, num_steps: int, size: int = PER_PROGRAM) -> Callable[[]
         grad = differences @ accumulated / (2 * num_pairs * sigma**2)
         updates, opt_state = task.optimizer.update(grad, opt_state, theta)
         t = jnp.where(t + task.truncation >= task.horizon, 0, t + task.truncation)
-        return _Loop(theta + updates, opt_state, states, accumulated, t), losses.mean()
+        theta = jnp.asarray(optax.apply_updates(theta, updates))
+        return _Loop(theta, opt_state, states, accumulated, t), losses.mean()
 
     zeros = jnp.zeros((num_pairs, dim))
     start = _Loop(theta, task.optimizer.init(theta), states, zeros, jnp.int32(0))
