@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import lineax as lx
 from chex import ArrayTree, Numeric
 
+from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
+from unrollgrad.implicit.trees import T
 from unrollgrad.types import Theta
 
 
@@ -80,6 +82,65 @@ def damped(
     return function(mv, wide, kept_tags(operator))
 
 
+def scaled(
+    operator: lx.AbstractLinearOperator, factor: Numeric, like: ArrayTree
+) -> lx.AbstractLinearOperator:
+    """``factor * operator``, on vectors like ``like``."""
+    return function(lambda v: trees.scale(factor, operator.mv(v)), like, kept_tags(operator))
+
+
+Preconditioner = lx.AbstractLinearOperator | Callable[..., object]
+"""An operator, or a function of a point that returns one or a product with one."""
+
+_PRECONDITIONED = lx.CG | lx.GMRES | lx.BiCGStab
+
+
+def check_preconditioner(given: object, solver: lx.AbstractLinearSolver | None) -> None:
+    """Raises unless ``given`` can be a preconditioner, and a solver that is given can use it."""
+    if given is None:
+        return
+    if not isinstance(given, lx.AbstractLinearOperator) and not callable(given):
+        raise TypeError(
+            "`preconditioner` must be an operator of lineax or a function that returns one; got "
+            f"{arguments.describe(given)}. For a diagonal d: lineax.DiagonalLinearOperator(1 / d)."
+        )
+    inner = solver.inner_solver if isinstance(solver, lx.Normal) else solver
+    if inner is not None and not isinstance(inner, _PRECONDITIONED):
+        raise ValueError(
+            "`preconditioner` can be used by lineax.CG, GMRES, BiCGStab and Normal(CG) only; got "
+            f"it with solver={solver}. Leave one of the two out."
+        )
+
+
+def preconditioner(
+    given: Preconditioner, params: T, args: tuple, kwargs: dict | None = None
+) -> Callable[[T], T]:
+    """The product with a preconditioner at a point, for vectors like params of any dtypes.
+
+    Raises:
+        TypeError: If it has other shapes than params.
+    """
+    if not isinstance(given, lx.AbstractLinearOperator):
+        given = given(params, *args, **(kwargs or {}))
+    if isinstance(given, lx.AbstractLinearOperator):
+        multiply, like, out = given.mv, given.in_structure(), given.out_structure()
+    elif callable(given):
+        multiply, like, out = given, params, jax.eval_shape(given, params)
+    else:
+        raise TypeError(
+            "`preconditioner` must return an operator of lineax or a function of a vector; got "
+            f"{arguments.describe(given)}. Where it is the product itself, "
+            "pass lambda *point: preconditioner."
+        )
+    for what, tree in {"takes": like, "returns": out}.items():
+        if difference := arguments.shape_difference(params, tree):
+            raise TypeError(
+                f"`preconditioner` must map vectors like params to vectors like params; what it "
+                f"{what} differs at params{difference}."
+            )
+    return lambda v: trees.narrow(multiply(trees.narrow(v, like)), v)
+
+
 _KEPT = {
     lx.positive_semidefinite_tag: lx.is_positive_semidefinite,
     lx.symmetric_tag: lx.is_symmetric,
@@ -99,6 +160,12 @@ def as_tags(tags: object) -> frozenset[object]:
     """One tag of lineax, or several, as a set."""
     several = isinstance(tags, tuple | list | set | frozenset)
     return frozenset(tags) if several else frozenset([tags])
+
+
+def tags_for(solver: lx.AbstractLinearSolver | None) -> frozenset[object]:
+    """What a solver takes for granted: of the matrix, and of its preconditioner."""
+    definite = isinstance(solver, lx.CG | lx.Cholesky)
+    return frozenset([lx.positive_semidefinite_tag] if definite else [])
 
 
 def function(
