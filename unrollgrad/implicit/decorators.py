@@ -63,16 +63,19 @@ def root(
             singular. Where the default solver leaves more than 1 % of the right-hand side (there is
             no derivative, or A is too ill-conditioned), the derivative is NaN; in reverse mode,
             which has no such right-hand side, it is the derivative of the least-squares solution. A
-            solver of yours that stops early raises no error: the derivative is then approximate.
+            solver of yours that stops early raises no error: the derivative is then approximate,
+            and NaN if the solver reports a breakdown (``lineax.BiCGStab``, mostly in float32).
         tags: What is known of A, as in lineax: ``lineax.symmetric_tag``,
             ``lineax.positive_semidefinite_tag``, a triangular one, or several. A solver that needs
-            a positive semidefinite A (``lineax.CG``, ``lineax.Cholesky``) says so by itself.
+            a positive semidefinite A (``lineax.CG``, ``lineax.Cholesky``) says so by itself, unless
+            A is tagged negative semidefinite.
         preconditioner: An approximation of A^-1, as in lineax: an operator on vectors like params;
             or a function ``preconditioner(params, *args, **kwargs)`` that returns one for the
             solution, or returns the product with one (the ``M`` of ``jax.scipy``). ``lineax.CG``
-            takes it for positive definite. Systems with A^T, in reverse mode, get its transpose. It
-            changes the number of steps, not the derivative, and has no derivative itself. The
-            default solver is then conjugate gradients for any number of unknowns.
+            takes it for positive definite (for a negative A it approximates -A^-1). Systems with
+            A^T, in reverse mode, get its transpose. It changes the number of steps, not the
+            derivative, and has no derivative itself. The default solver is then conjugate gradients
+            for any number of unknowns.
         check: Whether to raise where a solver leaves more than 1 % of the right-hand side, also
             under jit.
         has_aux: Whether ``solve`` returns ``(params, aux)``; aux has no derivative.
@@ -416,7 +419,7 @@ def _tangents(
 
     seen = [x for x in (*unknowns, *inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     vector = [-p.astype(wide) for p in push]
-    tags = operators.as_tags(equation.tags) | operators.tags_for(equation.solver)
+    tags = operators.tags_for(equation.solver, operators.as_tags(equation.tags))
     solver = equation.solver or _default(unknowns, tags, bool(preconditioners))
     inverse = None
     if preconditioners:

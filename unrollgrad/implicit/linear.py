@@ -2,7 +2,7 @@
 
 The derivative of ``lineax.linear_solve`` raises where a solve stopped early, since its backward
 pass cannot report it. Here a truncated solve is a result, forwards, backwards and in higher
-derivatives.
+derivatives; a solve that broke down is NaN.
 """
 
 import functools
@@ -40,12 +40,16 @@ def solve(
     The solver gets a vector of norm 1, so that its tolerances are relative to the vector's norm.
     ``preconditioner`` approximates the inverse of ``operator``.
     """
+    sign = 1
+    if lx.is_negative_semidefinite(operator) and not lx.is_positive_semidefinite(operator):
+        # lineax negates the matrix too where it must, but cannot negate one for trees.
+        operator, sign = operators.negated(operator, vector), -1
     size = optax.tree.norm(vector)
     unit = jnp.where(size > 0, size, 1)
     right = trees.scale(1 / unit, vector)
     norm, power = _factors(operator, right, solver)
     factor = norm * power
-    options: dict = {} if start is None else {"y0": trees.scale(1 / (unit * factor), start)}
+    options: dict = {} if start is None else {"y0": trees.scale(sign / (unit * factor), start)}
     if preconditioner is not None:
         options["preconditioner"] = operators.scaled(preconditioner, 1 / norm, right)
     matrix = operators.scaled(operator, factor, right)
@@ -58,7 +62,7 @@ def solve(
     value = jax.tree.map(lambda x: jnp.where(size > 0, x, 0), value)
     result = lx.RESULTS.where(size > 0, result, lx.RESULTS.successful)
     num_steps = jnp.asarray(stats.get("num_steps", 0), jnp.int32)
-    return Solution(trees.scale(size * factor, value), result, num_steps)
+    return Solution(trees.scale(sign * size * factor, value), result, num_steps)
 
 
 def _is_definite_along(operator: lx.AbstractLinearOperator, v: ArrayTree) -> jax.Array:
@@ -115,6 +119,8 @@ def differentiable_solve(
     def solved(tags, inverse, matvec, vector):
         operator = operators.function(matvec, vector, tags)
         x, result, _ = solve(operator, vector, method.solver, preconditioner=inverse)
+        broken = result == lx.RESULTS.breakdown
+        x = jax.tree.map(lambda y: jnp.where(broken, jnp.nan, y), x)
         size = optax.tree.norm(vector)
         missed = optax.tree.norm(trees.add(matvec(x), vector, -1))
         return x, result, missed / jnp.where(size > 0, size, 1)

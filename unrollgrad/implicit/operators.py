@@ -79,7 +79,7 @@ def damped(
     def mv(v):
         return trees.add(trees.narrow(operator.mv(trees.narrow(v, params)), wide), v, damping)
 
-    return function(mv, wide, kept_tags(operator))
+    return function(mv, wide, kept_tags(operator) - {lx.negative_semidefinite_tag})
 
 
 def scaled(
@@ -87,6 +87,12 @@ def scaled(
 ) -> lx.AbstractLinearOperator:
     """``factor * operator``, on vectors like ``like``."""
     return function(lambda v: trees.scale(factor, operator.mv(v)), like, kept_tags(operator))
+
+
+def negated(operator: lx.AbstractLinearOperator, like: ArrayTree) -> lx.AbstractLinearOperator:
+    """``-operator``, which is negative semidefinite, on vectors like ``like``."""
+    tags = kept_tags(operator) - {lx.negative_semidefinite_tag} | {lx.positive_semidefinite_tag}
+    return function(lambda v: trees.scale(-1, operator.mv(v)), like, tags)
 
 
 Preconditioner = lx.AbstractLinearOperator | Callable[..., object]
@@ -143,6 +149,7 @@ def preconditioner(
 
 _KEPT = {
     lx.positive_semidefinite_tag: lx.is_positive_semidefinite,
+    lx.negative_semidefinite_tag: lx.is_negative_semidefinite,
     lx.symmetric_tag: lx.is_symmetric,
     lx.lower_triangular_tag: lx.is_lower_triangular,
     lx.upper_triangular_tag: lx.is_upper_triangular,
@@ -152,7 +159,7 @@ _KEPT = {
 
 
 def kept_tags(operator: lx.AbstractLinearOperator) -> frozenset[object]:
-    """The tags of ``operator`` that hold after adding to it or multiplying it by a number > 0."""
+    """The tags of ``operator`` that hold for its product with a number > 0."""
     return frozenset(tag for tag, holds in _KEPT.items() if holds(operator))
 
 
@@ -162,10 +169,13 @@ def as_tags(tags: object) -> frozenset[object]:
     return frozenset(tags) if several else frozenset([tags])
 
 
-def tags_for(solver: lx.AbstractLinearSolver | None) -> frozenset[object]:
-    """What a solver takes for granted: of the matrix, and of its preconditioner."""
-    definite = isinstance(solver, lx.CG | lx.Cholesky)
-    return frozenset([lx.positive_semidefinite_tag] if definite else [])
+def tags_for(
+    solver: lx.AbstractLinearSolver | None, known: frozenset[object] = frozenset()
+) -> frozenset[object]:
+    """The tags, and what a solver takes for granted of the matrix, or of its preconditioner."""
+    if isinstance(solver, lx.CG | lx.Cholesky) and lx.negative_semidefinite_tag not in known:
+        return known | {lx.positive_semidefinite_tag}
+    return known
 
 
 def function(
