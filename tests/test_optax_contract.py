@@ -40,10 +40,15 @@ every = pytest.mark.parametrize("name", [*APO, *LEARNED])
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes_shapes_and_extra_arguments(name, dtype):
-    """Abstractly: updates are like the gradients, states like those of ``init``, unknown arguments
-    are ignored."""
+    """Abstractly: updates are like the gradients, states like those of ``init`` (also for
+    ``lax.cond``, which is stricter), unknown arguments are ignored."""
+    with jax.enable_x64(dtype == "float64"):
+        abstract_call(name, dtype)
+
+
+def abstract_call(name, dtype):
     params = {"w": jax.ShapeDtypeStruct((2, 3), dtype), "b": jax.ShapeDtypeStruct((3,), dtype)}
     optimizer = make(name)
     state = jax.eval_shape(optimizer.init, params)
@@ -58,6 +63,18 @@ def test_dtypes_shapes_and_extra_arguments(name, dtype):
         lambda x: (x.shape, x.dtype), state
     )
     jax.eval_shape(lambda g, s, p: optimizer.update(g, s, p, **GIVEN), params, state, params)
+
+    def sometimes(now, grads, state, params):
+        return jax.lax.cond(now, lambda: call(grads, state, params), lambda: (params, state))
+
+    jax.eval_shape(sometimes, True, params, state, params)
+    every_fourth = optax.MultiSteps(optimizer, 4)
+    kept = jax.eval_shape(every_fourth.init, params)
+    updates, after = jax.eval_shape(
+        lambda g, s, p: every_fourth.update(g, s, p, **GIVEN), params, kept, params
+    )
+    assert updates == params
+    assert jax.tree.structure(after) == jax.tree.structure(kept)
 
 
 @every

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ def root(
     *,
     solver: lx.AbstractLinearSolver | None = None,
     tags: object = (),
+    preconditioner: operators.Preconditioner | None = None,
     check: bool = False,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
@@ -62,10 +64,19 @@ def root(
             singular. Where the default solver leaves more than 1 % of the right-hand side (there is
             no derivative, or A is too ill-conditioned), the derivative is NaN; in reverse mode,
             which has no such right-hand side, it is the derivative of the least-squares solution. A
-            solver of yours that stops early raises no error: the derivative is then approximate.
+            solver of yours that stops early raises no error: the derivative is then approximate,
+            and NaN if the solver reports a breakdown (``lineax.BiCGStab``, mostly in float32).
         tags: What is known of A, as in lineax: ``lineax.symmetric_tag``,
             ``lineax.positive_semidefinite_tag``, a triangular one, or several. A solver that needs
-            a positive semidefinite A (``lineax.CG``, ``lineax.Cholesky``) says so by itself.
+            a positive semidefinite A (``lineax.CG``, ``lineax.Cholesky``) says so by itself, unless
+            A is tagged negative semidefinite.
+        preconditioner: An approximation of A^-1, as in lineax: an operator on vectors like params;
+            or a function ``preconditioner(params, *args, **kwargs)`` that returns one for the
+            solution, or returns the product with one (the ``M`` of ``jax.scipy``). ``lineax.CG``
+            takes it for positive definite (for a negative A it approximates -A^-1). Systems with
+            A^T, in reverse mode, get its transpose. It changes the number of steps, not the
+            derivative, and has no derivative itself. The default solver is then conjugate gradients
+            for any number of unknowns.
         check: Whether to raise where a solver leaves more than 1 % of the right-hand side, also
             under jit.
         has_aux: Whether ``solve`` returns ``(params, aux)``; aux has no derivative.
@@ -75,7 +86,9 @@ def root(
 
     Raises:
         TypeError: If ``optimality`` is not a function; when called, if a leaf of params is not
-            floating, or the tree that optimality returns is not like params.
+            floating, or the tree that optimality returns, or the preconditioner, is not like
+            params.
+        ValueError: If ``solver`` uses no preconditioner and one is given.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -90,7 +103,7 @@ def root(
         Blondel et al., Efficient and modular implicit differentiation, NeurIPS 2022.
     """
     trees.check_function("optimality", optimality)
-    equation = _Equation("optimality", optimality, optimality, solver, tags, check)
+    equation = _Equation("optimality", optimality, optimality, solver, tags, preconditioner, check)
     return _implicit(equation, has_aux)
 
 
@@ -99,6 +112,7 @@ def fixed_point(
     *,
     solver: lx.AbstractLinearSolver | None = None,
     tags: object = (),
+    preconditioner: operators.Preconditioner | None = None,
     check: bool = False,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
@@ -112,6 +126,7 @@ def fixed_point(
         step: ``step(params, *args, **kwargs)``, which returns a tree like params.
         solver: As in ``root``.
         tags: As in ``root``.
+        preconditioner: As in ``root``.
         check: As in ``root``.
         has_aux: As in ``root``, which raises the same errors.
 
@@ -132,13 +147,15 @@ def fixed_point(
         _check_like("step", params, after)
         return jax.tree.map(lambda x, y: x - y, params, after)
 
-    return _implicit(_Equation("step", step, residual, solver, tags, check), has_aux)
+    equation = _Equation("step", step, residual, solver, tags, preconditioner, check)
+    return _implicit(equation, has_aux)
 
 
 def argmin(
     objective: Callable[..., Numeric],
     *,
     solver: lx.AbstractLinearSolver | None = None,
+    preconditioner: operators.Preconditioner | None = None,
     check: bool = False,
     has_aux: bool = False,
 ) -> Callable[[Solve], Solve]:
@@ -151,6 +168,7 @@ def argmin(
     Args:
         objective: ``objective(params, *args, **kwargs) -> scalar``.
         solver: As in ``root``, but the default is ``lineax.CG``, which needs positive curvature.
+        preconditioner: As in ``root``.
         check: As in ``root``.
         has_aux: As in ``root``, which raises the same errors.
 
@@ -167,7 +185,8 @@ def argmin(
     """
     trees.check_function("objective", objective)
     tag, gradient = lx.positive_semidefinite_tag, jax.grad(objective)
-    return _implicit(_Equation("objective", objective, gradient, solver, tag, check), has_aux)
+    equation = _Equation("objective", objective, gradient, solver, tag, preconditioner, check)
+    return _implicit(equation, has_aux)
 
 
 def one_step(
@@ -279,6 +298,7 @@ class _Equation(NamedTuple):
     residual: Callable[..., ArrayTree]
     solver: lx.AbstractLinearSolver | None
     tags: object  # lineax's, of A = d residual / d params
+    preconditioner: operators.Preconditioner | None
     check: bool
 
     def guard(self, residual: jax.Array, x: T) -> T:
@@ -299,15 +319,18 @@ class _Equation(NamedTuple):
 
 def _implicit(equation: _Equation, has_aux: bool) -> Callable[[Solve], Solve]:
     """Decorates a solver of the equation; the params get the derivative of its solution."""
+    operators.check_preconditioner(equation.preconditioner, equation.solver)
 
     # Kept by program, so that the derivative is compiled once though it is made in every call.
     @functools.lru_cache(maxsize=16)
-    def attached(program: eager.Program, num_arrays: int) -> Callable[..., list[jax.Array]]:
-        def residual(unknowns, *inputs):
-            arrays, closed_over = inputs[:num_arrays], inputs[num_arrays:]
-            return program(list(closed_over), *unknowns, *arrays)
+    def attached(programs: tuple[eager.Program, ...], ends: tuple[int, ...]) -> Callable:
+        # The inputs are the arguments' arrays, and what each program closes over.
+        def call(number, unknowns, inputs, *vectors):
+            constants = inputs[ends[number] : ends[number + 1]]
+            return programs[number](list(constants), *unknowns, *inputs[: ends[0]], *vectors)
 
-        tangents = jax.jit(functools.partial(_tangents, equation, residual))
+        functions = [functools.partial(call, number) for number in range(len(programs))]
+        tangents = jax.jit(functools.partial(_tangents, equation, functions))
 
         @jax.custom_jvp
         def value(unknowns, *inputs):
@@ -325,38 +348,50 @@ def _implicit(equation: _Equation, has_aux: bool) -> Callable[[Solve], Solve]:
 
     def finish(params, args, kwargs):
         unknowns, structure = jax.tree.flatten(params)
-        flat, arrays = _flattened(equation, structure, args, kwargs)
-        program, closed_over, _ = eager.traced(flat, unknowns, arrays)
-        value = attached(program, len(arrays))
-        return structure.unflatten(value(unknowns, *arrays, *map(jnp.asarray, closed_over)))
+        functions, arrays = _flattened(equation, structure, args, kwargs)
+        found = [eager.traced(functions[0], unknowns, arrays)]
+        found += [eager.traced(f, unknowns, arrays, unknowns) for f in functions[1:]]
+        ends = itertools.accumulate([len(arrays), *(len(closed) for _, closed, _ in found)])
+        value = attached(tuple(program for program, _, _ in found), tuple(ends))
+        constants = [jnp.asarray(x) for _, closed, _ in found for x in closed]
+        return structure.unflatten(value(unknowns, *arrays, *constants))
 
     return _decorator(equation.function, has_aux, finish, only_derivative=True)
 
 
 def _flattened(
     equation: _Equation, structure: jax.tree_util.PyTreeDef, args: tuple, kwargs: dict
-) -> tuple[Callable[..., list[jax.Array]], list[jax.Array]]:
+) -> tuple[list[Callable[..., list[jax.Array]]], list[jax.Array]]:
     """The residual as a function ``f(unknowns, arrays)`` of leaves, and the arguments' arrays.
 
-    The unknowns are the leaves of params, whose structure is given.
+    The unknowns are the leaves of params, whose structure is given. If there is a preconditioner,
+    the second function is its product ``g(unknowns, arrays, vector)``.
     """
     leaves, rebuild = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if _is_array(x)]
 
-    def flat(unknowns, arrays):
+    def point(unknowns, arrays):
         given = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
-        args, kwargs = rebuild.unflatten(given.values())
-        params = structure.unflatten(unknowns)
+        return structure.unflatten(unknowns), *rebuild.unflatten(given.values())
+
+    def residual(unknowns, arrays):
+        params, args, kwargs = point(unknowns, arrays)
         out = equation.residual(params, *args, **kwargs)
         _check_like(equation.name, params, out)
         return jax.tree.leaves(out)
 
-    return flat, [jnp.asarray(leaves[i]) for i in places]
+    def precondition(unknowns, arrays, vector):
+        unknowns, arrays = jax.lax.stop_gradient((unknowns, arrays))
+        product = operators.preconditioner(equation.preconditioner, *point(unknowns, arrays))
+        return jax.tree.leaves(product(structure.unflatten(vector)))
+
+    arrays = [jnp.asarray(leaves[i]) for i in places]
+    return [residual] if equation.preconditioner is None else [residual, precondition], arrays
 
 
 def _tangents(
     equation: _Equation,
-    residual: Callable[..., list[jax.Array]],
+    functions: list[Callable[..., list[jax.Array]]],
     at: tuple,
     moving: dict[int, jax.Array],
 ) -> list[jax.Array]:
@@ -364,38 +399,46 @@ def _tangents(
 
     ``moving`` has the tangents of those inputs that are not constant.
     """
+    residual, *preconditioners = functions
     unknowns, *inputs = at
 
     def of_moving(*some):
         whole = dict(enumerate(inputs)) | dict(zip(moving, some, strict=True))
-        return residual(unknowns, *whole.values())
+        return residual(unknowns, list(whole.values()))
 
     _, push = jax.jvp(of_moving, [inputs[i] for i in moving], list(moving.values()))
     wide = trees.dtype(unknowns)
 
     def matvec(x):
         tangent = trees.narrow(x, unknowns)
-        _, out = jax.jvp(lambda u: residual(u, *inputs), [unknowns], [tangent])
+        _, out = jax.jvp(lambda u: residual(u, inputs), [unknowns], [tangent])
+        return [y.astype(wide) for y in out]
+
+    def precondition(v):
+        out = preconditioners[0](unknowns, inputs, *trees.narrow(v, unknowns))
         return [y.astype(wide) for y in out]
 
     seen = [x for x in (*unknowns, *inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     vector = [-p.astype(wide) for p in push]
-    tags = operators.as_tags(equation.tags)
-    if isinstance(equation.solver, lx.CG | lx.Cholesky):
-        tags |= {lx.positive_semidefinite_tag}
-    solver = equation.solver or _default(unknowns, tags)
-    x = linear.differentiable_solve(matvec, vector, solver, seen, tags, equation.guard)
-    return trees.narrow(x, unknowns)
+    tags = operators.tags_for(equation.solver, operators.as_tags(equation.tags))
+    solver = equation.solver or _default(unknowns, tags, bool(preconditioners))
+    inverse = None
+    if preconditioners:
+        inverse = operators.function(precondition, vector, operators.tags_for(solver))
+    method = linear.Method(solver, tags, inverse, equation.guard)
+    return trees.narrow(linear.differentiable_solve(matvec, vector, method, seen), unknowns)
 
 
-def _default(leaves: list[jax.Array], tags: frozenset[object]) -> lx.AbstractLinearSolver:
+def _default(
+    leaves: list[jax.Array], tags: frozenset[object], preconditioned: bool
+) -> lx.AbstractLinearSolver:
     """A solver whose tolerance is about the precision of the dtype."""
     tolerance = float(jnp.finfo(trees.dtype(leaves)).eps) ** 0.75
     size = optax.tree.size(leaves)
     cg = lx.CG(rtol=tolerance, atol=tolerance, max_steps=max(10, min(10 * size, 1000)))
     if lx.positive_semidefinite_tag in tags:
         return cg
-    return dense() if size <= _MOST_DENSE else lx.Normal(cg)
+    return dense() if size <= _MOST_DENSE and not preconditioned else lx.Normal(cg)
 
 
 def _check_like(name: str, params: ArrayTree, out: ArrayTree) -> None:

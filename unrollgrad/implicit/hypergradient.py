@@ -37,6 +37,7 @@ def hypergradient(
     damping: Numeric = 0.0,
     mixed: Callable[..., Numeric] | None = None,
     curvature: Callable[..., lx.AbstractLinearOperator] | None = None,
+    preconditioner: operators.Preconditioner | None = None,
     check: bool = False,
 ) -> Callable[..., HyperGradient]:
     """The gradient of theta -> outer(params*(theta), theta), where params* minimises inner.
@@ -70,6 +71,8 @@ def hypergradient(
         damping: Added to H. The result is exact for inner + damping / 2 |params - here|^2.
         mixed: inner on another batch, for B.
         curvature: ``curvature(params, theta)``, an operator in place of H: ``gauss_newton(...)``.
+        preconditioner: As in ``root``, an approximation of (H + damping)^-1, or a function
+            ``preconditioner(params, theta)`` that returns it.
         check: Whether to raise if the result cannot be trusted. It works outside jit only (not in
             ``bilevel.solve``) and costs up to 140 products.
 
@@ -80,7 +83,8 @@ def hypergradient(
     Raises:
         TypeError: If outer or inner is not a function; when called, if leaves are not floating or
             ``v0`` is not like ``v``.
-        ValueError: If damping is negative; when called, if a loss is not a scalar.
+        ValueError: If damping is negative, or ``solver`` uses no preconditioner and one is given;
+            when called, if a loss is not a scalar.
         HypergradientError: If ``check`` finds a problem; the message says what to do.
 
     Example:
@@ -107,6 +111,7 @@ def hypergradient(
         )
     if trees.is_concrete(damping) and not damping >= 0:
         raise ValueError(f"`damping` must not be negative; got {damping}.")
+    operators.check_preconditioner(preconditioner, solver)
     mixed = inner if mixed is None else mixed
 
     @eager.compiled
@@ -118,7 +123,7 @@ def hypergradient(
             gradient, operator = operators.hessian(inner, params, theta)
         else:
             gradient, operator = jax.grad(inner)(params, theta), curvature(params, theta)
-            if check or isinstance(solver, lx.CG | lx.Cholesky):
+            if check or operators.tags_for(solver):
                 operator = lx.TaggedLinearOperator(operator, lx.positive_semidefinite_tag)
         undamped = operators.damped(operator, params, 0.0)
         operator = operators.damped(operator, params, damping)
@@ -128,7 +133,11 @@ def hypergradient(
                 "`v0` must be the `v` of an earlier call with like params; expected -> got:\n"
                 + "\n".join(problem)
             )
-        solution = linear.solve(operator, a, solver, v0)
+        inverse = None
+        if preconditioner is not None:
+            product = operators.preconditioner(preconditioner, params, (theta,))
+            inverse = operators.function(product, a, operators.tags_for(solver))
+        solution = linear.solve(operator, a, solver, v0, inverse)
         at, along = (params,), (trees.narrow(solution.value, params),)
         _, along = jax.jvp(lambda p: jax.grad(mixed, argnums=1)(p, theta), at, along)
         grad = jax.tree.map(lambda b, m: (b - m).astype(b.dtype), direct, along)

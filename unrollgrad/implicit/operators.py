@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
+from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
+from unrollgrad.implicit.trees import T
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
@@ -76,11 +78,77 @@ def damped(
     def mv(v):
         return trees.add(trees.narrow(operator.mv(trees.narrow(v, params)), wide), v, damping)
 
-    return function(mv, wide, kept_tags(operator))
+    return function(mv, wide, kept_tags(operator) - {lx.negative_semidefinite_tag})
+
+
+def scaled(
+    operator: lx.AbstractLinearOperator, factor: Numeric, like: ArrayTree
+) -> lx.AbstractLinearOperator:
+    """``factor * operator``, on vectors like ``like``."""
+    return function(lambda v: trees.scale(factor, operator.mv(v)), like, kept_tags(operator))
+
+
+def negated(operator: lx.AbstractLinearOperator, like: ArrayTree) -> lx.AbstractLinearOperator:
+    """``-operator``, which is negative semidefinite, on vectors like ``like``."""
+    tags = kept_tags(operator) - {lx.negative_semidefinite_tag} | {lx.positive_semidefinite_tag}
+    return function(lambda v: trees.scale(-1, operator.mv(v)), like, tags)
+
+
+Preconditioner = lx.AbstractLinearOperator | Callable[..., object]
+"""An operator, or a function of a point that returns one or a product with one."""
+
+_PRECONDITIONED = lx.CG | lx.GMRES | lx.BiCGStab
+
+
+def check_preconditioner(given: object, solver: lx.AbstractLinearSolver | None) -> None:
+    """Raises unless ``given`` can be a preconditioner, and a solver that is given can use it."""
+    if given is None:
+        return
+    if not isinstance(given, lx.AbstractLinearOperator) and not callable(given):
+        raise TypeError(
+            "`preconditioner` must be an operator of lineax or a function that returns one; got "
+            f"{arguments.describe(given)}. For a diagonal d: lineax.DiagonalLinearOperator(1 / d)."
+        )
+    inner = solver.inner_solver if isinstance(solver, lx.Normal) else solver
+    if inner is not None and not isinstance(inner, _PRECONDITIONED):
+        raise ValueError(
+            "`preconditioner` can be used by lineax.CG, GMRES, BiCGStab and Normal(CG) only; got "
+            f"it with solver={solver}. Leave one of the two out."
+        )
+
+
+def preconditioner(
+    given: Preconditioner, params: T, args: tuple, kwargs: dict | None = None
+) -> Callable[[T], T]:
+    """The product with a preconditioner at a point, for vectors like params of any dtypes.
+
+    Raises:
+        TypeError: If it has other shapes than params.
+    """
+    if not isinstance(given, lx.AbstractLinearOperator):
+        given = given(params, *args, **(kwargs or {}))
+    if isinstance(given, lx.AbstractLinearOperator):
+        multiply, like, out = given.mv, given.in_structure(), given.out_structure()
+    elif callable(given):
+        multiply, like, out = given, params, jax.eval_shape(given, params)
+    else:
+        raise TypeError(
+            "`preconditioner` must return an operator of lineax or a function of a vector; got "
+            f"{arguments.describe(given)}. Where it is the product itself, "
+            "pass lambda *point: preconditioner."
+        )
+    for what, tree in {"takes": like, "returns": out}.items():
+        if difference := arguments.shape_difference(params, tree):
+            raise TypeError(
+                f"`preconditioner` must map vectors like params to vectors like params; what it "
+                f"{what} differs at params{difference}."
+            )
+    return lambda v: trees.narrow(multiply(trees.narrow(v, like)), v)
 
 
 _KEPT = {
     lx.positive_semidefinite_tag: lx.is_positive_semidefinite,
+    lx.negative_semidefinite_tag: lx.is_negative_semidefinite,
     lx.symmetric_tag: lx.is_symmetric,
     lx.lower_triangular_tag: lx.is_lower_triangular,
     lx.upper_triangular_tag: lx.is_upper_triangular,
@@ -90,7 +158,7 @@ _KEPT = {
 
 
 def kept_tags(operator: lx.AbstractLinearOperator) -> frozenset[object]:
-    """The tags of ``operator`` that hold after adding to it or multiplying it by a number > 0."""
+    """The tags of ``operator`` that hold for its product with a number > 0."""
     return frozenset(tag for tag, holds in _KEPT.items() if holds(operator))
 
 
@@ -98,6 +166,15 @@ def as_tags(tags: object) -> frozenset[object]:
     """One tag of lineax, or several, as a set."""
     several = isinstance(tags, tuple | list | set | frozenset)
     return frozenset(tags) if several else frozenset([tags])
+
+
+def tags_for(
+    solver: lx.AbstractLinearSolver | None, known: frozenset[object] = frozenset()
+) -> frozenset[object]:
+    """The tags, and what a solver takes for granted of the matrix, or of its preconditioner."""
+    if isinstance(solver, lx.CG | lx.Cholesky) and lx.negative_semidefinite_tag not in known:
+        return known | {lx.positive_semidefinite_tag}
+    return known
 
 
 def function(
