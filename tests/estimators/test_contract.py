@@ -399,11 +399,18 @@ def test_a_saved_state_continues_bit_for_bit(name):
 
 @every
 def test_inner_steps_are_those_that_run(name):
-    """A callback in the step counts both signs and the mean pass, but no backward steps."""
+    """A callback in the step counts both signs and the mean pass, but no backward steps.
+
+    To go back through ``init``, ``uoro`` runs an episode's first step once more, which is part of
+    going back.
+    """
     alone, sharded, _ = ran(name)
-    expected = REGISTRY[name].passes(PAIRS) * call_steps(alone.estimator, kitchen_sink())
-    for call in alone.calls:
-        assert int(call.estimate.info.inner_steps) == call.ran == expected
+    steps = call_steps(alone.estimator, kitchen_sink())
+    expected = REGISTRY[name].passes(PAIRS) * steps
+    for i, call in enumerate(alone.calls):
+        again = name == "uoro" and i * steps % HORIZON == 0
+        assert int(call.estimate.info.inner_steps) == expected
+        assert call.ran == expected + again
     assert int(sharded.calls[0].estimate.info.inner_steps) == WORKERS * expected
 
 

@@ -57,8 +57,9 @@ def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     root of a small second moment, and through Adam (an MLP's learning rate, 12 steps) the standard
     deviation over |grad| was 3e7 with b2 = 0.999 and eps_root = 1e-8, 2e4 with b2 = 0.9, 235 with
     eps_root = 1e-2, 1.7 with both, and 1.6 in all four cases with ``dodge``. Time: K steps
-    forwards, each with one tangent and two steps back. Memory: 2 states + 2 theta and what one step
-    computes, whatever the truncation.
+    forwards, each with one tangent and two steps back; an episode whose ``init`` depends on theta
+    runs its first step once more, which ``info`` does not count. Memory: 2 states + 2 theta and
+    what one step computes, whatever the truncation.
 
     Args:
         problem: The inner loop; its step must be differentiable (it may not contain a
