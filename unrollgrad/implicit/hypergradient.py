@@ -68,6 +68,8 @@ def hypergradient(
         solver: A solver of lineax (``CG(rtol, atol)``, ``Normal(CG(...))``, ``GMRES``,
             ``BiCGStab``, ``LSMR``) or of ``implicit``: ``neumann``, ``identity``, ``nystrom``,
             ``dense``. It gets a right-hand side of norm 1, so that its tolerances are relative.
+            lineax's ``CG`` recomputes its residual every ten steps, a product more each time;
+            ``stabilise_every=None`` leaves that out.
         damping: Added to H. The result is exact for inner + damping / 2 |params - here|^2.
         mixed: inner on another batch, for B.
         curvature: ``curvature(params, theta)``, an operator in place of H: ``gauss_newton(...)``.
