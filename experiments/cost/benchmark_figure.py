@@ -23,6 +23,16 @@ TARGETS = {
 }
 """The largest accepted excess over the floor, in percent."""
 
+PEERS = {
+    ("toy regression", "fit, one worker"): 1.15,
+    ("toy regression", "fit, workers of one pair"): 1.3,
+    ("toy regression", "ours, an update a call"): 1.5,
+    ("influence balancing", "fit, one worker"): 0.95,
+    ("influence balancing", "fit, workers of one pair"): 1.1,
+    ("influence balancing", "ours, an update a call"): 1.5,
+}
+"""The largest accepted time of an outer loop, over that of the one written by hand."""
+
 
 def _table(records: list[Record], part: str, metric: str) -> Lines:
     """Means over seeds of a metric written once per seed, by (workload, estimator) and number."""
@@ -194,6 +204,7 @@ def claims(summary: Summary) -> list[Claim]:
         *_claims_of_memory(records),
         *_claims_of_compiling(records),
         *_claims_of_repeats(summary),
+        *_claims_of_peers(records),
     ]
 
 
@@ -280,6 +291,19 @@ def _claims_of_compiling(records: list[Record]) -> Iterator[Claim]:
                     f"{100 * spread:.0f} % between {min(line)} and {max(line)}",
                     spread <= 0.2,
                 )
+
+
+def _claims_of_peers(records: list[Record]) -> Iterator[Claim]:
+    micros = _table(records, "peers", "microseconds_per_update")
+    for (workload, name), most in PEERS.items():
+        if (workload, name) in micros:
+            by_hand = "by hand, an update a call" if name.endswith("a call") else "by hand"
+            (ours,), (theirs,) = micros[workload, name].values(), micros[workload, by_hand].values()
+            yield _claim(
+                f"{workload}, {name}: at most {most} times the same by hand",
+                f"{ours / theirs:.2f} ({ours:.0f} and {theirs:.0f} microseconds per update)",
+                ours / theirs <= most,
+            )
 
 
 def _claims_of_repeats(summary: Summary) -> Iterator[Claim]:
