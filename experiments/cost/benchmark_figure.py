@@ -60,6 +60,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         "workers": _draw_workers,
         "truncation": _draw_compiling,
         "size": _draw_memory,
+        "peers": _draw_peers,
     }
     shown = [panel for part, panel in panels.items() if part in parts] or [_draw_ratios]
     figure = need("matplotlib.figure", "matplotlib").Figure(
@@ -85,6 +86,18 @@ def _draw_memory(axis: Any, records: list[Record]) -> None:
     _draw_lines(axis, lines, "numbers in theta (and in a state)", "copies of theta per pair")
     values = [value for line in lines.values() for value in line.values()]
     axis.set(yscale="linear", ylim=(0, 1.2 * max(values)))
+
+
+def _draw_peers(axis: Any, records: list[Record]) -> None:
+    lines = _table(records, "peers", "microseconds_per_update")
+    names = list(dict.fromkeys(name for _, name in lines))
+    workloads = list(dict.fromkeys(workload for workload, _ in lines))
+    for i, workload in enumerate(workloads):
+        values = [next(iter(lines[workload, name].values()), np.nan) for name in names]
+        places = np.arange(len(names)) + 0.8 * ((i + 0.5) / len(workloads) - 0.5)
+        axis.barh(places, values, 0.8 / len(workloads), label=workload)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xscale="log", xlabel="microseconds per outer update")
 
 
 def _draw_compiling(axis: Any, records: list[Record]) -> None:
