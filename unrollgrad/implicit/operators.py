@@ -9,7 +9,6 @@ import lineax as lx
 
 from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
-from unrollgrad.implicit.trees import T
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
@@ -118,8 +117,8 @@ def check_preconditioner(given: object, solver: lx.AbstractLinearSolver | None) 
 
 
 def preconditioner(
-    given: Preconditioner, params: T, args: tuple, kwargs: dict | None = None
-) -> Callable[[T], T]:
+    given: Any, params: ArrayTree, args: tuple, kwargs: dict | None = None
+) -> Callable[[Any], ArrayTree]:
     """The product with a preconditioner at a point, for vectors like params of any dtypes.
 
     Raises:
@@ -128,9 +127,11 @@ def preconditioner(
     if not isinstance(given, lx.AbstractLinearOperator):
         given = given(params, *args, **(kwargs or {}))
     if isinstance(given, lx.AbstractLinearOperator):
-        multiply, like, out = given.mv, given.in_structure(), given.out_structure()
+        multiply, like = given.mv, given.in_structure()
+        out = given.out_structure()
     elif callable(given):
-        multiply, like, out = given, params, jax.eval_shape(given, params)
+        multiply, like = given, params
+        out = jax.eval_shape(given, params)
     else:
         raise TypeError(
             "`preconditioner` must return an operator of lineax or a function of a vector; got "
