@@ -43,7 +43,7 @@ class Settings(CommonSettings):
 
 
 SCALES = {
-    "smoke": Settings(scale="smoke", num_steps=600, num_pairs=100, seeds=(0,)),
+    "smoke": Settings(scale="smoke", num_steps=600, num_pairs=200, seeds=(0,)),
     "cpu": Settings(),
     "paper": Settings(scale="paper", seeds=(0, 1, 2, 3, 4)),
 }
