@@ -148,6 +148,9 @@ def test_what_runs_outside_jit():
             many, theta, optax.adam(0.1), num_steps=2, steps_per_dispatch=2, key=KEYS[1]
         )
         assert np.isfinite(result.history["loss"]).all()
+    with jax.enable_x64(True), strict():
+        result = ug.fit(pes, theta, optax.adam(0.1), num_steps=2, key=KEYS[1])
+        assert np.isfinite(result.history["loss"]).all()
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import optax
 
 import unrollgrad as ug
 from experiments._framework.experiment import Progress, Write
+from unrollgrad.running import stop_requests
 from unrollgrad.types import GradientEstimator, Key, Theta
 
 MEASURED = "measured "
@@ -61,7 +62,7 @@ def side_by_side(plan: Plan, key: Key, theta: Theta, write: Write, progress: Pro
         progress: Shows the progress.
 
     Raises:
-        KeyboardInterrupt: If a signal ended a method early; its lines are written by then.
+        KeyboardInterrupt: After a signal; the lines of the running method are written by then.
     """
     theta = jax.tree.map(jnp.asarray, theta)
     total = sum(method.num_steps for method in plan.methods.values())
@@ -75,14 +76,17 @@ def side_by_side(plan: Plan, key: Key, theta: Theta, write: Write, progress: Pro
         start = plan.evaluate(theta)
         write({"estimator": name, "step": 0, "inner_steps": 0, **start})
         every = -(-method.num_steps // plan.points)
-        history, diverged = _history(plan, method, every, key, theta, callback)
+        with stop_requests() as stopped:
+            history, diverged = _history(plan, method, every, key, theta, callback)
         measured = len(history.get("evaluated_at", ()))
         for i, step in enumerate([*range(every, method.num_steps, every), method.num_steps]):
             if i >= measured and not diverged:
-                raise KeyboardInterrupt
+                break
             steps = int(np.sum(history["inner_steps"][:step], dtype=np.int64))
             numbers = {k: history[MEASURED + k][i] if i < measured else np.nan for k in start}
             write({"estimator": name, "step": step, "inner_steps": steps, **numbers})
+        if stopped:
+            raise KeyboardInterrupt
         done += method.num_steps
 
 

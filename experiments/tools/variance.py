@@ -19,6 +19,7 @@ from experiments._framework.settings import CommonSettings
 from experiments.problems import PROBLEMS, with_defaults
 from unrollgrad.diagnostics.report import draw, print_table, row_of
 from unrollgrad.diagnostics.statistics import pooled, root_se
+from unrollgrad.running import stop_requests
 
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 """Places of a training run, as fractions of its updates."""
@@ -194,20 +195,21 @@ def _thetas(
     if set(settings.thetas) == {"start"}:
         return {"start": theta}
     # An update is one estimate: a whole episode of bptt or full_es.
-    steps = {place: round(PLACES[place] * settings.num_steps) for place in PLACES}
-    kept = {0: theta}
-    options = {"num_steps": settings.num_steps, "steps_per_dispatch": math.gcd(*steps.values())}
+    steps = {place: round(PLACES[place] * settings.num_steps) for place in settings.thetas}
+    kept, last = {0: theta}, max(steps.values())
+    options = {"num_steps": last, "steps_per_dispatch": math.gcd(*steps.values())}
 
     def keep(step: int, theta: Any, numbers: dict[str, Any]) -> None:
         kept[step] = theta
 
-    with jax.default_matmul_precision(settings.matmul_precision):
-        ug.fit(estimator, theta, optimizer, key=key, callback=keep, **options)
-    if settings.num_steps not in kept:
+    with jax.default_matmul_precision(settings.matmul_precision), stop_requests() as stopped:
+        if last:
+            ug.fit(estimator, theta, optimizer, key=key, callback=keep, **options)
+    if stopped:
         raise KeyboardInterrupt
     if jax.process_count() > 1:  # each process trained its own, and sums may differ on a GPU
         kept = multihost_utils.broadcast_one_to_all(kept)
-    return {place: kept[steps[place]] for place in dict.fromkeys(settings.thetas)}
+    return {place: kept[step] for place, step in steps.items()}
 
 
 def rows(records: list[Record]) -> dict[str, list[dict[str, Any]]]:

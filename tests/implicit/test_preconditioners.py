@@ -6,7 +6,7 @@ import lineax as lx
 import numpy as np
 import pytest
 
-from tests.helpers import mistyped, raises
+from tests.helpers import mistyped, present, raises
 from unrollgrad import implicit
 
 SCALES = np.logspace(0, 5, 40)
@@ -184,3 +184,29 @@ def test_errors():
         derivative(lambda x, a: jnp.sum)
     with raises(TypeError, "`preconditioner`", "lambda *point"):
         derivative(lambda x, a: x)
+
+
+def test_the_units_of_the_matrix_do_not_matter_to_gmres():
+    """It compares the preconditioned residual with the machine epsilon, whatever its units."""
+    matrix = np.diag(np.linspace(1, 1000, 20)) + 0.02 * np.eye(20, k=1) + 0.02 * np.eye(20, k=-1)
+    theta = np.linspace(-1, 1, 20).astype(np.float32)
+
+    @jax.jit
+    def gradient(scale):
+        inverse = lx.DiagonalLinearOperator(1 / (scale * jnp.linspace(1, 1000, 20)))
+
+        def inner(x, b):
+            return scale * (0.5 * x @ jnp.asarray(matrix, jnp.float32) @ x - b @ x)
+
+        solver = lx.GMRES(rtol=1e-5, atol=1e-5)
+        f = implicit.hypergradient(
+            lambda x, b: jnp.sum(x), inner, solver=solver, preconditioner=inverse
+        )
+        out = f(jnp.linalg.solve(jnp.asarray(matrix, jnp.float32), theta), theta)
+        return out.grad, present(out.info).converged
+
+    exact = np.linalg.solve(matrix, np.ones(20))
+    for scale in (1e-8, 1.0, 1e10):
+        grad, converged = gradient(jnp.float32(scale))
+        np.testing.assert_allclose(grad, exact, rtol=1e-4)
+        assert converged

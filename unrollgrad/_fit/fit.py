@@ -340,8 +340,12 @@ _PROGRAMS = weakref.WeakKeyDictionary()
 
 def _program(estimator, optimizer, size) -> Callable[..., tuple]:
     """``_dispatch``, compiled; the last programs of an estimator are kept as long as it lives."""
-    # The program refers weakly to the estimator, which would otherwise never be freed.
-    estimate = weakref.ref(estimator.estimate)
+    try:
+        # The program refers weakly to the estimator, which would otherwise never be freed.
+        estimate = weakref.ref(estimator.estimate)
+    except TypeError:  # a callable of the user without weak references
+        program = functools.partial(_dispatch, lambda: estimator.estimate, optimizer, size)
+        return jax.jit(program, donate_argnums=(0,))
 
     @functools.lru_cache(maxsize=4)
     def compiled(optimizer, size):
@@ -359,7 +363,7 @@ def _dispatch(estimate, optimizer, size, carry, steps):
     """
     key, first, number, data = steps
     # All at once, since drawing a key costs microseconds: as long as a small problem's inner steps.
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(jnp.arange(size))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(jnp.arange(size, dtype=jnp.int32))
 
     def step(i, carry):
         at = keys[i]

@@ -64,9 +64,10 @@ def training_problem(
         meta_loss: ``meta_loss(theta, params, key) -> scalar``, such as the validation loss. By
             default the training loss at the new weights, on the same batch. "before" records the
             training loss at the weights before the update, whose value the gradient computes
-            anyway: one forward pass less per step (learned_optimization's convention). Step t then
-            depends on theta through the updates before it alone, so that windows of one step have
-            a gradient of zero with ``tbptt`` and ``truncated_es``.
+            anyway: one forward pass less per step (learned_optimization's convention). Unless
+            ``loss`` or ``init_params`` uses theta, step t then depends on theta through the updates
+            before it alone, so that windows of one step have a gradient of zero with ``tbptt`` and
+            ``truncated_es``.
         horizon: Inner steps in an episode, or a sampler ``horizon(key)``.
 
     Raises:
@@ -94,7 +95,8 @@ def training_problem(
                 f"`{name}` must be a function; got a {type(function).__name__}. For a fixed "
                 "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
             )
-    if not (meta_loss is None or meta_loss == "before" or callable(meta_loss)):
+    named = isinstance(meta_loss, str) and meta_loss == "before"
+    if not (meta_loss is None or named or callable(meta_loss)):
         raise TypeError(
             '`meta_loss` must be a function `(theta, params, key) -> scalar`, "before" for the '
             f"training loss before the update, or None for it after the update; got {meta_loss!r}."

@@ -148,11 +148,11 @@ def adapted(
             return at
 
         @eager.compiled
-        def adapted(count, *at):
+        def adapted_when_due(count, *at):
             do = adapt if jax.tree.leaves(params) else unchanged
             return jax.lax.cond(count % proximal.meta_interval == 0, do, unchanged, *at)
 
-        hyperparams, meta_state = adapted(state.count, state.hyperparams, state.meta_state)
+        hyperparams, meta_state = adapted_when_due(state.count, state.hyperparams, state.meta_state)
         moved, base_state = step(hyperparams)
         moved = jax.tree.map(lambda g, x: x.astype(g.dtype), updates, moved)
         return moved, ApoState(state.count + 1, hyperparams, base_state, meta_state)

@@ -51,7 +51,11 @@ def solve(
     factor = norm * power
     options: dict = {} if start is None else {"y0": trees.scale(sign / (unit * factor), start)}
     if preconditioner is not None:
-        options["preconditioner"] = operators.scaled(preconditioner, 1 / norm, right)
+        scale = 1 / norm
+        if isinstance(solver, lx.GMRES):  # it compares M r with absolute thresholds
+            image = optax.tree.norm(preconditioner.mv(right))
+            scale = jnp.where(image > 0, 1 / jnp.where(image > 0, image, 1), 1)
+        options["preconditioner"] = operators.scaled(preconditioner, scale, right)
     matrix = operators.scaled(operator, factor, right)
     state = solver.init(matrix, options)
     value, result, stats = solver.compute(state, right, options)
