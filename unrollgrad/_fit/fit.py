@@ -362,7 +362,7 @@ def _dispatch(estimate, optimizer, size, carry, steps):
         leaf of the last step's gradient and new theta whether it is finite.
     """
     key, first, number, data = steps
-    # All at once: drawing one key takes about a microsecond, as long as a tiny problem's inner step.
+    # All at once: drawing one key takes a microsecond, as long as a tiny problem's inner step.
     keys = jax.vmap(lambda i: jax.random.fold_in(key, first + i))(jnp.arange(size, dtype=jnp.int32))
 
     def step(i, carry):
