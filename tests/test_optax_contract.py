@@ -132,3 +132,21 @@ def test_injected_hyperparameters():
     with jax.disable_jit():
         updates, _ = optax.with_extra_args_support(optimizer).update(params, state, params, **GIVEN)
     assert np.isfinite(jax.tree.leaves(updates)[0]).all()
+
+
+@every
+@pytest.mark.parametrize("spec", [("x", None), (None, "y"), ("x", "y")])
+def test_explicit_shardings(name, spec):
+    """Updates have the gradients' sharding where it is part of the type; only traced."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    w = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=sharding)
+
+    def updates(w):
+        one = make(name)
+        return one.update(w, one.init(w), w, **GIVEN)[0]
+
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(jax.jit(updates), w)
+    assert found.shape == w.shape
+    assert found.sharding.spec == sharding.spec

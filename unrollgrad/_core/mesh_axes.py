@@ -32,3 +32,21 @@ def like(other: Any, tree: Any) -> Any:
     ``other`` has arrays, or what ``jax.eval_shape`` returns.
     """
     return jax.tree.map(lambda a, x: over(axes(a), x), other, tree)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Puts an array of an explicit sharding on every device as a whole; others stay as they are."""
+    spec = jax.sharding.PartitionSpec(*[None] * x.ndim)
+    return jax.sharding.reshard(x, spec) if _is_explicit(x) else x
+
+
+def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Gives ``x`` the explicit sharding of ``other``, if it has one."""
+    return jax.sharding.reshard(x, jax.typeof(other).sharding) if _is_explicit(other) else x
+
+
+def _is_explicit(x: jax.Array) -> bool:
+    """Whether the sharding is part of the type (``AxisType.Explicit``), and not trivial."""
+    sharding = jax.typeof(x).sharding
+    named = any(axis is not None for axis in sharding.spec)
+    return named and bool(sharding.mesh.explicit_axes)

@@ -154,7 +154,9 @@ def adapted(
 
         hyperparams, meta_state = adapted_when_due(state.count, state.hyperparams, state.meta_state)
         moved, base_state = step(hyperparams)
-        moved = jax.tree.map(lambda g, x: x.astype(g.dtype), updates, moved)
+        moved = jax.tree.map(
+            lambda g, x: mesh_axes.sharded_like(x.astype(g.dtype), jnp.asarray(g)), updates, moved
+        )
         return moved, ApoState(state.count + 1, hyperparams, base_state, meta_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import mesh_axes
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.learned_optimizers import features, networks
 from unrollgrad.types import ArrayTree
@@ -82,7 +83,9 @@ def transform_of(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Returns ``transform(theta)`` for theta = {"layers": ...} plus the controller's weights.
 
-    Leaves without numbers, and leaves whose gradient is None, do not change.
+    Leaves without numbers, and leaves whose gradient is None, do not change. Weights of an explicit
+    sharding (``jax.sharding.AxisType.Explicit``) are gathered, with their memories, on every
+    device; the updates have the weights' sharding.
     """
 
     def outputs(theta, state, active, seen):
@@ -110,7 +113,10 @@ def transform_of(
             active = [i for i, g in enumerate(moves) if g is not None and jnp.size(g)]
             seen = []
             for i in active:
-                g, w = (jnp.asarray(x, wide(jnp.result_type(x))) for x in (moves[i], weights[i]))
+                g, w = (
+                    mesh_axes.whole(jnp.asarray(x, wide(jnp.result_type(x))))
+                    for x in (moves[i], weights[i])
+                )
                 found, remembered[i] = memory.see(remembered[i], g, w)
                 seen.append(found)
             both, controlled = [], state.controller
@@ -118,7 +124,7 @@ def transform_of(
                 both, controlled = outputs(theta, state, active, seen)
             for i, (d, m) in zip(active, both, strict=True):
                 g, move = jnp.asarray(moves[i]), -step * d * jnp.exp(magnitude * m)
-                moves[i] = move.reshape(g.shape).astype(g.dtype)
+                moves[i] = mesh_axes.sharded_like(move.reshape(g.shape).astype(g.dtype), g)
             parts = _by_part(memory, structure, remembered)
             return structure.unflatten(moves), PerWeightState(state.count + 1, parts, controlled)
 
@@ -138,7 +144,7 @@ def _begin(memory: Memory, controller: Controller | None, params: optax.Params) 
                 f"{arguments.dtype_of(w)}. Train the others (optax.masked), or hold its real and "
                 "imaginary parts as two leaves."
             )
-    zeros = [jnp.zeros_like(w, wide(arguments.dtype_of(w))) for w in leaves]
+    zeros = [mesh_axes.whole(jnp.zeros_like(w, wide(arguments.dtype_of(w)))) for w in leaves]
     remembered = [memory.begin(x) for x in zeros]
     return PerWeightState(
         jnp.zeros((), jnp.int32),
