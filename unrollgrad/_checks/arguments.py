@@ -283,7 +283,7 @@ def check_loss(made_by: str, loss: Any) -> None:
 
 
 def shape_difference(expected: object, got: object) -> str | None:
-    """Describes the first difference between the shapes of two trees; None if there is none."""
+    """Describes the first difference between the shapes of two trees, or returns None."""
     for path, a, b in _differences(expected, got, np.shape, "nothing"):
         return f"{path}: expected {a}, got {b}"
     return None

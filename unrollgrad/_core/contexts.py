@@ -43,9 +43,10 @@ def worker_thread() -> ThreadPoolExecutor:
 
 @contextlib.contextmanager
 def own_transfers() -> Iterator[None]:
-    """For numbers that are meant for other devices: a state's first ones, and keys on a mesh.
+    """Allows the transfers that the library means: constants of a first state, keys on a mesh.
 
-    ``jax.transfer_guard("disallow")`` would refuse them like those that come about by mistake.
+    Without it ``jax.transfer_guard("disallow")``, which is to find transfers that a user makes by
+    mistake, would refuse them too.
     """
     with jax.transfer_guard_host_to_device("allow"), jax.transfer_guard_device_to_device("allow"):
         yield

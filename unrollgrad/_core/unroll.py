@@ -212,9 +212,9 @@ def reset(
         return mesh_axes.over(mesh_axes.axes(first), tree)
 
     def turn(carry):
-        # XLA moves loop invariants out of the loop and would begin an episode in every call. What
-        # shares a barrier with `waiting` is no invariant. Where `waiting` is False (under vmap),
-        # the new episode is dropped.
+        # XLA moves loop invariants out of the loop, where they would begin an episode in every
+        # call. The barrier makes key and theta depend on `waiting`, which the loop changes. Under
+        # vmap, workers whose `waiting` is False drop the new episode.
         waiting, _ = carry
         waiting, (data, here) = jax.lax.optimization_barrier((waiting, given))
         own = episode._replace(key=jax.random.wrap_key_data(data, impl=impl))
