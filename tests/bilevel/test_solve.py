@@ -50,6 +50,34 @@ def test_one_minimum_is_found_from_both_starts(start):
     assert jnp.linalg.norm(result.theta - result.thetas[-1]) < 0.1
 
 
+def test_the_direction_of_largest_curvature_is_kept():
+    """The loop equals calls in a row, each of which starts from the one before."""
+    f = implicit.hypergradient(
+        lambda w, theta: jnp.sum((w - 1) ** 2),
+        lambda w, theta: jnp.sum(jnp.exp(theta) * (w - 2) ** 2) / 2,
+        solver=implicit.neumann(3),
+    )
+    w, theta = jnp.array([0.5, 3.0]), jnp.array([1.0, 0.9])
+    result = bilevel.solve(
+        lambda w, theta: 0.0 * jnp.sum(w),
+        f,
+        w,
+        theta,
+        inner_optimizer=optax.sgd(1.0),
+        inner_steps=1,
+        outer_optimizer=optax.sgd(0.1),
+        num_steps=3,
+    )
+    kept, apart = theta, theta
+    out = None
+    for _ in range(3):
+        out = f(w, kept, out)
+        out = out._replace(v=None)
+        kept, apart = kept - 0.1 * out.grad, apart - 0.1 * f(w, apart).grad
+    np.testing.assert_allclose(result.theta, kept, rtol=1e-12)
+    assert jnp.max(jnp.abs(kept - apart)) > 1e-6  # 20 iterations from random: another step size
+
+
 def test_warm_start_projects_on_and_on_and_cold_start_once():
     """One equation for two weights: descent finds the solution nearest to its start."""
     rows = jnp.array([[1.0, 0.0], [1.0, 1.0]]) / jnp.array([[1.0], [jnp.sqrt(2.0)]])

@@ -351,6 +351,39 @@ def test_warm_start():
         jax.eval_shape(series, params, theta, v.astype(np.float32))
 
 
+def test_the_direction_of_largest_curvature_is_kept():
+    """A call takes two power iterations from the earlier result, and follows a curvature."""
+    f = implicit.hypergradient(
+        lambda w, theta: jnp.sum(w),
+        lambda w, theta: jnp.sum(theta * w**2) / 2,
+        solver=implicit.neumann(3),
+    )
+
+    @jax.jit
+    def found(params, theta):
+        cold = f(params, theta)
+        begin = f(params, theta[::-1], cold._replace(v=None))
+        turns = jax.lax.scan(
+            lambda out, _: (f(params, theta[::-1], out._replace(v=None)), None), begin, length=10
+        )
+        return cold, begin, turns[0], optax.tree.random_like(jax.random.key(0), params)
+
+    def series(curvature, rate):
+        return sum(rate * (1 - rate * curvature) ** j for j in range(3))
+
+    curvature = np.array([4.0, 1.0, 0.5])
+    cold, turned, end, fresh = numbers(found(np.ones(3), curvature))
+    np.testing.assert_allclose(np.abs(cold.info.direction), [1, 0, 0], atol=1e-8)
+    np.testing.assert_allclose(cold.v, series(curvature, 1 / 4), rtol=1e-8)
+    mixed = cold.info.direction + 0.1 * fresh / np.linalg.norm(fresh)
+    once, twice = curvature[::-1] * mixed, curvature[::-1] ** 2 * mixed
+    np.testing.assert_allclose(turned.info.direction, twice / np.linalg.norm(twice), rtol=1e-8)
+    rate = np.linalg.norm(once) / np.linalg.norm(twice)
+    np.testing.assert_allclose(turned.v, series(curvature[::-1], rate), rtol=1e-8)
+    np.testing.assert_allclose(np.abs(end.info.direction), [0, 0, 1], atol=0.01)
+    np.testing.assert_allclose(end.v, series(curvature[::-1], 1 / 4), rtol=1e-3)
+
+
 def test_trees_of_mixed_dtypes():
     def inner(w, theta):
         rest = jnp.sum((w["b"].astype(jnp.float32) - theta["b"].astype(jnp.float32)) ** 2)

@@ -14,6 +14,8 @@ from unrollgrad._core.unroll import repeat
 from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta, descend
 from unrollgrad.implicit import HyperGradient, trees
+from unrollgrad.implicit.hypergradient import start_of
+from unrollgrad.implicit.linear import Start
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
@@ -42,7 +44,7 @@ class _Progress(NamedTuple):
     theta: optax.Params
     inner: tuple[ArrayTree, optax.OptState]  # params, and the state of their optimizer
     outer_state: optax.OptState
-    v: ArrayTree | None
+    solve_from: Start
     before: optax.Params  # theta before its last update
 
 
@@ -86,7 +88,8 @@ def solve(
         outer_optimizer: An optax optimizer.
         num_steps: Number of outer steps.
         start: "cold" or "warm", see above.
-        keep_v: Whether each linear solve begins at the last solution.
+        keep_v: Whether each linear solve begins at the last solution. The direction from which
+            ``neumann(step_size="auto")`` finds its step size is kept in any case.
         every: Interval, in outer steps, at which theta and params are kept.
 
     Raises:
@@ -117,8 +120,12 @@ def solve(
     if num_steps % every:
         raise ValueError(f"`every`={every} must divide num_steps={num_steps}.")
     params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
-    if keep_v and jax.eval_shape(hypergradient, params, theta).v is None:
+    shapes = jax.eval_shape(lambda *at: start_of(hypergradient(*at, None)), params, theta)
+    if keep_v and shapes.value is None:
         raise ValueError("`keep_v=True` needs a hypergradient that solves; this one has v = None.")
+
+    def kept(solve_from):
+        return solve_from if keep_v else solve_from._replace(value=None)
 
     @eager.compiled
     def run(params, theta):
@@ -130,23 +137,25 @@ def solve(
 
             state = begin if start == "cold" else at.inner
             trained = repeat(inner_step, state, inner_steps)
-            out = hypergradient(trained[0], at.theta, at.v)
+            v0 = at.solve_from.value if at.solve_from.direction is None else at.solve_from
+            out = hypergradient(trained[0], at.theta, v0)
             with standard_promotion():
                 updates, outer_state = outer_optimizer.update(out.grad, at.outer_state, at.theta)
                 outer_state = inner_optimizers.keep_dtypes(at.outer_state, outer_state)
-                theta, v = optax.apply_updates(at.theta, updates), out.v if keep_v else None
-            return _Progress(theta, trained, outer_state, v, at.theta), out.outer_loss
+                theta = optax.apply_updates(at.theta, updates)
+            solve_from = kept(start_of(out))
+            return _Progress(theta, trained, outer_state, solve_from, at.theta), out.outer_loss
 
         def stretch(at, _):
             at, losses = jax.lax.scan(outer_step, at, length=every)
             return at, (at.before, at.inner[0], losses)
 
-        v = jax.tree.map(jnp.zeros_like, trees.widen(params)) if keep_v else None
+        solve_from = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept(shapes))
         outer_state = outer_optimizer.init(theta)
         inner_optimizers.check_injected(
             "`outer_optimizer`", outer_optimizer.init, theta, outer_state
         )
-        at = _Progress(theta, begin, outer_state, v, theta)
+        at = _Progress(theta, begin, outer_state, solve_from, theta)
         return jax.lax.scan(stretch, at, length=num_steps // every)
 
     at, (thetas, paths, losses) = run(params, theta)

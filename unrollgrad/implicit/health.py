@@ -30,6 +30,8 @@ class HypergradientInfo(NamedTuple):
             Lanczos steps from a random vector; 0 if all curvatures found are positive.
         converged: Whether the solver reports success (a series does after its last term), and q is
             finite and no worse than q = 0, as it is when a series diverges.
+        direction: The direction of largest curvature, with norm 1, that ``neumann`` found for its
+            step size; None for other solvers.
     """
 
     stationarity: jax.Array
@@ -38,6 +40,7 @@ class HypergradientInfo(NamedTuple):
     asymmetry: jax.Array
     negative_curvature: jax.Array
     converged: jax.Array
+    direction: ArrayTree | None = None
 
 
 class HypergradientError(ArithmeticError):
@@ -56,7 +59,7 @@ class Case(NamedTuple):
 
 def examine(case: Case) -> HypergradientInfo:
     """Measures one case."""
-    q, result, num_steps = case.solution
+    q, result, num_steps, direction = case.solution
     size = optax.tree.norm(case.vector)
     missed = optax.tree.norm(trees.add(case.vector, case.operator.mv(q), -1))
     residual = missed / jnp.where(size > 0, size, 1)
@@ -68,6 +71,7 @@ def examine(case: Case) -> HypergradientInfo:
         asymmetry=_asymmetry(case.operator, case.vector),
         negative_curvature=jnp.maximum(-_spectrum(case.operator, case.vector)[0], 0),
         converged=(result == lx.RESULTS.successful) & finite & (residual <= 1.001),
+        direction=direction,
     )
 
 
@@ -119,7 +123,7 @@ class Symptoms(NamedTuple):
 
 def symptoms(case: Case, inner_loss: Numeric) -> Symptoms:
     """Measures what ``check`` needs, at the cost of about 120 products."""
-    q, result, _ = case.solution
+    q, result, *_ = case.solution
     curvatures = _spectrum(case.operator, case.vector)
     square = trees.dot(q, q)
     along = trees.dot(q, case.operator.mv(q)) / jnp.where(square > 0, square, 1)

@@ -79,8 +79,10 @@ def hypergradient(
             ``bilevel.solve``) and costs up to 140 products.
 
     Returns:
-        ``f(params, theta, v0=None) -> HyperGradient(grad, outer_loss, v, info)``; v0 is the ``v``
-        of an earlier call.
+        ``f(params, theta, v0=None) -> HyperGradient(grad, outer_loss, v, info)``. ``v0`` warm-starts
+        the solve: the ``v`` of an earlier call; or the earlier HyperGradient itself, from which
+        ``neumann(step_size="auto")`` also takes the direction of largest curvature, so that its
+        step size costs 2 products in place of 20 (with ``v=None`` in it, that direction alone).
 
     Raises:
         TypeError: If outer or inner is not a function; when called, if leaves are not floating or
@@ -117,7 +119,7 @@ def hypergradient(
     mixed = inner if mixed is None else mixed
 
     @eager.compiled
-    def run(params, theta, v0):
+    def run(params, theta, start):
         for name, loss in {"outer": outer, "inner": inner, "mixed": mixed}.items():
             arguments.check_loss(name, jax.eval_shape(loss, params, theta))
         outer_loss, (a, direct) = jax.value_and_grad(outer, argnums=(0, 1))(params, theta)
@@ -130,16 +132,17 @@ def hypergradient(
         undamped = operators.damped(operator, params, 0.0)
         operator = operators.damped(operator, params, damping)
         a = trees.widen(trees.narrow(a, params))
-        if v0 is not None and (problem := arguments.leaf_differences(a, v0, "v0")):
-            raise TypeError(
-                "`v0` must be the `v` of an earlier call with like params; expected -> got:\n"
-                + "\n".join(problem)
-            )
+        for given in start:
+            if given is not None and (problem := arguments.leaf_differences(a, given, "v0")):
+                raise TypeError(
+                    "`v0` must be the `v` of an earlier call with like params; expected -> got:\n"
+                    + "\n".join(problem)
+                )
         inverse = None
         if preconditioner is not None:
             product = operators.preconditioner(preconditioner, params, (theta,))
             inverse = operators.function(product, a, operators.tags_for(solver))
-        solution = linear.solve(operator, a, solver, v0, inverse)
+        solution = linear.solve(operator, a, solver, start, inverse)
         at, along = (params,), (trees.narrow(solution.value, params),)
         _, along = jax.jvp(lambda p: jax.grad(mixed, argnums=1)(p, theta), at, along)
         grad = jax.tree.map(lambda b, m: (b - m).astype(b.dtype), direct, along)
@@ -147,11 +150,21 @@ def hypergradient(
         out = HyperGradient(grad, outer_loss, solution.value, health.examine(case))
         return out, health.symptoms(case, inner(params, theta)) if check else None
 
-    def f(params: ArrayTree, theta: Theta, v0: ArrayTree | None = None) -> HyperGradient:
+    def f(
+        params: ArrayTree, theta: Theta, v0: ArrayTree | HyperGradient | linear.Start | None = None
+    ) -> HyperGradient:
         params, theta = trees.check_floating("params", params), arguments.floating_theta(theta)
-        out, symptoms = run(params, theta, v0)
+        if isinstance(v0, HyperGradient):
+            v0 = start_of(v0)
+        start = v0 if isinstance(v0, linear.Start) else linear.Start(v0)
+        out, symptoms = run(params, theta, start)
         if symptoms is not None and out.info is not None and trees.is_concrete(out):
             health.check(solver, out.info, symptoms)
         return out
 
     return f
+
+
+def start_of(out: HyperGradient) -> linear.Start:
+    """What the next call can take over from a result."""
+    return linear.Start(out.v, None if out.info is None else out.info.direction)

@@ -21,21 +21,36 @@ from unrollgrad.types import ArrayTree, Numeric
 
 
 class Solution(NamedTuple):
-    """The outcome of a linear solve; ``num_steps`` is 0 for a direct solver."""
+    """The outcome of a linear solve.
+
+    Attributes:
+        value: The solution.
+        result: Whether the solver succeeded, as lineax reports it.
+        num_steps: Steps of the solver; 0 for a direct one.
+        direction: The direction of largest curvature that the solver found, or None.
+    """
 
     value: ArrayTree
     result: lx.RESULTS
     num_steps: jax.Array
+    direction: ArrayTree | None = None
+
+
+class Start(NamedTuple):
+    """What a solve takes over from an earlier one: its solution and its direction, or None."""
+
+    value: ArrayTree | None = None
+    direction: ArrayTree | None = None
 
 
 def solve(
     operator: lx.AbstractLinearOperator,
     vector: ArrayTree,
     solver: lx.AbstractLinearSolver,
-    start: ArrayTree | None = None,
+    start: Start = Start(),
     preconditioner: lx.AbstractLinearOperator | None = None,
 ) -> Solution:
-    """Solves ``operator x = vector`` for a tree of one floating dtype, from ``start`` or zero.
+    """Solves ``operator x = vector`` for a tree of one floating dtype.
 
     The solver gets a vector of norm 1, so that its tolerances are relative to the vector's norm.
     ``preconditioner`` approximates the inverse of ``operator``.
@@ -49,7 +64,9 @@ def solve(
     right = trees.scale(1 / unit, vector)
     norm, power = _factors(operator, right, solver)
     factor = norm * power
-    options: dict = {} if start is None else {"y0": trees.scale(sign / (unit * factor), start)}
+    options: dict = {} if start.direction is None else {"direction": start.direction}
+    if start.value is not None:
+        options["y0"] = trees.scale(sign / (unit * factor), start.value)
     if preconditioner is not None:
         scale = 1 / norm
         if isinstance(solver, lx.GMRES):  # it compares M r with absolute thresholds
@@ -66,7 +83,8 @@ def solve(
     value = jax.tree.map(lambda x: jnp.where(size > 0, x, 0), value)
     result = lx.RESULTS.where(size > 0, result, lx.RESULTS.successful)
     num_steps = jnp.asarray(stats.get("num_steps", 0), jnp.int32)
-    return Solution(trees.scale(sign * size * factor, value), result, num_steps)
+    value = trees.scale(sign * size * factor, value)
+    return Solution(value, result, num_steps, stats.get("direction"))
 
 
 def _is_definite_along(operator: lx.AbstractLinearOperator, v: ArrayTree) -> jax.Array:
@@ -122,7 +140,7 @@ def differentiable_solve(
 
     def solved(tags, inverse, matvec, vector):
         operator = operators.function(matvec, vector, tags)
-        x, result, _ = solve(operator, vector, method.solver, preconditioner=inverse)
+        x, result, *_ = solve(operator, vector, method.solver, preconditioner=inverse)
         broken = result == lx.RESULTS.breakdown
         x = jax.tree.map(lambda y: jnp.where(broken, jnp.nan, y), x)
         size = optax.tree.norm(vector)

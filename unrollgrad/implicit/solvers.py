@@ -19,6 +19,8 @@ from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree, Key, Numeric
 
 _POWER_STEPS = 20
+_KEPT_POWER_STEPS = 2
+_FRESH = 0.1  # size of the random part that is added to a kept direction of norm 1
 _SHARE_OF_RHO = 0.01
 
 
@@ -45,9 +47,10 @@ class _Neumann(_MatrixFree):
     step_size: Numeric | str
 
     def compute(self, state: lx.AbstractLinearOperator, vector: ArrayTree, options: dict):
-        alpha = self.step_size
+        alpha, stats = self.step_size, {"num_steps": jnp.int32(self.terms)}
         if isinstance(alpha, str):
-            alpha = 1 / jnp.maximum(_lambda_max(state, vector), float(jnp.finfo(jnp.float32).tiny))
+            largest, stats["direction"] = _largest(state, vector, options.get("direction"))
+            alpha = 1 / jnp.maximum(largest, float(jnp.finfo(jnp.float32).tiny))
 
         def richardson(q):
             return trees.add(q, trees.add(vector, state.mv(q), -1), alpha)
@@ -56,18 +59,38 @@ class _Neumann(_MatrixFree):
         if start is None:  # the first step from zero needs no product
             start, steps = trees.scale(alpha, vector), self.terms - 1
         q = repeat(richardson, start, steps)
-        return q, lx.RESULTS.successful, {"num_steps": jnp.int32(self.terms)}
+        return q, lx.RESULTS.successful, stats
 
 
-def _lambda_max(operator: lx.AbstractLinearOperator, like: ArrayTree) -> jax.Array:
-    """The magnitude of the eigenvalue of largest magnitude, from below, by power iteration."""
+def _largest(
+    operator: lx.AbstractLinearOperator, like: ArrayTree, kept: ArrayTree | None
+) -> tuple[jax.Array, ArrayTree]:
+    """The magnitude of the eigenvalue of largest magnitude, from below, and its eigenvector.
+
+    By power iteration from a random vector, or from the eigenvector that an earlier call ``kept``
+    (zeros where there was none), with a small random part in case the curvature has turned away.
+    """
 
     def multiply(v):
-        size = optax.tree.norm(v)
-        return operator.mv(trees.scale(1 / jnp.where(size > 0, size, 1), v))
+        return operator.mv(_unit(v))
 
     v = optax.tree.random_like(jax.random.key(0), like)
-    return optax.tree.norm(repeat(multiply, v, _POWER_STEPS))
+    if kept is None:
+        v = repeat(multiply, v, _POWER_STEPS)
+    else:
+        size = optax.tree.norm(kept)
+        there = (size > 0) & jnp.isfinite(size)
+        kept = jax.tree.map(lambda x: jnp.where(there, x, 0), kept)
+        v = trees.add(kept, _unit(v), jnp.where(there, _FRESH, 1))
+        steps = jnp.where(there, _KEPT_POWER_STEPS, _POWER_STEPS)
+        v = jax.lax.fori_loop(0, steps, lambda _, v: multiply(v), v)
+    return optax.tree.norm(v), _unit(v)
+
+
+def _unit(v: ArrayTree) -> ArrayTree:
+    """The vector with norm 1; zeros stay zeros."""
+    size = optax.tree.norm(v)
+    return trees.scale(1 / jnp.where(size > 0, size, 1), v)
 
 
 def neumann(terms: int, step_size: Numeric | Literal["auto"] = "auto") -> lx.AbstractLinearSolver:
@@ -81,7 +104,8 @@ def neumann(terms: int, step_size: Numeric | Literal["auto"] = "auto") -> lx.Abs
     Beyond 2 / lambda_max the series diverges: ``info.converged`` is False once the residual exceeds
     the residual of q = 0, and ``check=True`` compares alpha with lambda_max.
 
-    Time: ``terms - 1`` products with H (``terms`` from a warm start), and 20 more for "auto".
+    Time: ``terms - 1`` products with H (``terms`` from a warm start). "auto" takes 20 more, or 2 if
+    a ``hypergradient`` gets its previous result, which keeps the direction of largest curvature.
     Memory: two vectors.
 
     Args:
