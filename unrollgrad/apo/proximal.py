@@ -120,7 +120,7 @@ def adapted(
         _check_given(name, proximal, {"params": params, **given._asdict()})
         params, updates = _admitted(name, params), jax.tree.map(jnp.asarray, updates)
 
-        def step(hyperparams):
+        def step(hyperparams, updates=updates):
             return inner_optimizers.update(
                 base, hyperparams, state.count, updates, state.base_state, params, **extra_args
             )
@@ -142,18 +142,23 @@ def adapted(
             gradient = _gradient(proximal.axis_name, look_ahead, free)
             with standard_promotion():
                 moved, meta_state = meta.update(gradient, meta_state, free)
-            return value(optax.apply_updates(free, moved)), meta_state
+            return value(optax.apply_updates(free, moved)), meta_state, _unseen_zero()
 
         def unchanged(*at):
-            return at
+            return *at, _unseen_zero()
 
         @eager.compiled
         def adapted_when_due(count, *at):
             do = adapt if jax.tree.leaves(params) else unchanged
             return jax.lax.cond(count % proximal.meta_interval == 0, do, unchanged, *at)
 
-        hyperparams, meta_state = adapted_when_due(state.count, state.hyperparams, state.meta_state)
-        moved, base_state = step(hyperparams)
+        hyperparams, meta_state, zero = adapted_when_due(
+            state.count, state.hyperparams, state.meta_state
+        )
+        # The step waits for the meta-step, which reads the old state of `base`: otherwise XLA
+        # begins to overwrite the state too early, and copies all of it in every step.
+        after = jax.tree.map(lambda g: g + zero.astype(g.dtype), updates)
+        moved, base_state = step(hyperparams, after)
         moved = jax.tree.map(
             lambda g, x: mesh_axes.sharded_like(x.astype(g.dtype), jnp.asarray(g)), updates, moved
         )
@@ -191,6 +196,11 @@ def _meta_objective(
             return value + 0.5 * proximal.lambda_wsd * away, value
 
     return objective
+
+
+def _unseen_zero() -> jax.Array:
+    """A zero that XLA does not know to be one."""
+    return jax.lax.optimization_barrier(jnp.float32(0))
 
 
 def _nameless(hyperparams: ArrayTree) -> ArrayTree:
