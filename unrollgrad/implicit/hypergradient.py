@@ -79,10 +79,10 @@ def hypergradient(
             ``bilevel.solve``) and costs up to 140 products.
 
     Returns:
-        ``f(params, theta, v0=None) -> HyperGradient(grad, outer_loss, v, info)``. ``v0`` warm-starts
-        the solve: the ``v`` of an earlier call; or the earlier HyperGradient itself, from which
-        ``neumann(step_size="auto")`` also takes the direction of largest curvature, so that its
-        step size costs 2 products in place of 20 (with ``v=None`` in it, that direction alone).
+        ``f(params, theta, v0=None) -> HyperGradient(grad, outer_loss, v, info)``. The solve starts
+        at ``v0``, the ``v`` of an earlier call. If ``v0`` is the earlier HyperGradient itself,
+        ``neumann(step_size="auto")`` also takes over the direction of largest curvature, so that
+        its step size costs 2 products in place of 20; with ``v=None`` in it, the direction alone.
 
     Raises:
         TypeError: If outer or inner is not a function; when called, if leaves are not floating or

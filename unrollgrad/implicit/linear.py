@@ -47,7 +47,7 @@ def solve(
     operator: lx.AbstractLinearOperator,
     vector: ArrayTree,
     solver: lx.AbstractLinearSolver,
-    start: Start = Start(),
+    start: Start | None = None,
     preconditioner: lx.AbstractLinearOperator | None = None,
 ) -> Solution:
     """Solves ``operator x = vector`` for a tree of one floating dtype.
@@ -64,9 +64,11 @@ def solve(
     right = trees.scale(1 / unit, vector)
     norm, power = _factors(operator, right, solver)
     factor = norm * power
-    options: dict = {} if start.direction is None else {"direction": start.direction}
-    if start.value is not None:
+    options: dict = {}
+    if start is not None and start.value is not None:
         options["y0"] = trees.scale(sign / (unit * factor), start.value)
+    if start is not None and start.direction is not None:
+        options["direction"] = start.direction
     if preconditioner is not None:
         scale = 1 / norm
         if isinstance(solver, lx.GMRES):  # it compares M r with absolute thresholds

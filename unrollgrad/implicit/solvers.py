@@ -4,7 +4,7 @@ They solve H q = a, the linear system of a hypergradient. A solver that stops af
 of terms approximates q by intent, so it reports success.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def _largest(
     def multiply(v):
         return operator.mv(_unit(v))
 
-    v = optax.tree.random_like(jax.random.key(0), like)
+    v: Any = optax.tree.random_like(jax.random.key(0), like)
     if kept is None:
         v = repeat(multiply, v, _POWER_STEPS)
     else:
