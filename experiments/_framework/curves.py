@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 
@@ -82,8 +83,6 @@ class Comparison(NamedTuple):
         says: The claim.
         source: The paper that makes the claim, or the theory.
         what: The text before the first number.
-        errors: Required gap, in standard errors of the difference. Default: more than the sum of
-            both standard errors.
         other_metric: The other estimator's metric. Default: the same metric.
     """
 
@@ -94,30 +93,14 @@ class Comparison(NamedTuple):
     says: str
     source: str
     what: str = ""
-    errors: float | None = None
     other_metric: str | None = None
 
 
 def compare(summary: Summary, comparison: Comparison) -> Claim:
-    """Checks the claim; a mean that is null in the summary counts as infinite."""
-    metric, name, relation, other, says, source, what, errors, other_metric = comparison
+    """Checks the claim by Welch's test over the seeds; see ``evidence.less``."""
+    metric, name, relation, other, says, source, what, other_metric = comparison
     mine = summary.find(metric, estimator=name)
     theirs = summary.find(other_metric or metric, estimator=other)
-    if mine is None or theirs is None:
-        return Claim(says, source, "not run", None)
-    ours = f"{what}{_text_of(mine)} against {_text_of(theirs)}"
-    if mine["n"] == 1:
-        return Claim(says, source, ours, None)
     low, high = (mine, theirs) if relation == "<" else (theirs, mine)
-    if low["mean"] is None or high["mean"] is None:
-        return Claim(says, source, ours, low["mean"] is not None)
-    apart = high["mean"] - low["mean"]
-    if errors is None:
-        return Claim(says, source, ours, apart > low["se"] + high["se"])
-    return Claim(says, source, ours, apart > errors * float(np.hypot(low["se"], high["se"])))
-
-
-def _text_of(found: dict[str, Any]) -> str:
-    if found["mean"] is None:
-        return "not finite in some seed"
-    return text(found["mean"], found["se"] or 0.0)
+    finding = evidence.less(low, high)
+    return Claim(says, source, what + finding.text, finding.holds)

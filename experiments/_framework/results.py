@@ -49,7 +49,8 @@ class Summary(NamedTuple):
 
     Attributes:
         results: A dict for each series with its labels, ``metric``, and ``mean``, ``se`` and ``n``
-            over the seeds, at the last step.
+            over the seeds, at the last step. The mean is NaN if a seed's number is not finite;
+            ``se`` is None for one seed.
         about: All other entries: experiment, config, status, seconds, environment.
     """
 
@@ -215,7 +216,17 @@ def read_summary(folder: Path) -> Summary:
     """Reads ``summary.json`` and ``config.json``."""
     about = read_json(folder / "summary.json")
     about["config"] = read_json(folder / "config.json")
-    return Summary(about.pop("results"), about)
+    return Summary(from_json(about.pop("results")), about)
+
+
+def from_json(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results as numbers: a null mean, which stands for one that is not finite, becomes NaN.
+
+    The standard error becomes NaN beside it; alone it stays None, which stands for one seed.
+    """
+    return [
+        {**r, "mean": math.nan, "se": math.nan} if r["mean"] is None else r for r in found
+    ]
 
 
 def summarise(records: list[Record]) -> list[dict[str, Any]]:
