@@ -103,7 +103,7 @@ def show_last(records: list[Record], metric: str, what: str) -> None:
 def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, float] | None:
     """The metric at the end; None if it was not measured or is not finite. One seed has SE 0."""
     found = summary.find(metric, estimator=estimator)
-    if found is None or found["mean"] is None:
+    if found is None or not np.isfinite(found["mean"]):
         return None
     return found["mean"], found["se"] or 0.0
 
@@ -142,6 +142,5 @@ def compare(summary: Summary, comparison: Comparison) -> Claim:
     metric, name, relation, other, says, source, what, other_metric = comparison
     mine = summary.find(metric, estimator=name)
     theirs = summary.find(other_metric or metric, estimator=other)
-    low, high = (mine, theirs) if relation == "<" else (theirs, mine)
-    finding = evidence.less(low, high)
+    finding = (evidence.less if relation == "<" else evidence.more)(mine, theirs)
     return Claim(says, source, what + finding.text, finding.holds)

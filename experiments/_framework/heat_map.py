@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import unrollgrad as ug
-from experiments._framework import curves
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Write
 from experiments._framework.results import Record, Summary
 from unrollgrad.types import Key, UnrolledProblem
@@ -107,32 +107,40 @@ def minimum(summary: Summary, **labels: str) -> float | None:
 def ends_near(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
     """The claim that an estimator's J ends at most a share above the grid's minimum, if it ran."""
     says = f"{name} ends within {share:.0%} of the grid's minimum"
-    return _claim(summary, name, says, source, lambda far, se: far + se <= share, labels)
+    return _claim(_Ends(summary, name, share, labels), says, source, near=True)
 
 
 def ends_far(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
     """The claim that an estimator's J ends at least a share above the grid's minimum, if it ran."""
     says = f"{name} ends at least {share:.0%} above the grid's minimum"
-    return _claim(summary, name, says, source, lambda far, se: far - se >= share, labels)
+    return _claim(_Ends(summary, name, share, labels), says, source, near=False)
 
 
-def _claim(
-    summary: Summary,
-    name: str,
-    says: str,
-    source: str,
-    holds: Callable[[float, float], bool],
-    labels: dict[str, str],
-) -> list[Claim]:
-    least, found = minimum(summary, **labels), summary.find("J", estimator=name, **labels)
+class _Ends(NamedTuple):
+    """An estimator whose end is compared with a share above the grid's minimum."""
+
+    summary: Summary
+    name: str
+    share: float
+    labels: dict[str, str]
+
+
+def _claim(ends: _Ends, says: str, source: str, near: bool) -> list[Claim]:
+    """A minimum that is measured with every seed has its own error; one that is not, has none."""
+    summary, name, share, labels = ends
+    least = summary.find("minimum", estimator=GRID, **labels)
+    found = summary.find("J", estimator=name, **labels)
     if least is None or found is None:
         return []
-    mean, se = found["mean"], found["se"]
-    if mean is None:  # null in strict JSON: not finite
-        return [Claim(says, source, "J is not finite", holds(math.inf, 0.0))]
-    far = (mean - least) / abs(least)
-    ours = f"J = {curves.text(mean, se or 0.0)}, {far:+.1%} from {least:.3g}"
-    return [Claim(says, source, ours, None if se is None else holds(far, se / abs(least)))]
+    bound = evidence.times(least, 1 + math.copysign(share, least["mean"]))
+    if bound["n"] > 1:
+        finding = (evidence.less if near else evidence.more)(found, bound)
+    else:
+        finding = (evidence.below if near else evidence.above)(found, bound["mean"])
+    far = (found["mean"] - least["mean"]) / abs(least["mean"])
+    text = f"J = {finding.text}; the grid's minimum is {evidence.number(least)}"
+    text += f", J {far:+.1%} from it" if math.isfinite(far) else ""
+    return [Claim(says, source, text, finding.holds)]
 
 
 def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> None:

@@ -220,12 +220,17 @@ def read_summary(folder: Path) -> Summary:
 
 
 def from_json(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results as numbers: a null mean, which stands for one that is not finite, becomes NaN.
+    """Results as numbers: a null, which stands for a number that is not finite, becomes NaN.
 
-    The standard error becomes NaN beside it; alone it stays None, which stands for one seed.
+    A standard error of one seed stays None.
     """
     return [
-        {**r, "mean": math.nan, "se": math.nan} if r["mean"] is None else r for r in found
+        {
+            **r,
+            "mean": math.nan if r["mean"] is None else r["mean"],
+            "se": math.nan if r["se"] is None and r["n"] > 1 else r["se"],
+        }
+        for r in found
     ]
 
 
