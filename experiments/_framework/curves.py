@@ -88,6 +88,11 @@ def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None
     axis.grid(alpha=0.3)
 
 
+def from_zero(axis: Any) -> None:
+    """Lets an axis begin at 0, with room above its highest point."""
+    axis.set_ylim(0, 1.06 * axis.dataLim.y1)
+
+
 def last(records: list[Record], metric: str) -> dict[str, list[float]]:
     """The metric at the end of every run: one number for each seed, by estimator."""
     found = curves(records, metric)

@@ -185,14 +185,19 @@ def redraw(experiment: Experiment, folder: Path) -> Path:
 
 
 def small_picture(figure: Any) -> bytes:
-    """A PNG in a palette of 128 colours, at a lower resolution if it would be too large."""
+    """A PNG in a palette of 256 colours, at a lower resolution if it would be too large.
+
+    The palette keeps rare colours, such as those of lines over a heat map.
+    """
     from PIL import Image
 
     picture = b""
     for dpi in (150, 120, 100, 80):
         full, small = io.BytesIO(), io.BytesIO()
         figure.savefig(full, dpi=dpi)
-        Image.open(full).convert("RGB").quantize(128).save(small, "png", optimize=True)
+        whole = Image.open(full).convert("RGB")
+        few = whole.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        few.save(small, "png", optimize=True)
         picture = small.getvalue()
         if len(picture) <= MOST_BYTES:
             break

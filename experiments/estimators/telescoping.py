@@ -67,6 +67,8 @@ class Settings(CommonSettings):
     """Number of values of theta0 and of theta1 on the grid that the picture shows."""
     num_episodes: int = 16
     """Episodes whose mean loss is J on the grid; 64 others measure the runs and the minimum."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each seed is a whole run."""
 
 
 SCALES = {
