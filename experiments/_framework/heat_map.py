@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import unrollgrad as ug
 from experiments._framework import curves, evidence
@@ -34,8 +35,8 @@ class Objective(NamedTuple):
         fresh: J over ``FRESH`` other episodes.
     """
 
-    search: Callable[[jax.Array], jax.Array]
-    fresh: Callable[[jax.Array], jax.Array]
+    search: Callable[[ArrayLike], jax.Array]
+    fresh: Callable[[ArrayLike], jax.Array]
 
 
 def objective(problem: UnrolledProblem, num_episodes: int) -> Objective:
@@ -47,7 +48,7 @@ def objective(problem: UnrolledProblem, num_episodes: int) -> Objective:
     )
 
 
-def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[jax.Array], jax.Array]:
+def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[ArrayLike], jax.Array]:
     """A jitted function ``J(thetas)`` of stacked thetas: the mean over the same episodes for each.
 
     Args:
@@ -77,12 +78,12 @@ def write_grid(objective: Objective, axes: Mapping[str, Sequence[float]], write:
         write: Writes a line.
     """
     cells = np.stack(np.meshgrid(*axes.values(), indexing="ij"), axis=-1).reshape(-1, len(axes))
-    thetas = jnp.asarray(cells if len(axes) > 1 else cells[:, 0], jnp.float32)
+    thetas = np.asarray(cells if len(axes) > 1 else cells[:, 0], np.float32)
     values = np.asarray(objective.search(thetas))
     for i, (cell, value) in enumerate(zip(cells, values, strict=True)):
         write({"estimator": GRID, "step": i, "J": value, **dict(zip(axes, cell, strict=True))})
     best = int(np.nanargmin(values))
-    write({"estimator": GRID, "minimum": objective.fresh(thetas[best : best + 1])[0]})
+    write({"estimator": GRID, "minimum": np.asarray(objective.fresh(thetas[best : best + 1]))[0]})
 
 
 def logarithms(
