@@ -28,6 +28,9 @@ STYLES = {
 }
 """The colour and the marker of an estimator, the same in every picture."""
 
+OTHERS = (("navy", "d"), ("deeppink", "H"), ("teal", "8"), ("goldenrod", "p"))
+"""Colours and markers of methods without their own, such as an estimator at another setting."""
+
 
 class Style(NamedTuple):
     """How pictures draw a method.
@@ -44,11 +47,10 @@ class Style(NamedTuple):
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The style of every method of a picture; methods that have none get those left, in order."""
+    """The style of every method of a picture; those without their own share ``OTHERS`` in order."""
     names = list(names)
-    left = [style for name, style in STYLES.items() if name not in names] or [("C0", "o")]
     unknown = [name for name in names if name not in STYLES]
-    given = {name: left[i % len(left)] for i, name in enumerate(unknown)}
+    given = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(unknown)}
     return {name: Style(*(STYLES | given)[name], "--" if name in DASHED else "-") for name in names}
 
 

@@ -25,7 +25,7 @@ def test_smoke(tmp_path, capsys):
     large = summary._replace(about={**summary.about, "config": {"scale": "paper"}})
     claims = copy_task.claims(large)
     assert [claim.holds for claim in claims] == [None] * 4
-    assert [claim.ours == "not run" for claim in claims] == [False, True, True, True]
+    assert [claim.ours.endswith("not run") for claim in claims] == [False, True, True, True]
     assert "symbols attempted at the end" in capsys.readouterr().out
     records = results.read(folder)
     lengths = [r.value for r in records if r.metric == "length"]

@@ -24,7 +24,7 @@ def test_smoke(tmp_path, capsys):
     summary = results.read_summary(folder)
     claims = many.claims(summary)
     assert [claim.holds for claim in claims] == [None] * 4
-    assert [claim.ours == "not run" for claim in claims] == [False, True, True, True]
+    assert [claim.ours.endswith("not run") for claim in claims] == [False, True, True, True]
     assert "J at the end" in capsys.readouterr().out
     records = results.read(folder)
     for name in (*settings.estimators, "random_search"):
