@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments._framework import curves, heat_map, training
+from experiments._framework import curves, evidence, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -252,7 +252,7 @@ def _unmoved(summary: Summary) -> list[Claim]:
             "tbptt does not move theta at all",
             "accuracy is a step function",
             f"the mean log theta moved by {moved:.2g}",
-            moved < 1e-6,
+            evidence.told(moved < 1e-6, moved),
         )
     ]
 
