@@ -117,7 +117,7 @@ def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, f
 
 def text(mean: float, se: float) -> str:
     """The number and its standard error, as a claim prints them."""
-    return f"{mean:.3g}" + (f" ± {se:.1g}" if se else "")
+    return evidence.number({"mean": mean, "se": se, "n": 2})
 
 
 class Comparison(NamedTuple):

@@ -5,7 +5,7 @@ seed differs from another there is no spread to divide by, and the p is that of 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 SURE = 0.05
 """The largest p at which a difference counts: the share of "yes" where there is no difference."""
@@ -59,8 +59,10 @@ def within(found: Result | None, low: float, high: float) -> Finding:
     return min(tests, key=lambda test: (False, None, True).index(test.holds))
 
 
-def agrees(found: Result | None, low: float, high: float, blind: float) -> Finding:
-    """Whether nothing contradicts that the mean lies in a range: it is at most 3 errors outside.
+def agrees(
+    found: Result | None, low: float, high: float, blind: float, errors: float = 3.0
+) -> Finding:
+    """Whether nothing contradicts that the mean lies in a range: it is few errors outside.
 
     For equalities, which no test can prove; hence the limit on the standard error.
 
@@ -69,11 +71,12 @@ def agrees(found: Result | None, low: float, high: float, blind: float) -> Findi
         low: The range's least number.
         high: The range's largest number; the same as ``low`` for an equality.
         blind: The standard error above which an agreement counts for nothing.
+        errors: How many standard errors outside the range contradict it.
     """
     if not _known(found):
         return Finding(None, number(found) + _one_seed(found))
     outside = max(low - found["mean"], found["mean"] - high)
-    if outside > 3 * found["se"]:
+    if outside > errors * found["se"]:
         return Finding(False, number(found))
     return Finding(True if found["se"] <= blind else None, number(found))
 
@@ -92,6 +95,20 @@ def ratio(top: Result | None, bottom: Result | None) -> Result | None:
     return {"mean": a / b, "se": math.hypot(top["se"], a / b * bottom["se"]) / abs(b), "n": n}
 
 
+def of_samples(value: Result | None, error: Result | None, samples: int) -> Result | None:
+    """A result whose error is not the seeds' spread but that of the samples of all seeds together.
+
+    Args:
+        value: The mean over seeds of a number that each seed estimates from samples.
+        error: The mean over seeds of the standard errors of these numbers.
+        samples: The number of each seed's samples.
+    """
+    if value is None or error is None:
+        return None
+    se = error["mean"] / math.sqrt(value["n"])
+    return {"mean": value["mean"], "se": se, "n": samples * value["n"]}
+
+
 def times(found: Result, factor: float) -> Result:
     """A multiple of a result."""
     se = found["se"] if found["se"] is None else abs(factor) * found["se"]
@@ -104,14 +121,14 @@ def both(*findings: Finding) -> bool | None:
     return False if False in verdicts else None if None in verdicts else True
 
 
-def told(holds: bool, *numbers: float) -> bool | None:
+def told(holds: bool | None, *numbers: float) -> bool | None:
     """A verdict on numbers without a spread over seeds (times, counts, rounding errors).
 
     Args:
         holds: The verdict if all numbers are known.
         *numbers: The numbers behind it; if one is not finite, nothing can be told.
     """
-    return bool(holds) if numbers and all(map(math.isfinite, numbers)) else None
+    return holds if numbers and all(map(math.isfinite, numbers)) else None
 
 
 def number(found: Result | None) -> str:
@@ -120,10 +137,22 @@ def number(found: Result | None) -> str:
         return "not run"
     if not math.isfinite(found["mean"]):
         return "diverged (not finite in a seed)"
-    if not found["se"]:
-        return f"{found['mean']:.3g}"
-    se = f"{found['se']:.1g}" if math.isfinite(found["se"]) else "unknown"
-    return f"{found['mean']:.3g} ± {se}"
+    mean, se = found["mean"], found["se"]
+    if se and not math.isfinite(se):
+        return f"{shown(mean)} ± unknown"
+    if not se:
+        return shown(mean)
+    if not 1e-3 <= max(abs(mean), se) < 1e5:
+        return f"{mean:.3g} ± {se:.1g}"
+    digits = max(0, -math.floor(math.log10(float(f"{se:.1g}"))))  # as many as the error has
+    return f"{mean:.{digits}f} ± {se:.{digits}f}" if digits < 8 else f"{mean:.3g} ± {se:.1g}"
+
+
+def shown(value: float, digits: str = "") -> str:
+    """A number without a spread over seeds, as a claim prints it. Default: three digits or all."""
+    if not math.isfinite(value):
+        return "diverged (not finite)"
+    return format(value, digits or (".0f" if 100 <= abs(value) < 1e5 else ".3g"))
 
 
 def _two_samples(
@@ -149,7 +178,7 @@ def _one_seed(*results: Result | None) -> str:
     return " (one seed)" if any(found is not None and found["n"] < 2 for found in results) else ""
 
 
-def _known(found: Result | None) -> bool:
+def _known(found: Result | None) -> TypeGuard[Result]:
     """Whether the result has a finite mean and a finite spread over seeds."""
     if found is None or found["n"] < 2 or found["se"] is None:
         return False

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import unrollgrad as ug
-from experiments._framework import curves, training
+from experiments._framework import curves, evidence, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -121,14 +121,10 @@ def claims(summary: Summary) -> list[Claim]:
         found = summary.find("loss", estimator=name)
         if found is None:
             continue
-        mean, se = found["mean"], found["se"]
-        if mean is None:  # null in strict JSON: not finite
-            ours, holds = f"loss {start:.0f} → not finite", not arrives
-        else:
-            ours = f"loss {start:.0f} → {mean:.2g}" + (f" ± {se:.1g}" if se else "")
-            holds = mean < 1e-2 * start if arrives else mean > start
+        test, bound = (evidence.below, 1e-2 * start) if arrives else (evidence.above, start)
+        finding = test(found, bound)
         says = f"{name} {'reaches the optimum' if arrives else 'moves away from it'}"
-        out.append(Claim(says, source, ours, holds))
+        out.append(Claim(says, source, f"loss {start:.0f} → {finding.text}", finding.holds))
     return out
 
 

@@ -146,9 +146,8 @@ def test_what_is_unknown_decides_nothing(case):
         evidence.below(evidence.ratio(known, unknown), 1e9),
     ]
     assert {finding.holds for finding in findings} == {None}
-    word = (
-        "not run" if unknown is None else "diverged" if not math.isfinite(unknown["mean"]) else "1"
-    )
+    diverged = unknown is not None and not math.isfinite(unknown["mean"] or 0.0)
+    word = "not run" if unknown is None else "diverged" if diverged else "1"
     for finding in findings[:7]:
         assert word in finding.text
         assert "nan" not in finding.text
@@ -196,3 +195,22 @@ def test_all_of_several_findings():
     assert evidence.both(yes, yes) is True
     assert evidence.both(yes, maybe, no) is False
     assert evidence.both(yes, maybe) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "se", "text"),
+    [
+        (1263.4, 38.0, "1263 ± 38"),
+        (0.42151, 0.00131, "0.422 ± 0.001"),
+        (91.96, 0.52, "92.0 ± 0.5"),
+        (0.0996, 0.0996, "0.1 ± 0.1"),
+        (0.0, 0.02, "0.00 ± 0.02"),
+        (1.7e-12, 2e-12, "1.7e-12 ± 2e-12"),
+        (1.26e5, 1.1e4, "1.26e+05 ± 1e+04"),
+        (2423.2, 0.0, "2423"),
+        (0.8, None, "0.8"),
+        (5.0, 1e-9, "5 ± 1e-09"),
+    ],
+)
+def test_a_mean_has_as_many_digits_as_its_error(mean, se, text):
+    assert evidence.number({"mean": mean, "se": se, "n": 3}) == text
