@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -169,7 +169,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         left.plot(np.full(len(mine), i), mine, "o", color=f"C{i}")
         right.bar(i, _medians(records, "more_memory")[kind], color=f"C{i}")
     left.axhline(1.3, color="k", linestyle=":", label="30 % more")
-    left.set(ylabel="time of a step / of one without meta-steps", ylim=(0, None))
+    left.set(ylabel="time of a step / of one without meta-steps")
+    curves.from_zero(left)
     right.set_ylabel("memory beyond a plain step,\nin copies of the weights")
     left.legend()
     for axis in (left, right):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad import running
@@ -112,7 +112,8 @@ def _draw_compiling(axis: Any, records: list[Record]) -> None:
         for line in _table(records, part, "floor_compile_seconds").values():
             axis.plot(list(line), list(line.values()), style, color="0.7", label=floor)
             floor = None
-    axis.set(xscale="log", xlabel="inner steps", ylabel="s to compile", ylim=(0, None))
+    axis.set(xscale="log", xlabel="inner steps", ylabel="s to compile")
+    curves.from_zero(axis)
 
 
 def _draw_ratios(axis: Any, records: list[Record]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import unrollgrad as ug
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -192,7 +192,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     for axis, name in ((left, "products"), (right, "hyperparameters")):
         for kind, line in _lines(records, name, "seconds").items():
             axis.plot(list(line), list(line.values()), "o-", label=kind)
-        axis.set(xlabel=name, ylabel="seconds", ylim=(0, None))
+        axis.set(xlabel=name, ylabel="seconds")
+        curves.from_zero(axis)
         axis.grid(alpha=0.3)
     right.set_xscale("log")
     left.legend()

@@ -87,10 +87,12 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws the loss against updates: a line for each estimator and seed."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for i, (name, runs) in enumerate(curves.curves(records, "loss").items()):
+    found = curves.curves(records, "loss")
+    styles = curves.styles(found)
+    for name, runs in found.items():
+        color, _, dash = styles[name]
         for j, (steps, losses) in enumerate(runs.values()):
-            style = "--" if name in curves.DASHED else "-"
-            axis.plot(steps, losses, style, color=f"C{i}", label=name if j == 0 else None)
+            axis.plot(steps, losses, dash, color=color, label=name if j == 0 else None)
     axis.set(
         yscale="log",
         xlabel="outer updates (one inner step each)",

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad.running import need
@@ -55,14 +55,15 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 def _panel(axis: Any, table: Any, problem: str, config: dict[str, Any]) -> None:
     windows = config["num_windows"]
     places = dict(zip(UPDATES, (1, windows, 20 * windows), strict=True))
-    for i, name in enumerate(config["estimators"]):
+    styles = curves.styles(config["estimators"])
+    for i, (name, (color, marker, _)) in enumerate(styles.items()):
         shift = 1.13 ** (i - 2.5)  # so that equal lines do not hide each other
         here = {u: table[problem, name, u] for u in UPDATES if (problem, name, u) in table}
         at = [places[u] * shift for u in here]
         means, errors = np.array([_pooled(x) for x in here.values()]).reshape(-1, 2).T
         style = "--" if "staggered" in name or name == "nres" else "-"
         axis.errorbar(
-            at, means, errors, fmt="o" + style, color=f"C{i}", ms=4, capsize=3, label=name
+            at, means, errors, fmt=marker + style, color=color, ms=4, capsize=3, label=name
         )
         known = [x["exact"].mean() for x in here.values() if "exact" in x]
         if known:

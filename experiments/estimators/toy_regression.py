@@ -156,15 +156,14 @@ def _draw_ways(figure: Any, axis: Any, records: list[Record], side: int) -> None
     image = axis.pcolormesh(at, at, losses.reshape(side, side), norm=norm, cmap="Greys")
     figure.colorbar(image, ax=axis, label="summed loss of an episode")
     ends = curves.curves(records, "theta1", x="theta0")
-    for i, (name, runs) in enumerate(ends.items()):
-        x, y = next(iter(runs.values()))
-        style = "--" if name in curves.DASHED else "-"
-        axis.plot(x, y, style, color=f"C{i % 10}", lw=1.2, label=name)
-        axis.plot(x[-1], y[-1], "o", color=f"C{i % 10}", mec="white", ms=8)
+    for name, (color, marker, dash) in curves.styles(ends).items():
+        x, y = next(iter(ends[name].values()))
+        axis.plot(x, y, dash, color=color, lw=1.2, label=name)
+        axis.plot(x[-1], y[-1], marker, color=color, mec="white", ms=8)
     axis.set(
         xlabel="theta[0], log rate at the start",
         ylabel="theta[1], log rate at the end",
-        title="ways of theta from (-4, -4), to the dots",
+        title="ways of theta from (-4, -4), to the markers",
         xlim=(-REACH, REACH),
         ylim=(-REACH, REACH),
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad.running import need
@@ -41,17 +41,17 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axes = figure.subplots(1, len(TEXTS), sharey=True)
     variances, exact = _series(records, "variance"), _series(records, "exact")
     for axis, (text, about) in zip(axes, TEXTS.items(), strict=True):
-        for i, name in enumerate(config["estimators"]):
+        for name, (color, marker, _) in curves.styles(config["estimators"]).items():
             line = variances.get((text, name), {})
             means = [np.mean(x) for x in line.values()]
             errors = [
                 np.std(x, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0 for x in line.values()
             ]
             axis.errorbar(
-                list(line), means, errors, fmt="os^"[i], color=f"C{i}", ms=5, capsize=3, label=name
+                list(line), means, errors, fmt=marker, color=color, ms=5, capsize=3, label=name
             )
             line = exact.get((text, name), {})
-            axis.plot(list(line), [np.mean(x) for x in line.values()], color=f"C{i}", lw=1)
+            axis.plot(list(line), [np.mean(x) for x in line.values()], color=color, lw=1)
         axis.set(xscale="log", yscale="log", xlabel="unrolls per episode, n = T/K", title=about)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="variance of an episode's mean / |g|²")

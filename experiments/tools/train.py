@@ -212,7 +212,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.set(xlabel="outer updates", title=name)
         axis.grid(alpha=0.3)
         if len(shown) > 1:
-            axis.legend(fontsize=7, ncols=2)
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=4)
         elif shown and shown[0] == "theta_rms":
             axis.set_title("root mean square of theta")
     seeds = len({r.seed for r in records})
