@@ -25,7 +25,9 @@ class Settings(CommonSettings):
     """Train the log weight of L2 during endless ridge regression: where does it converge?
 
     Each update makes one step of full-batch gradient descent, whose memory is hundreds of steps
-    long. The loss is half the sum of squared errors on the validation data.
+    long. The loss is half the sum of squared errors on the validation data. Where theta falls below
+    about -7, a perturbation of it no longer changes the float32 weights in one step, so that theta
+    stops there.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
