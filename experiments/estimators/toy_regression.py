@@ -139,7 +139,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         yscale="log",
         xlabel="outer updates (of bptt and full_es: whole episodes)",
         ylabel="summed loss of an episode",
-        title="loss of theta: mean and standard error over seeds",
+        title=f"loss of theta: {curves.seeds_of(records)}",
     )
     lines.legend(loc="lower left")
     return figure

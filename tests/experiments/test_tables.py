@@ -116,6 +116,20 @@ def test_draw(name):
     assert missing(name, words, NOT_DRAWN) == []
 
 
+SEVERAL = re.compile("± SE|standard error|over seeds|[0-9] seeds")
+"""Words about several seeds."""
+
+
+@every_experiment
+def test_one_seed_is_not_called_several(name):
+    """A picture of one seed's run speaks of no spread over seeds."""
+    records, summary = table(name)
+    first = [r for r in records if r.seed == summary.about["seeds"][0]]
+    figure = EXPERIMENTS[name].draw(first, summary.about["config"])
+    words = "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    assert not SEVERAL.search(words), words
+
+
 @every_experiment
 def test_show(name, capsys):
     """The text names the methods, and other results print other numbers."""
