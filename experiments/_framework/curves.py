@@ -90,6 +90,12 @@ def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None
     axis.grid(alpha=0.3)
 
 
+def seeds_of(records: list[Record], band: str = "mean ± SE of") -> str:
+    """What a picture's lines are: "one seed", or ``band`` with the number of seeds."""
+    seeds = len({r.seed for r in records})
+    return f"{band} {seeds} seeds" if seeds > 1 else "one seed"
+
+
 def from_zero(axis: Any) -> None:
     """Lets an axis begin at 0, with room above its highest point."""
     axis.set_ylim(0, 1.06 * axis.dataLim.y1)

@@ -85,13 +85,11 @@ def ratio(top: Result | None, bottom: Result | None) -> Result | None:
     """The quotient of two independent results, with its standard error to first order."""
     if top is None or bottom is None:
         return None
-    n = min(top["n"], bottom["n"])
-    a, b = top["mean"], bottom["mean"]
-    if not (_known(top) and _known(bottom)):
-        both_finite = math.isfinite(a) and math.isfinite(b) and b != 0
-        return {"mean": a / b if both_finite else math.nan, "se": None, "n": 1}
-    if b == 0:
+    n, a, b = min(top["n"], bottom["n"]), top["mean"], bottom["mean"]
+    if not (math.isfinite(a) and math.isfinite(b)) or b == 0:
         return {"mean": math.nan, "se": math.nan, "n": n}
+    if not (_known(top) and _known(bottom)):
+        return {"mean": a / b, "se": None if n < 2 else math.nan, "n": n}
     return {"mean": a / b, "se": math.hypot(top["se"], a / b * bottom["se"]) / abs(b), "n": n}
 
 
@@ -105,6 +103,8 @@ def of_samples(value: Result | None, error: Result | None, samples: int) -> Resu
     """
     if value is None or error is None:
         return None
+    if not (math.isfinite(value["mean"]) and math.isfinite(error["mean"])):
+        return {"mean": math.nan, "se": math.nan, "n": value["n"]}
     se = error["mean"] / math.sqrt(value["n"])
     return {"mean": value["mean"], "se": se, "n": samples * value["n"]}
 
@@ -138,10 +138,10 @@ def number(found: Result | None) -> str:
     if not math.isfinite(found["mean"]):
         return "diverged (not finite in a seed)"
     mean, se = found["mean"], found["se"]
-    if se and not math.isfinite(se):
-        return f"{shown(mean)} ± unknown"
-    if not se:
+    if not se or se < 0:
         return shown(mean)
+    if not math.isfinite(se):
+        return f"{shown(mean)} ± unknown"
     if not 1e-3 <= max(abs(mean), se) < 1e5:
         return f"{mean:.3g} ± {se:.1g}"
     digits = max(0, -math.floor(math.log10(float(f"{se:.1g}"))))  # as many as the error has

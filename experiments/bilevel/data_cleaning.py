@@ -364,8 +364,7 @@ def _compared(summary: Summary) -> str:
 
 def points(result: dict[str, Any]) -> str:
     """Formats a fraction in per cent, with its standard error."""
-    se = f" ± {100 * result['se']:.1f}" if result["se"] is not None else ""
-    return f"{100 * result['mean']:.1f}{se}"
+    return evidence.number(evidence.times(result, 100))
 
 
 EXPERIMENT = Experiment(

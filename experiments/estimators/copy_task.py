@@ -285,7 +285,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         title=f"copy task, LSTM of {config['hidden']} units; truncated windows of "
         f"{config['short']} steps",
     )
-    axis.legend(title="mean ± SE over seeds")
+    axis.legend(title=curves.seeds_of(records))
     return figure
 
 

@@ -213,10 +213,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.set(yscale="log", title=title)
     axes[2].axhline(config["enough"], color="black", lw=0.8, ls=":", label="learned")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=9)
-    figure.suptitle(
-        f"Lorenz system, {config['horizon']} steps: mean ± SE of "
-        f"{len({r.seed for r in records})} seeds"
-    )
+    figure.suptitle(f"Lorenz system, {config['horizon']} steps: {curves.seeds_of(records)}")
     return figure
 
 

@@ -63,6 +63,8 @@ class Settings(CommonSettings):
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.01
     """Adam's learning rate at the beginning."""
+    also_rates: tuple[float, ...] = ()
+    """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`."""
     final_fraction: float = 0.0
     """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
     cells: tuple[int, int] = (11, 9)
@@ -149,21 +151,19 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 @functools.lru_cache(maxsize=2)
 def _prepare(settings: Settings, objective: str) -> Task:
     problem = schedule_problem(settings, objective)
-    rate = optax.cosine_decay_schedule(
-        settings.learning_rate, settings.num_steps, settings.final_fraction
-    )
     common = {
         "truncation": settings.truncation,
         "sigma": settings.sigma,
         "num_pairs": settings.num_pairs,
     }
     names: tuple[str, ...] = settings.estimators
-    methods = {
-        name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_steps
-        )
-        for name in names
-    }
+    methods = {}
+    for name in names:
+        estimator = ug.REGISTRY[name].build(problem, **common)
+        for rate in (settings.learning_rate, *settings.also_rates):
+            decayed = optax.cosine_decay_schedule(rate, settings.num_steps, settings.final_fraction)
+            label = name if rate == settings.learning_rate else f"{name}, rate {rate:g}"
+            methods[label] = training.Method(estimator, optax.adam(decayed), settings.num_steps)
     measured = heat_map.objective(problem, settings.num_episodes)
 
     def evaluate(theta):

@@ -328,7 +328,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         ylabel="J of the present theta, the mean validation loss",
         title=f"{4 * (LAYERS + 1) + LAYERS} hyperparameters of an MLP on digits",
     )
-    axis.legend(title=f"mean ± SE of {len({r.seed for r in records})} seeds")
+    axis.legend(title=curves.seeds_of(records))
     return figure
 
 

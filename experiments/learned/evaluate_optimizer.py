@@ -277,7 +277,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.legend(fontsize=8, title="made by hand: at its best rate")
     axes[0].set_ylabel("training loss, a guess has 1")
     figure.suptitle(
-        "held-out tasks, mean ± SE over seeds; grey: Adam's rates; lines: 1, 2 and 5 horizons"
+        f"held-out tasks, {curves.seeds_of(records)}; grey: Adam's rates; "
+        "lines: 1, 2 and 5 horizons"
     )
     return figure
 

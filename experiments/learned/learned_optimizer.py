@@ -338,7 +338,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         curves.plot(axis, records, metric, x="inner_steps")
         axis.set(yscale="log", title=title, ylabel="a guess has 1")
         axis.locator_params(axis="x", nbins=5)
-    axes[0].legend(title=f"mean ± SE of {len({r.seed for r in records})} seeds")
+    axes[0].legend(title=curves.seeds_of(records))
     families = ", ".join(config["families"])
     figure.suptitle(f"{config['architecture']}, meta-trained on {families}: held-out tasks")
     return figure

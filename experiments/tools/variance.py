@@ -68,7 +68,7 @@ class Settings(CommonSettings):
     """Inner steps per episode (T). Default: the problem's."""
     reference: Literal["bptt", "full_es"] | None = None
     """The estimator whose mean counts as the true gradient: bptt (the gradient of J) or full_es
-    (the gradient of the smoothed J). Default: the problem's; full_es where backpropagation
+    (the gradient of the episode-smoothed J). Default: the problem's; full_es where backpropagation
     explodes."""
     matmul_precision: Literal["highest", "high", "default"] = "highest"
     """Precision of all matrix products. A lower one rounds small differences of losses away."""
@@ -254,6 +254,11 @@ def claims(summary: Summary) -> list[Claim]:
     ]
 
 
+SMOOTHED = ("episode-smoothed J", "period-smoothed J")
+
+TARGETS = {"bptt": "J", "full_es": "episode-smoothed J"}
+"""The functions whose gradients are the references."""
+
 BLIND = 0.3
 """The share of |g| below which a bias may go unnoticed in a run that reports no bias."""
 
@@ -261,20 +266,20 @@ BLIND = 0.3
 def _claims_of_bias(summary: Summary, place: str, config: dict[str, Any]) -> list[Claim]:
     out = []
     for name, row in ug.REGISTRY.items():
-        if row.unbiased_for not in ("J", "smoothed J", "biased"):
+        if row.unbiased_for not in (*SMOOTHED, "J", "biased"):
             continue
         bias = _bias(summary, place, name)
         if bias is None:
             continue
         unseen = evidence.agrees(bias, 0.0, 0.0, blind=(BLIND - bias["mean"]) / 2)
         holds, ours = unseen.holds, f"at the {place}: bias {unseen.text} of the gradient's norm"
-        smoothed = row.unbiased_for == "smoothed J"
         if row.unbiased_for == "biased":
             holds = None if holds is None else not holds
-        elif holds is False and smoothed and config["reference"] == "bptt":
+        elif holds is False and row.unbiased_for != TARGETS[config["reference"]]:
             holds = None
             ours += f", the smoothing with sigma {config['sigma']} included"
-        what = f"unbiased for {'the smoothed J' if smoothed else 'J'}"
+        the = "the " if row.unbiased_for in SMOOTHED else ""
+        what = f"unbiased for {the}{row.unbiased_for}"
         what = "biased" if row.unbiased_for == "biased" else what
         out.append(Claim(f"{name} is {what}", "Vicol et al. 2021, 2023", ours, holds))
     return out
@@ -312,9 +317,10 @@ def _claims_of_long_run(summary: Summary, place: str, config: dict[str, Any]) ->
         (
             "pes",
             "es_single",
-            "in the long run pes has between half and n times es_single's variance",
-            0.5,
-            float(windows),
+            "in the long run pes has at least 1/n times es_single's variance (nothing bounds it "
+            "from above)",
+            1 / windows,
+            math.inf,
         ),
     ]:
         ratio = evidence.ratio(values[name], values[other])
