@@ -237,7 +237,7 @@ def claims(summary: Summary) -> list[Claim]:
         all_runs = None if share not in (0, 1) or learned["n"] < 2 else (share == 1) == learns
         left, error = (summary.find(metric, estimator=name) for metric in ("left", "error"))
         ours = (
-            f"{config['horizon']} steps: {share:.0%} of the runs do; at the end "
+            f"{config['horizon']} steps: {_share(learned)} of the runs do; at the end "
             f"{evidence.number(left)} of it, and a and r are off by {evidence.number(error)}"
         )
         out.append(Claim(says, source, ours, evidence.told(all_runs, share)))
@@ -259,10 +259,19 @@ def _comparisons(summary: Summary) -> list[Claim]:
             if ours is None or theirs is None or learned is None:
                 continue
             finding = evidence.less(ours, theirs)
-            text = f"nres {finding.text}; {learned['mean']:.0%} of {name}'s runs learned"
+            text = (
+                f"nres {finding.text}; {_share(nres)} of nres's runs and {_share(learned)} of "
+                f"{name}'s learned"
+            )
             says = f"nres learns with fewer {what} than {name}"
             out.append(Claim(says, FASTER, text, finding.holds if certain else None))
     return out
+
+
+def _share(learned: dict[str, Any] | None) -> str:
+    if learned is None:
+        return "an unknown share"
+    return evidence.shown(100 * learned["mean"], ".0f") + " %"
 
 
 EXPERIMENT = Experiment(
