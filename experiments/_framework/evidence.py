@@ -143,9 +143,9 @@ def number(found: Result | None) -> str:
     if not math.isfinite(se):
         return f"{shown(mean)} ± unknown"
     if not 1e-3 <= max(abs(mean), se) < 1e5:
-        return f"{mean:.3g} ± {se:.1g}"
-    digits = max(0, -math.floor(math.log10(float(f"{se:.1g}"))))  # as many as the error has
-    return f"{mean:.{digits}f} ± {se:.{digits}f}" if digits < 8 else f"{mean:.3g} ± {se:.1g}"
+        return f"{mean:.3g} ± {se:.2g}"
+    digits = max(0, 1 - math.floor(math.log10(float(f"{se:.2g}"))))  # two digits of the error
+    return f"{mean:.{digits}f} ± {se:.{digits}f}" if digits < 9 else f"{mean:.3g} ± {se:.2g}"
 
 
 def shown(value: float, digits: str = "") -> str:
@@ -195,7 +195,7 @@ def _decide(gap: float, errors: tuple[float, ...], ns: tuple[int, ...], text: st
 
 def _p_value(gap: float, errors: tuple[float, ...], ns: tuple[int, ...]) -> float:
     """P of a gap this large where the true one is 0; the degrees of freedom are Welch's."""
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     largest = max(errors)
     if largest == 0:
@@ -203,7 +203,7 @@ def _p_value(gap: float, errors: tuple[float, ...], ns: tuple[int, ...]) -> floa
     shares = [(se / largest) ** 2 for se in errors]  # relative: no underflow
     variance = sum(shares)
     spread = sum(share**2 / (n - 1) for share, n in zip(shares, ns, strict=True))
-    return float(t.sf(gap / largest / math.sqrt(variance), variance**2 / spread))
+    return float(stdtr(variance**2 / spread, -gap / largest / math.sqrt(variance)))
 
 
 def _p_without_spread(gap: float, ns: tuple[int, ...]) -> float:

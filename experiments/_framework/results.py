@@ -59,9 +59,8 @@ class Summary(NamedTuple):
 
     def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
         """The result with this metric and these labels, or None."""
-        wanted = {"metric": metric, **labels}
-        found = [r for r in self.results if all(r.get(k) == v for k, v in wanted.items())]
-        return found[0] if found else None
+        rows = (r for r in self.results if r["metric"] == metric)
+        return next((r for r in rows if all(r.get(k) == v for k, v in labels.items())), None)
 
 
 def new_folder(out: Path, name: str) -> Path:

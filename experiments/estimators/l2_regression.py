@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import unrollgrad as ug
@@ -181,7 +182,10 @@ def _claim(summary: Summary, name: str) -> list[Claim]:
     ]
     best = summary.find("best", estimator=name)
     if thetas and best is not None:
-        at = f"theta {min(thetas):.3g} to {max(thetas):.3g} (the optimum is {best['mean']:.3g}); "
+        least, most, optimum = map(
+            evidence.shown, (float(np.min(thetas)), float(np.max(thetas)), best["mean"])
+        )
+        at = f"theta {least} to {most} (the optimum is {optimum}); "
     else:
         at = ""
     distances = ", ".join(f"{finding.text} from {start}" for start, finding in found.items())

@@ -32,7 +32,8 @@ class Settings(CommonSettings):
     one training of each, which is counted. Every method chooses its own setting on runs that are
     not reported: an estimator Adam's learning rate, random search the range of its learning rates.
     All estimators begin at a theta from the published distribution, whose rates are low here: a
-    training of 200 steps, a fifth of the published number, learns next to nothing there.
+    training of 200 steps, a fifth of the published number, learns next to nothing there. J is flat
+    around such a theta, and a run that does not get off this plateau ends with the loss of a guess.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -328,7 +329,9 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         ylabel="J of the present theta, the mean validation loss",
         title=f"{4 * (LAYERS + 1) + LAYERS} hyperparameters of an MLP on digits",
     )
-    axis.legend(title=curves.seeds_of(records))
+    handles, names = axis.get_legend_handles_labels()
+    title = curves.seeds_of(records)
+    figure.legend(handles, names, loc="outside lower center", ncols=5, title=title)
     return figure
 
 

@@ -22,7 +22,7 @@ from experiments._framework import results
 from experiments._framework.results import Record, Summary
 
 TABLES = Path(__file__).with_name("tables")
-SEEDS = 2
+SEEDS = 3
 STEPS = 5
 """The number of points kept of a curve, including the last."""
 RATES = 3
