@@ -320,18 +320,18 @@ def make_problem(settings: Settings) -> ug.UnrolledProblem:
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws J against training steps, with the loss of a guess."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4.5), layout="constrained")
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
     curves.plot(axis, records, "loss", x="inner_steps")
     axis.axhline(math.log(10), color="black", ls=":", label="a guess, ln 10")
     axis.set(
         xlabel="training steps",
-        ylabel="J of the present theta, the mean validation loss",
+        ylabel="J, the mean validation loss",
         title=f"{4 * (LAYERS + 1) + LAYERS} hyperparameters of an MLP on digits",
     )
     handles, names = axis.get_legend_handles_labels()
     title = curves.seeds_of(records)
-    figure.legend(handles, names, loc="outside lower center", ncols=5, title=title)
+    figure.legend(handles, names, loc="outside lower center", ncols=3, title=title)
     return figure
 
 
