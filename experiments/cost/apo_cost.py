@@ -171,6 +171,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.axhline(1.3, color="k", linestyle=":", label="30 % more")
     left.set(ylabel="time of a step / of one without meta-steps")
     curves.from_zero(left)
+    left.margins(x=0.2)
     right.set_ylabel("memory beyond a plain step,\nin copies of the weights")
     left.legend()
     for axis in (left, right):

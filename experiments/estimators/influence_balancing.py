@@ -90,9 +90,10 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     found = curves.curves(records, "loss")
     styles = curves.styles(found)
     for name, runs in found.items():
-        color, _, dash = styles[name]
+        color, marker, dash = styles[name]
         for j, (steps, losses) in enumerate(runs.values()):
-            axis.plot(steps, losses, dash, color=color, label=name if j == 0 else None)
+            look = {"color": color, "marker": marker, "markevery": [-1]}
+            axis.plot(steps, losses, dash, **look, label=name if j == 0 else None)
     axis.set(
         yscale="log",
         xlabel="outer updates (one inner step each)",
