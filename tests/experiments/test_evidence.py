@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence, results
 
 REPEATS = 4000
 """Comparisons of each simulation; the standard error of a share of 5 % is 0.35 %."""
@@ -214,3 +214,27 @@ def test_all_of_several_findings():
 )
 def test_a_mean_has_as_many_digits_as_its_error(mean, se, text):
     assert evidence.number({"mean": mean, "se": se, "n": 3}) == text
+
+
+def test_a_null_of_a_summary_is_not_a_number():
+    """The standard error of one seed stays unknown."""
+    found = [
+        {"mean": None, "se": None, "n": 3},
+        {"mean": None, "se": None, "n": 1},
+        {"mean": 2.0, "se": None, "n": 1},
+        {"mean": 2.0, "se": None, "n": 3},
+    ]
+    read = [(r["mean"], r["se"], r["n"]) for r in results.from_json(found)]
+    nan = math.nan
+    expected = [(nan, nan, 3), (nan, None, 1), (2.0, None, 1), (2.0, nan, 3)]
+    assert str(read) == str(expected)
+
+
+@pytest.mark.parametrize(("relation", "holds"), [("<", False), (">", True)])
+def test_a_comparison_prints_the_named_estimator_first(relation, holds):
+    rows = {"pes": [7.0, 8.0, 9.0], "es_single": [1.0, 1.5, 2.0]}
+    found = [{"estimator": k, "metric": "length", **result(x)} for k, x in rows.items()]
+    comparison = curves.Comparison("length", "pes", relation, "es_single", "says", "source")
+    claim = curves.compare(results.Summary(found, {}), comparison)
+    assert claim.holds is holds
+    assert claim.ours.startswith("8.00 ± 0.58 against 1.50 ± 0.29 (p = ")
