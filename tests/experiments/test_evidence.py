@@ -73,6 +73,20 @@ def test_the_rule_before_said_yes_in_far_more(law):
     assert shares(sum_of_errors, LAWS[law], 3) > 1.7 * evidence.SURE
 
 
+@pytest.mark.parametrize(
+    ("law", "least", "most"),
+    [("normal", 0.03, 0.06), ("heavy", 0.0, 0.06), ("skewed", 0.2, 0.3)],
+)
+def test_one_sample_at_its_bound(law, least, most):
+    """The level is 5 % for symmetric laws; the known limit of a t-test is a skewed one."""
+    mean = math.exp(1.5**2 / 2) if law == "skewed" else 0.0
+    samples = LAWS[law](np.random.default_rng(4), (REPEATS, 5))
+    assert (
+        least <= np.mean([evidence.below(result(x), mean).holds is True for x in samples]) <= most
+    )
+    assert np.mean([evidence.above(result(x), mean).holds is True for x in samples]) <= 0.06
+
+
 def test_a_difference_is_found():
     """Power: five seeds find three standard deviations, nearly always."""
     rng = np.random.default_rng(2)
@@ -195,6 +209,7 @@ def test_all_of_several_findings():
     assert evidence.both(yes, yes) is True
     assert evidence.both(yes, maybe, no) is False
     assert evidence.both(yes, maybe) is None
+    assert evidence.both() is None
 
 
 @pytest.mark.parametrize(
