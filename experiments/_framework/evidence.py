@@ -2,6 +2,9 @@
 
 Every verdict is True, False, or None for "cannot tell". The tests are one-sided t-tests; where no
 seed differs from another there is no spread to divide by, and the p is that of a test by ranks.
+Two samples of one law say "yes" in at most 5 %, also where it is skewed or heavy-tailed. One sample
+against a known number does so for a symmetric law; few seeds of a skewed one, such as losses, say
+"below" too often where their mean is that number, so that only a small p convinces there.
 """
 
 import math
@@ -116,8 +119,8 @@ def times(found: Result, factor: float) -> Result:
 
 
 def both(*findings: Finding) -> bool | None:
-    """Whether all hold: False if one does not, None if one cannot be told."""
-    verdicts = [finding.holds for finding in findings]
+    """Whether all hold: False if one does not, None if one cannot be told or there is none."""
+    verdicts = [finding.holds for finding in findings] or [None]
     return False if False in verdicts else None if None in verdicts else True
 
 

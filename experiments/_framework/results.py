@@ -59,8 +59,10 @@ class Summary(NamedTuple):
 
     def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
         """The result with this metric and these labels, or None."""
-        rows = (r for r in self.results if r["metric"] == metric)
-        return next((r for r in rows if all(r.get(k) == v for k, v in labels.items())), None)
+        for r in self.results:
+            if r["metric"] == metric and all(r.get(k) == v for k, v in labels.items()):
+                return r
+        return None
 
 
 def new_folder(out: Path, name: str) -> Path:

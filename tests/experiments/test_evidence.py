@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments._framework import evidence, results
+from experiments._framework import curves, evidence, results
 from experiments._framework.results import Record
 
 REPEATS = 4000
@@ -72,6 +72,20 @@ def test_shuffled_labels_say_yes_in_at_most_five_percent(seeds):
 def test_the_rule_before_said_yes_in_far_more(law):
     """Negative control of the simulation: a gap of more than the sum of both standard errors."""
     assert shares(sum_of_errors, LAWS[law], 3) > 1.7 * evidence.SURE
+
+
+@pytest.mark.parametrize(
+    ("law", "least", "most"),
+    [("normal", 0.03, 0.06), ("heavy", 0.0, 0.06), ("skewed", 0.2, 0.3)],
+)
+def test_one_sample_at_its_bound(law, least, most):
+    """The level is 5 % for symmetric laws; the known limit of a t-test is a skewed one."""
+    mean = math.exp(1.5**2 / 2) if law == "skewed" else 0.0
+    samples = LAWS[law](np.random.default_rng(4), (REPEATS, 5))
+    assert (
+        least <= np.mean([evidence.below(result(x), mean).holds is True for x in samples]) <= most
+    )
+    assert np.mean([evidence.above(result(x), mean).holds is True for x in samples]) <= 0.06
 
 
 def test_a_difference_is_found():
@@ -196,6 +210,7 @@ def test_all_of_several_findings():
     assert evidence.both(yes, yes) is True
     assert evidence.both(yes, maybe, no) is False
     assert evidence.both(yes, maybe) is None
+    assert evidence.both() is None
 
 
 @pytest.mark.parametrize(
@@ -221,8 +236,30 @@ def test_equal_numbers_have_no_spread():
     """Their mean rounds; what is left over is no standard error."""
     values = [0.0128 * 3.1] * 5
     records = [Record(i, None, {"estimator": "pes"}, "J", x) for i, x in enumerate(values)]
-    (found,) = results.from_json(
-        [{**r, "se": r["se"] or 1e-18} for r in results.summarise(records)]
-    )
+    (found,) = results.from_json([{**r, "se": 1e-18} for r in results.summarise(records)])
     assert found["se"] == 0
     assert "±" not in evidence.number(found)
+
+
+def test_a_null_of_a_summary_is_not_a_number():
+    """The standard error of one seed stays unknown."""
+    found = [
+        {"mean": None, "se": None, "n": 3},
+        {"mean": None, "se": None, "n": 1},
+        {"mean": 2.0, "se": None, "n": 1},
+        {"mean": 2.0, "se": None, "n": 3},
+    ]
+    read = [(r["mean"], r["se"], r["n"]) for r in results.from_json(found)]
+    nan = math.nan
+    expected = [(nan, nan, 3), (nan, None, 1), (2.0, None, 1), (2.0, nan, 3)]
+    assert str(read) == str(expected)
+
+
+@pytest.mark.parametrize(("relation", "holds"), [("<", False), (">", True)])
+def test_a_comparison_prints_the_named_estimator_first(relation, holds):
+    rows = {"pes": [7.0, 8.0, 9.0], "es_single": [1.0, 1.5, 2.0]}
+    found = [{"estimator": k, "metric": "length", **result(x)} for k, x in rows.items()]
+    comparison = curves.Comparison("length", "pes", relation, "es_single", "says", "source")
+    claim = curves.compare(results.Summary(found, {}), comparison)
+    assert claim.holds is holds
+    assert claim.ours.startswith("8.00 ± 0.58 against 1.50 ± 0.29 (p = ")

@@ -240,7 +240,8 @@ def test_a_run_that_diverged_decides_nothing(name):
     """
     _, summary = table(name)
     _check_diverged(name, summary.results, {})
-    _check_diverged(name, decisive(summary.results), CHANGES)
+    opposites = {kind: CHANGES[kind] for kind in ("tiny", "huge", "negative")}
+    _check_diverged(name, decisive(summary.results), opposites)
 
 
 def _check_diverged(name, base, changes):
@@ -263,6 +264,32 @@ def _check_diverged(name, base, changes):
     for unknown in (lambda mean: math.nan, lambda mean: None):  # null in a summary's file
         nothing = verdicts(name, with_means(base, everything, unknown), about)
         assert {claim.holds for claim in nothing} <= {None}
+
+
+def _bad_claims(kind):
+    """Claims that a run which diverged deceives: "pes's loss is not above 1", and the like."""
+
+    def claims(summary):
+        ends = {r["estimator"]: r["mean"] for r in summary.results if r["metric"] == "loss"}
+        if kind == "raises":
+            return [Claim("", "", f"{round(ends['pes'])}", ends["pes"] < 1)]
+        known = {k: x for k, x in ends.items() if math.isfinite(x)}
+        if kind == "disappears":
+            return [Claim(f"{k}", "", f"{x}", x < 1) for k, x in known.items()]
+        if kind == "holds silently":
+            return [Claim("", "", "diverged", not any(x > 1 for x in ends.values()))]
+        return [Claim("", "", f"{ends['pes']}", None if math.isnan(ends["pes"]) else True)]
+
+    return claims
+
+
+@pytest.mark.parametrize("kind", ["raises", "disappears", "holds silently", "does not say so"])
+def test_a_claim_that_is_deceived_is_found(kind, monkeypatch):
+    """Negative control of the test above."""
+    name = "influence_balancing"
+    monkeypatch.setitem(EXPERIMENTS, name, EXPERIMENTS[name]._replace(claims=_bad_claims(kind)))
+    with pytest.raises(ValueError if kind == "raises" else AssertionError):
+        _check_diverged(name, decisive(table(name)[1].results), CHANGES)
 
 
 @pytest.mark.parametrize("name", [n for n, e in EXPERIMENTS.items() if "rate" in e.labels])
