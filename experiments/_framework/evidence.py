@@ -141,7 +141,7 @@ def number(found: Result | None) -> str:
     if not math.isfinite(found["mean"]):
         return "diverged (not finite in a seed)"
     mean, se = found["mean"], found["se"]
-    if not se or se < 0:
+    if not se or se < 1e-12 * abs(mean):  # equal numbers, whose mean rounds
         return shown(mean)
     if not math.isfinite(se):
         return f"{shown(mean)} ± unknown"
