@@ -69,7 +69,7 @@ def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[ArrayLike], jax.
     return losses
 
 
-def write_grid(objective: Objective, axes: Mapping[str, Sequence[float]], write: Write) -> None:
+def write_grid(objective: Objective, axes: Mapping[str, np.ndarray], write: Write) -> None:
     """Writes J on a grid, and as ``minimum`` the fresh J of the cell where it is least.
 
     Args:

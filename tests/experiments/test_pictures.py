@@ -21,7 +21,7 @@ def test_a_minimum_is_measured_again():
     )
     lines = []
     with counted() as programs:
-        heat_map.write_grid(objective, {"log_rate": [0.0, 1.0, 2.0]}, lines.append)
+        heat_map.write_grid(objective, {"log_rate": np.arange(3.0)}, lines.append)
     assert programs == [0]
     *cells, last = lines
     assert [cell["J"] for cell in cells] == [5.0, 0.1, 3.0]
