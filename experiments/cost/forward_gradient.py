@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import unrollgrad as ug
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -105,7 +105,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     for i, width in enumerate(settings.widths):
         progress(f"time, width {width}", 0.7 * i / len(settings.widths))
         programs = {
-            kind: functools.partial(f, key, weights(key, width))
+            kind: functools.partial(f, key, *(weights(k, width) for k in jax.random.split(key)))
             for kind, f in _timed(settings.batch_size, _repeats(width)).items()
         }
         times: dict[str, list[float]] = {kind: [] for kind in programs}
@@ -147,18 +147,21 @@ def _rates(settings: Settings, name: str) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _timed(batch_size: int, repeats: int) -> dict[str, Callable[[Key, Theta], Any]]:
-    """For each kind, a compiled run of ``repeats`` updates from the given weights."""
+def _timed(batch_size: int, repeats: int) -> dict[str, Callable[[Key, Theta, Theta], Any]]:
+    """For each kind, a compiled run of ``repeats`` updates from weights, with a direction."""
     here = problem(batch_size)
 
-    def loss(key, theta):
+    def loss(key, theta, direction):
         return theta, ug.episode_loss(here, key, theta)
 
-    def one_tangent(key, theta):
-        return theta, sum(jax.jvp(lambda theta: loss(key, theta)[1], (theta,), (theta,)))
+    def one_tangent(key, theta, direction):
+        def along(theta):
+            return ug.episode_loss(here, key, theta)
+
+        return theta, sum(jax.jvp(along, (theta,), (direction,)))
 
     def update(estimator):
-        def one(key, theta):
+        def one(key, theta, direction):
             estimate, _ = estimator.estimate(key, theta, estimator.init(key, theta))
             return _descend(theta, estimate.grad, 1e-6), estimate.loss
 
@@ -169,9 +172,9 @@ def _timed(batch_size: int, repeats: int) -> dict[str, Callable[[Key, Theta], An
 
     def scanned(one):
         @jax.jit
-        def run(key, theta):
+        def run(key, theta, direction):
             def turn(theta, i):
-                return one(jax.random.fold_in(key, i), theta)
+                return one(jax.random.fold_in(key, i), theta, direction)
 
             return jax.lax.scan(turn, theta, jnp.arange(repeats))
 
@@ -243,15 +246,14 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 def _draw_times(axis: Any, records: list[Record]) -> None:
     ratios = _line(records, "time", "over_bptt")
-    for i, kind in enumerate(KINDS):
+    for kind, (color, marker, dash) in curves.styles(KINDS).items():
         here = {width: line[0] for (name, width), line in ratios.items() if name == kind}
         means = [np.mean(v) for v in here.values()]
         ses = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in here.values()]
-        style = {"fmt": "osd^"[i] + "-", "color": ("C7", "C5", "C1", "C0")[i], "capsize": 3}
-        axis.errorbar(list(here), means, ses, label=kind, **style)
+        axis.errorbar(list(here), means, ses, fmt=marker + dash, color=color, capsize=3, label=kind)
     axis.axhline(0.5, color="black", ls=":", label="twice as fast as bptt")
     axis.set(xscale="log", xlabel="units per hidden layer", ylabel="time over bptt's")
-    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    curves.from_zero(axis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
@@ -261,13 +263,13 @@ def _draw_training(axis: Any, records: list[Record], width: int) -> None:
         _line(records, "time", "seconds"),
         _line(records, "training", "training_loss"),
     )
-    for name, color in (("dodge", "C1"), ("bptt", "C0")):
+    for name, (color, marker, dash) in curves.styles(("dodge", "bptt")).items():
         line = losses.get((name, width), {})
         each = np.mean(seconds[name, width][0]) if (name, width) in seconds else 1.0
         at = each * np.array(list(line))
         table = np.array(list(line.values()))
         mean = table.mean(axis=1)
-        axis.plot(at, mean, color=color, label=name)
+        axis.plot(at, mean, dash, color=color, marker=marker, markevery=[-1], label=name)
         if table.shape[1] > 1:
             se = table.std(axis=1, ddof=1) / table.shape[1] ** 0.5
             axis.fill_between(at, mean - se, mean + se, color=color, alpha=0.2, lw=0)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -215,7 +216,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
                 marker = "osd^v"[i % 5] + "-"
                 axis.plot(list(line), list(line.values()), marker, color=f"C{i}", label=kind)
             axis.set(ylabel=unit)
-            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+            curves.from_zero(axis)
             axis.grid(alpha=0.3)
     for axis, name in zip(axes[1], ("products", "hyperparameters"), strict=True):
         axis.set(xlabel=f"{name}{', of 10 products each' if name != 'products' else ''}")
@@ -255,19 +256,21 @@ def claims(summary: Summary) -> list[Claim]:
     for kind in ("neumann", "CG"):
         ratios = _of(summary, "over_floor", "products", kind)
         times = _of(summary, "seconds", "hyperparameters", kind)
-        spread = max(times.values()) / min(times.values()) - 1
+        seconds = list(times.values())
+        spread = float(np.max(seconds) / np.min(seconds)) - 1  # NaN if one is
+        large = [value for number, value in ratios.items() if number >= 10]
         found += [
             Claim(
                 f"{kind}: at most 1.2 times its products, from 10 on",
                 "our target",
-                ", ".join(f"{number}: {value:.2f}" for number, value in ratios.items()),
-                all(value <= 1.2 for number, value in ratios.items() if number >= 10),
+                ", ".join(f"{n}: {evidence.shown(value, '.2f')}" for n, value in ratios.items()),
+                evidence.told(all(value <= 1.2 for value in large), *large),
             ),
             Claim(
                 f"{kind}: as long for 100 hyperparameters as for a million, within 10 %",
                 "our target",
-                f"{100 * spread:.0f} % between the fastest and the slowest",
-                spread <= 0.1,
+                f"{evidence.shown(100 * spread, '.0f')} % between the fastest and the slowest",
+                evidence.told(spread <= 0.1, spread),
             ),
         ]
     return [*found, *_memory(summary)]
@@ -290,16 +293,17 @@ def _memory(summary: Summary) -> list[Claim]:
                 f"{kind}: from {few} to {most} hyperparameters memory grows by at most four copies "
                 "of them",
                 "Lorraine et al. 2020: O(weights + hyperparameters)",
-                f"{by_number[few]:.3g} to {by_number[most]:.3g} MiB, {copies:.2g} copies",
-                bool(copies <= 4) if np.isfinite(copies) else None,
+                f"{evidence.shown(by_number[few])} to {evidence.shown(by_number[most])} MiB, "
+                f"{evidence.shown(copies)} copies",
+                evidence.told(copies <= 4, copies),
             ),
             Claim(
                 f"{kind}: {terms} products take less than half of unrolling's memory",
                 "Lorraine et al. 2020: O(weights x steps)",
-                f"{by_terms[terms]:.3g} against {unrolling[terms]:.3g} MiB",
-                bool(by_terms[terms] < unrolling[terms] / 2)
-                if np.isfinite(by_terms[terms] + unrolling[terms])
-                else None,
+                f"{evidence.shown(by_terms[terms])} against {evidence.shown(unrolling[terms])} MiB",
+                evidence.told(
+                    by_terms[terms] < unrolling[terms] / 2, by_terms[terms] + unrolling[terms]
+                ),
             ),
         ]
     return found

@@ -71,7 +71,7 @@ def find(name: str) -> tuple[list[Record], Summary]:
         raise FileNotFoundError(f"{folder} is not there; see {__file__} for how it is made.")
     config, records = results.read_json(folder / "config.json"), results.read(folder)
     about = {"experiment": name, "seeds": config["seeds"], "config": config}
-    return records, Summary(_strict(results.summarise(records)), about)
+    return records, Summary(results.from_json(_strict(results.summarise(records))), about)
 
 
 def _strict(found: list[dict]) -> list[dict]:

@@ -129,7 +129,7 @@ def test_claims_need_power(name, square, error, reference, holds):
     numbers = {"squared_bias": square, "squared_bias_se": error, "reference_norm": 1.0}
     here = {"theta": "start", "estimator": name}
     config = {"thetas": ["start"], "seeds": [0], "reference": reference, "sigma": 0.1}
-    config |= {"horizon": 100, "truncation": 10}
+    config |= {"horizon": 100, "truncation": 10, "num_samples": 50, "num_chains": 10}
     summary = results.Summary(
         [{**here, "metric": k, "mean": v, "se": None, "n": 1} for k, v in numbers.items()],
         {"config": config},
@@ -157,6 +157,7 @@ def test_claims_of_the_long_run(name, other, ratio, se, holds):
         for metric, x in zip(["variance_of_mean", "variance_of_mean_se"], pair, strict=True)
     ]
     config = {"thetas": ["start"], "seeds": [0], "horizon": 100, "truncation": 10}
+    config |= {"num_samples": 50, "num_chains": 10}
     (claim,) = variance.claims(results.Summary(found, {"config": config}))
     assert claim.holds is holds
 
