@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments._framework import curves
 from experiments._framework.results import Record
 from unrollgrad.running import need
 
@@ -94,6 +95,8 @@ def _curves(axis: Any, records: list[Record], metric: str) -> None:
             ends = [v[-1] for v in values(records, "accuracy_at_end", "warm", network).values()]
             label = "warm's points, " + network
             axis.axhline(np.mean(ends), color="C1", ls=("--", ":")[j], label=label)
-    axis.set(xlabel="outer updates", ylabel=f"{metric} on the data", title=f"{metric}, all seeds")
+        axis.axhline(0.5, color="black", lw=0.8, label="chance")
+    title = f"{metric}, {curves.seeds_of(records)}"
+    axis.set(xlabel="outer updates", ylabel=f"{metric} on the data", title=title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)

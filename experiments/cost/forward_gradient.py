@@ -40,9 +40,9 @@ class Settings(CommonSettings):
     """Images in a batch."""
     num_steps: int = 2000
     """Updates of bptt; dodge has twice as many."""
-    learning_rates: tuple[float, ...] = (3e-2, 0.1, 0.3, 1.0)
+    learning_rates: tuple[float, ...] = (3e-2, 0.1, 0.3, 1.0, 3.0)
     """SGD's rates for bptt."""
-    dodge_learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    dodge_learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     """SGD's rates for dodge, whose noise grows with the number of weights."""
     num_repeats: int = 5
     """Runs of each kind."""
