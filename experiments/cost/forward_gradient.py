@@ -241,6 +241,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     _draw_times(left, records)
     for axis, width in zip(others, trained, strict=True):
         _draw_training(axis, records, int(width))
+    figure.suptitle(f"two hidden layers, {curves.seeds_of(records)}")
     return figure
 
 
@@ -255,7 +256,7 @@ def _draw_times(axis: Any, records: list[Record]) -> None:
     axis.set(xscale="log", xlabel="units per hidden layer", ylabel="time over bptt's")
     curves.from_zero(axis)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
 
 def _draw_training(axis: Any, records: list[Record], width: int) -> None:
@@ -277,7 +278,7 @@ def _draw_training(axis: Any, records: list[Record], width: int) -> None:
     unit = "seconds" if ("bptt", width) in seconds else "updates"
     axis.set(yscale="log", xlabel=unit, ylabel="training loss", title=f"width {width}, best rates")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
 
 def show(records: list[Record]) -> None:
