@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import unrollgrad as ug
@@ -103,7 +104,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     every = settings.num_steps // settings.points
     for i, start in enumerate(("warm", "cold")):
         progress(start, i / 2)
-        found = search[start](data, params, theta)
+        found = jax.tree.map(np.asarray, search[start](data, params, theta))
         for j in range(settings.points):
             numbers = {"loss": found.losses[j], "accuracy": found.accuracies[j]}
             places = {
@@ -114,11 +115,11 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             labels = {"start": start, "network": network}
             write({**labels, "accuracy_at_end": image_mlp.accuracy(weights, data)})
             if seed == settings.seeds[0]:
-                says = jnp.diff(image_mlp.logits(weights, plane()))[:, 0]
+                says = np.diff(image_mlp.logits(weights, plane()))[:, 0]
                 for cell in range(CELLS**2):
                     write({**labels, "step": cell, "logit": says[cell]})
     if seed == settings.seeds[0]:
-        for j, (place, label) in enumerate(zip(*data, strict=True)):
+        for j, (place, label) in enumerate(zip(*map(np.asarray, data), strict=True)):
             numbers = {"x": place[0], "y": place[1], "class": label}
             write({"start": "data", "network": "data", "step": j, **numbers})
 

@@ -206,11 +206,13 @@ def _lines(records: list[Record], axis: str, metric: str) -> dict[str, dict[int,
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Seconds and MiB by number of products and by number of hyperparameters."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col")
-    for row, (metric, unit) in zip(
-        axes, (("seconds", "seconds"), ("mebibytes", "MiB")), strict=True
-    ):
+    measured = {r.metric for r in records}
+    metrics = [m for m in (("seconds", "seconds"), ("mebibytes", "MiB")) if m[0] in measured]
+    figure = need("matplotlib.figure", "matplotlib").Figure(
+        figsize=(9, 1 + 3 * len(metrics)), layout="constrained"
+    )
+    axes = figure.subplots(len(metrics), 2, sharex="col", squeeze=False)
+    for row, (metric, unit) in zip(axes, metrics, strict=True):
         for axis, name in zip(row, ("products", "hyperparameters"), strict=True):
             for i, (kind, line) in enumerate(_lines(records, name, metric).items()):
                 marker = "osd^v"[i % 5] + "-"
@@ -218,8 +220,9 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             axis.set(ylabel=unit)
             curves.from_zero(axis)
             axis.grid(alpha=0.3)
-    for axis, name in zip(axes[1], ("products", "hyperparameters"), strict=True):
-        axis.set(xlabel=f"{name}{', of 10 products each' if name != 'products' else ''}")
+    for axis, name in zip(axes[-1], ("products", "hyperparameters"), strict=True):
+        each = "" if name == "products" else f", with {config['terms'][0]} products"
+        axis.set(xlabel=name + each)
     axes[0, 1].set_xscale("log")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
