@@ -467,5 +467,9 @@ def test_compare():
                 compare(estimators={"other": made})
             with raises(ValueError, "made for another problem: its horizon is 10"):
                 compare(reference=made)
+    other = problem._replace(init=lambda *at: problem.init(*at))
+    other = ug.average(ug.pes(other, truncation=5, sigma=0.1), 2)
+    with raises(ValueError, "average(pes(truncation=5, sigma=0.1), 2), was made", "differ in init"):
+        compare(estimators=[other])
     with raises(ValueError, "`reference` must be a gradient with theta's structure"):
         compare(reference={"log_rate": 1.0})

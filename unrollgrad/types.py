@@ -190,3 +190,7 @@ class GradientEstimator(NamedTuple):
     init: Callable[[Key, Theta], WorkerState]
     estimate: EstimateFn
     truncation: int | None = None
+
+    def __repr__(self):
+        made = getattr(self.init, "about", None)
+        return f"GradientEstimator(truncation={self.truncation})" if made is None else made.text

@@ -178,6 +178,25 @@ def test_same_key_same_numbers_whatever_the_batch_and_the_devices():
         measured(4, devices=100)
 
 
+def test_progress_counts_the_episodes_that_were_asked_for():
+    """16 samples, and three of them again as chains of 20 episodes."""
+    problem, theta, _ = recurrence()
+    seen, rows = [], []
+    ug.diagnostics.compare(
+        problem,
+        theta,
+        {"tbptt": ug.tbptt(problem, truncation=4)},
+        reference=theta,
+        num_samples=16,
+        key=jax.random.key(0),
+        progress=lambda *at: seen.append(at),
+        on_row=rows.append,
+    )
+    assert seen[0] == ("tbptt", 16, 16 + 3 * 20)
+    assert seen[-1] == ("tbptt", 76, 76)
+    assert [row["name"] for row in rows] == ["tbptt"]
+
+
 def test_another_theta_or_seed_compiles_nothing_new():
     problem, theta, _ = recurrence()
     traced = []
@@ -186,11 +205,12 @@ def test_another_theta_or_seed_compiles_nothing_new():
         traced.append(1)
         return problem.step(*args)
 
-    estimator = ug.pes(problem._replace(step=step), truncation=4, sigma=0.1)
+    watched = problem._replace(step=step)
+    estimator = ug.pes(watched, truncation=4, sigma=0.1)
     counts = []
     for i in range(3):
         ug.diagnostics.compare(
-            problem,
+            watched,
             theta + i,
             {"pes": estimator},
             reference=theta,

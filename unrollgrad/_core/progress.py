@@ -1,7 +1,8 @@
-"""A progress bar on a terminal."""
+"""A progress bar on a terminal, or a line in a notebook."""
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +15,13 @@ _shown: list[object] = []
 def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float], None]]:
     """Yields ``progress(text, done)``, which shows a text and the part of ``total`` that is done.
 
-    With a ``unit`` it shows the rate per second. Without rich, if standard error is not a terminal,
-    and inside another bar it shows nothing.
+    With a ``unit`` it shows the rate per second. In a Jupyter notebook it is a line that goes away
+    at the end. Without rich, if standard error is neither, and inside another bar it shows nothing.
     """
+    if not _shown and _in_notebook():
+        with _line(total) as progress:
+            yield progress
+        return
     rich: Any = None
     if not _shown and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
@@ -47,3 +52,35 @@ def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float]
             yield progress
         finally:
             _shown.pop()
+
+
+def shown() -> bool:
+    """Whether a bar is shown now."""
+    return bool(_shown)
+
+
+def _in_notebook() -> bool:
+    module = sys.modules.get("IPython")
+    shell = None if module is None else module.get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+@contextlib.contextmanager
+def _line(total: float) -> Iterator[Callable[[str, float], None]]:
+    """A line of output in a notebook, which is overwritten at most twice a second."""
+    display: Any = sys.modules["IPython"].display
+    handle = display.display(display.HTML("compiling"), display_id=True)
+    last = 0.0
+
+    def progress(text: str, done: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.5:
+            last = time.monotonic()
+            handle.update(display.HTML(f"{text}: {done / total:.0%}"))
+
+    _shown.append(handle)
+    try:
+        yield progress
+    finally:
+        _shown.pop()
+        handle.update(display.HTML(""))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes
 from unrollgrad._core.contexts import own_transfers
+from unrollgrad._core.descriptions import described
 from unrollgrad._workers import mean_and_variance, staggering
 from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import axis_size, placed
@@ -22,6 +23,7 @@ _Data = ArrayTree | None
 _BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys; larger than any worker's index
 
 
+@described
 def average(
     estimator: GradientEstimator,
     num_workers: int,

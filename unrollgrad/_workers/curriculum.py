@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
 from unrollgrad._core.contexts import own_transfers
+from unrollgrad._core.descriptions import described
 from unrollgrad.types import (
     ArrayTree,
     Episode,
@@ -41,6 +42,7 @@ class CurriculumState(NamedTuple):
     made_by: MadeBy
 
 
+@described
 def curriculum(
     estimators: Sequence[GradientEstimator], boundaries: Sequence[int]
 ) -> GradientEstimator:

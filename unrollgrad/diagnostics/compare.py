@@ -1,9 +1,10 @@
 """Gradient estimators side by side on one problem at one theta."""
 
+import contextlib
 import functools
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,10 @@ from jax.sharding import PartitionSpec
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.descriptions import about
 from unrollgrad._core.dtypes import wide
+from unrollgrad._core.progress import progress_bar
+from unrollgrad._core.progress import shown as bar_is_shown
 from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import make_worker_mesh
 from unrollgrad.diagnostics import statistics
@@ -36,7 +40,7 @@ CHAIN = 20
 def compare(
     problem: UnrolledProblem,
     theta: Theta,
-    estimators: Mapping[str, GradientEstimator],
+    estimators: Mapping[str, GradientEstimator] | Sequence[GradientEstimator],
     *,
     reference: GradientEstimator | Theta,
     num_samples: int,
@@ -63,7 +67,7 @@ def compare(
     Args:
         problem: The inner loop, with a static horizon.
         theta: The outer parameters at which everything is measured.
-        estimators: The estimators by name.
+        estimators: The estimators by name; those of a list are named by the call that made them.
         reference: The gradient of J: a tree like theta, taken as exact, or an unbiased estimator;
             the noise of its ``num_samples`` samples is accounted for. Evolution strategies estimate
             the gradient of the episode-smoothed or of the period-smoothed J (see ``Estimate``):
@@ -71,9 +75,9 @@ def compare(
             smoothing, O(sigma^2).
         num_samples: Samples per estimator, at least 3.
         key: The PRNG key of all samples.
-        num_chains: Samples that continue for 19 more episodes, in full batches: at least 3 (below
-            ten the standard error is rough), or 0 to leave U = 20 n out. The default is
-            num_samples / 20, but at least 3; with many samples this doubles the time.
+        num_chains: Samples that continue for 19 more episodes: at least 3 (below ten the standard
+            error is rough), or 0 to leave U = 20 n out. The default is num_samples / 20, but at
+            least 3; with 60 samples or more this doubles the number of episodes.
         batch_size: Samples computed in parallel: more is faster and takes more memory.
         devices: The number of devices that share a batch; it does not change the samples. Several
             processes have to share all devices, and each gets the result. If an estimator uses a
@@ -81,8 +85,10 @@ def compare(
         matmul_precision: As in ``jax.default_matmul_precision``; None leaves the choice to JAX.
             Less than "highest" (TF32 on GPUs, bfloat16 on TPUs) swallows the differences
             L(theta + eps) - L(theta - eps) at small sigma.
-        progress: A function called as ``progress(name, done, total)`` after each batch.
-        on_row: A function called with each row as soon as it is measured.
+        progress: A function called as ``progress(name, done, total)`` after each batch. By default
+            a bar is shown on a terminal or in a notebook.
+        on_row: A function called with each row as soon as it is measured. By default a line is
+            printed where a bar is shown.
 
     Returns:
         A ``Comparison``; its ``rows`` are dicts with ``name, norm, bias, bias_se, variance,
@@ -118,30 +124,56 @@ def compare(
             f"`devices` must be all {jax.device_count()} where there are several processes; got "
             f"devices={devices}: a process without a device in it could not take part."
         )
+    if not isinstance(estimators, Mapping):
+        estimators = {repr(estimator): estimator for estimator in estimators}
     if not estimators:
         raise ValueError('`estimators` is empty; pass a dict such as {"pes": ug.pes(...)}.')
-    size = -(-num_samples // -(-num_samples // arguments.positive_int("batch_size", batch_size)))
-    size = -(-size // devices) * devices
-    setup = _Setup(theta, key, horizon, num_samples, size, devices, progress)
-    for name, estimator in estimators.items():
-        _check_estimator(name, estimator, setup)
-
-    with jax.default_matmul_precision(matmul_precision):
-        if isinstance(reference, GradientEstimator):
-            _check_estimator("reference", reference, setup)
-            truth = _draw(setup, " reference", reference).samples
-        else:
-            truth = _flat_reference(reference, theta)
-        rows, samples = [], {}
+    size = arguments.positive_int("batch_size", batch_size)
+    with _watched(len(estimators) + 1, progress, on_row) as (progress, on_row):
+        setup = _Setup(theta, key, horizon, num_samples, size, devices, progress)
         for name, estimator in estimators.items():
-            drawn = _draw(setup, name, estimator, num_chains)
-            samples[name] = drawn.samples
-            rows.append({"name": name, **statistics.describe(drawn.samples, truth)})
-            rows[-1] |= _of_means(drawn, horizon // (estimator.truncation or horizon)) | drawn.cost
-            if on_row is not None:
+            _check_estimator(name, estimator, problem, setup)
+        with jax.default_matmul_precision(matmul_precision):
+            if isinstance(reference, GradientEstimator):
+                _check_estimator("reference", reference, problem, setup)
+                truth = _draw(setup, " reference", reference).samples
+            else:
+                truth = _flat_reference(reference, theta)
+            rows, samples = [], {}
+            for name, estimator in estimators.items():
+                drawn = _draw(setup, name, estimator, num_chains)
+                samples[name] = drawn.samples
+                rows.append({"name": name, **statistics.describe(drawn.samples, truth)})
+                rows[-1] |= _of_means(drawn, horizon // (estimator.truncation or horizon))
+                rows[-1] |= drawn.cost
                 on_row(rows[-1])
     settings = {"num_samples": num_samples, "num_chains": num_chains, "devices": devices}
     return Comparison(rows, samples, truth, settings | {"matmul_precision": matmul_precision})
+
+
+@contextlib.contextmanager
+def _watched(
+    number: int,
+    progress: Callable[[str, int, int], None] | None,
+    on_row: Callable[[Row], None] | None,
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Row], None]]]:
+    """The functions, or in their place a bar for ``number`` estimators, and a line for each row."""
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            bar = stack.enter_context(progress_bar(number))
+            names: dict[str, None] = {}
+
+            def progress(name: str, done: int, total: int) -> None:
+                names[name] = None
+                bar(name.strip(), len(names) - 1 + done / total)
+
+        def print_row(row: Row) -> None:
+            if bar_is_shown():
+                print(
+                    "{name}: bias {bias:.2g} ± {bias_se:.1g}, variance {variance:.2g}".format(**row)
+                )
+
+        yield progress, print_row if on_row is None else on_row
 
 
 class _Setup(NamedTuple):
@@ -151,9 +183,9 @@ class _Setup(NamedTuple):
     key: Key
     horizon: int
     num_samples: int
-    size: int  # samples in one batch, a multiple of ``devices``
+    size: int  # most samples in one batch, a multiple of ``devices``
     devices: int
-    progress: Callable[[str, int, int], None] | None
+    progress: Callable[[str, int, int], None]
 
 
 class _Batch(NamedTuple):
@@ -172,55 +204,91 @@ class _Drawn(NamedTuple):
 
 
 def _draw(setup: _Setup, name: str, estimator: GradientEstimator, num_chains: int = 0) -> _Drawn:
-    """Draws the samples of one estimator; the first ``num_chains`` continue as chains."""
+    """Draws the samples of one estimator; the first ``num_chains`` are drawn again as chains."""
     key = jax.random.fold_in(setup.key, zlib.crc32(name.encode()))  # whatever the other names are
-    size = setup.size  # of every batch: surplus samples of the last batch are dropped
-    batches = [
-        _Batch(key, first + jnp.arange(size), setup.theta)
-        for first in range(0, setup.num_samples, size)
-    ]
-    begun = time.perf_counter()
-    begin, run_episode = _compile(setup, name, estimator, batches[0])
-    compile_seconds = time.perf_counter() - begun
+    lengths = [(setup.num_samples, 1), (num_chains, CHAIN)]
+    runs = [(batches, length) for n, length in lengths if (batches := _batches(setup, key, n))]
+    total = sum(len(batch.index) * length for batches, length in runs for batch in batches)
+    done = 0
 
-    lengths = [CHAIN if i * size < num_chains else 1 for i in range(len(batches))]
-    total = size * sum(lengths)
-    samples, scatter, chains, nonfinite, steps, seconds, done = [], [], [], 0, 0, 0.0, 0
-    for batch, length in zip(batches, lengths, strict=True):
-        state = begin(batch)
+    def tick(number):
+        nonlocal done
+        done += number
+        setup.progress(name, done, total)
+
+    programs, found = {}, []
+    for batches, length in runs:
+        size = len(batches[0].index)
+        if size not in programs:
+            programs[size] = _compile(setup, name, estimator, batches[0])
+        found.append(_run(programs[size], batches, length, tick))
+    samples = found[0]
+    cost = {
+        "inner_steps": samples.inner_steps,
+        "seconds": samples.seconds / len(samples.mean),
+        "compile_seconds": sum(program.seconds for program in programs.values()),
+        "num_nonfinite": sum(run.num_nonfinite for run in found),
+    }
+    chains = found[1].mean[:num_chains] if num_chains else samples.mean[:0]
+    drawn = slice(setup.num_samples)
+    return _Drawn(samples.mean[drawn], samples.scatter[drawn], chains, cost)
+
+
+def _batches(setup: _Setup, key: Key, number: int) -> list[_Batch]:
+    """Batches of equal size for the first ``number`` samples; the last may hold surplus ones."""
+    if number == 0:
+        return []
+    size = -(-number // -(-number // setup.size))
+    size = -(-size // setup.devices) * setup.devices
+    return [_Batch(key, first + jnp.arange(size), setup.theta) for first in range(0, number, size)]
+
+
+class _Programs(NamedTuple):
+    """An estimator's two programs for batches of one size, and how long they took to compile."""
+
+    begin: jax.stages.Compiled
+    run_episode: jax.stages.Compiled
+    seconds: float
+
+
+class _Run(NamedTuple):
+    """What a run of several episodes from every sample's fresh worker gave."""
+
+    mean: np.ndarray  # (samples, P): over the episodes
+    scatter: np.ndarray  # (samples,): of the first episode
+    num_nonfinite: int
+    inner_steps: int  # of one sample's episode
+    seconds: float
+
+
+def _run(
+    programs: _Programs, batches: list[_Batch], length: int, tick: Callable[[int], None]
+) -> _Run:
+    """Runs ``length`` episodes from fresh workers for each batch of samples."""
+    means, scatter, nonfinite, steps, seconds = [], [], 0, 0, 0.0
+    for batch in batches:
+        state = programs.begin(batch)
         episodes = []
         for e in range(length):
             begun = time.perf_counter()
-            result, state = run_episode(batch, jnp.int32(e), state)
+            result, state = programs.run_episode(batch, jnp.int32(e), state)
             result = _fetched(jax.block_until_ready(result))
             seconds += time.perf_counter() - begun
             nonfinite += int(np.sum(result.num_nonfinite))
             steps = int(np.ravel(result.inner_steps)[0])
             leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(result.grad)]
+            size = len(batch.index)
             episodes.append(np.concatenate([g.reshape(size, -1) for g in leaves], axis=1))
             if e == 0:
                 scatter.append(np.asarray(result.scatter, np.float64))
-            done += size
-            if setup.progress is not None:
-                setup.progress(name, done, total)
-        samples.append(episodes[0])
-        if length > 1:
-            chains.append(np.mean(episodes, axis=0))
-    cost = {
-        "inner_steps": steps,
-        "seconds": seconds / total,
-        "compile_seconds": compile_seconds,
-        "num_nonfinite": nonfinite,
-    }
-    drawn = np.concatenate(samples)[: setup.num_samples]
-    chained = np.concatenate([np.zeros((0, drawn.shape[1])), *chains])[:num_chains]
-    return _Drawn(drawn, np.concatenate(scatter)[: setup.num_samples], chained, cost)
+            tick(size)
+        means.append(np.mean(episodes, axis=0))
+    return _Run(np.concatenate(means), np.concatenate(scatter), nonfinite, steps, seconds)
 
 
-def _compile(
-    setup: _Setup, name: str, estimator: GradientEstimator, batch: _Batch
-) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+def _compile(setup: _Setup, name: str, estimator: GradientEstimator, batch: _Batch) -> _Programs:
     """The two programs of an estimator, for batches like this one: ``_begin`` and ``_episode``."""
+    begun = time.perf_counter()
     # ``init`` sees theta's values here; under the jits below it could not check them.
     state = jax.eval_shape(lambda key: estimator.init(key, setup.theta), batch.key)
     if isinstance(state, CurriculumState):
@@ -234,7 +302,8 @@ def _compile(
     begin = _begin.lower(estimator, setup.devices, batch).compile(options)
     states = jax.eval_shape(_begin, estimator, setup.devices, batch)
     static = (estimator, setup.devices, setup.horizon)
-    return begin, _episode.lower(*static, batch, jnp.int32(0), states).compile()
+    run_episode = _episode.lower(*static, batch, jnp.int32(0), states).compile()
+    return _Programs(begin, run_episode, time.perf_counter() - begun)
 
 
 # The estimator is static, so that another theta, seed or call of ``compare`` compiles nothing new.
@@ -345,7 +414,9 @@ def _check_counts(num_samples: int, num_chains: int | None) -> tuple[int, int]:
     return num_samples, num_chains
 
 
-def _check_estimator(name: str, estimator: GradientEstimator, setup: _Setup) -> None:
+def _check_estimator(
+    name: str, estimator: GradientEstimator, problem: UnrolledProblem, setup: _Setup
+) -> None:
     if not isinstance(estimator, GradientEstimator):
         raise TypeError(
             f"estimator {name!r} must be a GradientEstimator such as ug.pes(problem, ...); got a "
@@ -363,6 +434,14 @@ def _check_estimator(name: str, estimator: GradientEstimator, setup: _Setup) -> 
         raise ValueError(
             f"estimator {name!r} was made for another problem: its horizon is {own}, and "
             f"problem.horizon={setup.horizon}. Make it with this problem."
+        )
+    made_for = about(estimator).problem
+    if made_for not in (None, problem):
+        raise ValueError(
+            f"estimator {name!r}, {estimator}, was made for another problem than the one given: "
+            "they differ in "
+            + ", ".join(f for f in problem._fields if getattr(made_for, f) != getattr(problem, f))
+            + ". Make it with this problem."
         )
 
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad._core.unroll import Remat
 from unrollgrad.estimators._window import estimate_of, inner_state, made_by, nothing, windowed
 from unrollgrad.types import Estimate, GradientEstimator, Segment, State, Theta, UnrolledProblem
 
 
+@described
 def bptt(
     problem: UnrolledProblem, *, last: int | None = None, remat: Remat = None
 ) -> GradientEstimator:
@@ -95,6 +97,7 @@ def _cut(segment: Segment, place: int) -> tuple[Segment, Segment]:
     )
 
 
+@described
 def tbptt(problem: UnrolledProblem, *, truncation: int, remat: Remat = None) -> GradientEstimator:
     """Truncated backpropagation: through one window, whose initial state is held constant.
 

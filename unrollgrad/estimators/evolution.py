@@ -5,6 +5,7 @@ They differ in when noise is drawn, where a pair begins, and what weighs its los
 """
 
 from unrollgrad._checks import inner_loop
+from unrollgrad._core.descriptions import described
 from unrollgrad.estimators import _pairs
 from unrollgrad.estimators._persistence import persistent_es
 from unrollgrad.estimators._window import inner_state, made_by, nothing, windowed
@@ -12,6 +13,7 @@ from unrollgrad.noise import Noise
 from unrollgrad.types import GradientEstimator, Sigma, UnrolledProblem
 
 
+@described
 def full_es(
     problem: UnrolledProblem, *, sigma: Sigma, num_pairs: int = 1, noise: Noise | None = None
 ) -> GradientEstimator:
@@ -54,6 +56,7 @@ def full_es(
     return windowed(problem, fingerprint, None, nothing, pairs.whole_episode, pairs.check)
 
 
+@described
 def truncated_es(
     problem: UnrolledProblem,
     *,
@@ -102,6 +105,7 @@ def truncated_es(
     return windowed(problem, fingerprint, truncation, begin, pairs.from_mean, pairs.check)
 
 
+@described
 def gpes(
     problem: UnrolledProblem,
     *,
@@ -162,6 +166,7 @@ def gpes(
     return persistent_es(problem, truncation, noise_period, _pairs.pairs(sigma, num_pairs, noise))
 
 
+@described
 def pes(
     problem: UnrolledProblem,
     *,
@@ -211,6 +216,7 @@ def pes(
     return persistent_es(problem, truncation, truncation, _pairs.pairs(sigma, num_pairs, noise))
 
 
+@described
 def es_single(
     problem: UnrolledProblem,
     *,

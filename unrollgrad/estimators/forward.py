@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes, unroll
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.estimators import _persistence
@@ -39,6 +40,7 @@ class Tangents(NamedTuple):
     evaluated: jax.Array | None = None
 
 
+@described
 def forward_mode(
     problem: UnrolledProblem, *, truncation: int, max_bytes: int = 2**30
 ) -> GradientEstimator:
@@ -105,6 +107,7 @@ def forward_mode(
     return windowed(problem, fingerprint, truncation, begin, window)
 
 
+@described
 def dodge(
     problem: UnrolledProblem, *, truncation: int, noise_period: int | None = None
 ) -> GradientEstimator:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators import _pairs, backprop
 from unrollgrad.estimators._persistence import Persistence, Persistent, Weights
@@ -33,6 +34,7 @@ class Analytic(NamedTuple):
     state: State
 
 
+@described
 def pes_analytic(
     problem: UnrolledProblem, *, truncation: int, sigma: Sigma, num_pairs: int = 1
 ) -> GradientEstimator:
@@ -82,6 +84,7 @@ def pes_analytic(
     return _analytic("pes_analytic", problem, truncation, pairs, lambda noise: noise.now)
 
 
+@described
 def pes_analytic_replacement(
     problem: UnrolledProblem, *, truncation: int, sigma: Sigma, num_pairs: int = 1
 ) -> GradientEstimator:
@@ -168,6 +171,7 @@ def _products(unit: Theta, grad: Theta) -> jax.Array:
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf, unit, grad)))
 
 
+@described
 def reparameterized_es(
     problem: UnrolledProblem, *, sigma: Sigma, num_pairs: int
 ) -> GradientEstimator:

@@ -10,6 +10,7 @@ import optax
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes, unroll
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._core.float_leaves import floats_of, inner_product, split
 from unrollgrad.estimators import backprop
@@ -41,6 +42,7 @@ class RankOne(NamedTuple):
     right: Theta
 
 
+@described
 def uoro(problem: UnrolledProblem, *, truncation: int) -> GradientEstimator:
     """Unbiased online recurrent optimization: the state's derivative as a random rank-one product.
 
