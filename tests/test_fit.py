@@ -292,3 +292,38 @@ def test_what_fit_cannot_do_is_said():
             key=KEY,
             evaluate=lambda key, theta: {"nothing": np.zeros((0, 3))},
         )
+
+
+def test_a_result_is_saved_and_loaded(tmp_path):
+    """Every leaf has its value and dtype again: keys of workers, bfloat16, optimizer states."""
+    problem, theta = ug.problems.influence_balancing(horizon=20)
+    pes = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 2)
+    result = ug.fit(pes, theta, optax.adam(1e-3), num_steps=3, key=jax.random.key(0))
+    result = result._replace(theta={"a": [result.theta, jnp.bfloat16(0.3)]})
+    path = result.save(tmp_path / "runs" / "one.npz")
+    for like in (result, result.theta):
+        found = ug.FitResult.load(path, like)
+        assert list(found.history) == list(result.history)
+        np.testing.assert_array_equal(found.history["loss"], result.history["loss"])
+        whole = like is result
+        before, after = (r[:3] if whole else r.theta for r in (result, found))
+        jax.tree.map(lambda x, y: chex.assert_equal(x.dtype, y.dtype), before, after)
+        assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), before, after))
+        assert whole or found.opt_state is None
+    with raises(ValueError, "another result than `like`", "['a'][0]: float32[2] -> float32[]"):
+        ug.FitResult.load(path, {"a": [jnp.zeros(2), jnp.bfloat16(0.3)]})
+    path.write_text("text")
+    with raises(ValueError, "is not a result that `save` wrote"):
+        ug.FitResult.load(path, theta)
+    first, *_, last = result.history["loss"]
+    assert repr(result).startswith(f"FitResult(3 steps, loss {first:.4g} to {last:.4g}, theta=")
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")
+def test_a_traced_rate_is_refused():
+    problem, theta = ug.problems.influence_balancing(horizon=20)
+    pes = ug.average(ug.pes(problem, truncation=5, sigma=0.1), 2)
+    with raises(TypeError, "`fit` is a loop of compiled programs", "a traced number in"):
+        jax.vmap(
+            lambda rate: ug.fit(pes, theta, optax.sgd(rate), num_steps=1, key=jax.random.key(0))
+        )(jnp.ones(2))

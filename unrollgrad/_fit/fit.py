@@ -19,7 +19,7 @@ from unrollgrad._checks import arguments
 from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.progress import progress_bar
-from unrollgrad._fit import checkpoints
+from unrollgrad._fit import checkpoints, files
 from unrollgrad._fit.data_thread import prefetched
 from unrollgrad._fit.interrupts import stop_requests
 from unrollgrad._training import inner_optimizers
@@ -45,6 +45,37 @@ class FitResult(NamedTuple):
     opt_state: optax.OptState
     worker_state: WorkerState
     history: dict[str, np.ndarray]
+
+    def __repr__(self):
+        losses = self.history["loss"] if "loss" in self.history else ()
+        told = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) else ""
+        shapes = jax.tree.map(arguments.describe, self.theta)
+        return f"FitResult({len(losses)} steps{told}, theta={shapes})"
+
+    def save(self, path: str | Path) -> Path:
+        """Writes everything to one file, such as ``run.npz``; an existing file is replaced."""
+        return files.save(path, self._asdict())
+
+    @classmethod
+    def load(cls, path: str | Path, like: Any) -> "FitResult":
+        """Reads a file that ``save`` wrote.
+
+        Args:
+            path: Path of the file.
+            like: A FitResult with the same structures, or theta alone, of which only the
+                structure, shapes and dtypes matter: then the states are None.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If ``save`` did not write it, or it holds another result than ``like``.
+        """
+        like = like if isinstance(like, cls) else cls(like, None, None, {})
+        leaves = files.load(path)
+        names = ("theta", "opt_state", "worker_state")
+        states = (files.like(getattr(like, name), leaves, f"['{name}']") for name in names)
+        begins = "['history']['"
+        history = {k[len(begins) : -2]: x for k, x in leaves.items() if k.startswith(begins)}
+        return cls(*states, history)
 
 
 class _Carry(NamedTuple):
@@ -167,12 +198,7 @@ def fit(
     with own_transfers():
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
     config = _as_json(config)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((key, theta))):
-        raise TypeError(
-            "`fit` is a loop of compiled programs, which cannot run inside jit, vmap or grad; got "
-            "a traced `theta` or `key`. Call it for each of them in a Python loop, or scan over "
-            "`estimator.estimate` yourself."
-        )
+    _check_not_traced((key, theta), "`theta` or `key`")
     program, stopping = _program(estimator, optimizer, size), False
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         carry = _begin(estimator, theta, optimizer, key)
@@ -213,6 +239,7 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
     with own_transfers():
         carry, *out = program(run.carry, steps)
+    _check_not_traced(out, "number in `estimator` or `optimizer`")
     count, records, finite = jax.device_get(out)
     record = {k: x[:count] for k, x in records.items()}
     # Only now, since an interrupt may come while the device computes.
@@ -257,6 +284,15 @@ def _explain(error: BaseException, run: _Run, store: checkpoints.Checkpoints | N
         error.add_note(f"fit: the result of the {run.done} steps so far is this error's `result`.")
     if store is not None and (saved := store.newest()) is not None:
         error.add_note(f"fit: the last checkpoint is that of step {saved}, in {store.folder}.")
+
+
+def _check_not_traced(tree: object, what: str) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        raise TypeError(
+            "`fit` is a loop of compiled programs, which cannot run inside jit, vmap or grad; got "
+            f"a traced {what}. Call it for each of them in a Python loop, or scan over "
+            "`estimator.estimate` yourself."
+        )
 
 
 def _check(estimator: object, optimizer: object, data: object) -> None:
