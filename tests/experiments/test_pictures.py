@@ -1,6 +1,7 @@
 """What pictures share: styles, room at the edges, faithful colours; and yardsticks of grids."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,15 @@ from tests.helpers import counted
 
 def test_a_minimum_is_measured_again():
     """The luckiest cell is chosen by its own episodes, and its number comes from others."""
-    search = {0.0: 5.0, 1.0: 0.1, 2.0: 3.0}
-    objective = heat_map.Objective(
-        lambda thetas: np.array([search[float(x)] for x in thetas]),
-        lambda thetas: np.array([10 + float(x) for x in thetas]),
-    )
+    lucky = {0.0: 5.0, 1.0: 0.1, 2.0: 3.0}
+
+    def search(thetas: Any) -> Any:
+        return np.array([lucky[float(x)] for x in thetas])
+
+    def fresh(thetas: Any) -> Any:
+        return np.array([10 + float(x) for x in thetas])
+
+    objective = heat_map.Objective(search, fresh)
     lines = []
     with counted() as programs:
         heat_map.write_grid(objective, {"log_rate": np.arange(3.0)}, lines.append)
