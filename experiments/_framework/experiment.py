@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments._framework import results
+from experiments._framework.commands import command_line
 from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings, ResumableSettings
@@ -92,6 +93,7 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
         ValueError: If there are no seeds, a seed is given twice, or nothing was computed.
         OSError: If the folder cannot be made.
     """
+    command = command_line(experiment.name, experiment.scales, settings)
     settings = experiment.fill(settings)
     seeds = tuple(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -106,7 +108,7 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
     with contextlib.ExitStack() as stack:
         if isinstance(settings, ResumableSettings):  # before anything is written into the folder
             stack.enter_context(running.lock(folder / "checkpoints"))
-        return _run(experiment, settings, Path(from_process_0(str(folder))))
+        return _run(experiment, settings, Path(from_process_0(str(folder))), command)
 
 
 def _resumed(settings: CommonSettings) -> Path | None:
@@ -114,7 +116,7 @@ def _resumed(settings: CommonSettings) -> Path | None:
     return settings.resume if isinstance(settings, ResumableSettings) else None
 
 
-def _run(experiment: Experiment, settings: CommonSettings, folder: Path) -> Path:
+def _run(experiment: Experiment, settings: CommonSettings, folder: Path, command: str) -> Path:
     begun, compiled = time.perf_counter(), results.compile_seconds()
     revision = results.git_revision()
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
@@ -132,7 +134,7 @@ def _run(experiment: Experiment, settings: CommonSettings, folder: Path) -> Path
         compiling = results.compile_seconds() - compiled
         records = results.read(folder)
         if records:
-            outcome = results.Outcome(status, seconds, compiling, revision)
+            outcome = results.Outcome(status, seconds, compiling, revision, command)
             results.write_summary(folder, config, records, outcome)
             redraw(experiment, folder)
             if status != "complete":

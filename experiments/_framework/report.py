@@ -100,7 +100,6 @@ def section(run: Recorded) -> str:
     """One run's section of the report."""
     about = run.summary.about
     environment = about["environment"]
-    revision = (environment.get("git_revision") or "unknown")[:10]
     lines = [f"## {run.name}", ""]
     if about["status"] != "complete":
         lines += [f"**Not complete: {about['status']}.**", ""]
@@ -113,7 +112,7 @@ def section(run: Recorded) -> str:
         f"Seeds {seeds}; scale {about['scale']}; {environment['device']} × "
         f"{environment['num_devices']}; {about['seconds'] / 60:.1f} minutes, "
         f"{about['compile_seconds'] / 60:.1f} of them compiling; jax {environment['jax']}, "
-        f"unrollgrad {environment['unrollgrad']}, revision {revision}.",
+        f"unrollgrad {environment['unrollgrad']}, revision {revision(environment['git_revision'])}.",
         "",
         f"    {about['command']}",
         "",
@@ -121,6 +120,13 @@ def section(run: Recorded) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def revision(found: str | None) -> str:
+    """A revision in ten digits; a run of code that differed from the commit says so."""
+    if found is None:
+        return "unknown"
+    return found[:10] + ("+ (the code differed from the commit)" if found.endswith("+") else "")
 
 
 def _row(*cells: str) -> str:

@@ -170,6 +170,7 @@ def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
 
 def test_a_record_replaces_the_one_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "RECORDED", tmp_path / "records")
+    monkeypatch.setattr(results, "git_revision", lambda: "a" * 40)
     for seeds in [(3, 4), (5,)]:
         folder = present(framework.execute(TOY, Settings(seeds=seeds, out=tmp_path / "results")))
         cli.main(["record", str(folder), "--variant", "again"])
@@ -246,7 +247,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "minutes" in text
     assert "revision" in text
     assert f"(results/{done.name}/figure.png)" in text
-    assert "    python -m experiments" in text
+    assert "    python -m experiments toy\n" in text
     (done / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=f"{done.name}/summary.json cannot be read"):
         cli.main(["report", "--folder", str(recorded), "--out", str(out)])

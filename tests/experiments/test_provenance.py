@@ -1,0 +1,163 @@
+"""Where a record comes from: the command that repeats it, and the commit of its code."""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import typing
+from pathlib import Path
+
+import pytest
+
+from experiments import __main__ as cli
+from experiments._framework import report, results
+from experiments._framework.commands import PLACES, command_line
+
+RECORDS = sorted(path.parent for path in (results.ROOT / "experiments/results").glob("*/*.json"))
+RECORDS = list(dict.fromkeys(RECORDS))
+EVERY_EXPERIMENT = pytest.mark.parametrize("name", cli.EXPERIMENTS)
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """A function that returns what a command line would run, an experiment and its settings."""
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    monkeypatch.setattr(cli, "join", lambda *arguments: None)
+    monkeypatch.setattr(cli.framework, "execute", lambda *given: found.append(given))
+    found = []
+
+    def parse(command: str):
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "experiments"]
+        cli.main(words[3:])
+        return found.pop()
+
+    return parse
+
+
+def other(value):
+    """Another value of the same type; None and words have no other."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, Path):
+        return Path("a folder") / "file"
+    if isinstance(value, tuple):
+        return tuple(map(other, value))
+    return value
+
+
+@EVERY_EXPERIMENT
+def test_a_command_repeats_all_settings(name, parsed):
+    """At every scale, with every setting changed and with every list emptied."""
+    experiment = cli.EXPERIMENTS[name]
+    types = typing.get_type_hints(experiment.settings)
+    for usual in experiment.scales.values():
+        names = {f.name for f in dataclasses.fields(usual)} - {"scale", *PLACES}
+        values = {key: getattr(usual, key) for key in sorted(names)}
+        changed = {key: other(value) for key, value in values.items()}
+        empty = {k: () for k in names if typing.get_args(types[k])[1:] == (...,)}
+        assert {k: v for k, v in changed.items() if v != values[k]}
+        for settings in (usual, *(dataclasses.replace(usual, **c) for c in (changed, empty))):
+            assert parsed(command_line(name, experiment.scales, settings)) == (experiment, settings)
+
+
+def test_a_command_says_what_differs():
+    scales = cli.EXPERIMENTS["variance"].scales
+    for settings, flags in [
+        (scales["cpu"], ""),
+        (dataclasses.replace(scales["cpu"], out=Path("elsewhere")), ""),
+        (scales["smoke"], " --scale smoke"),
+        (dataclasses.replace(scales["cpu"], seeds=(3, 5), sigma=0.5), " --seeds 3 5 --sigma 0.5"),
+    ]:
+        found = command_line("variance", scales, settings)
+        assert sorted(found.split()) == sorted(f"python -m experiments variance{flags}".split())
+
+
+def as_json(value):
+    """A setting as ``config.json`` has it, files by their names."""
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
+
+
+@pytest.mark.parametrize("folder", RECORDS, ids=[folder.name for folder in RECORDS])
+def test_a_recorded_command_has_the_recorded_settings(folder, parsed):
+    about, config = (results.read_json(folder / f"{x}.json") for x in ("summary", "config"))
+    experiment, settings = parsed(about["command"])
+    assert experiment.name == config["experiment"]
+    found = dataclasses.asdict(experiment.fill(settings))
+    kept = set(found) & set(config) - set(PLACES)
+    if getattr(settings, "devices", 1) is None:  # all that the machine has
+        kept -= {"devices"}
+    assert {k: as_json(found[k]) for k in kept} == {k: as_json(config[k]) for k in kept}
+    assert not set(config) - set(found) - {"experiment"}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with a committed file of code, a record and a page; and git in it."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    write(tmp_path)
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=b", "commit", "-m", "first")
+    return tmp_path
+
+
+def write(root, text="1", *names):
+    for name in names or ("unrollgrad/a.py", "experiments/results/b/c.json", "README.md"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "differs"),
+    [
+        ("unrollgrad/a.py", True),  # changed
+        ("experiments/new.py", True),  # in no commit
+        ("experiments/results/b/c.json", False),
+        ("experiments/results/new/c.json", False),
+        ("experiments/RESULTS.md", False),
+        ("README.md", False),
+    ],
+)
+def test_a_revision_says_whether_code_differs(name, differs, repository):
+    committed = results.git_revision()
+    assert committed is not None
+    assert len(committed) == 40
+    write(repository, "2", name)
+    assert results.git_revision() == committed + ("+" if differs else "")
+
+
+def test_no_revision_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.git_revision() is None
+
+
+@pytest.mark.parametrize(
+    ("revision", "message"),
+    [("a" * 40 + "+", "by code that is in no commit"), (None, "outside a git repository")],
+)
+def test_only_committed_code_is_recorded(revision, message, tmp_path):
+    folder = tmp_path / "toy-20261129-120000"
+    folder.mkdir()
+    about = {"status": "complete", "command": "python -m experiments toy --seeds 3", "results": []}
+    about["environment"] = {"git_revision": revision}
+    for name, content in {"summary": about, "config": {}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        results.record(folder, tmp_path / "records", "toy")
+    assert str(error.value).endswith("run it again: python -m experiments toy --seeds 3")
+    assert not (tmp_path / "records").exists()
+
+
+def test_the_report_says_that_code_differed():
+    assert report.revision("0123456789abcdef") == "0123456789"
+    assert report.revision("0123456789abcdef+") == "0123456789+ (the code differed from the commit)"
+    assert report.revision(None) == "unknown"
