@@ -100,6 +100,7 @@ def section(run: Recorded) -> str:
     """One run's section of the report."""
     about = run.summary.about
     environment = about["environment"]
+    code = f"unrollgrad {environment['unrollgrad']}, {revision(environment['git_revision'])}"
     lines = [f"## {run.name}", ""]
     if about["status"] != "complete":
         lines += [f"**Not complete: {about['status']}.**", ""]
@@ -111,8 +112,7 @@ def section(run: Recorded) -> str:
     lines += [
         f"Seeds {seeds}; scale {about['scale']}; {environment['device']} × "
         f"{environment['num_devices']}; {about['seconds'] / 60:.1f} minutes, "
-        f"{about['compile_seconds'] / 60:.1f} of them compiling; jax {environment['jax']}, "
-        f"unrollgrad {environment['unrollgrad']}, revision {revision(environment['git_revision'])}.",
+        f"{about['compile_seconds'] / 60:.1f} of them compiling; jax {environment['jax']}, {code}.",
         "",
         f"    {about['command']}",
         "",
@@ -125,8 +125,9 @@ def section(run: Recorded) -> str:
 def revision(found: str | None) -> str:
     """A revision in ten digits; a run of code that differed from the commit says so."""
     if found is None:
-        return "unknown"
-    return found[:10] + ("+ (the code differed from the commit)" if found.endswith("+") else "")
+        return "revision unknown"
+    differs = "+ (the code differed from the commit)" if found.endswith("+") else ""
+    return f"revision {found[:10]}{differs}"
 
 
 def _row(*cells: str) -> str:

@@ -158,6 +158,7 @@ def test_only_committed_code_is_recorded(revision, message, tmp_path):
 
 
 def test_the_report_says_that_code_differed():
-    assert report.revision("0123456789abcdef") == "0123456789"
-    assert report.revision("0123456789abcdef+") == "0123456789+ (the code differed from the commit)"
-    assert report.revision(None) == "unknown"
+    differs = "revision 0123456789+ (the code differed from the commit)"
+    assert report.revision("0123456789abcdef+") == differs
+    assert report.revision("0123456789abcdef") == "revision 0123456789"
+    assert report.revision(None) == "revision unknown"
