@@ -63,6 +63,8 @@ class Experiment(NamedTuple):
         draw: ``draw(records, config)`` returns a matplotlib figure; it needs the CSV alone.
         show: ``show(records)`` prints the result.
         claims: ``claims(summary)`` compares a recorded result with the papers' claims.
+        would_change: What would change our mind, in one sentence: the result, on which larger
+            problem and with which power, that would overturn the verdict.
         fill: ``fill(settings)`` replaces None by defaults that depend on other settings.
         title: ``title(settings)`` is the name of the results' folder. Default: ``name``.
     """
@@ -76,6 +78,7 @@ class Experiment(NamedTuple):
     draw: Callable[[list[Record], dict[str, Any]], Any]
     show: Callable[[list[Record]], None]
     claims: Callable[[Summary], list[Claim]]
+    would_change: str
     fill: Callable[[Any], Any] = lambda settings: settings
     title: Callable[[Any], str] | None = None
 

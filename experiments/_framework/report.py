@@ -1,4 +1,4 @@
-"""``report``: writes RESULTS.md from recorded summaries."""
+"""``report``: RESULTS.md from recorded summaries."""
 
 import os
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ below the tables.
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}
 OWN = "our target"
+OVERVIEW = ("experiment", "source", "verdict", "what it shows", "what would change our mind")
 
 
 class Recorded(NamedTuple):
@@ -28,6 +29,7 @@ class Recorded(NamedTuple):
         name: The name of its folder.
         topic: The topic of its experiment; "other" if the experiment is not known.
         about: The experiment's description in one line.
+        would_change: The result that would overturn our verdict.
         summary: The run's summary.
         claims: The papers' claims and our results.
         picture: The picture's path, relative to the report.
@@ -36,31 +38,43 @@ class Recorded(NamedTuple):
     name: str
     topic: str
     about: str
+    would_change: str
     summary: Summary
     claims: list[Claim]
     picture: str
 
 
-def write(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> Path:
-    """Writes ``path`` from every folder of results in ``folder``: tables by topic, then details.
+def contents(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> str:
+    """The report on every folder of results in ``folder``: tables by topic, then details.
+
+    Args:
+        topics: The experiments by topic.
+        folder: The folder of all recorded runs.
+        path: Where the report will be, for its links to pictures.
 
     Raises:
         FileNotFoundError: If there are no results.
     """
+    runs = recorded(topics, folder, path)
+    parts = [HEAD]
+    for topic in dict.fromkeys(run.topic for run in runs):
+        rows = [_overview(run) for run in runs if run.topic == topic]
+        head = [_row(*OVERVIEW), "|---" * len(OVERVIEW) + "|"]
+        parts.append("\n".join([f"## {topic}", "", *head, *rows, ""]))
+    parts += [section(run) for run in runs]
+    return "\n".join(parts)
+
+
+def recorded(
+    topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path
+) -> list[Recorded]:
+    """All recorded runs in the order of the report; the arguments are those of ``contents``."""
     found = sorted(p.parent for p in folder.glob("*/summary.json"))
     if not found:
         raise FileNotFoundError(f"no results in {folder}: run an experiment and `record` it first.")
     runs = [_read(topics, one, path) for one in found]
     names = [*topics, "other"]
-    runs.sort(key=lambda run: (names.index(run.topic), run.name))
-    parts = [HEAD]
-    for topic in dict.fromkeys(run.topic for run in runs):
-        rows = [_overview(run) for run in runs if run.topic == topic]
-        head = ["| experiment | source | verdict | what it shows |", "|---|---|---|---|"]
-        parts.append("\n".join([f"## {topic}", "", *head, *rows, ""]))
-    parts += [section(run) for run in runs]
-    path.write_text("\n".join(parts))
-    return path
+    return sorted(runs, key=lambda run: (names.index(run.topic), run.name))
 
 
 def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> Recorded:
@@ -72,8 +86,9 @@ def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Pa
     picture = Path(os.path.relpath(folder, path.parent)).as_posix() + "/figure.png"
     for topic, experiments in topics.items():
         if one := experiments.get(name):
-            return Recorded(folder.name, topic, one.about, summary, one.claims(summary), picture)
-    return Recorded(folder.name, "other", "", summary, [], picture)
+            words, claims = (one.about, one.would_change), one.claims(summary)
+            return Recorded(folder.name, topic, *words, summary, claims, picture)
+    return Recorded(folder.name, "other", "", "", summary, [], picture)
 
 
 def verdict(claims: list[Claim]) -> str:
@@ -93,7 +108,8 @@ def verdict(claims: list[Claim]) -> str:
 
 def _overview(run: Recorded) -> str:
     sources = "; ".join(dict.fromkeys(claim.source for claim in run.claims))
-    return _row(f"[{run.name}](#{run.name.lower()})", sources, verdict(run.claims), run.about)
+    name = f"[{run.name}](#{run.name.lower()})"
+    return _row(name, sources, verdict(run.claims), run.about, run.would_change)
 
 
 def section(run: Recorded) -> str:

@@ -378,4 +378,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On MNIST with 5000 training images, half of them mislabelled, and everything trained "
+        "anew, learned weights gain less than 5 points over equal ones, or more than the clean "
+        "validation images alone, in ten seeds (p < 0.05)."
+    ),
 )

@@ -261,7 +261,7 @@ def claims(summary: Summary) -> list[Claim]:
     The steps are compared seed by seed (a run of full ES that does not improve is soon caught up
     with), and the losses by their means over the seeds.
     """
-    problem = summary.about["config"]["problem"]
+    problem = summary.about["config"].get("problem", "cart_pole")  # older records: the pole
     task = "Swimmer" if problem == "swimmer" else f"there Swimmer, here {problem}"
     compared = (
         ("pes", "full_es", f"Vicol et al. 2021, {task}"),
@@ -284,7 +284,6 @@ def claims(summary: Summary) -> list[Claim]:
                 f"{name} is below full ES's last J after half of the environment steps (means)",
                 source,
                 "J ",
-                errors=2,
                 other_metric="loss",
             ),
         )
@@ -313,4 +312,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On MuJoCo's half-cheetah, with 200 updates of full ES, rates chosen on other seeds "
+        "and ten seeds, the comparison of windows with whole episodes comes out the other way "
+        "(p < 0.05)."
+    ),
 )

@@ -269,4 +269,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "With an LSTM of a million weights and up to 1000 unrolls, the slope of ES-Single's "
+        "variance is over 0.1, or PES's variance over 15 % off its closed form, with standard "
+        "errors of a third of that."
+    ),
 )
