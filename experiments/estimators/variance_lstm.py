@@ -37,7 +37,7 @@ class Settings(CommonSettings):
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. paper: the published settings."""
     corpus: Path | None = None
-    """The file of the real text. Default: the source of the standard library's argparse."""
+    """The file whose text is called real. Default: source code, the standard library's argparse."""
     estimators: tuple[Literal["pes", "gpes", "es_single"], ...] = ("pes", "gpes", "es_single")
     """The estimators to run."""
     horizon: int = 200

@@ -17,6 +17,8 @@ TEXTS = {
 }
 """The texts of the LSTM: their window gradients are natural, conflict, or agree."""
 
+NAMES = {"real": "text of a file", "random": "random text", "repeated": "repeated text"}
+"""How claims name the texts; the file is source code unless another is given."""
 
 OTHER_SIGMA = 3.0
 """A multiple of sigma, which must give the same variance."""
@@ -95,7 +97,7 @@ def _slope_claim(summary: Summary, text: str) -> Claim | None:
         return None
     mean, se = found["mean"], found["se"]
     return Claim(
-        f"{text} text: es_single's variance does not depend on the number of unrolls",
+        f"{NAMES[text]}: es_single's variance does not depend on the number of unrolls",
         "Vicol et al. 2023, Fig. 1 and Prop. 3.2",
         f"slope of log variance over log unrolls {plus_minus(mean, se or 0.0)}",
         None if se is None else abs(mean) + 2 * se < 0.1,
@@ -114,7 +116,7 @@ def _exact_claim(summary: Summary, text: str, name: str) -> Claim | None:
     pairs = summary.about["config"]["num_samples"] * len(summary.about["seeds"])
     blind = 3 * math.sqrt(2 / pairs) > 0.15  # the error of the ratio by chance is too large
     return Claim(
-        f"{text} text: {name}'s variance is within 15 % of the exact formula on measured window "
+        f"{NAMES[text]}: {name}'s variance is within 15 % of the exact formula on measured window "
         "gradients",
         "theory, for quadratic losses",
         f"ratio {low:.3g} to {high:.3g}, at {min(ratios)} to {max(ratios)} unrolls",
@@ -134,7 +136,7 @@ def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
         holds = away > 2 * math.hypot(pes["se"], single["se"])
     values = [plus_minus(x["mean"], x["se"] or 0.0) for x in (pes, single)]
     return Claim(
-        f"{text} text: with {largest} unrolls pes's variance is {'above' if above else 'below'} "
+        f"{NAMES[text]}: with {largest} unrolls pes's variance is {'above' if above else 'below'} "
         "es_single's",
         "Vicol et al. 2023, Fig. 1",
         " against ".join(values),
@@ -158,8 +160,8 @@ def _dip_claim(summary: Summary) -> Claim | None:
     (low, low_se), (high, high_se) = ratios[least], ratios[most]
     one_seed = len(summary.about["seeds"]) < 2
     return Claim(
-        "real text: with more unrolls pes's variance first falls below es_single's, then grows "
-        "above it",
+        f"{NAMES['real']}: with more unrolls pes's variance first falls below es_single's, then "
+        "grows above it",
         "Vicol et al. 2023, Fig. 1",
         f"ratio {plus_minus(low, low_se)} with {least} unrolls, {plus_minus(high, high_se)} "
         f"with {most}",
