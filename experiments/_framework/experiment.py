@@ -121,7 +121,7 @@ def _resumed(settings: CommonSettings) -> Path | None:
 
 def _run(experiment: Experiment, settings: CommonSettings, folder: Path, command: str) -> Path:
     begun, compiled = time.perf_counter(), results.compile_seconds()
-    revision = results.git_revision()
+    revision = results.resumed_revision(folder)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
     written = {k: _as_json(v) for k, v in config.items() if k != "resume"}
     results.write_json(folder / "config.json", written)

@@ -95,7 +95,7 @@ def record(folder: Path, out: Path, title: str) -> Path:
     if status != "complete":
         raise ValueError(f"{folder} is not complete ({status}); only complete runs are recorded.")
     if revision is None or revision.endswith("+"):
-        where = "outside a git repository" if revision is None else "by code that is in no commit"
+        where = "outside a git repository" if revision is None else "by code of no single commit"
         raise ValueError(
             f"{folder} was made {where} (git_revision {revision}), so nobody can repeat it. Commit "
             f"every file in unrollgrad/ and experiments/, and run it again: {about['command']}"
@@ -271,6 +271,15 @@ def git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def resumed_revision(folder: Path) -> str | None:
+    """``git_revision``, with "+" also if the run in the folder began with another one."""
+    revision = git_revision()
+    if not (folder / "summary.json").is_file():
+        return revision
+    before = read_json(folder / "summary.json")["environment"]["git_revision"]
+    return revision if before == revision or revision is None else revision.rstrip("+") + "+"
 
 
 _compiling = 0.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import __main__ as cli
-from experiments._framework import report, results
+from experiments._framework import commands, report, results
 from experiments._framework.commands import PLACES, command_line
 
 RECORDS = sorted(path.parent for path in (results.ROOT / "experiments/results").glob("*/*.json"))
@@ -75,6 +75,13 @@ def test_a_command_says_what_differs():
         assert sorted(found.split()) == sorted(f"python -m experiments variance{flags}".split())
 
 
+def test_a_command_of_several_processes(monkeypatch):
+    monkeypatch.setattr(commands.jax, "process_count", lambda: 2)
+    scales = cli.EXPERIMENTS["variance"].scales
+    found = command_line("variance", scales, scales["cpu"])
+    assert found == "python -m experiments variance --processes 2 --process 0"
+
+
 def as_json(value):
     """A setting as ``config.json`` has it, files by their names."""
     if isinstance(value, list | tuple):
@@ -135,6 +142,15 @@ def test_a_revision_says_whether_code_differs(name, differs, repository):
     assert results.git_revision() == committed + ("+" if differs else "")
 
 
+@pytest.mark.parametrize(("before", "after"), [("a", "a"), ("b", "a+"), ("a+", "a+"), (None, "a+")])
+def test_a_run_that_goes_on_with_other_code(before, after, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "git_revision", lambda: "a")
+    assert results.resumed_revision(tmp_path) == "a"
+    about = {"environment": {"git_revision": before}}
+    (tmp_path / "summary.json").write_text(json.dumps(about))
+    assert results.resumed_revision(tmp_path) == after
+
+
 def test_no_revision_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     assert results.git_revision() is None
@@ -142,13 +158,17 @@ def test_no_revision_outside_a_repository(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("revision", "message"),
-    [("a" * 40 + "+", "by code that is in no commit"), (None, "outside a git repository")],
+    [("a" * 40 + "+", "by code of no single commit"), (None, "outside a git repository")],
 )
 def test_only_committed_code_is_recorded(revision, message, tmp_path):
     folder = tmp_path / "toy-20261129-120000"
     folder.mkdir()
-    about = {"status": "complete", "command": "python -m experiments toy --seeds 3", "results": []}
-    about["environment"] = {"git_revision": revision}
+    about = {
+        "status": "complete",
+        "command": "python -m experiments toy --seeds 3",
+        "environment": {"git_revision": revision},
+        "results": [],
+    }
     for name, content in {"summary": about, "config": {}}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
