@@ -4,8 +4,8 @@ A marker names a function of ``tables.py`` and its arguments::
 
     accuracy <!-- report: number distillation accuracy series=CG decimals=3 -->0.920<!-- end -->
 
-What is between ``-->`` and ``<!-- end -->`` is written by the script. A table has its markers on
-lines of their own.
+What is between ``-->`` and ``<!-- end -->`` is written by the script. A table's markers begin a
+line, those of a number do not: in Markdown a comment at the beginning of a line ends the paragraph.
 """
 
 import re
@@ -44,6 +44,8 @@ def filled(text: str, records: Records) -> str:
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise ValueError(f"the marker `{words}` cannot be filled: {error}") from error
         line = "\n" if "\n" in content else ""
+        if bool(line) != (text[: match.start()][-1:] in ("", "\n")):
+            raise ValueError(f"the marker `{words}` must {'' if line else 'not '}begin a line.")
         return f"{begin}{line}{content}{line}{end}"
 
     return MARKED.sub(fill, text)

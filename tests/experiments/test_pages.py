@@ -94,6 +94,8 @@ def test_a_table_is_on_lines_of_its_own():
         ("<!-- report: printed no_such --><!-- end -->", ["`printed no_such`", "no_such"]),
         ("<!-- report: verdicts no_such --><!-- end -->", ["no record of the topic", "estimators"]),
         ("<!-- report: printed --><!-- end -->", ["`printed`", "missing", "'name'"]),
+        (f"{WRITTEN} --><!-- end -->", [f"{WRITTEN[13:]}`", "must not begin a line"]),
+        ("a <!-- report: estimators --><!-- end -->", ["`estimators` must begin a line"]),
         ("<!-- report: estimators -->\n", ["has no `<!-- end -->`"]),
     ],
 )
@@ -106,7 +108,7 @@ def test_the_command_writes_pages(tmp_path, capsys):
     page, other = tmp_path / "docs" / "a.md", tmp_path / "b.md"
     page.parent.mkdir()
     for path in (page, other):
-        path.write_text(f"{WRITTEN} --><!-- end -->\n")
+        path.write_text(f"a {WRITTEN} --><!-- end -->\n")
     out = tmp_path / "RESULTS.md"
     where = ["--pages", str(other), str(page.parent)]
     cli.main(["report", "--folder", str(FOLDER), "--out", str(out), *where])
