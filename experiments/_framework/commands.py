@@ -9,6 +9,8 @@ import jax
 
 from experiments._framework.settings import CommonSettings
 
+ROOT = Path(__file__).parents[2]
+
 PLACES = ("out", "resume")
 """Settings that say where the files are, not what is computed."""
 
@@ -37,9 +39,20 @@ def command_line(name: str, scales: dict[str, Any], settings: CommonSettings) ->
     return shlex.join(words)
 
 
+def from_root(path: Path) -> str:
+    """A path as text, from the repository's root if it is inside: the same in every clone."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def _flag(name: str, value: Any) -> list[str]:
     """A setting as words of the command line."""
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     values = value if isinstance(value, tuple) else (value,)
-    return [f"--{name}", *(str(v) if isinstance(v, str | Path) else repr(v) for v in values)]
+    return [f"--{name}", *map(_word, values)]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Path):
+        return from_root(value)
+    return value if isinstance(value, str) else repr(value)

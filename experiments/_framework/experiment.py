@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments._framework import results
-from experiments._framework.commands import command_line
+from experiments._framework.commands import command_line, from_root
 from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings, ResumableSettings
@@ -178,7 +178,7 @@ def _as_json(value: Any) -> Any:
     """The value with paths as text, also inside tuples."""
     if isinstance(value, tuple):
         return [_as_json(x) for x in value]
-    return str(value) if isinstance(value, Path) else value
+    return from_root(value) if isinstance(value, Path) else value
 
 
 def redraw(experiment: Experiment, folder: Path) -> Path:

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments._framework.commands import ROOT
 from unrollgrad.diagnostics.report import environment, metrics, write_json
 
 __all__ = ["Record", "Summary", "compile_seconds", "new_folder", "read", "write_json", "writer"]
-
-ROOT = Path(__file__).parents[2]
 
 USED = ("unrollgrad", "experiments", ":!experiments/results", ":!experiments/RESULTS.md")
 """What a run may read of the repository: all code and trained weights, but no earlier record."""

@@ -75,6 +75,12 @@ def test_a_command_says_what_differs():
         assert sorted(found.split()) == sorted(f"python -m experiments variance{flags}".split())
 
 
+def test_a_file_of_the_repository_has_the_same_name_in_every_clone():
+    assert commands.from_root(results.ROOT / "experiments" / "a.npz") == "experiments/a.npz"
+    assert commands.from_root(Path("/elsewhere/a.npz")) == "/elsewhere/a.npz"
+    assert commands.from_root(Path("a.npz")) == "a.npz"
+
+
 def test_a_command_of_several_processes(monkeypatch):
     monkeypatch.setattr(commands.jax, "process_count", lambda: 2)
     scales = cli.EXPERIMENTS["variance"].scales
