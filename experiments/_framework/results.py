@@ -59,9 +59,8 @@ class Summary(NamedTuple):
 
     def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
         """The result with this metric and these labels, or None."""
-        wanted = {"metric": metric, **labels}
-        found = [r for r in self.results if all(r.get(k) == v for k, v in wanted.items())]
-        return found[0] if found else None
+        rows = (r for r in self.results if r["metric"] == metric)
+        return next((r for r in rows if all(r.get(k) == v for k, v in labels.items())), None)
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -229,11 +228,18 @@ def read_summary(folder: Path) -> Summary:
 
 
 def from_json(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results as numbers: a null mean, which stands for one that is not finite, becomes NaN.
+    """Results as numbers: a null, which stands for a number that is not finite, becomes NaN.
 
-    The standard error becomes NaN beside it; alone it stays None, which stands for one seed.
+    A standard error of one seed stays None.
     """
-    return [{**r, "mean": math.nan, "se": math.nan} if r["mean"] is None else r for r in found]
+    return [
+        {
+            **r,
+            "mean": math.nan if r["mean"] is None else r["mean"],
+            "se": math.nan if r["se"] is None and r["n"] > 1 else r["se"],
+        }
+        for r in found
+    ]
 
 
 def summarise(records: list[Record]) -> list[dict[str, Any]]:

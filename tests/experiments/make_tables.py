@@ -22,7 +22,7 @@ from experiments._framework import results
 from experiments._framework.results import Record, Summary
 
 TABLES = Path(__file__).with_name("tables")
-SEEDS = 2
+SEEDS = 3
 STEPS = 5
 """The number of points kept of a curve, including the last."""
 RATES = 3
@@ -71,7 +71,7 @@ def find(name: str) -> tuple[list[Record], Summary]:
         raise FileNotFoundError(f"{folder} is not there; see {__file__} for how it is made.")
     config, records = results.read_json(folder / "config.json"), results.read(folder)
     about = {"experiment": name, "seeds": config["seeds"], "config": config}
-    return records, Summary(_strict(results.summarise(records)), about)
+    return records, Summary(results.from_json(_strict(results.summarise(records))), about)
 
 
 def _strict(found: list[dict]) -> list[dict]:
