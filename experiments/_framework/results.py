@@ -230,16 +230,19 @@ def read_summary(folder: Path) -> Summary:
 def from_json(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Results as numbers: a null, which stands for a number that is not finite, becomes NaN.
 
-    A standard error of one seed stays None.
+    A standard error of one seed stays None; one that is the rounding error of equal numbers is 0.
     """
-    return [
-        {
-            **r,
-            "mean": math.nan if r["mean"] is None else r["mean"],
-            "se": math.nan if r["se"] is None and r["n"] > 1 else r["se"],
-        }
-        for r in found
-    ]
+    return [_known(r) for r in found]
+
+
+def _known(result: dict[str, Any]) -> dict[str, Any]:
+    mean, se = result["mean"], result["se"]
+    mean = math.nan if mean is None else mean
+    if se is None and result["n"] > 1:
+        se = math.nan
+    elif se is not None and 0 < se < 1e-12 * abs(mean):
+        se = 0.0
+    return {**result, "mean": mean, "se": se}
 
 
 def summarise(records: list[Record]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import unrollgrad as ug
 from experiments._framework import curves, evidence
@@ -23,10 +24,12 @@ from unrollgrad.running import need
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """Time of implicit hypergradients for an MLP whose weights share rates of weight decay.
+    """Time and memory of implicit hypergradients for an MLP whose weights share decay rates.
 
     The floor has as many bare Hessian products (jax.jvp of jax.grad), one mixed product and one
-    gradient of the outer loss. The kinds run in turn, medians are reported, and info is unused.
+    gradient of the outer loss. "unrolled" is backpropagation through as many steps of gradient
+    descent. The kinds run in turn, medians are reported, and info is unused. Memory is what XLA
+    plans, arguments and results included.
     """
 
     width: int = 512
@@ -106,8 +109,19 @@ def floor(problem: Problem, terms: int) -> Hypergradient:
     return run
 
 
+def unrolled(problem: Problem, terms: int) -> Hypergradient:
+    """Backpropagation through as many steps of gradient descent, from the same weights."""
+    f = ug.bilevel.unrolled(
+        problem.outer, problem.inner, optimizer=optax.sgd(1e-3), num_steps=terms
+    )
+    return lambda params, theta: f(params, theta).grad
+
+
 def kinds(problem: Problem, terms: int) -> dict[str, Hypergradient]:
-    """The floor, our solvers and, if installed, jaxopt's CG; CG's first residual is a product."""
+    """The floor, unrolling, our solvers and, if installed, jaxopt's CG.
+
+    CG's first residual is a product.
+    """
 
     def ours(solver):
         f = ug.implicit.hypergradient(problem.outer, problem.inner, solver=solver)
@@ -115,6 +129,7 @@ def kinds(problem: Problem, terms: int) -> dict[str, Hypergradient]:
 
     found = {
         "floor": floor(problem, terms),
+        "unrolled": unrolled(problem, terms),
         "neumann": ours(ug.implicit.neumann(terms + 1, 1e-3)),
         "CG": ours(
             need("lineax", "lineax").CG(
@@ -151,13 +166,16 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     }
     for i, (axis, cells) in enumerate(sweeps.items()):
         programs: dict[tuple[int, str], Callable[[], object]] = {}
+        mebibytes: dict[tuple[int, str], float] = {}
         for number, hyperparameters, terms in cells:
             here = problem(
                 jax.random.key(seed), settings.width, settings.batch_size, hyperparameters
             )
             for kind, f in kinds(here, terms).items():
                 arguments = here.params, here.theta
-                programs[number, kind] = functools.partial(jax.jit(f), *arguments)
+                program = timing.compiled(f, *arguments)
+                programs[number, kind] = functools.partial(program.call, *arguments)
+                mebibytes[number, kind] = program.mebibytes
         times: dict[tuple[int, str], list[float]] = {name: [] for name in programs}
 
         def at(fraction: float, axis: str = axis, i: int = i) -> None:
@@ -169,6 +187,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         for (number, kind), values in times.items():
             ratio = float(np.median(np.divide(values, times[number, "floor"])))
             numbers = {"seconds": float(np.median(values)), "over_floor": ratio}
+            numbers["mebibytes"] = mebibytes[number, kind]
             write({"axis": axis, "number": str(number), "kind": kind, **numbers})
 
 
@@ -186,17 +205,24 @@ def _lines(records: list[Record], axis: str, metric: str) -> dict[str, dict[int,
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Seconds by number of products and by number of hyperparameters."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axis, name in ((left, "products"), (right, "hyperparameters")):
-        for kind, line in _lines(records, name, "seconds").items():
-            axis.plot(list(line), list(line.values()), "o-", label=kind)
-        axis.set(xlabel=name, ylabel="seconds")
-        curves.from_zero(axis)
-        axis.grid(alpha=0.3)
-    right.set_xscale("log")
-    left.legend()
+    """Seconds and MiB by number of products and by number of hyperparameters."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col")
+    for row, (metric, unit) in zip(
+        axes, (("seconds", "seconds"), ("mebibytes", "MiB")), strict=True
+    ):
+        for axis, name in zip(row, ("products", "hyperparameters"), strict=True):
+            for i, (kind, line) in enumerate(_lines(records, name, metric).items()):
+                marker = "osd^v"[i % 5] + "-"
+                axis.plot(list(line), list(line.values()), marker, color=f"C{i}", label=kind)
+            axis.set(ylabel=unit)
+            curves.from_zero(axis)
+            axis.grid(alpha=0.3)
+    for axis, name in zip(axes[1], ("products", "hyperparameters"), strict=True):
+        axis.set(xlabel=f"{name}{', of 10 products each' if name != 'products' else ''}")
+    axes[0, 1].set_xscale("log")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.suptitle(f"MLP, 3 x {config['width']} x {config['width']} weights")
     return figure
 
@@ -204,6 +230,9 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 def show(records: list[Record]) -> None:
     """Prints the ratios, and how flat the cost is in the number of hyperparameters."""
     seconds = _lines(records, "products", "seconds")
+    for kind, line in _lines(records, "hyperparameters", "mebibytes").items():
+        values = ", ".join(f"{number}: {value:.3g} MiB" for number, value in line.items())
+        print(f"{kind:>10}, hyperparameters {values}")
     for kind, line in _lines(records, "products", "over_floor").items():
         for terms, ratio in line.items():
             print(f"{kind:>10}, {terms:3} products: {seconds[kind][terms]:.3f} s, {ratio:.2f}")
@@ -244,12 +273,45 @@ def claims(summary: Summary) -> list[Claim]:
                 evidence.told(spread <= 0.1, spread),
             ),
         ]
+    return [*found, *_memory(summary)]
+
+
+def _memory(summary: Summary) -> list[Claim]:
+    """The memory at the most hyperparameters, as XLA plans it: the same for all seeds."""
+    found = []
+    terms, most = (max(summary.about["config"][k]) for k in ("terms", "hyperparameters"))
+    few = min(summary.about["config"]["hyperparameters"])
+    unrolling = _of(summary, "mebibytes", "products", "unrolled")
+    for kind in ("neumann", "CG"):
+        by_number = _of(summary, "mebibytes", "hyperparameters", kind)
+        by_terms = _of(summary, "mebibytes", "products", kind)
+        if not {few, most} <= set(by_number) or not by_terms or terms not in unrolling:
+            continue
+        copies = (by_number[most] - by_number[few]) / ((most - few) * 4 / 2**20)
+        found += [
+            Claim(
+                f"{kind}: from {few} to {most} hyperparameters memory grows by at most four copies "
+                "of them",
+                "Lorraine et al. 2020: O(weights + hyperparameters)",
+                f"{evidence.shown(by_number[few])} to {evidence.shown(by_number[most])} MiB, "
+                f"{evidence.shown(copies)} copies",
+                evidence.told(copies <= 4, copies),
+            ),
+            Claim(
+                f"{kind}: {terms} products take less than half of unrolling's memory",
+                "Lorraine et al. 2020: O(weights x steps)",
+                f"{evidence.shown(by_terms[terms])} against {evidence.shown(unrolling[terms])} MiB",
+                evidence.told(
+                    by_terms[terms] < unrolling[terms] / 2, by_terms[terms] + unrolling[terms]
+                ),
+            ),
+        ]
     return found
 
 
 EXPERIMENT = Experiment(
     name="hypergradient_cost",
-    about="Time of implicit hypergradients over bare Hessian products.",
+    about="Time and memory of implicit hypergradients, up to a million hyperparameters.",
     settings=Settings,
     scales=SCALES,
     labels=("axis", "number", "kind"),

@@ -67,6 +67,8 @@ class Settings(CommonSettings):
     """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`."""
     final_fraction: float = 0.0
     """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
+    points: int = 25
+    """Number of points of each curve, at each of which J is measured."""
     cells: tuple[int, int] = (11, 9)
     """Number of values of theta0 and of theta1 on the grid that the picture shows."""
     num_episodes: int = 16
@@ -101,9 +103,6 @@ SCALES = {
         seeds=(0, 1, 2, 3),
     ),
 }
-
-POINTS = 25
-"""Number of points of each curve."""
 
 RANGES = ((1e-3, 1.0), (0.3, 100.0))
 """Ranges of theta0 and theta1 on the grid."""
@@ -169,7 +168,7 @@ def _prepare(settings: Settings, objective: str) -> Task:
     def evaluate(theta):
         return {"J": measured.fresh(theta[None])[0], **heat_map.named(theta)}
 
-    return Task(measured, training.Plan(methods, evaluate, POINTS))
+    return Task(measured, training.Plan(methods, evaluate, settings.points))
 
 
 def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
@@ -225,7 +224,8 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """PES and ES-Single end near the grid's minimum; truncated estimators do not."""
     papers = "Vicol et al. 2021, 2023"
-    out = []
+    config = summary.about.get("config", {})
+    out = _stable(summary) if config.get("also_rates") else []
     for objective in ("loss", "accuracy"):
         found = [
             *heat_map.ends_near(summary, "pes", NEAR, papers, objective=objective),
@@ -237,6 +237,20 @@ def claims(summary: Summary) -> list[Claim]:
         else:
             found += _unmoved(summary)
         out += [claim._replace(says=f"{objective}: {claim.says}") for claim in found]
+    return out
+
+
+def _stable(summary: Summary) -> list[Claim]:
+    """The claims for several rates: es_single's rate is too high for pes, a lower one slow."""
+    config = summary.about["config"]
+    rate, windows = config["learning_rate"], f"in windows of {config['truncation']}"
+    single = summary.find("J", objective="loss", estimator="es_single")
+    out = []
+    for other in (rate, *config["also_rates"]):
+        name = "pes" if other == rate else f"pes, rate {other:g}"
+        finding = evidence.less(single, summary.find("J", objective="loss", estimator=name))
+        says = f"loss, {windows}: es_single with rate {rate:g} ends below pes with rate {other:g}"
+        out.append(Claim(says, "Vicol et al. 2023", finding.text, finding.holds))
     return out
 
 

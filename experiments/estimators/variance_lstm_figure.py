@@ -82,6 +82,7 @@ def claims(summary: Summary) -> list[Claim]:
         *(_exact_claim(summary, text, name) for name in ("pes", "gpes") for text in TEXTS),
         *(_order_claim(summary, text, above) for text, above in ABOVE.items()),
         _dip_claim(summary),
+        _below_both_claim(summary),
         _sigma_claim(summary),
     ]
     return [claim for claim in found if claim is not None]
@@ -171,6 +172,34 @@ def _dip_claim(summary: Summary) -> Claim | None:
         "Vicol et al. 2023, Fig. 1",
         text,
         evidence.told(evidence.both(dips, grows), *exact.values()),
+    )
+
+
+MANY = 20
+"""Unrolls from which on pes draws its noise much more often than gpes."""
+
+
+def _below_both_claim(summary: Summary) -> Claim | None:
+    """Where gpes's noise is drawn as often as suits the text, however many the unrolls are."""
+    tests = {}
+    for unrolls in sorted(n for n in summary.about["config"]["num_windows"] if n >= MANY):
+        labels = {"text": "real", "unrolls": str(unrolls)}
+        gpes, *others = (
+            summary.find("variance", estimator=name, **labels)
+            for name in ("gpes", "pes", "es_single")
+        )
+        if None not in (gpes, *others):
+            tests[unrolls] = [evidence.less(gpes, other) for other in others]
+    if not tests:
+        return None
+    periods = summary.about["config"]["num_noise_periods"]
+    return Claim(
+        f"real text: with {periods} draws of noise gpes's variance is below both pes's and "
+        f"es_single's, from {min(tests)} unrolls on",
+        "theory: their best number is the signal-to-noise ratio of the mean gradient",
+        "gpes's against pes's, es_single's: "
+        + "; ".join(f"{n}: {pes.text}, {single.text}" for n, (pes, single) in tests.items()),
+        evidence.both(*(test for pair in tests.values() for test in pair)),
     )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments._framework import evidence
+from experiments._framework import evidence, results
+from experiments._framework.results import Record
 
 REPEATS = 4000
 """Comparisons of each simulation; the standard error of a share of 5 % is 0.35 %."""
@@ -214,3 +215,14 @@ def test_all_of_several_findings():
 )
 def test_a_mean_has_as_many_digits_as_its_error(mean, se, text):
     assert evidence.number({"mean": mean, "se": se, "n": 3}) == text
+
+
+def test_equal_numbers_have_no_spread():
+    """Their mean rounds; what is left over is no standard error."""
+    values = [0.0128 * 3.1] * 5
+    records = [Record(i, None, {"estimator": "pes"}, "J", x) for i, x in enumerate(values)]
+    (found,) = results.from_json(
+        [{**r, "se": r["se"] or 1e-18} for r in results.summarise(records)]
+    )
+    assert found["se"] == 0
+    assert "±" not in evidence.number(found)

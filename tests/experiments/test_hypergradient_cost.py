@@ -18,10 +18,11 @@ def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(hypergradient_cost.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(hypergradient_cost.EXPERIMENT, settings))
     records = results.read(folder)
-    assert {r.labels["kind"] for r in records} >= {"floor", "neumann", "CG"}
+    assert {r.labels["kind"] for r in records} >= {"floor", "unrolled", "neumann", "CG"}
+    assert {r.metric for r in records} == {"seconds", "over_floor", "mebibytes"}
     assert all(r.value > 0 for r in records)
     assert "3 products" in capsys.readouterr().out
-    assert len(hypergradient_cost.claims(results.read_summary(folder))) == 4
+    assert len(hypergradient_cost.claims(results.read_summary(folder))) == 8
 
 
 def test_the_solvers_agree():

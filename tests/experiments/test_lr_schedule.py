@@ -81,3 +81,34 @@ def test_the_network():
         (jnp.array([[2.0], [5.0]]), jnp.array([0.5])),
     ]
     np.testing.assert_allclose(image_mlp.logits(params, batch[0]), np.full((4, 1), 8.5))
+
+
+@pytest.mark.experiments
+def test_further_rates_have_runs_of_their_own():
+    settings = dataclasses.replace(lr_schedule.SCALES["smoke"], also_rates=(0.001,), points=3)
+    plan = lr_schedule._prepare(settings, "loss").plan
+    assert list(plan.methods) == [
+        "es_single",
+        "es_single, rate 0.001",
+        "tbptt",
+        "tbptt, rate 0.001",
+    ]
+    assert plan.points == 3
+
+
+@pytest.mark.parametrize(
+    ("pes", "slow", "holds"),
+    [
+        ((2.0, 0.1), (0.3, 0.01), [True, True]),
+        ((0.1, 0.01), (0.3, 0.01), [False, True]),
+        ((2.0, 1.9), (0.2, 0.1), [None, None]),
+        ((math.nan, math.nan), (0.3, 0.01), [None, True]),
+    ],
+)
+def test_claims_of_several_rates(pes, slow, holds):
+    ends = {"es_single": (0.2, 0.01), "pes": pes, "pes, rate 0.001": slow}
+    found = [result(name, "J", mean, se) for name, (mean, se) in ends.items()]
+    config = {"also_rates": [0.001], "learning_rate": 0.01, "truncation": 1}
+    claims = lr_schedule.claims(results.Summary(found, {"config": config}))
+    assert [claim.holds for claim in claims[:2]] == holds
+    assert "in windows of 1: es_single with rate 0.01 ends below pes" in claims[0].says
