@@ -265,7 +265,7 @@ def _unmoved(summary: Summary) -> list[Claim]:
         Claim(
             "tbptt does not move theta at all",
             "accuracy is a step function",
-            f"the mean log theta moved by {evidence.shown(moved, '.2g')}",
+            f"the mean log theta moved by {evidence.shown(moved)}",
             evidence.told(moved < 1e-6, moved),
         )
     ]
