@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments._framework import results
-from experiments._framework.commands import command_line, from_root
+from experiments._framework.commands import as_json, command_line
 from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings, ResumableSettings
@@ -97,7 +97,7 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
         ValueError: If there are no seeds, a seed is given twice, or nothing was computed.
         OSError: If the folder cannot be made.
     """
-    command = command_line(experiment.name, experiment.scales, settings)
+    command = command_line(experiment, settings)
     settings = experiment.fill(settings)
     seeds = tuple(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -124,7 +124,7 @@ def _run(experiment: Experiment, settings: CommonSettings, folder: Path, command
     begun, compiled = time.perf_counter(), results.compile_seconds()
     revision = results.resumed_revision(folder)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
-    written = {k: _as_json(v) for k, v in config.items() if k != "resume"}
+    written = {k: as_json(v) for k, v in config.items() if k != "resume"}
     results.write_json(folder / "config.json", written)
     status, goes_on = "complete", isinstance(settings, ResumableSettings)
     try:
@@ -173,13 +173,6 @@ def _run_seeds(experiment: Experiment, settings: CommonSettings, folder: Path) -
             experiment.run(settings, seed, folder, functools.partial(write, seed), report)
             if stop and i + 1 < len(seeds):
                 raise KeyboardInterrupt
-
-
-def _as_json(value: Any) -> Any:
-    """The value with paths as text, also inside tuples."""
-    if isinstance(value, tuple):
-        return [_as_json(x) for x in value]
-    return from_root(value) if isinstance(value, Path) else value
 
 
 def redraw(experiment: Experiment, folder: Path) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments._framework import results
+from experiments._framework.commands import recorded_command
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Summary
 
@@ -13,10 +14,10 @@ HEAD = """# Results
 
 Written by `python -m experiments report` from the folders beside it; do not edit. A number is the
 mean over seeds ± its standard error; the standard error of a bias or variance is over the samples
-of each seed's run. A comparison is a one-sided t-test over the seeds (Welch's, for two methods) and
-prints its p: yes where p is at most 0.05, **does not reproduce** where the opposite's is (p at least
-0.95), and cannot tell in between, for one seed, and where a run diverged. Times and sizes of one
-machine are compared as they are. Details are below the tables.
+of each seed's run. A comparison is a one-sided t-test over the seeds (Welch's, for two methods)
+and prints its p: yes where p is at most 0.05, **does not reproduce** where the opposite's is (p
+at least 0.95), and cannot tell in between, for one seed, and where a run diverged. Times and
+sizes of one machine are compared as they are. Details are below the tables.
 """
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}
@@ -35,6 +36,7 @@ class Recorded(NamedTuple):
         summary: The run's summary.
         claims: The papers' claims and our results.
         picture: The picture's path, relative to the report.
+        command: The command that repeats the run; None if the settings have changed since.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Recorded(NamedTuple):
     summary: Summary
     claims: list[Claim]
     picture: str
+    command: str | None = None
 
 
 def contents(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> str:
@@ -88,8 +91,9 @@ def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Pa
     picture = Path(os.path.relpath(folder, path.parent)).as_posix() + "/figure.png"
     for topic, experiments in topics.items():
         if one := experiments.get(name):
+            command = recorded_command(one, summary.about["config"])
             words, claims = (one.about, one.would_change), one.claims(summary)
-            return Recorded(folder.name, topic, *words, summary, claims, picture)
+            return Recorded(folder.name, topic, *words, summary, claims, picture, command)
     return Recorded(folder.name, "other", "", "", summary, [], picture)
 
 
@@ -132,8 +136,13 @@ def section(run: Recorded) -> str:
         f"{environment['num_devices']}; {about['seconds'] / 60:.1f} minutes, "
         f"{about['compile_seconds'] / 60:.1f} of them compiling; jax {environment['jax']}, {code}.",
         "",
-        f"    {about['command']}",
+        f"    {run.command or about['command']}",
         "",
+        *(
+            []
+            if run.command
+            else ["The settings have changed since: the command needs this revision.", ""]
+        ),
         f"![{run.name}]({run.picture})",
         "",
     ]

@@ -60,18 +60,19 @@ def test_a_command_repeats_all_settings(name, parsed):
         empty = {k: () for k in names if typing.get_args(types[k])[1:] == (...,)}
         assert {k: v for k, v in changed.items() if v != values[k]}
         for settings in (usual, *(dataclasses.replace(usual, **c) for c in (changed, empty))):
-            assert parsed(command_line(name, experiment.scales, settings)) == (experiment, settings)
+            assert parsed(command_line(experiment, settings)) == (experiment, settings)
 
 
 def test_a_command_says_what_differs():
-    scales = cli.EXPERIMENTS["variance"].scales
+    variance = cli.EXPERIMENTS["variance"]
+    scales = variance.scales
     for settings, flags in [
         (scales["cpu"], ""),
         (dataclasses.replace(scales["cpu"], out=Path("elsewhere")), ""),
         (scales["smoke"], " --scale smoke"),
         (dataclasses.replace(scales["cpu"], seeds=(3, 5), sigma=0.5), " --seeds 3 5 --sigma 0.5"),
     ]:
-        found = command_line("variance", scales, settings)
+        found = command_line(variance, settings)
         assert sorted(found.split()) == sorted(f"python -m experiments variance{flags}".split())
 
 
@@ -83,29 +84,38 @@ def test_a_file_of_the_repository_has_the_same_name_in_every_clone():
 
 def test_a_command_of_several_processes(monkeypatch):
     monkeypatch.setattr(commands.jax, "process_count", lambda: 2)
-    scales = cli.EXPERIMENTS["variance"].scales
-    found = command_line("variance", scales, scales["cpu"])
+    variance = cli.EXPERIMENTS["variance"]
+    found = command_line(variance, variance.scales["cpu"])
     assert found == "python -m experiments variance --processes 2 --process 0"
 
 
-def as_json(value):
-    """A setting as ``config.json`` has it, files by their names."""
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
-
-
 @pytest.mark.parametrize("folder", RECORDS, ids=[folder.name for folder in RECORDS])
-def test_a_recorded_command_has_the_recorded_settings(folder, parsed):
-    about, config = (results.read_json(folder / f"{x}.json") for x in ("summary", "config"))
-    experiment, settings = parsed(about["command"])
-    assert experiment.name == config["experiment"]
+def test_the_command_of_a_record_has_its_settings(folder, parsed):
+    """It has them with the present defaults, or the report says that they have changed."""
+    summary = results.read_summary(folder)
+    config = summary.about["config"]
+    known = cli.EXPERIMENTS[config["experiment"]]
+    command = commands.recorded_command(known, config)
+    if command is None:
+        fields = {field.name for field in dataclasses.fields(known.settings)}
+        assert fields - {"resume"} != set(config) - {"experiment"}
+        return
+    experiment, settings = parsed(command)
+    assert experiment == known
     found = dataclasses.asdict(experiment.fill(settings))
-    kept = set(found) & set(config) - set(PLACES)
-    if getattr(settings, "devices", 1) is None:  # all that the machine has
-        kept -= {"devices"}
-    assert {k: as_json(found[k]) for k in kept} == {k: as_json(config[k]) for k in kept}
-    assert not set(config) - set(found) - {"experiment"}
+    if isinstance(found.get("devices"), int):  # all that the machine has
+        found["devices"] = config["devices"]
+    kept = set(config) - {"experiment", *PLACES}
+    assert {k: commands.as_json(found[k]) for k in kept} == {k: config[k] for k in kept}
+
+
+def test_a_record_with_other_settings_has_no_command():
+    variance = cli.EXPERIMENTS["variance"]
+    config = {k: commands.as_json(v) for k, v in dataclasses.asdict(variance.scales["cpu"]).items()}
+    assert commands.recorded_command(variance, config) == "python -m experiments variance"
+    assert commands.recorded_command(variance, {**config, "gone": 1}) is None
+    del config["sigma"]
+    assert commands.recorded_command(variance, config) is None
 
 
 @pytest.fixture
