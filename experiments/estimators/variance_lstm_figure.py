@@ -194,7 +194,7 @@ def _below_both_claim(summary: Summary) -> Claim | None:
         return None
     periods = summary.about["config"]["num_noise_periods"]
     return Claim(
-        f"real text: with {periods} draws of noise gpes's variance is below both pes's and "
+        f"{NAMES['real']}: with {periods} draws of noise gpes's variance is below both pes's and "
         f"es_single's, from {min(tests)} unrolls on",
         "theory: their best number is the signal-to-noise ratio of the mean gradient",
         "gpes's against pes's, es_single's: "

@@ -18,7 +18,9 @@ WRITTEN = "<!-- report: number distillation accuracy series=CG"
 TO_WRITE = "run `python -m experiments report`, look at the change, and commit it"
 
 CODE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
-MEASURED = re.compile(r"±|\d\s?(%|µs|ms|s\b|MiB|GiB|seconds|minutes|times\b)|\d\.\d")
+MEASURED = re.compile(
+    r"±|(?<![/\w])\d[\d.,]*\s?(%|µs|ms|s\b|MiB|GiB|seconds|minutes|times\b)|\d\.\d"
+)
 VERSIONS = re.compile(r"(Python|jax) \d[.\d]*( to \d[.\d]*)?|Apache-2.0")
 
 
@@ -60,6 +62,7 @@ def test_no_measured_number_is_written_by_hand(page):
 def test_a_number_by_hand_is_seen():
     marked = "it is <!-- report: number a b -->91.9 ± 0.3<!-- end --> percent; Python 3.11 to 3.13"
     assert by_hand(f"{marked}\n\nand `0.1 s` in code\n```\n12 %\n```\n") == []
+    assert by_hand("of a formula: n/2 times as large") == []
     assert by_hand("| | for example |\n|---|---|\n| a | 8 minutes |") == []
     for line in ("3 to 9 % longer", "a ratio of 0.14", "it takes 12 s", "92 ± 1", "7 times"):
         assert by_hand(f"{marked}\n{line}") == [line]
