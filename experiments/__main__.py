@@ -12,11 +12,13 @@ import jax
 import tyro
 
 from experiments._framework import experiment as framework
+from experiments._framework import pages as markdown
 from experiments._framework import report, results
 from experiments._framework.discovery import by_topic
 from experiments._framework.experiment import SCALES, Experiment
 from experiments._framework.processes import Processes, join
 from experiments._framework.settings import ResumableSettings
+from experiments._framework.tables import Records
 from experiments.problems import PROBLEMS
 from unrollgrad import running
 
@@ -67,14 +69,24 @@ def record(folder: Annotated[Path, tyro.conf.Positional], variant: str = "") -> 
     print(f"{kept}; now: python -m experiments report")
 
 
-def write_report(folder: Path = RECORDED, out: Path = Path("experiments/RESULTS.md")) -> None:
-    """Write RESULTS.md from the recorded runs: claims, numbers, seeds, device, time, pictures.
+def write_report(
+    folder: Path = RECORDED,
+    out: Path = Path("experiments/RESULTS.md"),
+    pages: tuple[Path, ...] = (Path("README.md"), Path("docs")),
+) -> None:
+    """Write RESULTS.md from the recorded runs, and the numbers and tables of other pages.
 
     Args:
         folder: The folder of all recorded runs; `record` adds to it.
-        out: The file to write.
+        out: The file to write: claims, numbers, seeds, device, time, pictures.
+        pages: Markdown files, and folders of such, with markers; see `_framework/tables.py`.
     """
-    print(report.write(TOPICS, folder, out))
+    written = {out: report.contents(TOPICS, folder, out)}
+    for page in markdown.files(pages):
+        written[page] = markdown.filled(page.read_text(), Records(TOPICS, folder))
+    for path, text in written.items():
+        path.write_text(text)
+        print(path)
 
 
 def command(experiment: Experiment, default: Any, about: str) -> Callable[..., Path | None]:

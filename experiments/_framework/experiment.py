@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments._framework import results
+from experiments._framework.commands import as_json, command_line
 from experiments._framework.processes import from_process_0
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings, ResumableSettings
@@ -63,6 +64,8 @@ class Experiment(NamedTuple):
         draw: ``draw(records, config)`` returns a matplotlib figure; it needs the CSV alone.
         show: ``show(records)`` prints the result.
         claims: ``claims(summary)`` compares a recorded result with the papers' claims.
+        would_change: What would change our mind, in one sentence: the result, on which larger
+            problem and with which power, that would overturn the verdict.
         fill: ``fill(settings)`` replaces None by defaults that depend on other settings.
         title: ``title(settings)`` is the name of the results' folder. Default: ``name``.
     """
@@ -76,6 +79,7 @@ class Experiment(NamedTuple):
     draw: Callable[[list[Record], dict[str, Any]], Any]
     show: Callable[[list[Record]], None]
     claims: Callable[[Summary], list[Claim]]
+    would_change: str
     fill: Callable[[Any], Any] = lambda settings: settings
     title: Callable[[Any], str] | None = None
 
@@ -93,6 +97,7 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
         ValueError: If there are no seeds, a seed is given twice, or nothing was computed.
         OSError: If the folder cannot be made.
     """
+    command = command_line(experiment, settings)
     settings = experiment.fill(settings)
     seeds = tuple(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -107,7 +112,7 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
     with contextlib.ExitStack() as stack:
         if isinstance(settings, ResumableSettings):  # before anything is written into the folder
             stack.enter_context(running.lock(folder / "checkpoints"))
-        return _run(experiment, settings, Path(from_process_0(str(folder))))
+        return _run(experiment, settings, Path(from_process_0(str(folder))), command)
 
 
 def _resumed(settings: CommonSettings) -> Path | None:
@@ -115,11 +120,11 @@ def _resumed(settings: CommonSettings) -> Path | None:
     return settings.resume if isinstance(settings, ResumableSettings) else None
 
 
-def _run(experiment: Experiment, settings: CommonSettings, folder: Path) -> Path:
+def _run(experiment: Experiment, settings: CommonSettings, folder: Path, command: str) -> Path:
     begun, compiled = time.perf_counter(), results.compile_seconds()
-    revision = results.git_revision()
+    revision = results.resumed_revision(folder)
     config = {"experiment": experiment.name, **dataclasses.asdict(settings)}
-    written = {k: _as_json(v) for k, v in config.items() if k != "resume"}
+    written = {k: as_json(v) for k, v in config.items() if k != "resume"}
     results.write_json(folder / "config.json", written)
     status, goes_on = "complete", isinstance(settings, ResumableSettings)
     try:
@@ -133,7 +138,7 @@ def _run(experiment: Experiment, settings: CommonSettings, folder: Path) -> Path
         compiling = results.compile_seconds() - compiled
         records = results.read(folder)
         if records:
-            outcome = results.Outcome(status, seconds, compiling, revision)
+            outcome = results.Outcome(status, seconds, compiling, revision, command)
             results.write_summary(folder, config, records, outcome)
             redraw(experiment, folder)
             if status != "complete":
@@ -168,13 +173,6 @@ def _run_seeds(experiment: Experiment, settings: CommonSettings, folder: Path) -
             experiment.run(settings, seed, folder, functools.partial(write, seed), report)
             if stop and i + 1 < len(seeds):
                 raise KeyboardInterrupt
-
-
-def _as_json(value: Any) -> Any:
-    """The value with paths as text, also inside tuples."""
-    if isinstance(value, tuple):
-        return [_as_json(x) for x in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def redraw(experiment: Experiment, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""``report``: writes RESULTS.md from recorded summaries."""
+"""``report``: RESULTS.md from recorded summaries."""
 
 import os
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments._framework import results
+from experiments._framework.commands import recorded_command
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Summary
 
@@ -21,6 +22,7 @@ of one machine are compared as they are. Details are below the tables.
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}
 OWN = "our target"
+OVERVIEW = ("experiment", "source", "verdict", "what it shows", "what would change our mind")
 
 
 class Recorded(NamedTuple):
@@ -30,39 +32,54 @@ class Recorded(NamedTuple):
         name: The name of its folder.
         topic: The topic of its experiment; "other" if the experiment is not known.
         about: The experiment's description in one line.
+        would_change: The result that would overturn our verdict.
         summary: The run's summary.
         claims: The papers' claims and our results.
         picture: The picture's path, relative to the report.
+        command: The command that repeats the run; None if the settings have changed since.
     """
 
     name: str
     topic: str
     about: str
+    would_change: str
     summary: Summary
     claims: list[Claim]
     picture: str
+    command: str | None = None
 
 
-def write(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> Path:
-    """Writes ``path`` from every folder of results in ``folder``: tables by topic, then details.
+def contents(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> str:
+    """The report on every folder of results in ``folder``: tables by topic, then details.
+
+    Args:
+        topics: The experiments by topic.
+        folder: The folder of all recorded runs.
+        path: Where the report will be, for its links to pictures.
 
     Raises:
         FileNotFoundError: If there are no results.
     """
+    runs = recorded(topics, folder, path)
+    parts = [HEAD]
+    for topic in dict.fromkeys(run.topic for run in runs):
+        rows = [_overview(run) for run in runs if run.topic == topic]
+        head = [_row(*OVERVIEW), "|---" * len(OVERVIEW) + "|"]
+        parts.append("\n".join([f"## {topic}", "", *head, *rows, ""]))
+    parts += [section(run) for run in runs]
+    return "\n".join(parts)
+
+
+def recorded(
+    topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path
+) -> list[Recorded]:
+    """All recorded runs in the order of the report; the arguments are those of ``contents``."""
     found = sorted(p.parent for p in folder.glob("*/summary.json"))
     if not found:
         raise FileNotFoundError(f"no results in {folder}: run an experiment and `record` it first.")
     runs = [_read(topics, one, path) for one in found]
     names = [*topics, "other"]
-    runs.sort(key=lambda run: (names.index(run.topic), run.name))
-    parts = [HEAD]
-    for topic in dict.fromkeys(run.topic for run in runs):
-        rows = [_overview(run) for run in runs if run.topic == topic]
-        head = ["| experiment | source | verdict | what it shows |", "|---|---|---|---|"]
-        parts.append("\n".join([f"## {topic}", "", *head, *rows, ""]))
-    parts += [section(run) for run in runs]
-    path.write_text("\n".join(parts))
-    return path
+    return sorted(runs, key=lambda run: (names.index(run.topic), run.name))
 
 
 def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Path) -> Recorded:
@@ -74,8 +91,10 @@ def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Pa
     picture = Path(os.path.relpath(folder, path.parent)).as_posix() + "/figure.png"
     for topic, experiments in topics.items():
         if one := experiments.get(name):
-            return Recorded(folder.name, topic, one.about, summary, one.claims(summary), picture)
-    return Recorded(folder.name, "other", "", summary, [], picture)
+            command = recorded_command(one, summary.about["config"])
+            words, claims = (one.about, one.would_change), one.claims(summary)
+            return Recorded(folder.name, topic, *words, summary, claims, picture, command)
+    return Recorded(folder.name, "other", "", "", summary, [], picture)
 
 
 def verdict(claims: list[Claim]) -> str:
@@ -95,14 +114,15 @@ def verdict(claims: list[Claim]) -> str:
 
 def _overview(run: Recorded) -> str:
     sources = "; ".join(dict.fromkeys(claim.source for claim in run.claims))
-    return _row(f"[{run.name}](#{run.name.lower()})", sources, verdict(run.claims), run.about)
+    name = f"[{run.name}](#{run.name.lower()})"
+    return _row(name, sources, verdict(run.claims), run.about, run.would_change)
 
 
 def section(run: Recorded) -> str:
     """One run's section of the report."""
     about = run.summary.about
     environment = about["environment"]
-    revision = (environment.get("git_revision") or "unknown")[:10]
+    code = f"unrollgrad {environment['unrollgrad']}, {revision(environment['git_revision'])}"
     lines = [f"## {run.name}", ""]
     if about["status"] != "complete":
         lines += [f"**Not complete: {about['status']}.**", ""]
@@ -114,15 +134,27 @@ def section(run: Recorded) -> str:
     lines += [
         f"Seeds {seeds}; scale {about['scale']}; {environment['device']} × "
         f"{environment['num_devices']}; {about['seconds'] / 60:.1f} minutes, "
-        f"{about['compile_seconds'] / 60:.1f} of them compiling; jax {environment['jax']}, "
-        f"unrollgrad {environment['unrollgrad']}, revision {revision}.",
+        f"{about['compile_seconds'] / 60:.1f} of them compiling; jax {environment['jax']}, {code}.",
         "",
-        f"    {about['command']}",
+        f"    {run.command or about['command']}",
         "",
+        *(
+            []
+            if run.command
+            else ["The settings have changed since: the command needs this revision.", ""]
+        ),
         f"![{run.name}]({run.picture})",
         "",
     ]
     return "\n".join(lines)
+
+
+def revision(found: str | None) -> str:
+    """A revision in ten digits; a run of code that differed from the commit says so."""
+    if found is None:
+        return "revision unknown"
+    differs = "+ (the code differed from the commit)" if found.endswith("+") else ""
+    return f"revision {found[:10]}{differs}"
 
 
 def _row(*cells: str) -> str:

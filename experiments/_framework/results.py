@@ -7,10 +7,8 @@ import io
 import itertools
 import json
 import math
-import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments._framework.commands import ROOT
 from unrollgrad.diagnostics.report import environment, metrics, write_json
 
 __all__ = ["Record", "Summary", "compile_seconds", "new_folder", "read", "write_json", "writer"]
 
-ROOT = Path(__file__).parents[2]
+USED = ("unrollgrad", "experiments", ":!experiments/results", ":!experiments/RESULTS.md")
+"""What a run may read of the repository: all code and trained weights, but no earlier record."""
 
 
 class Record(NamedTuple):
@@ -88,11 +88,18 @@ def record(folder: Path, out: Path, title: str) -> Path:
     """Copies a finished run to ``out/title``, with a compressed table, and replaces the old record.
 
     Raises:
-        ValueError: If the run is not complete.
+        ValueError: If the run is not complete, or was not made by the code of a commit.
     """
-    status = read_summary(folder).about["status"]
+    about = read_summary(folder).about
+    status, revision = about["status"], about["environment"]["git_revision"]
     if status != "complete":
         raise ValueError(f"{folder} is not complete ({status}); only complete runs are recorded.")
+    if revision is None or revision.endswith("+"):
+        where = "outside a git repository" if revision is None else "by code of no single commit"
+        raise ValueError(
+            f"{folder} was made {where} (git_revision {revision}), so nobody can repeat it. Commit "
+            f"every file in unrollgrad/ and experiments/, and run it again: {about['command']}"
+        )
     recorded = out / title
     if recorded.resolve() == folder.resolve():
         raise ValueError(f"{folder} is recorded already. Pass the folder of a run.")
@@ -187,12 +194,14 @@ class Outcome(NamedTuple):
         seconds: The run's duration.
         compile_seconds: The part of it that was spent on compilation.
         revision: The commit of the code when the run began; see ``git_revision``.
+        command: The command that repeats the run.
     """
 
     status: str
     seconds: float
     compile_seconds: float
     revision: str | None
+    command: str
 
 
 def write_summary(
@@ -204,7 +213,7 @@ def write_summary(
         "scale": config["scale"],
         "seeds": list(config["seeds"]),
         "status": outcome.status,
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "command": outcome.command,
         "seconds": round(outcome.seconds, 1),
         "compile_seconds": round(outcome.compile_seconds, 1),
         "run_seconds": round(outcome.seconds - outcome.compile_seconds, 1),
@@ -258,16 +267,26 @@ def summarise(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def git_revision() -> str | None:
-    """The commit, with "+" if files differ from it; None outside a repository."""
+    """The commit, with "+" if code differs from it or is not in it; None outside a repository."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "--untracked-files=all", "--", *USED)
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def resumed_revision(folder: Path) -> str | None:
+    """``git_revision``, with "+" also if the run in the folder began with another one."""
+    revision = git_revision()
+    if not (folder / "summary.json").is_file():
+        return revision
+    before = read_json(folder / "summary.json")["environment"]["git_revision"]
+    return revision if before == revision or revision is None else revision.rstrip("+") + "+"
 
 
 _compiling = 0.0

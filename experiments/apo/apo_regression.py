@@ -237,4 +237,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "Adam with a decaying rate, tuned by as many runs, reaches the preconditioner's loss "
+        "in as many steps on a network ten times as wide, in ten seeds (p < 0.05)."
+    ),
 )

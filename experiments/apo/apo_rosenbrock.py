@@ -213,4 +213,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "From 20 random starts and over 2000 steps, gradient descent at its best rate ends "
+        "below the preconditioner, or the preconditioner below Adam at its best rate (p < "
+        "0.05)."
+    ),
 )

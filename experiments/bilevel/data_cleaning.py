@@ -265,8 +265,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     for i, seed in enumerate(dict.fromkeys(r.seed for r in accuracies)):
         line = [r for r in accuracies if r.seed == seed and r.labels["series"] == "cleaning"]
         places, values = [r.step for r in line], [100 * r.value for r in line]
-        left.plot(places, values, color="C0", label=None if i else "cleaning")
-    for name, color in REFERENCES.items():
+        left.plot(places, values, color="C0", label=None if i else "cleaning, warm-started")
+    for name, color in {"cleaning, trained anew": "C0", **REFERENCES}.items():
         values = _values(accuracies, name, "test_accuracy")
         if values:
             left.axhline(
@@ -377,4 +377,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On MNIST with 5000 training images, half of them mislabelled, and everything trained "
+        "anew, learned weights gain less than 5 points over equal ones, or more than the clean "
+        "validation images alone, in ten seeds (p < 0.05)."
+    ),
 )

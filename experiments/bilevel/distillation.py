@@ -282,4 +282,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On MNIST or CIFAR-10, as many real images or class means train a classifier that is "
+        "better than that of the distilled ones, in ten seeds (p < 0.05)."
+    ),
 )

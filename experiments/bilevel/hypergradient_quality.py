@@ -309,4 +309,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On a network of 100,000 weights or more, with an exact hypergradient to compare with, "
+        "a few terms of Neumann's series point better than as many steps of CG, in ten splits "
+        "(p < 0.05)."
+    ),
 )

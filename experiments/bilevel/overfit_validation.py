@@ -236,4 +236,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On a convolutional net and CIFAR-10, a decay rate for every weight leaves some of 50 "
+        "validation images wrong in more than one of ten seeds, or test accuracy keeps up "
+        "within 5 points."
+    ),
 )

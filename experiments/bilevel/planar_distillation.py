@@ -223,4 +223,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "With ten learned images of MNIST in place of two points, the network of a warm start "
+        "is no better than one trained anew on its last images, within 1 point of accuracy in "
+        "ten seeds."
+    ),
 )

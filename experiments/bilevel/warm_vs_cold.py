@@ -381,4 +381,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "Where data of a network are learned (distillation of MNIST), training from zero with "
+        "the last theta of a warm start is as good as the warm start was, within 5 % in 16 "
+        "seeds."
+    ),
 )

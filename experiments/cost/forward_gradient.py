@@ -328,4 +328,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On a GPU or a TPU, with networks of 10 million weights or more, updates with dodge "
+        "take at most half of bptt's time, or training with them ends lower in equal time, in "
+        "five seeds (p < 0.05)."
+    ),
 )

@@ -322,4 +322,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "With a transformer of 100 million weights on a GPU, a hypergradient takes over 1.2 "
+        "times as long as its products, as the median of 30 repeats."
+    ),
 )

@@ -187,4 +187,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        'With a transformer on a GPU, `"step"` takes over 1.3 times as long as no `remat`, or '
+        'memory with `"sqrt"` grows faster than T^0.6 over horizons of 100 to 10,000.'
+    ),
 )

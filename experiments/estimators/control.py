@@ -261,16 +261,18 @@ def claims(summary: Summary) -> list[Claim]:
     The steps are compared seed by seed (a run of full ES that does not improve is soon caught up
     with), and the losses by their means over the seeds.
     """
+    problem = summary.about["config"].get("problem", "cart_pole")  # older records: the pole
+    task = "Swimmer" if problem == "swimmer" else f"there Swimmer, here {problem}"
     compared = (
-        ("pes", "full_es", "Vicol et al. 2021, Swimmer"),
-        ("es_single", "full_es", "Vicol et al. 2023, Swimmer"),
-        ("nres", "full_es", "Li et al. 2023, Swimmer"),
-        ("pes", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
-        ("es_single", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
-        ("nres", "full_es_few", "Li et al. 2023, Swimmer (equal steps per update)"),
+        ("pes", "full_es", f"Vicol et al. 2021, {task}"),
+        ("es_single", "full_es", f"Vicol et al. 2023, {task}"),
+        ("nres", "full_es", f"Li et al. 2023, {task}"),
+        ("pes", "full_es_few", f"Li et al. 2023, {task} (equal steps per update)"),
+        ("es_single", "full_es_few", f"Li et al. 2023, {task} (equal steps per update)"),
+        ("nres", "full_es_few", f"Li et al. 2023, {task} (equal steps per update)"),
     )
     out = [_fewer(summary, "steps", *names) for names in compared]
-    out.append(_fewer(summary, "steps_in_a_row", "nres", "full_es_few", "Li et al. 2023, Swimmer"))
+    out.append(_fewer(summary, "steps_in_a_row", "nres", "full_es_few", f"Li et al. 2023, {task}"))
     out += [
         curves.compare(
             summary,
@@ -282,7 +284,6 @@ def claims(summary: Summary) -> list[Claim]:
                 f"{name} is below full ES's last J after half of the environment steps (means)",
                 source,
                 "J ",
-                errors=2,
                 other_metric="loss",
             ),
         )
@@ -311,4 +312,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On MuJoCo's half-cheetah, with 200 updates of full ES, rates chosen on other seeds "
+        "and ten seeds, the comparison of windows with whole episodes comes out the other way "
+        "(p < 0.05)."
+    ),
 )

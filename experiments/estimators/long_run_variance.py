@@ -250,4 +250,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "With 100,000 outer parameters, the long-run variance of ES-Single or NRES is over 10 "
+        "% off that of full ES, with a standard error of 2 % or less."
+    ),
 )

@@ -284,4 +284,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "On a chaotic system of 40 variables (Lorenz 96), gradients through whole episodes "
+        "recover the constants, or the order of NRES and full ES by inner steps is another "
+        "one, in ten seeds (p < 0.05)."
+    ),
 )

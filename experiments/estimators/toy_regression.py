@@ -198,4 +198,8 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "At the best of nine learning rates, gradients or truncated ES reach the basin in half "
+        "of 20 seeds, or PES, ES-Single or full ES misses it in half of them."
+    ),
 )

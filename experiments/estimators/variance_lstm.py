@@ -37,7 +37,7 @@ class Settings(CommonSettings):
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. paper: the published settings."""
     corpus: Path | None = None
-    """The file of the real text. Default: the source of the standard library's argparse."""
+    """The file whose text is called real. Default: source code, the standard library's argparse."""
     estimators: tuple[Literal["pes", "gpes", "es_single"], ...] = ("pes", "gpes", "es_single")
     """The estimators to run."""
     horizon: int = 200
@@ -269,4 +269,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "With an LSTM of a million weights and up to 1000 unrolls, the slope of ES-Single's "
+        "variance is over 0.1, or PES's variance over 15 % off its closed form, with standard "
+        "errors of a third of that."
+    ),
 )

@@ -17,6 +17,8 @@ TEXTS = {
 }
 """The texts of the LSTM: their window gradients are natural, conflict, or agree."""
 
+NAMES = {"real": "text of a file", "random": "random text", "repeated": "repeated text"}
+"""How claims name the texts; the file is source code unless another is given."""
 
 OTHER_SIGMA = 3.0
 """A multiple of sigma, which must give the same variance."""
@@ -96,7 +98,7 @@ def _slope_claim(summary: Summary, text: str) -> Claim | None:
         return None
     flat = evidence.within(found, -0.1, 0.1)
     return Claim(
-        f"{text} text: es_single's variance does not depend on the number of unrolls",
+        f"{NAMES[text]}: es_single's variance does not depend on the number of unrolls",
         "Vicol et al. 2023, Fig. 1 and Prop. 3.2",
         f"slope of log variance over log unrolls {flat.text}, within 0.1 of 0",
         flat.holds,
@@ -119,7 +121,7 @@ def _exact_claim(summary: Summary, text: str, name: str) -> Claim | None:
     if not tests:
         return None
     return Claim(
-        f"{text} text: {name}'s variance is within 15 % of the exact formula on measured window "
+        f"{NAMES[text]}: {name}'s variance is within 15 % of the exact formula on measured window "
         "gradients",
         "theory, for quadratic losses",
         "ratio by unrolls: " + ", ".join(f"{n}: {test.text}" for n, test in tests.items()),
@@ -135,7 +137,7 @@ def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
         return None
     ordered = (evidence.more if above else evidence.less)(pes, single)
     return Claim(
-        f"{text} text: with {largest} unrolls pes's variance is {'above' if above else 'below'} "
+        f"{NAMES[text]}: with {largest} unrolls pes's variance is {'above' if above else 'below'} "
         "es_single's",
         "Vicol et al. 2023, Fig. 1",
         ordered.text,
@@ -165,8 +167,8 @@ def _dip_claim(summary: Summary) -> Claim | None:
     if not all(map(math.isfinite, exact.values())):
         text += "; a closed form diverged"
     return Claim(
-        "real text: with more unrolls pes's variance first falls below es_single's, then grows "
-        "above it",
+        f"{NAMES['real']}: with more unrolls pes's variance first falls below es_single's, then "
+        "grows above it",
         "Vicol et al. 2023, Fig. 1",
         text,
         evidence.told(evidence.both(dips, grows), *exact.values()),
@@ -192,7 +194,7 @@ def _below_both_claim(summary: Summary) -> Claim | None:
         return None
     periods = summary.about["config"]["num_noise_periods"]
     return Claim(
-        f"real text: with {periods} draws of noise gpes's variance is below both pes's and "
+        f"{NAMES['real']}: with {periods} draws of noise gpes's variance is below both pes's and "
         f"es_single's, from {min(tests)} unrolls on",
         "theory: their best number is the signal-to-noise ratio of the mean gradient",
         "gpes's against pes's, es_single's: "

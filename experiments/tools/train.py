@@ -267,5 +267,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
+    would_change=(
+        "It makes no claim; a resumed run that ends elsewhere than an uninterrupted one, on "
+        "the same device, would show a fault."
+    ),
     title=lambda settings: f"train-{settings.problem}-{settings.estimator}",
 )

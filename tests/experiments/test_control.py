@@ -84,7 +84,7 @@ def test_claims_can_fail():
         ]
 
     steps = {"full_es": 10.0, "full_es_few": 5.0, "pes": 7.0, "es_single": 9.0, "nres": None}
-    summary = results.Summary(found("steps", steps), {})
+    summary = results.Summary(found("steps", steps), {"config": {"problem": "swimmer"}})
     holds = {claim.says: claim.holds for claim in control.claims(summary)}
     assert holds["pes reaches full ES's J in fewer environment steps than full_es"] is True
     assert holds["es_single reaches full ES's J in fewer environment steps than full_es"] is False

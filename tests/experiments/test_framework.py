@@ -68,6 +68,7 @@ TOY = Experiment(
     draw=draw,
     show=lambda records: print(f"{len(records)} records"),
     claims=claims,
+    would_change="The toy does not fall.",
     title=lambda settings: "toy",
 )
 
@@ -170,6 +171,7 @@ def test_the_picture_is_drawn_again_from_the_csv(tmp_path, monkeypatch, capsys):
 
 def test_a_record_replaces_the_one_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "RECORDED", tmp_path / "records")
+    monkeypatch.setattr(results, "git_revision", lambda: "a" * 40)
     for seeds in [(3, 4), (5,)]:
         folder = present(framework.execute(TOY, Settings(seeds=seeds, out=tmp_path / "results")))
         cli.main(["record", str(folder), "--variant", "again"])
@@ -228,16 +230,17 @@ def test_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(cli.TOPICS, "toys", {"toy": TOY})
     recorded, out = tmp_path / "results", tmp_path / "RESULTS.md"
     with pytest.raises(FileNotFoundError, match="no results in"):
-        cli.main(["report", "--folder", str(recorded), "--out", str(out)])
+        cli.main(["report", "--folder", str(recorded), "--out", str(out), "--pages"])
     done = present(framework.execute(TOY, Settings(out=recorded)))
     with pytest.raises(KeyboardInterrupt):
         framework.execute(TOY, Settings(fail="interrupt 4", out=recorded))
-    cli.main(["report", "--folder", str(recorded), "--out", str(out)])
+    cli.main(["report", "--folder", str(recorded), "--out", str(out), "--pages"])
     text = out.read_text()
     assert text.count("## toy-") == 2
     row = f"| [{done.name}](#{done.name}) | A 2020; B 2021; C 2022 | reproduced in part (1 of 2) |"
-    head = "| experiment | source | verdict | what it shows |\n|---|---|---|---|"
-    assert f"## toys\n\n{head}\n{row}" in text
+    head = "| experiment | source | verdict | what it shows | what would change our mind |"
+    lines = "|---|---|---|---|---|"
+    assert f"## toys\n\n{head}\n{lines}\n{row} A toy. | The toy does not fall. |" in text
     assert "| a falls | A 2020 | 13.5 | **does not reproduce** |" in text
     assert "| a is 13.5 | B 2021 | 13.5 | yes |" in text
     assert r"| who knows | C 2022 | \|g\| = ? | cannot tell |" in text
@@ -246,10 +249,10 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "minutes" in text
     assert "revision" in text
     assert f"(results/{done.name}/figure.png)" in text
-    assert "    python -m experiments" in text
+    assert "    python -m experiments toy\n" in text
     (done / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=f"{done.name}/summary.json cannot be read"):
-        cli.main(["report", "--folder", str(recorded), "--out", str(out)])
+        cli.main(["report", "--folder", str(recorded), "--out", str(out), "--pages"])
 
 
 def test_the_scale_decides_the_defaults():

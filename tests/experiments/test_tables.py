@@ -33,7 +33,6 @@ NOT_SHOWN = {
 NOT_DRAWN = {
     "apo_cost": ("fixed preconditioner",),
     "benchmark": ("neumann", "CG"),
-    "data_cleaning": ("cleaning, trained anew",),
     "distillation": ("identity, gain", "CG, gain"),
     "evaluate_optimizer": ONLY_BEST,
     "global_lr": ("grid", "pes / es_single"),

@@ -233,8 +233,8 @@ def es_single(
     the episode it is NRES.
 
     Variance: (P + 1) |g|^2 / num_pairs for the mean over an episode of quadratic losses, however
-    many windows it has. Time: 2 num_pairs K steps per call. Memory: 2 num_pairs state + 4 num_pairs
-    theta; none of these is kept between calls: the episode's key gives the noise again.
+    many windows it has. Time: 2 num_pairs K steps per call. Memory: 2 num_pairs state + 3 num_pairs
+    theta, as ``full_es``; only the states are kept: the episode's key gives the noise again.
 
     Args:
         problem: The inner loop.

@@ -95,7 +95,7 @@ def pes_analytic_replacement(
     itself. It is unbiased for J's gradient if the windows' losses are quadratic; otherwise p, the
     gradient of the loss itself and not of the smoothed loss, adds a bias of O(sigma^2). Variance:
     below ``pes_analytic``, whose docstring has numbers. Time: (2 num_pairs + 1) K steps per call
-    and K back. Memory: as ``pes_analytic``.
+    and K back. Memory: as ``pes_analytic``, and num_pairs theta more.
 
     Args:
         problem: The inner loop; its step must be differentiable.

@@ -147,7 +147,7 @@ REGISTRY: dict[str, Row] = {
         variance="of one window: pes's, minus the part caused by its own noise",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1+B)K",
-        memory="(2N+1+K)S + 5NP",
+        memory="(2N+1+K)S + 4NP",
         paper="Vicol et al. 2021",
         reverse_mode=True,
     ),
