@@ -56,7 +56,7 @@ def preconditioner(
             all leaves: ``apo.kronecker()``, ``dense()``, ``diagonal()``, ``identity()``,
             ``frozen()``. By default ``apo.by_shape()``: matrices and kernels are kronecker unless
             too large, others diagonal. ``path`` is formatted by ``jax.tree_util.keystr``, as in
-            "['hidden']['kernel']".
+            ``"['hidden']['kernel']"``.
         meta_optimizer: Optimizer for the factors (a list). By default
             ``optax.rmsprop(0.01, eps=1e-30, bias_correction=True)``: factors begin at 0 and 1, and
             meta-gradients fall by orders of magnitude.
