@@ -273,3 +273,28 @@ def test_list_names_everything(capsys):
     out = capsys.readouterr().out
     for name in [*cli.EXPERIMENTS, *cli.PROBLEMS]:
         assert name in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("varianc", "variance"), ("copy-tsk", "copy_task"), ("recrod", "record")]
+)
+def test_a_command_that_is_misspelled(asked, meant):
+    with pytest.raises(ValueError, match=rf"no command '{asked.replace('-', '_')}'.*{meant}"):
+        cli.main([asked])
+
+
+def test_the_help_names_every_command(capsys):
+    cli.main([])
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in (*cli.EXPERIMENTS, "record", "report"))
+    with pytest.raises(SystemExit):
+        cli.main(["variance", "--help"])
+    shown = capsys.readouterr().out
+    assert "usage: python -m experiments variance " in shown
+    assert shown.count("\n") < 100
+
+
+def test_lists_with_commas(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["variance", "--estimators", "pes,tbpt"])
+    assert "'tbpt'" in capsys.readouterr().err
