@@ -89,10 +89,13 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axis = figure.subplots()
     found = curves.curves(records, "loss")
     styles = curves.styles(found)
+    dashed = [name for name in found if styles[name].dash == "--"]  # equal curves: in turn
     for name, runs in found.items():
-        color, _, dash = styles[name]
+        at = dashed.index(name) if name in dashed else 0
+        dash = (5 * at, (5, 5 * len(dashed) - 5)) if len(dashed) > 1 and name in dashed else "-"
         for j, (steps, losses) in enumerate(runs.values()):
-            axis.plot(steps, losses, dash, color=color, label=name if j == 0 else None)
+            label = name if j == 0 else None
+            axis.plot(steps, losses, ls=dash, color=styles[name].color, label=label)
     axis.set(
         yscale="log",
         xlabel="outer updates (one inner step each)",
