@@ -25,11 +25,12 @@ class Settings(CommonSettings):
     """Distil a disc inside a ring into two points: what does the network know in the end?
 
     Theta is the places of two points, one for each class; the inner problem trains a network on
-    them alone, and the outer loss is its cross-entropy on 200 points of the disc and the ring. Two
-    points cannot say that one class surrounds the other. A warm start goes on with the network of
-    the last outer step, which has seen the points travel; a cold start trains the network anew from
-    its first weights in every outer step. Then the network is trained once more from its first
-    weights, with the last theta, and with the theta of the path that makes it best.
+    them alone, and the outer loss is its squared error on 200 points of the disc (target -1) and
+    the ring (1). Two points cannot say that one class surrounds the other. A warm start goes on
+    with the network of the last outer step, which has seen the points travel; a cold start trains
+    the network anew from its first weights in every outer step. Then the network is trained once
+    more from its first weights, with the last theta, and with the theta of the path that makes it
+    best.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -73,8 +74,11 @@ SCALES = {
     "paper": Settings(scale="paper", seeds=tuple(range(20))),
 }
 
-LABELS = jnp.array([0, 1])
-"""The classes of the two points: the disc and the ring."""
+TARGETS = np.array([-1.0, 1.0], np.float32)
+"""The targets of the two points: of the disc and of the ring."""
+
+Data = tuple[jax.Array, jax.Array]
+"""Places (count, 2) and their targets."""
 
 
 class Found(NamedTuple):
@@ -98,7 +102,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     """Writes the path of both starts, the ends, and, for the first seed, what the network says."""
     keys = jax.random.split(jax.random.key(seed), 3)
     data = disc_and_ring(keys[0], settings.num_examples)
-    params = image_mlp.init_params(keys[1], (2, *settings.hidden, 2))
+    params = image_mlp.init_params(keys[1], (2, *settings.hidden, 1))
     theta = 0.5 * jax.random.normal(keys[2], (2, 2))
     search = _search(settings.without_run())
     every = settings.num_steps // settings.points
@@ -113,24 +117,34 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({"start": start, "network": "path", "step": (j + 1) * every, **numbers, **places})
         for network, weights in found.params.items():
             labels = {"start": start, "network": network}
-            write({**labels, "accuracy_at_end": image_mlp.accuracy(weights, data)})
+            write({**labels, "accuracy_at_end": accuracy(weights, data)})
             if seed == settings.seeds[0]:
-                says = np.diff(image_mlp.logits(weights, plane()))[:, 0]
+                says = np.asarray(image_mlp.logits(weights, plane()))[:, 0]
                 for cell in range(CELLS**2):
-                    write({**labels, "step": cell, "logit": says[cell]})
+                    write({**labels, "step": cell, "output": says[cell]})
     if seed == settings.seeds[0]:
-        for j, (place, label) in enumerate(zip(*map(np.asarray, data), strict=True)):
-            numbers = {"x": place[0], "y": place[1], "class": label}
+        for j, (place, target) in enumerate(zip(*map(np.asarray, data), strict=True)):
+            numbers = {"x": place[0], "y": place[1], "target": target}
             write({"start": "data", "network": "data", "step": j, **numbers})
 
 
-def disc_and_ring(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Places (count, 2) and labels: a disc of radius 0.6, and a ring from radius 1 to 1.5."""
+def disc_and_ring(key: jax.Array, count: int) -> Data:
+    """A disc of radius 0.6, and a ring from radius 1 to 1.5."""
     radius, angle = jax.random.uniform(key, (2, count))
-    labels = jnp.arange(count) % 2
-    radius = jnp.where(labels == 0, 0.6 * jnp.sqrt(radius), 1 + 0.5 * radius)
+    targets = jnp.tile(TARGETS, count // 2)
+    radius = jnp.where(targets < 0, 0.6 * jnp.sqrt(radius), 1 + 0.5 * radius)
     angle = 2 * jnp.pi * angle
-    return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle)], axis=1), labels
+    return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle)], axis=1), targets
+
+
+def error(params: Any, data: Data) -> jax.Array:
+    """Half the network's mean squared error."""
+    return 0.5 * jnp.mean((image_mlp.logits(params, data[0])[:, 0] - data[1]) ** 2)
+
+
+def accuracy(params: Any, data: Data) -> jax.Array:
+    """The share of the data on whose side of zero the network's output is."""
+    return jnp.mean((image_mlp.logits(params, data[0])[:, 0] > 0) == (data[1] > 0))
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,7 +154,7 @@ def _search(settings: Settings) -> dict[str, Callable[..., Found]]:
     solver = ug.implicit.neumann(settings.terms, settings.inner_learning_rate)
 
     def inner(params, theta):
-        return image_mlp.cross_entropy(params, (theta, LABELS))
+        return error(params, (theta, TARGETS))
 
     def anew(params, theta):
         def step(params, _):
@@ -153,7 +167,7 @@ def _search(settings: Settings) -> dict[str, Callable[..., Found]]:
 
     def search(start, data, params, theta):
         def outer(params, theta):
-            return image_mlp.cross_entropy(params, data)
+            return error(params, data)
 
         every = settings.num_steps // settings.points
         result = ug.bilevel.solve(
@@ -168,16 +182,16 @@ def _search(settings: Settings) -> dict[str, Callable[..., Found]]:
             start=start,
             every=every,
         )
-        accuracy = functools.partial(image_mlp.accuracy, batch=data)
+        right = functools.partial(accuracy, data=data)
         trained = jax.vmap(functools.partial(anew, params))(result.thetas)
-        best = jnp.argmax(jax.vmap(accuracy)(trained))
+        best = jnp.argmax(jax.vmap(right)(trained))
         networks = {
             "at the end": result.params,
             "trained anew": jax.tree.map(lambda x: x[-1], trained),
             "trained anew, best": jax.tree.map(lambda x: x[best], trained),
         }
         losses = result.outer_losses[every - 1 :: every]
-        return Found(result.thetas, losses, jax.vmap(accuracy)(result.paths), networks)
+        return Found(result.thetas, losses, jax.vmap(right)(result.paths), networks)
 
     return {s: jax.jit(functools.partial(search, s)) for s in ("warm", "cold")}
 

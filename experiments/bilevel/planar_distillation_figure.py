@@ -52,20 +52,20 @@ def values(records: list[Record], metric: str, start: str, network: str) -> dict
 
 
 def _panel(axis: Any, records: list[Record], start: str, network: str, title: str) -> None:
-    """One network's logits, the data, and the path of both points."""
+    """One network's outputs, the data, and the path of both points."""
     seed = records[0].seed
-    logits = values(records, "logit", start, network).get(seed)
-    if logits is not None and len(logits) == CELLS**2:
+    outputs = values(records, "output", start, network).get(seed)
+    if outputs is not None and len(outputs) == CELLS**2:
         line = np.linspace(-SIDE, SIDE, CELLS)
-        says = logits.reshape(CELLS, CELLS).T
+        says = outputs.reshape(CELLS, CELLS).T
         limit = np.abs(says).max()
         axis.contourf(line, line, says, 20, cmap="coolwarm", vmin=-limit, vmax=limit, alpha=0.5)
         axis.contour(line, line, says, [0.0], colors="black", linewidths=1.2)
     x, y, label = (
-        values(records, m, "data", "data").get(seed, np.zeros(0)) for m in ("x", "y", "class")
+        values(records, m, "data", "data").get(seed, np.zeros(0)) for m in ("x", "y", "target")
     )
     for k, name in enumerate(("disc", "ring")):
-        here = label == k
+        here = (label > 0) == k
         axis.plot(x[here], y[here], ".", color=COLORS[k], ms=3, label=f"data: {name}")
         path = [values(records, f"{d}{k}", start, "path").get(seed, np.zeros(0)) for d in "xy"]
         axis.plot(*path, "-", color=COLORS[k], lw=0.9, label=f"path of the {name}'s point")
