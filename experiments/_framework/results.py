@@ -224,9 +224,7 @@ def from_json(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     The standard error becomes NaN beside it; alone it stays None, which stands for one seed.
     """
-    return [
-        {**r, "mean": math.nan, "se": math.nan} if r["mean"] is None else r for r in found
-    ]
+    return [{**r, "mean": math.nan, "se": math.nan} if r["mean"] is None else r for r in found]
 
 
 def summarise(records: list[Record]) -> list[dict[str, Any]]:

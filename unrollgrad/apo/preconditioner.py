@@ -39,8 +39,8 @@ def preconditioner(
     moment is not singular; with ``linearised`` to (lambda_fsd G + lambda_wsd I)⁻¹, which is natural
     gradient descent for lambda_wsd = 0 and a KL divergence.
 
-    ``optax.tree.get(state, "preconditioner")`` is the tree of factors; "total_notfinite" counts
-    skipped meta-gradients, as in ``apo.learning_rate``.
+    ``optax.tree.get(state, "preconditioner")`` is the tree of factors. "total_notfinite" counts
+    skipped meta-gradients and "total_shortened" shortened steps, as in ``apo.learning_rate``.
 
     Time: P g in every step, four matrix products per weight matrix for any batch size; a meta-step
     costs as in ``apo.learning_rate``. Memory: as there, plus the factors, their gradient and the
