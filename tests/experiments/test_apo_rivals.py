@@ -18,7 +18,7 @@ def test_osgm_finds_the_best_diagonal():
         _, state = optimizer.update(h * w, state, w, loss=loss, batch=None)
         return state, None
 
-    draws = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32)
+    draws = np.random.default_rng(0).normal(size=(10_000, 3)).astype(np.float32)
     run = jax.jit(lambda draws: jax.lax.scan(step, optimizer.init(draws[0]), draws)[0])
     np.testing.assert_allclose(run(draws).scales, 1 / h, rtol=1e-3)
 

@@ -47,40 +47,56 @@ def begin() -> Safeguard:
     return Safeguard(*(jnp.zeros((), kind) for kind in kinds))
 
 
-def check(
-    safeguard: Safeguard,
-    before: jax.Array,
-    after: jax.Array,
-    at: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, Safeguard]:
-    """The share of the step that is taken: 1, or the largest 2^-k that does not raise it.
+def _rounding(before: jax.Array) -> jax.Array:
+    return 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+
+
+def is_too_long(safeguard: Safeguard, before: jax.Array, after: jax.Array) -> jax.Array:
+    """Whether a step raises the objective from ``before`` to ``after`` by more than usual.
+
+    Without a finite value before, nothing can be compared.
+    """
+    usual = (safeguard.lowered / jnp.maximum(safeguard.weight, 1e-9)).astype(before.dtype)
+    return ~(after <= before + RISE * usual + _rounding(before)) & jnp.isfinite(before)
+
+
+def share(too_long: jax.Array, before: jax.Array, at: Callable[..., jax.Array]) -> jax.Array:
+    """The share of the step that is taken: 1, or the largest 2^-k that leads no higher.
 
     The search is a loop over a whole number without derivative, so that reverse mode passes it.
 
     Args:
-        safeguard: What is known.
+        too_long: Whether to search at all.
         before: The objective without a step.
-        after: The objective after a step that is almost the next one.
-        at: The objective after a share of the next step.
+        at: The objective after a share of the step.
     """
-    rounding = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-    usual = safeguard.lowered / jnp.maximum(safeguard.weight, 1e-9)
-    too_high = ~(after <= before + RISE * usual.astype(before.dtype) + rounding)
-    bad = too_high & jnp.isfinite(before)  # without a finite value nothing can be compared
+
+    def of(k):
+        return jnp.exp2(-k.astype(jnp.float32))
 
     def search():
         def rises(k):
-            return (k < HALVINGS) & ~(at(jnp.exp2(-k.astype(jnp.float32))) <= before + rounding)
+            return (k < HALVINGS) & ~(at(of(k)) <= before + _rounding(before))
 
         return jax.lax.while_loop(rises, lambda k: k + 1, jnp.int32(0))
 
-    k = jax.lax.cond(bad, search, lambda: jnp.int32(0))
-    scale = jnp.where(k < HALVINGS, jnp.exp2(-k.astype(jnp.float32)), jnp.float32(0))
-    known = jnp.isfinite(after) & jnp.isfinite(before) & (after != before) & ~bad
+    k = jax.lax.cond(too_long, search, lambda: jnp.int32(0))
+    return jnp.where(k < HALVINGS, of(k), jnp.float32(0))
+
+
+def remember(
+    safeguard: Safeguard,
+    too_long: jax.Array,
+    before: jax.Array,
+    after: jax.Array,
+    scale: jax.Array,
+) -> Safeguard:
+    """What is known after the step; of one that was too long, only that it was."""
+    known = ~too_long & jnp.isfinite(after) & jnp.isfinite(before) & (after != before)
     drop = jax.lax.stop_gradient(jnp.maximum(before - after, 0)).astype(safeguard.lowered.dtype)
-    return scale, Safeguard(
+    return Safeguard(
         jnp.where(known, DECAY * safeguard.lowered + (1 - DECAY) * drop, safeguard.lowered),
         jnp.where(known, DECAY * safeguard.weight + (1 - DECAY), safeguard.weight),
-        k > 0,
-        safeguard.total_shortened + (k > 0),
+        scale < 1,
+        safeguard.total_shortened + (scale < 1),
     )

@@ -144,16 +144,16 @@ def adapted(
                 with standard_promotion():
                     return optax.apply_updates(params, _scaled(scale, moved))
 
-            def at(scale):
-                return _mean(axes, objective(there(free, scale))[0])
-
             gradient, after = _gradient(axes, lambda free: objective(there(free)), free)
-            with standard_promotion():
-                moved, meta_state = meta.update(gradient, meta_state, free)
-            free = optax.apply_updates(free, moved)
             before = _mean(axes, objective(params)[0])
-            scale, safeguard = _safeguard.check(safeguard, before, after, at)
-            return value(free), meta_state, safeguard, scale
+            too_long = _safeguard.is_too_long(safeguard, before, after)
+            with standard_promotion():
+                free, meta_state = _meta_step(meta, too_long, gradient, meta_state, free)
+            scale = _safeguard.share(
+                too_long, before, lambda s: _mean(axes, objective(there(free, s))[0])
+            )
+            known = _safeguard.remember(safeguard, too_long, before, after, scale)
+            return value(free), meta_state, known, scale
 
         def unchanged(*at):
             return *at, jnp.float32(1)
@@ -216,6 +216,29 @@ def _nameless(hyperparams: ArrayTree) -> ArrayTree:
 
 def _widened(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
+
+
+def _meta_step(
+    meta: optax.GradientTransformation,
+    too_long: jax.Array,
+    gradient: ArrayTree,
+    state: optax.ApplyIfFiniteState,
+    free: ArrayTree,
+) -> tuple[ArrayTree, optax.ApplyIfFiniteState]:
+    """One step of the meta-optimizer; after a step that was too long, its first one.
+
+    Such gradients are larger than others by orders of magnitude. RMSprop would remember them, and
+    hardly move for hundreds of steps.
+    """
+
+    def where(then, otherwise):
+        return jax.tree.map(lambda x, y: jnp.where(too_long, x, y), then, otherwise)
+
+    kept = state.inner_state
+    begun = state._replace(inner_state=where(meta.init(free).inner_state, kept))
+    moved, new = meta.update(gradient, begun, free)
+    new = new._replace(inner_state=where(kept, new.inner_state))
+    return optax.apply_updates(free, moved), new
 
 
 def _scaled(scale: jax.Array | None, updates: optax.Updates) -> optax.Updates:
