@@ -326,7 +326,11 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         for line, name in zip(*axis.get_legend_handles_labels(), strict=True):
             drawn.setdefault(name, line)
     figure.legend(
-        drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, fontsize="small"
+        drawn.values(),
+        drawn.keys(),
+        loc="outside lower center",
+        ncols=min(4, len(cells) + 1),
+        fontsize="small",
     )
     return figure
 
@@ -378,12 +382,12 @@ def _claims_of(summary: Summary, net: str, base: str) -> list[Claim]:
     out = [
         claim("from rates four decades apart the excess ends within 10 %", paper, lowest, 1.1),
         claim("APO ends below the best fixed rate", paper, rival(FIXED)),
-        claim("APO ends at most 10 % above the best fixed rate", "ours", rival(FIXED), 1.1),
+        claim("APO ends at most 10 % above the best fixed rate", "our target", rival(FIXED), 1.1),
         claim("APO ends at most 10 % above the best step decay", paper, rival(DECAY), 1.1),
-        claim("APO ends below the best cosine decay", "ours", rival(COSINE)),
+        claim("APO ends below the best cosine decay", "our target", rival(COSINE)),
     ]
     if base in RIVALS:
-        out.append(claim(f"APO ends below {RIVALS[base]}", "ours", rival(RIVALS[base])))
+        out.append(claim(f"APO ends below {RIVALS[base]}", "our target", rival(RIVALS[base])))
     return out
 
 
