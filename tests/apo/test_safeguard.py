@@ -115,7 +115,7 @@ def quadratic(w, noise):
 
 @functools.cache
 def training(momentum, interval):
-    """Training on the quadratic, compiled once: values without noise, the last state and weights."""
+    """Training on the quadratic, compiled once: values, the last state and weights."""
 
     @jax.jit
     def run(rate, noise):
