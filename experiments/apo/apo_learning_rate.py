@@ -366,7 +366,9 @@ def _claims_of(summary: Summary, net: str, base: str) -> list[Claim]:
     for r in summary.results:
         if r["metric"] == "excess" and (r["net"], r["base"]) == (net, base):
             found.setdefault(r["method"], []).append(r)
-    ours, paper = found[APO], "Bae et al. 2022 (there ResNets on CIFAR)"
+    ours, paper = found.get(APO), "Bae et al. 2022 (there ResNets on CIFAR)"
+    if not ours:
+        return []  # an interrupted run
     highest = worst(ours)
     lowest = min(ours, key=lambda r: r["mean"] if math.isfinite(r["mean"]) else math.inf)
 

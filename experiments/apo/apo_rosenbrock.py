@@ -193,7 +193,7 @@ def claims(summary: Summary) -> list[Claim]:
     ends = {r["method"]: r for r in summary.results if r["metric"] == "log10_loss"}
 
     def claim(low, high, says):
-        test = evidence.less(ends[low], ends[high])
+        test = evidence.less(ends.get(low), ends.get(high))
         return Claim(says, "Bae et al. 2022 (a picture)", f"log10 {test.text}", test.holds)
 
     return [

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments._framework.results import Summary
@@ -80,7 +81,7 @@ def train(
     return params, losses, rates
 
 
-def last_tenth(losses: jax.Array) -> jax.Array:
+def last_tenth(losses: jax.Array | np.ndarray) -> jax.Array:
     """The final loss, averaged over the last tenth of the points to reduce noise."""
     return jnp.mean(losses[..., -max(1, losses.shape[-1] // 10) :], axis=-1)
 

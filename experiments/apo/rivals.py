@@ -14,7 +14,9 @@ class OsgmState(NamedTuple):
     scales: Any
 
 
-def osgm(initial: jax.Array | float, rate: jax.Array | float) -> optax.GradientTransformation:
+def osgm(
+    initial: jax.Array | float, rate: jax.Array | float
+) -> optax.GradientTransformationExtraArgs:
     """Steps -P g with a diagonal P that descends the hypergradient feedback (OSGM).
 
     The feedback h(P) = (f(w - P g) - f(w)) / |g|² has the gradient -(g₊ ∘ g) / |g|², g₊ the
@@ -35,7 +37,8 @@ def osgm(initial: jax.Array | float, rate: jax.Array | float) -> optax.GradientT
     def init(params):
         return OsgmState(jax.tree.map(lambda x: jnp.full_like(x, initial), params))
 
-    def update(updates, state, params, *, loss, batch, **others):
+    def update(updates, state, params=None, **given):
+        loss, batch = given["loss"], given["batch"]
         moved = jax.tree.map(lambda p, g: -p * g, state.scales, updates)
         there = optax.apply_updates(params, moved)
         value, slope = jax.value_and_grad(loss)(there, batch)
@@ -84,21 +87,22 @@ def kfac(
         zeros = {k: (jnp.zeros((i, i)), jnp.zeros((o, o))) for k, (i, o) in sizes.items()}
         return KfacState(jnp.zeros((), jnp.int32), zeros)
 
-    def update(updates, state, params, *, batch, **others):
-        found = factors(params, batch)
+    def update(updates, state, params=None, **given):
+        found = factors(params, given["batch"])
         kept = jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, state.factors, found)
         count = state.count + 1
-        moved = {
-            name: -rate * _solved(g, *(x / (1 - decay**count) for x in kept[name]), damping)
-            for name, g in updates.items()
-        }
+        means = jax.tree.map(lambda x: x / (1 - decay**count), kept)
+        moved = {name: -rate * _solved(g, means[name], damping) for name, g in updates.items()}
         return moved, KfacState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _solved(gradient: jax.Array, a: jax.Array, b: jax.Array, damping: jax.Array) -> jax.Array:
+def _solved(
+    gradient: jax.Array, factors: tuple[jax.Array, jax.Array], damping: jax.Array | float
+) -> jax.Array:
     """(A + π √damping I)⁻¹ G (B + √damping / π I)⁻¹."""
+    a, b = factors
     ratio = jnp.sqrt((jnp.trace(a) / len(a)) / (jnp.trace(b) / len(b)))
     left = a + ratio * jnp.sqrt(damping) * jnp.eye(len(a))
     right = b + jnp.sqrt(damping) / ratio * jnp.eye(len(b))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 RISE = 3.0
 """How much a step may raise the objective, in units of what recent steps lowered it by.
 
-Steps with momentum do so without being too long, up to 2.5 of these units in 10,000 steps of nets.
+Steps with momentum do so without being too long: up to 2.5 of these units in 24 short trainings
+of two networks on digits with SGD, momentum, RMSprop and Adam.
 """
 
 DECAY = 0.9
@@ -98,5 +99,5 @@ def remember(
         jnp.where(known, DECAY * safeguard.lowered + (1 - DECAY) * drop, safeguard.lowered),
         jnp.where(known, DECAY * safeguard.weight + (1 - DECAY), safeguard.weight),
         scale < 1,
-        safeguard.total_shortened + (scale < 1),
+        safeguard.total_shortened + (scale < 1).astype(jnp.int32),
     )

@@ -16,8 +16,8 @@ def learning_rate(
     base: Callable[..., optax.GradientTransformation],
     initial: Any,
     *,
-    lambda_fsd: float = 3.0,
-    lambda_wsd: float = 1.0,
+    lambda_fsd: Numeric = 3.0,
+    lambda_wsd: Numeric = 1.0,
     discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     constraints: Any = kinds.positive,
@@ -50,8 +50,8 @@ def learning_rate(
 
     If the look-ahead step raises Q by over three times what recent ones lowered it by, the step is
     halved until Q does not rise, and the next step has a meta-step too, whatever the interval.
-    Ordinary mini-batches do not cause it, nor momentum; a rate that begins too high does, and
-    noiseless gradients, from which steep directions vanish until the rate is too high for them.
+    Ordinary mini-batches hardly ever cause it, with momentum too; a rate that begins too high does,
+    and noiseless gradients, from which steep directions vanish until the rate is too high for them.
     "total_shortened" counts these steps. It is checked at meta-steps: for noiseless gradients set
     ``meta_interval=1``.
 

@@ -16,8 +16,8 @@ from unrollgrad.types import Numeric
 def preconditioner(
     initial_rate: float,
     *,
-    lambda_fsd: float = 1.0,
-    lambda_wsd: float = 0.0,
+    lambda_fsd: Numeric = 1.0,
+    lambda_wsd: Numeric = 0.0,
     discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     structure: Structure | Callable[..., Structure | None] | None = None,
