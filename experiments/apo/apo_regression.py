@@ -31,7 +31,7 @@ class Settings(CommonSettings):
 
     The singular values of A are spaced geometrically from 1 to 1 / condition. The numbers of every
     method are tuned on seeds of their own: nine rates of SGD, of Adam and of natural gradient
-    descent, nine pairs of a rate and a damping of KFAC, nine pairs of a meta-rate and lambda_fsd of
+    descent, 16 pairs of a rate and a damping of KFAC, 12 pairs of a meta-rate and lambda_fsd of
     the APO preconditioner.
     """
 
@@ -43,7 +43,7 @@ class Settings(CommonSettings):
     """Weights, to choose from, of the squared error between the outputs before and after a step."""
     lambda_wsd: float = 0.0
     """Weight of half the squared distance between the weights before and after a step."""
-    meta_learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01)
+    meta_learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     """Learning rates, to choose from, of the meta-optimizer, RMSprop."""
     meta_interval: int = 1
     """Number of training steps per meta-step."""
@@ -57,7 +57,7 @@ class Settings(CommonSettings):
     """Number of points on each curve; it divides the number of steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws A, the initial weights and the batches."""
-    tuning_seeds: tuple[int, ...] = (100, 101, 102)
+    tuning_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     """Numbers have the lowest mean logarithm of the loss here; these seeds are not reported."""
 
 
@@ -147,7 +147,7 @@ def candidates(settings: Settings, method: str) -> list[tuple[float, ...]]:
     if method == APO:
         return list(itertools.product(settings.meta_learning_rates, settings.lambda_fsd))
     if method == KFAC:
-        return list(itertools.product((0.03, 0.1, 0.3), (1e-12, 1e-9, 1e-6)))
+        return list(itertools.product((0.03, 0.1, 0.3, 1.0), (1e-12, 1e-9, 1e-6, 1e-3)))
     return [(float(rate),) for rate in np.geomspace(*GRIDS[method], 9)]
 
 
