@@ -69,7 +69,7 @@ SCALES = {
         num_steps=400,
         points=20,
         seeds=(0,),
-        tuning_seeds=(100,),
+        tuning_seeds=(100, 101, 102),
     ),
     "cpu": Settings(),
     "paper": Settings(scale="paper", num_steps=100_000, seeds=tuple(range(10))),

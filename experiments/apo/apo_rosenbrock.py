@@ -161,7 +161,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws the first seed's paths over contours, and all seeds' function values against steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    x, y = np.meshgrid(np.linspace(-1.6, 1.6, 200), np.linspace(-0.6, 2.2, 200))
+    x, y = np.meshgrid(np.linspace(-2.2, 1.6, 200), np.linspace(-0.8, 4.5, 200))
     values = (1 - x) ** 2 + 100 * (y - x**2) ** 2
     left.contour(x, y, values, levels=np.geomspace(0.1, 1000, 9), colors="0.8", linewidths=0.8)
     left.plot(1, 1, "k*", markersize=10)
@@ -171,7 +171,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         left.plot(*points, ".-", color=f"C{i}", markersize=3, linewidth=0.8, label=method)
         for seed in seeds:
             right.plot(_line(records, method, seed, "loss"), color=f"C{i}", alpha=0.8)
-    left.set(xlabel="x", ylabel="y", xlim=(-1.6, 1.6), ylim=(-0.6, 2.2))
+    left.set(xlabel="x", ylabel="y", xlim=(-2.2, 1.6), ylim=(-0.8, 4.5))
     right.set(xlabel="steps", ylabel="function, each seed", yscale="log")
     right.set_ylim(bottom=1e-30)
     right.grid(alpha=0.3)
