@@ -157,21 +157,29 @@ def _line(records: list[Record], method: str, seed: int, metric: str) -> list[fl
     ]
 
 
+def _side(records: list[Record], seed: int, metric: str) -> tuple[float, float]:
+    """The range of the seed's paths, with a margin; points beyond 10 left out."""
+    found = np.array([r.value for r in records if r.metric == metric and r.seed == seed])
+    found = np.append(found[np.abs(found) < 10], 1.3)
+    return float(found.min()) - 0.2, float(found.max()) + 0.2
+
+
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws the first seed's paths over contours, and all seeds' function values against steps."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    x, y = np.meshgrid(np.linspace(-2.2, 1.6, 200), np.linspace(-0.8, 4.5, 200))
+    seeds = list(dict.fromkeys(r.seed for r in records))
+    sides = [_side(records, seeds[0], metric) for metric in "xy"]
+    x, y = np.meshgrid(*(np.linspace(*side, 200) for side in sides))
     values = (1 - x) ** 2 + 100 * (y - x**2) ** 2
     left.contour(x, y, values, levels=np.geomspace(0.1, 1000, 9), colors="0.8", linewidths=0.8)
     left.plot(1, 1, "k*", markersize=10)
-    seeds = list(dict.fromkeys(r.seed for r in records))
     for i, method in enumerate(dict.fromkeys(r.labels["method"] for r in records)):
         points = [_line(records, method, seeds[0], metric) for metric in "xy"]
         left.plot(*points, ".-", color=f"C{i}", markersize=3, linewidth=0.8, label=method)
         for seed in seeds:
             right.plot(_line(records, method, seed, "loss"), color=f"C{i}", alpha=0.8)
-    left.set(xlabel="x", ylabel="y", xlim=(-2.2, 1.6), ylim=(-0.8, 4.5))
+    left.set(xlabel="x", ylabel="y", xlim=sides[0], ylim=sides[1])
     right.set(xlabel="steps", ylabel="function, each seed", yscale="log")
     right.set_ylim(bottom=1e-30)
     right.grid(alpha=0.3)
