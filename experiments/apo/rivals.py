@@ -40,7 +40,7 @@ def osgm(
     def update(updates, state, params=None, **given):
         loss, batch = given["loss"], given["batch"]
         moved = jax.tree.map(lambda p, g: -p * g, state.scales, updates)
-        there = optax.apply_updates(params, moved)
+        there = jax.tree.map(jnp.add, params, moved)
         value, slope = jax.value_and_grad(loss)(there, batch)
         size = optax.tree.norm(updates, squared=True)
         scale = jnp.where(size > 0, rate / jnp.where(size > 0, size, 1), 0)
