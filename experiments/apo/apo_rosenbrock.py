@@ -181,7 +181,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             right.plot(_line(records, method, seed, "loss"), color=f"C{i}", alpha=0.8)
     left.set(xlabel="x", ylabel="y", xlim=sides[0], ylim=sides[1])
     right.set(xlabel="steps", ylabel="function, each seed", yscale="log")
-    right.set_ylim(bottom=1e-30)
+    right.set_ylim(bottom=1e-34)
     right.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
