@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import unrollgrad as ug
@@ -167,13 +168,15 @@ def _claim(summary: Summary, name: str) -> list[Claim]:
     unbiased = name != "truncated_es"
     test = evidence.below if unbiased else evidence.above
     where = f"within {NEAR} of" if unbiased else f"further than {NEAR} from"
-    found = {
-        result["start"]: test(result, NEAR)
+    results = [
+        result
         for result in summary.results
         if result["metric"] == "distance" and result["estimator"] == name
-    }
-    if not found:
+    ]
+    if not results:
         return []
+    found = {result["start"]: test(result, NEAR) for result in results}
+    holds = evidence.told(evidence.both(*found.values()), *(r["mean"] for r in results))
     thetas = [
         end["mean"]
         for start in found
@@ -181,12 +184,14 @@ def _claim(summary: Summary, name: str) -> list[Claim]:
     ]
     best = summary.find("best", estimator=name)
     if thetas and best is not None:
-        at = f"theta {min(thetas):.3g} to {max(thetas):.3g} (the optimum is {best['mean']:.3g}); "
+        low, high = np.min(thetas), np.max(thetas)  # NaN if one is
+        ends = f"{evidence.shown(low)} to {evidence.shown(high)}"
+        at = f"theta {ends} (the optimum is {evidence.shown(best['mean'])}); "
     else:
         at = ""
     distances = ", ".join(f"{finding.text} from {start}" for start, finding in found.items())
     says = f"{name} ends {where} the optimum, from every start"
-    return [Claim(says, SOURCE, f"{at}distance {distances}", evidence.both(*found.values()))]
+    return [Claim(says, SOURCE, f"{at}distance {distances}", holds)]
 
 
 EXPERIMENT = Experiment(
