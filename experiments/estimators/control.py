@@ -58,9 +58,11 @@ class Settings(CommonSettings):
     """Rates of SGD that each method tries. Default: by env, around the published ones."""
     tuning_runs: int = 2
     """Runs of each learning rate, on keys of their own, by which a method's best one is chosen."""
+    tuning_steps: int = 100
+    """Updates of each of these runs."""
     points: int = 20
     """Number of points of each curve."""
-    num_episodes: int = 5
+    num_episodes: int = 3
     """Held-out episodes on which the return is measured; they do not count as environment steps."""
     seeds: tuple[int, ...] = (23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
     """Each seed is a whole run."""
@@ -70,15 +72,14 @@ SCALES = {
     "smoke": Settings(
         scale="smoke",
         env="cart_pole",
-        estimators=("full_es", "es_single"),
         num_steps=10,
-        learning_rates=(1.0,),
+        learning_rates=(10.0,),
         points=2,
         num_episodes=16,
         seeds=(0,),
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", tuning_runs=3, num_episodes=32),
+    "paper": Settings(scale="paper", tuning_steps=1000, num_episodes=32),
 }
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -88,7 +89,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_pairs": 10,
         "sigma": 0.3,
         "num_steps": 200,
-        "learning_rates": (1.0, 3.0, 10.0, 30.0),
+        "learning_rates": (0.3, 1.0, 3.0, 10.0, 30.0),
     },
     "half_cheetah": {
         "horizon": 1000,
@@ -189,6 +190,7 @@ def _prepare(settings: Settings) -> Prepared:
         return -settings.horizon * jnp.mean(losses)
 
     every = -(-settings.num_steps // settings.points)
+    tried = min(settings.num_steps, settings.tuning_steps) // every * every
     keys = jax.random.split(jax.random.key(TUNING), settings.tuning_runs)
     begin = initial(settings, jax.random.key(TUNING))
 
@@ -197,8 +199,7 @@ def _prepare(settings: Settings) -> Prepared:
 
     methods, rates = {}, {}
     for name, estimator in estimators(settings, problem).items():
-        steps = settings.num_steps // every * every
-        trial = tuning.Trial(estimator, optax.sgd, steps, every, score)
+        trial = tuning.Trial(estimator, optax.sgd, tried, every, score)
         rates[name] = tuning.best_rate(trial, settings.learning_rates, keys, begin)
         methods[name] = training.Method(estimator, optax.sgd(rates[name]), settings.num_steps)
     evaluate = jax.jit(lambda theta: {"return": mean_return(HELD_OUT, theta)})
