@@ -33,7 +33,7 @@ def test_smoke(tmp_path, capsys):
     steps = {
         name: summary.find("inner_steps", estimator=name)["mean"] for name in settings.estimators
     }
-    assert steps == {name: 20_000 for name in settings.estimators} | {"truncated_es": 30_000}
+    assert steps == {name: 2000 for name in settings.estimators} | {"truncated_es": 3000}
     records = [r for r in results.read(folder) if r.metric == "return"]
     (first,) = {r.value for r in records if r.step == 0}
     after = {name: summary.find("return", estimator=name)["mean"] for name in settings.estimators}
