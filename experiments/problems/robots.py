@@ -86,11 +86,11 @@ def robot(name: str, horizon: int = 1000) -> Example:
 
     def step(key, theta, state, t):
         controls = theta @ state[about.hidden :]
-        shapes = jax.typeof(state), jax.ShapeDtypeStruct((), state.dtype)
-        state, moved = jax.pure_callback(
-            advance, shapes, state, controls, vmap_method="broadcast_all"
-        )
-        return state, about.control_cost * jnp.sum(controls**2) - moved / dt
+        # One array each way: handing one over costs as much as a robot's step.
+        out = jax.ShapeDtypeStruct((start.size + 1,), state.dtype)
+        given = jnp.concatenate([state, controls])
+        found = jax.pure_callback(advance, out, given, vmap_method="broadcast_all")
+        return found[:-1], about.control_cost * jnp.sum(controls**2) - found[-1] / dt
 
     seen = start.size - about.hidden
     return Example(
@@ -103,12 +103,12 @@ class Engine(NamedTuple):
 
     Attributes:
         model: The ``mujoco.MjModel``.
-        advance: ``advance(state, controls)`` returns the states after a step of the environment and
-            the metres along x in between; leading axes are a batch.
+        advance: From (positions, velocities, controls) to (positions, velocities, metres along x)
+            after a step of the environment, on the last axis; the other axes are a batch.
     """
 
     model: Any
-    advance: Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]
+    advance: Callable[[Any], np.ndarray]
 
 
 @functools.cache
@@ -119,18 +119,17 @@ def engine(name: str) -> Engine:
     model, substeps = _model(mujoco, ROBOTS[name]), ROBOTS[name].substeps
     scratch, lock = mujoco.MjData(model), threading.Lock()
 
-    def advance(state: Any, controls: Any) -> tuple[np.ndarray, np.ndarray]:
-        state, controls = np.asarray(state), np.asarray(controls)
-        begin = state.reshape(-1, state.shape[-1]).astype(np.float64)
-        timed = np.concatenate([np.zeros((len(begin), 1)), begin], axis=1)
-        held = controls.reshape(len(begin), 1, -1).astype(np.float64)
+    def advance(given: Any) -> np.ndarray:
+        given = np.asarray(given)
+        flat = given.reshape(-1, given.shape[-1]).astype(np.float64)
+        begin, controls = np.split(flat, [model.nq + model.nv], axis=1)
+        timed = np.concatenate([np.zeros((len(flat), 1)), begin], axis=1)
+        held = np.repeat(controls[:, None], substeps, axis=1)
         with lock:  # several devices may call at once
-            found, _ = pool.rollout(
-                model, scratch, timed, np.repeat(held, substeps, axis=1), nstep=substeps
-            )
+            found, _ = pool.rollout(model, scratch, timed, held, nstep=substeps)
         end = found[:, -1, 1:]
-        moved = (end[:, 0] - begin[:, 0]).reshape(state.shape[:-1])
-        return end.reshape(state.shape).astype(state.dtype), moved.astype(state.dtype)
+        out = np.concatenate([end, end[:, :1] - begin[:, :1]], axis=1)
+        return out.reshape(*given.shape[:-1], -1).astype(given.dtype)
 
     return Engine(model, advance)
 
