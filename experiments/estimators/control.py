@@ -72,8 +72,8 @@ SCALES = {
     "smoke": Settings(
         scale="smoke",
         env="cart_pole",
-        num_steps=10,
-        learning_rates=(10.0,),
+        num_steps=20,
+        learning_rates=(100.0,),
         points=2,
         num_episodes=16,
         seeds=(0,),

@@ -33,11 +33,12 @@ def test_smoke(tmp_path, capsys):
     steps = {
         name: summary.find("inner_steps", estimator=name)["mean"] for name in settings.estimators
     }
-    assert steps == {name: 2000 for name in settings.estimators} | {"truncated_es": 3000}
+    assert steps == {name: 4000 for name in settings.estimators} | {"truncated_es": 6000}
     records = [r for r in results.read(folder) if r.metric == "return"]
     (first,) = {r.value for r in records if r.step == 0}
     after = {name: summary.find("return", estimator=name)["mean"] for name in settings.estimators}
-    assert all(found > 0.2 * first for found in after.values())  # minus a loss
+    assert after["nres"] > first  # its workers are in the middle of their second episodes
+    assert all(after[name] > 0.3 * first for name in after if name != "nres")  # minus a loss
     expect("control experiment", {"before": first, **after})
 
 
