@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 class OsgmState(NamedTuple):
@@ -62,7 +63,7 @@ class KfacState(NamedTuple):
 def kfac(
     rate: jax.Array | float,
     damping: jax.Array | float,
-    factors: Callable[[Any, Any], dict[str, tuple[jax.Array, jax.Array]]],
+    factors: Callable[[Any, Any], dict[str, tuple[ArrayLike, ArrayLike]]],
     decay: float = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
     """Steps -rate A⁻¹ G B⁻¹ for each weight matrix: KFAC, with the inverses in every step.

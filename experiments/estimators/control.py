@@ -262,7 +262,9 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         title=f"a linear policy, {config['env']}: windows of {config['truncation']} in "
         f"{config['horizon']} steps",
     )
-    figure.legend(loc="outside right upper", title="mean ± SE over seeds")
+    several = len({r.seed for r in records}) > 1
+    title = "mean ± SE over seeds" if several else None
+    figure.legend(loc="outside right upper", title=title)
     return figure
 
 

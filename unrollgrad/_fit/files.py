@@ -18,7 +18,8 @@ _ABOUT = "about"
 
 def save(path: str | Path, tree: object) -> Path:
     """Writes the leaves of a tree, by path, into one ``.npz`` file, whole or not at all."""
-    path, dtypes, arrays = Path(path), {}, {}
+    path, dtypes = Path(path), {}
+    arrays: dict[str, Any] = {}
     for name, x in _by_path(tree).items():
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             dtypes[name], x = f"key<{jax.random.key_impl(x)}>", jax.random.key_data(x)

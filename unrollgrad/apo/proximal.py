@@ -243,7 +243,9 @@ def _meta_step(
         return jax.tree.map(lambda x, y: jnp.where(too_long, x, y), then, otherwise)
 
     kept = state.inner_state
-    begun = state._replace(inner_state=where(meta.init(free).inner_state, kept))
+    fresh: Any = meta.init(free)
+    begun = state._replace(inner_state=where(fresh.inner_state, kept))
+    new: Any
     moved, new = meta.update(gradient, begun, free)
     new = new._replace(inner_state=where(kept, new.inner_state))
     return optax.apply_updates(free, moved), new
