@@ -1,6 +1,6 @@
 """Rivals of APO: OSGM and KFAC, as optax transformations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,7 @@ class KfacState(NamedTuple):
 def kfac(
     rate: jax.Array | float,
     damping: jax.Array | float,
-    factors: Callable[[Any, Any], dict[str, tuple[ArrayLike, ArrayLike]]],
+    factors: Callable[[Any, Any], Mapping[str, tuple[ArrayLike, ArrayLike]]],
     decay: float = 0.95,
 ) -> optax.GradientTransformationExtraArgs:
     """Steps -rate A⁻¹ G B⁻¹ for each weight matrix: KFAC, with the inverses in every step.

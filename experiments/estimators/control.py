@@ -337,8 +337,8 @@ EXPERIMENT = Experiment(
     show=show,
     claims=claims,
     would_change=(
-        "On MuJoCo's half-cheetah, with the paper's 1000 updates and 300 pairs, rates and sigma chosen on "
-        "other seeds for each method and ten seeds, the comparison of windows with whole episodes "
-        "comes out the other way (p < 0.05)."
+        "On MuJoCo's half-cheetah, with the paper's 1000 updates and 300 pairs, rates and sigma "
+        "chosen on other seeds for each method and ten seeds, the comparison of windows with whole "
+        "episodes comes out the other way (p < 0.05)."
     ),
 )

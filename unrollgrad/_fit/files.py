@@ -27,10 +27,11 @@ def save(path: str | Path, tree: object) -> Path:
             dtypes[name] = str(jnp.result_type(x))
         x = np.asarray(x)
         arrays[name] = x if x.dtype.isbuiltin else x.view(f"u{x.dtype.itemsize}")  # bfloat16
+    arrays[_ABOUT] = np.array(json.dumps(dtypes))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        np.savez_compressed(file, **{_ABOUT: np.array(json.dumps(dtypes)), **arrays})
+        np.savez_compressed(file, **arrays)
     return part.replace(path)
 
 

@@ -245,10 +245,10 @@ def _meta_step(
     kept = state.inner_state
     fresh: Any = meta.init(free)
     begun = state._replace(inner_state=where(fresh.inner_state, kept))
-    new: Any
-    moved, new = meta.update(gradient, begun, free)
+    updated: Any = meta.update(gradient, begun, free)
+    moved, new = updated
     new = new._replace(inner_state=where(kept, new.inner_state))
-    return optax.apply_updates(free, moved), new
+    return optax.apply_updates(free, moved), new  # type: ignore[bad-return]
 
 
 def _scaled(scale: jax.Array | None, updates: optax.Updates) -> optax.Updates:
