@@ -281,7 +281,7 @@ def test_claims_of_an_evaluation_can_fail():
     for best, median, holds in cases:
         (claim,) = evaluate_optimizer.claims(summary(best, median))
         assert claim.holds is holds
-    assert evaluate_optimizer.claims(summary(None, 0.1))[0].holds is None
+    assert evaluate_optimizer.claims(summary(np.nan, 0.1))[0].holds is None
 
 
 def test_files_that_do_not_do(tmp_path):
