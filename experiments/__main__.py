@@ -1,6 +1,7 @@
 """The command line: ``python -m experiments COMMAND [flags]``."""
 
 import dataclasses
+import difflib
 import os
 import re
 import sys
@@ -160,32 +161,52 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "unrollgrad"))
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "list": listing,
+    "plot": plot,
+    "record": record,
+    "report": write_report,
+}
+PROGRAM = "python -m experiments"
+
+
 def main(arguments: list[str]) -> None:
-    """Runs the command; several numbers may also be given as 1,2,4."""
-    arguments = [
-        part
-        for given in arguments
-        for part in (given.split(",") if re.fullmatch(r"\d+(,\d+)+", given) else [given])
-    ]
-    app = tyro.extras.SubcommandApp()
-    before, asked = resumed(arguments), arguments[0].replace("-", "_") if arguments else ""
-    if asked in EXPERIMENTS and asked not in TOPICS["cost"]:  # these measure how long it takes
-        keep_programs()
-    for name, experiment in EXPERIMENTS.items():
-        default = experiment.scales[scale(arguments)]
-        if isinstance(before, experiment.settings):
+    """Runs the command; several values may also be given as 1,2,4 or pes,es_single."""
+    arguments = [part for given in arguments for part in _parts(given)]
+    asked = arguments[0].replace("-", "_") if arguments else ""
+    if asked in EXPERIMENTS:
+        experiment = EXPERIMENTS[asked]
+        default, before = experiment.scales[scale(arguments)], resumed(arguments)
+        if before is not None:
             default = before
-        about = (experiment.settings.__doc__ or "") if name == asked else experiment.about
-        app.command(name=name)(command(experiment, default, about))
-    app.command(name="list")(listing)
-    app.command(name="plot")(plot)
-    app.command(name="record")(record)
-    app.command(name="report")(write_report)
-    app.cli(
-        args=arguments,
-        prog="python -m experiments",
-        description="Experiments with gradients through unrolled computation.",
-    )
+        if asked not in TOPICS["cost"]:  # these measure how long compilation takes
+            keep_programs()
+        run = command(experiment, default, experiment.settings.__doc__ or "")
+        tyro.cli(run, args=arguments[1:], prog=f"{PROGRAM} {asked}")
+    elif asked in COMMANDS:
+        tyro.cli(COMMANDS[asked], args=arguments[1:], prog=f"{PROGRAM} {asked}")
+    elif asked and not asked.startswith("_"):
+        near = difflib.get_close_matches(asked, [*EXPERIMENTS, *COMMANDS])
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"there is no command {asked!r}.{meant} `{PROGRAM} list` shows them all.")
+    else:
+        _print_commands()
+
+
+def _parts(given: str) -> list[str]:
+    """The values of a list with commas; paths, dates and text stay as they are."""
+    return given.split(",") if re.fullmatch(r"[\w.-]+(,[\w.-]+)+", given) else [given]
+
+
+def _print_commands() -> None:
+    """The help of the whole command line."""
+    print(f"usage: {PROGRAM} COMMAND [flags]; `{PROGRAM} COMMAND --help` explains the flags\n")
+    for name, run in COMMANDS.items():
+        print(f"  {name:<24}{(run.__doc__ or '').splitlines()[0]}")
+    for topic, experiments in TOPICS.items():
+        print(f"\n{topic}")
+        for name, experiment in experiments.items():
+            print(f"  {name:<24}{experiment.about}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,14 @@ def test_every_public_name_is_in_the_reference():
     assert missing([page.read_text() for page in REFERENCE]) == []
 
 
+def test_the_reference_names_no_module_by_mistake():
+    """For mkdocstrings ``implicit.hypergradient`` is the file, not the function in it."""
+    for page in REFERENCE:
+        for path in DIRECTIVE.findall(page.read_text()):
+            if path != "unrollgrad.running":
+                assert not (ROOT / path.replace(".", "/")).with_suffix(".py").exists(), path
+
+
 def test_a_name_that_is_not_in_the_reference_is_seen():
     pages = [page.read_text().replace("unrollgrad.implicit.root\n", "") for page in REFERENCE]
     assert missing(pages) == ["implicit.root"]

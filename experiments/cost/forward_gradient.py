@@ -306,7 +306,9 @@ def claims(summary: Summary) -> list[Claim]:
         found = {width: evidence.below(ratio, bound) for width, ratio in ratios.items()}
         ours = ", ".join(f"{finding.text} at width {width}" for width, finding in found.items())
         says = f"an update with dodge takes {what}, at every width"
-        out.append(Claim(says, SOURCE, ours, evidence.both(*found.values())))
+        known = [ratio["mean"] for ratio in ratios.values() if ratio is not None]
+        holds = evidence.told(evidence.both(*found.values()), *known)
+        out.append(Claim(says, SOURCE, ours, holds))
     for width in config["trained_widths"]:
         labels = {"part": "training", "width": str(width)}
         mine, other = (

@@ -112,6 +112,14 @@ def test_no_work_is_a_message_and_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_equal_numbers_have_no_standard_error():
+    """The standard deviation of three times 0.1, as numpy computes it, is not 0."""
+    here = [results.Record(seed, None, {}, "loss", 0.1) for seed in range(3)]
+    (found,) = results.summarise(here)
+    assert np.std([0.1] * 3) > 0
+    assert found["se"] == 0
+
+
 def test_one_seed_has_no_standard_error(tmp_path):
     folder = present(framework.execute(TOY, Settings(seeds=(0,), out=tmp_path)))
     assert results.read_summary(folder).find("loss", estimator="a")["se"] is None
@@ -273,3 +281,28 @@ def test_list_names_everything(capsys):
     out = capsys.readouterr().out
     for name in [*cli.EXPERIMENTS, *cli.PROBLEMS]:
         assert name in out
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"), [("varianc", "variance"), ("copy-tsk", "copy_task"), ("recrod", "record")]
+)
+def test_a_command_that_is_misspelled(asked, meant):
+    with pytest.raises(ValueError, match=rf"no command '{asked.replace('-', '_')}'.*{meant}"):
+        cli.main([asked])
+
+
+def test_the_help_names_every_command(capsys):
+    cli.main([])
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in (*cli.EXPERIMENTS, "record", "report"))
+    with pytest.raises(SystemExit):
+        cli.main(["variance", "--help"])
+    shown = capsys.readouterr().out
+    assert "usage: python -m experiments variance " in shown
+    assert shown.count("\n") < 100
+
+
+def test_lists_with_commas(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["variance", "--estimators", "pes,tbpt"])
+    assert "'tbpt'" in capsys.readouterr().err

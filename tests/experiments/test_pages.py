@@ -8,7 +8,7 @@ import pytest
 from experiments import __main__ as cli
 from experiments._framework import pages, report, tables
 from experiments._framework.results import ROOT
-from tests.helpers import counted, raises
+from tests.helpers import raises
 
 FOLDER = ROOT / "experiments" / "results"
 RESULTS = ROOT / "experiments" / "RESULTS.md"
@@ -22,13 +22,6 @@ MEASURED = re.compile(
     r"±|(?<![/\w])\d[\d.,]*\s?(%|µs|ms|s\b|MiB|GiB|seconds|minutes|times\b)|\d\.\d"
 )
 VERSIONS = re.compile(r"(Python|jax) \d[.\d]*( to \d[.\d]*)?|Apache-2.0")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_compiled():
-    with counted() as programs:
-        yield
-    assert programs == [0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -47,7 +47,7 @@ class FitResult(NamedTuple):
     history: dict[str, np.ndarray]
 
     def __repr__(self):
-        losses = self.history["loss"] if "loss" in self.history else ()
+        losses = self.history.get("loss", np.zeros(0))
         told = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) else ""
         shapes = jax.tree.map(arguments.describe, self.theta)
         return f"FitResult({len(losses)} steps{told}, theta={shapes})"
@@ -69,13 +69,14 @@ class FitResult(NamedTuple):
             FileNotFoundError: If there is no such file.
             ValueError: If ``save`` did not write it, or it holds another result than ``like``.
         """
-        like = like if isinstance(like, cls) else cls(like, None, None, {})
+        wanted: dict[str, Any] = {"theta": like, "opt_state": None, "worker_state": None}
+        if isinstance(like, cls):
+            wanted = {name: getattr(like, name) for name in wanted}
         leaves = files.load(path)
-        names = ("theta", "opt_state", "worker_state")
-        states = (files.like(getattr(like, name), leaves, f"['{name}']") for name in names)
+        states = {name: files.like(x, leaves, f"['{name}']") for name, x in wanted.items()}
         begins = "['history']['"
         history = {k[len(begins) : -2]: x for k, x in leaves.items() if k.startswith(begins)}
-        return cls(*states, history)
+        return cls(**states, history=history)
 
 
 class _Carry(NamedTuple):

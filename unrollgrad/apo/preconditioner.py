@@ -16,8 +16,8 @@ from unrollgrad.types import Numeric
 def preconditioner(
     initial_rate: float,
     *,
-    lambda_fsd: float = 1.0,
-    lambda_wsd: float = 0.0,
+    lambda_fsd: Numeric = 1.0,
+    lambda_wsd: Numeric = 0.0,
     discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     structure: Structure | Callable[..., Structure | None] | None = None,
@@ -39,8 +39,8 @@ def preconditioner(
     moment is not singular; with ``linearised`` to (lambda_fsd G + lambda_wsd I)⁻¹, which is natural
     gradient descent for lambda_wsd = 0 and a KL divergence.
 
-    ``optax.tree.get(state, "preconditioner")`` is the tree of factors; "total_notfinite" counts
-    skipped meta-gradients, as in ``apo.learning_rate``.
+    ``optax.tree.get(state, "preconditioner")`` is the tree of factors. "total_notfinite" counts
+    skipped meta-gradients and "total_shortened" shortened steps, as in ``apo.learning_rate``.
 
     Time: P g in every step, four matrix products per weight matrix for any batch size; a meta-step
     costs as in ``apo.learning_rate``. Memory: as there, plus the factors, their gradient and the
