@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 REFERENCE = sorted((DOCS / "reference").glob("*.md"))
 DIRECTIVE = re.compile(r"^::: (unrollgrad[\w.]*)$", re.MULTILINE)
-EXAMPLE = re.compile(r"^>>> .+\n(?:(?:>>>|\.\.\.) .*\n)*(?!>>>|\.\.\.|`)\S", re.MULTILINE)
+EXAMPLE = re.compile(r"^>>> (?!import|from)", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 WITHOUT_ALL = {  # modules that have no `__all__`
     "noise": ["Noise", "gaussian", "orthogonal", "rademacher"],
