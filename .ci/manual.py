@@ -19,7 +19,7 @@ METHODS = "Related methods"
 
 def on_config(config):
     """Puts pages that no section names into the section of methods."""
-    named = str(config["nav"])
+    named = re.findall(r"[\w/]+\.md", str(config["nav"]))
     (methods,) = (section[METHODS] for section in config["nav"] if METHODS in section)
     pages = sorted(Path(config["docs_dir"]).glob("*.md"))
     methods += [page.name for page in pages if page.name not in named]

@@ -14,8 +14,8 @@ import pytest
 from tests.helpers import COMPILED
 
 BUDGET = {
-    "README.md": 60,
-    "docs": 400,
+    "README.md": 35,
+    "docs": 330,
     "tests": 2430,
     "tests/apo": 235,
     "tests/bilevel": 95,

@@ -101,5 +101,11 @@ def test_links_lead_to_files(page):
     assert [x for x in LINK.findall(text) if not (page.parent / x).exists()] == []
 
 
+def test_links_and_examples_are_seen():
+    assert LINK.findall("[a](b/c.md#d) ![e](f.png) [g](https://h) [i](#j)") == ["b/c.md", "f.png"]
+    assert EXAMPLE.search(">>> import a\n>>> b\n")
+    assert not EXAMPLE.search(">>> import a\n... >>> b\n```bash\nc\n")
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
