@@ -4,7 +4,7 @@
 
 An inner loop is an ``UnrolledProblem`` (or ``training_problem(...)``); an estimator such as
 ``pes(problem, truncation=10, sigma=0.1)`` describes one worker, ``average(estimator, 64)`` the mean
-of many. The README has a table of the estimators.
+of many. docs/estimators.md has a table of the estimators.
 """
 
 import importlib
