@@ -110,7 +110,8 @@ def whole(field: Field, point: Point, when: jax.Array) -> tuple[Directions, jax.
     losses = field.losses
     assert losses is not None
     inner_data, outer_data = losses.inner_data, losses.outer_data
-    assert isinstance(inner_data, data.FiniteSum) and isinstance(outer_data, data.FiniteSum)
+    assert isinstance(inner_data, data.FiniteSum)
+    assert isinstance(outer_data, data.FiniteSum)
     inner = _mean(lambda i: _losses.inner_parts(losses, point, i), inner_data.num_batches, when)
     outer = _mean(lambda i: _losses.outer_parts(losses, point, i)[1], outer_data.num_batches, when)
     cost = inner_data.num_batches * _losses.INNER_COST + outer_data.num_batches
@@ -120,7 +121,7 @@ def whole(field: Field, point: Point, when: jax.Array) -> tuple[Directions, jax.
 def several(
     field: Field, key: Key, point: Point, places: Places, times: jax.Array, most: int
 ) -> tuple[Directions, jax.Array, Places]:
-    """The mean of ``most`` fresh samples if ``times`` is that, or zeros if it is 0; and its cost."""
+    """The mean of ``most`` fresh samples if ``times`` is that, zeros if it is 0; and its cost."""
     zeros = zeros_of(lambda: field.value(point, field.draw(key, places)[0]).directions)
 
     def body(_, carry):

@@ -63,8 +63,8 @@ def finite_sum(arrays: ArrayTree, batch_size: int, shuffle: bool = True) -> Fini
     Batch j is rows j batch_size to (j + 1) batch_size: neighbours, so that reading one copies no
     other row, and a memory per batch (``saga``) has a meaning. Rows that are sorted, by class for
     example, should be permuted once before. If batch_size does not divide the number n of rows, the
-    last batch is short. With N batches, batch j of n_j rows counts N n_j / n times its mean, so that
-    the mean over an epoch is the mean over all rows.
+    last batch is short. With N batches, the mean over the n_j rows of batch j counts N n_j / n
+    times, so that the mean over an epoch is the mean over all rows.
 
     Memory: the arrays themselves, no copy.
 
@@ -102,7 +102,8 @@ def finite_sum(arrays: ArrayTree, batch_size: int, shuffle: bool = True) -> Fini
     batch_size = arguments.positive_int("batch_size", batch_size)
     if batch_size > size:
         raise ValueError(
-            f"`batch_size`={batch_size} is more than the {size} rows of `arrays`; use at most {size}."
+            f"`batch_size`={batch_size} is more than the {size} rows of `arrays`; use at most "
+            f"{size}."
         )
     arrays = jax.tree.map(jnp.asarray, arrays)
     return FiniteSum(arrays, int(size), batch_size, bool(shuffle))

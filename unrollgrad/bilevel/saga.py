@@ -52,10 +52,11 @@ def saga(
 
     Args:
         full_start: Whether ``init`` fills the memory with a pass over all data. Otherwise it begins
-            with zeros, as the first epoch's steps are then ``sgd``'s plus the mean so far.
-        touched: ``touched(inner_batch)`` returns a tree like theta: for each leaf the indices, along
-            its leading axis, of the entries to which B^T v of this batch is confined. They must be
-            different from each other, and as many for every batch; all other entries are lost.
+            with zeros.
+        touched: ``touched(inner_batch)`` returns a tree like theta: for each leaf the indices,
+            along its leading axis, of the entries to which B^T v of this batch is confined. They
+            must be different from each other, and as many for every full batch; all other entries
+            are lost.
         max_bytes: The limit for the memory, checked before it is taken.
 
     Raises:
@@ -136,7 +137,7 @@ class _Parts(NamedTuple):
         return InnerParts(gradient, product, mixed)
 
     def indices(self, i: jax.Array) -> Any:
-        """The entries of theta that batch i touches; a short batch's are filled up, beyond the end."""
+        """The entries of theta that batch i touches, filled up beyond the end if it is short."""
         source, touched = self.losses.inner_data, self.touched
         assert touched is not None
         full = jax.eval_shape(lambda: touched(data.rows(source, 0, source.batch_size)))

@@ -97,7 +97,8 @@ def soba(
         >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
         >>> data = ug.bilevel.finite_sum(jnp.array([1.0, 3.0]), 1)
         >>> estimator = ug.bilevel.soba(
-        ...     lambda w, theta, x: (w - x) ** 2 / 2, lambda w, theta, x: (w - theta) ** 2 / 2,
+        ...     lambda w, theta, x: jnp.mean((w - x) ** 2) / 2,
+        ...     lambda w, theta, x: (w - theta) ** 2 / 2,
         ...     init_params=lambda key: jnp.zeros(()), outer_data=data, inner_data=data,
         ...     inner_optimizer=optax.sgd(0.1), directions=ug.bilevel.saga())
         >>> run = ug.fit(estimator, 0.0, optax.sgd(0.02), num_steps=500, key=jax.random.key(0))
