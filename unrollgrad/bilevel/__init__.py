@@ -1,5 +1,6 @@
 """Bilevel optimization: an outer descent through the solution of an inner problem."""
 
+from unrollgrad.bilevel.blocks import bsvrb
 from unrollgrad.bilevel.data import FiniteSum, finite_sum
 from unrollgrad.bilevel.directions import moving_average, page, sarah, sgd, storm
 from unrollgrad.bilevel.double_loop import amigo, bsa, fsla, stocbio, ttsa
@@ -17,6 +18,7 @@ __all__ = [
     "amigo",
     "bome",
     "bsa",
+    "bsvrb",
     "f2sa",
     "finite_sum",
     "fsla",
