@@ -164,7 +164,7 @@ for gradients in ["identical", "independent"]:
 # ## Where backpropagation explodes
 #
 # In a chaotic system the gradient of an episode is a huge random number, and rare giants dominate
-# its mean. Evolution strategies differentiate the smoothed loss (the mean loss over perturbations
+# its mean. Evolution strategies differentiate the episode-smoothed J (its mean over perturbations
 # of theta), which is a tame function. Its gradient, estimated by `full_es`, is the reference
 # here. `ug.average` makes one estimator of many workers.
 

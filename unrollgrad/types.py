@@ -88,7 +88,10 @@ class Estimate(NamedTuple):
     """An estimate of the outer gradient.
 
     Averaged over the T/K windows of an episode, ``grad`` estimates the gradient of J and ``loss``
-    estimates J (for evolution strategies of the smoothed J, E_u[J(theta + sigma u)]).
+    estimates J. Evolution strategies estimate those of a smoothed J: the episode-smoothed J is
+    E_u[J(theta + sigma u)] with one draw u per episode (``full_es``, ``es_single``); in the
+    period-smoothed J each noise period has a draw of its own (``gpes``, ``pes``). Both are J for
+    quadratic losses, and J + O(sigma^2) otherwise.
 
     Attributes:
         grad: A pytree with theta's structure, shapes and dtypes.
@@ -182,8 +185,11 @@ class GradientEstimator(NamedTuple):
             finds ``state.episode.t == 0`` begins an episode from its key. The new state has the
             structure, shapes, dtypes and weak types of the old one.
         truncation: Inner steps per call (K); None if a call is a whole episode.
+        explain: Optional ``explain(history) -> text``: what the history of a run that ended with
+            numbers that are not finite says about its settings. ``fit`` adds it to the error.
     """
 
     init: Callable[[Key, Theta], WorkerState]
     estimate: EstimateFn
     truncation: int | None = None
+    explain: Callable[[dict[str, Any]], str] | None = None

@@ -1,14 +1,57 @@
 """Curves of experiments that train theta with several estimators, and their last points."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 
 DASHED = ("tbptt", "bptt", "truncated_es", "uoro", "dodge", "forward_mode")
 """Estimators that pictures draw with a dashed line, to tell them from their neighbours."""
+
+STYLES = {
+    "es_single": ("C0", "o"),
+    "pes": ("C1", "s"),
+    "truncated_es": ("C2", "^"),
+    "full_es": ("C4", "D"),
+    "tbptt": ("C3", "v"),
+    "bptt": ("C5", "P"),
+    "gpes": ("C6", "*"),
+    "nres": ("C7", "X"),
+    "uoro": ("C8", "<"),
+    "dodge": ("C9", ">"),
+    "forward_mode": ("black", "h"),
+    "random_search": ("dimgrey", "p"),
+}
+"""The colour and the marker of an estimator, the same in every picture."""
+
+OTHERS = (("navy", "d"), ("deeppink", "H"), ("teal", "8"), ("goldenrod", "p"))
+"""Colours and markers of methods without their own, such as an estimator at another setting."""
+
+
+class Style(NamedTuple):
+    """How pictures draw a method.
+
+    Attributes:
+        color: The colour of its line.
+        marker: The marker of its end.
+        dash: The line's dashes, as matplotlib writes them.
+    """
+
+    color: str
+    marker: str
+    dash: str
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """The style of every method of a picture; those without their own share ``OTHERS`` in order."""
+    names = list(names)
+    unknown = [name for name in names if name not in STYLES]
+    given = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(unknown)}
+    return {name: Style(*(STYLES | given)[name], "--" if name in DASHED else "-") for name in names}
 
 
 def curves(
@@ -31,19 +74,31 @@ def curves(
 
 def plot(axis: Any, records: list[Record], metric: str, x: str = "step") -> None:
     """Draws a line for each estimator: the mean over its seeds, in a band of one standard error."""
-    for i, (name, runs) in enumerate(curves(records, metric, x).items()):
+    found = curves(records, metric, x)
+    for (name, runs), style in zip(found.items(), styles(found).values(), strict=True):
         length = min(len(y) for _, y in runs.values())  # an interrupted run has fewer
         values = np.array([y[:length] for _, y in runs.values()])
         at = next(iter(runs.values()))[0][:length]
         mean = values.mean(axis=0)
-        style = "--" if name in DASHED else "-"
-        axis.plot(at, mean, style, color=f"C{i % 10}", label=name)
+        end = {"marker": style.marker, "markevery": [-1]}
+        axis.plot(at, mean, style.dash, color=style.color, label=name, **end)
         if len(values) > 1:
             se = values.std(axis=0, ddof=1) / np.sqrt(len(values))
-            axis.fill_between(at, mean - se, mean + se, color=f"C{i % 10}", alpha=0.2, lw=0)
+            axis.fill_between(at, mean - se, mean + se, color=style.color, alpha=0.2, lw=0)
     labels = {"step": "outer updates", "inner_steps": "inner steps"}
     axis.set(xlabel=labels.get(x, x))
     axis.grid(alpha=0.3)
+
+
+def seeds_of(records: list[Record], band: str = "mean ± SE of") -> str:
+    """What a picture's lines are: "one seed", or ``band`` with the number of seeds."""
+    seeds = len({r.seed for r in records})
+    return f"{band} {seeds} seeds" if seeds > 1 else "one seed"
+
+
+def from_zero(axis: Any) -> None:
+    """Lets an axis begin at 0, with room above its highest point."""
+    axis.set_ylim(0, 1.06 * axis.dataLim.y1)
 
 
 def last(records: list[Record], metric: str) -> dict[str, list[float]]:
@@ -61,14 +116,14 @@ def show_last(records: list[Record], metric: str, what: str) -> None:
 def mean_and_se(summary: Summary, metric: str, estimator: str) -> tuple[float, float] | None:
     """The metric at the end; None if it was not measured or is not finite. One seed has SE 0."""
     found = summary.find(metric, estimator=estimator)
-    if found is None or found["mean"] is None:
+    if found is None or not np.isfinite(found["mean"]):
         return None
     return found["mean"], found["se"] or 0.0
 
 
 def text(mean: float, se: float) -> str:
     """The number and its standard error, as a claim prints them."""
-    return f"{mean:.3g}" + (f" ± {se:.1g}" if se else "")
+    return evidence.number({"mean": mean, "se": se, "n": 2})
 
 
 class Comparison(NamedTuple):
@@ -82,8 +137,6 @@ class Comparison(NamedTuple):
         says: The claim.
         source: The paper that makes the claim, or the theory.
         what: The text before the first number.
-        errors: Required gap, in standard errors of the difference. Default: more than the sum of
-            both standard errors.
         other_metric: The other estimator's metric. Default: the same metric.
     """
 
@@ -94,30 +147,13 @@ class Comparison(NamedTuple):
     says: str
     source: str
     what: str = ""
-    errors: float | None = None
     other_metric: str | None = None
 
 
 def compare(summary: Summary, comparison: Comparison) -> Claim:
-    """Checks the claim; a mean that is null in the summary counts as infinite."""
-    metric, name, relation, other, says, source, what, errors, other_metric = comparison
+    """Checks the claim by Welch's test over the seeds; see ``evidence.less``."""
+    metric, name, relation, other, says, source, what, other_metric = comparison
     mine = summary.find(metric, estimator=name)
     theirs = summary.find(other_metric or metric, estimator=other)
-    if mine is None or theirs is None:
-        return Claim(says, source, "not run", None)
-    ours = f"{what}{_text_of(mine)} against {_text_of(theirs)}"
-    if mine["n"] == 1:
-        return Claim(says, source, ours, None)
-    low, high = (mine, theirs) if relation == "<" else (theirs, mine)
-    if low["mean"] is None or high["mean"] is None:
-        return Claim(says, source, ours, low["mean"] is not None)
-    apart = high["mean"] - low["mean"]
-    if errors is None:
-        return Claim(says, source, ours, apart > low["se"] + high["se"])
-    return Claim(says, source, ours, apart > errors * float(np.hypot(low["se"], high["se"])))
-
-
-def _text_of(found: dict[str, Any]) -> str:
-    if found["mean"] is None:
-        return "not finite in some seed"
-    return text(found["mean"], found["se"] or 0.0)
+    finding = (evidence.less if relation == "<" else evidence.more)(mine, theirs)
+    return Claim(says, source, what + finding.text, finding.holds)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments._framework import results
 from experiments._framework.processes import from_process_0
@@ -185,15 +186,32 @@ def redraw(experiment: Experiment, folder: Path) -> Path:
 
 
 def small_picture(figure: Any) -> bytes:
-    """A PNG in a palette of 128 colours, at a lower resolution if it would be too large."""
+    """A PNG in its 256 most frequent colours, at a lower resolution if it would be too large.
+
+    A palette that averages colours instead would give lines over a heat map a common colour.
+    """
     from PIL import Image
 
     picture = b""
     for dpi in (150, 120, 100, 80):
         full, small = io.BytesIO(), io.BytesIO()
         figure.savefig(full, dpi=dpi)
-        Image.open(full).convert("RGB").quantize(128).save(small, "png", optimize=True)
+        index, palette = _few_colors(np.asarray(Image.open(full).convert("RGB")))
+        few = Image.fromarray(index)
+        few.putpalette(palette.ravel().tolist())
+        few.save(small, "png", optimize=True)
         picture = small.getvalue()
         if len(picture) <= MOST_BYTES:
             break
     return picture
+
+
+def _few_colors(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel's index among the 256 most frequent colours, or the nearest, and the colours."""
+    packed = pixels.astype(np.uint32) @ np.array([2**16, 2**8, 1], np.uint32)
+    found, place, counts = np.unique(packed.ravel(), return_inverse=True, return_counts=True)
+    colors = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=-1).astype(np.int32)
+    palette = colors[np.argsort(-counts, kind="stable")[:256]]
+    distances = sum(np.square(colors[:, None, i] - palette[:, i]) for i in range(3))
+    nearest = np.argmin(distances, axis=1).astype(np.uint8)
+    return nearest[place].reshape(packed.shape), palette.astype(np.uint8)

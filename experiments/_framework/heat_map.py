@@ -1,15 +1,16 @@
 """J on a grid of two outer parameters, and the paths of estimators across it."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import unrollgrad as ug
-from experiments._framework import curves
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Write
 from experiments._framework.results import Record, Summary
 from unrollgrad.types import Key, UnrolledProblem
@@ -19,8 +20,35 @@ GRID = "grid"
 
 NAMES = ("log_theta0", "log_theta1")
 
+FRESH = 64
+"""Episodes of every J that is compared. None of them chose anything."""
 
-def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[jax.Array], jax.Array]:
+
+class Objective(NamedTuple):
+    """J of stacked thetas, over the same episodes for each.
+
+    The least of many noisy means is lucky on the episodes that made it the least. Therefore
+    ``search`` only chooses; what it chose, and every run, is measured by ``fresh``.
+
+    Attributes:
+        search: J over the episodes of the grid.
+        fresh: J over ``FRESH`` other episodes.
+    """
+
+    search: Callable[[ArrayLike], jax.Array]
+    fresh: Callable[[ArrayLike], jax.Array]
+
+
+def objective(problem: UnrolledProblem, num_episodes: int) -> Objective:
+    """J of a problem, over ``num_episodes`` episodes for the grid and ``FRESH`` fresh ones."""
+    key_search, key_fresh = (jax.random.key(seed) for seed in (1000, 1001))
+    return Objective(
+        mean_loss(problem, jax.random.split(key_search, num_episodes)),
+        mean_loss(problem, jax.random.split(key_fresh, FRESH)),
+    )
+
+
+def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[ArrayLike], jax.Array]:
     """A jitted function ``J(thetas)`` of stacked thetas: the mean over the same episodes for each.
 
     Args:
@@ -41,26 +69,29 @@ def mean_loss(problem: UnrolledProblem, keys: Key) -> Callable[[jax.Array], jax.
     return losses
 
 
-def write_grid(
-    loss: Callable[[jax.Array], jax.Array],
-    ranges: Sequence[tuple[float, float]],
-    cells: Sequence[int],
-    write: Write,
-) -> None:
-    """Writes J on a grid, and its least value as ``minimum``.
+def write_grid(objective: Objective, axes: Mapping[str, Sequence[float]], write: Write) -> None:
+    """Writes J on a grid, and as ``minimum`` the fresh J of the cell where it is least.
 
     Args:
-        loss: J of stacked thetas, which are logarithms.
-        ranges: The first and the last value of each parameter.
-        cells: Number of values of each parameter, in equal ratios.
+        objective: J of stacked thetas.
+        axes: The values of each of theta's numbers, by metric; one axis stands for a scalar theta.
         write: Writes a line.
     """
-    axes = [np.log(np.geomspace(*ends, n)) for ends, n in zip(ranges, cells, strict=True)]
-    thetas = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-    values = np.asarray(loss(jnp.asarray(thetas, jnp.float32)))
-    for i, (theta, value) in enumerate(zip(thetas, values, strict=True)):
-        write({"estimator": GRID, "step": i, "J": value, **named(theta)})
-    write({"estimator": GRID, "minimum": np.nanmin(values)})
+    cells = np.stack(np.meshgrid(*axes.values(), indexing="ij"), axis=-1).reshape(-1, len(axes))
+    thetas = np.asarray(cells if len(axes) > 1 else cells[:, 0], np.float32)
+    values = np.asarray(objective.search(thetas))
+    for i, (cell, value) in enumerate(zip(cells, values, strict=True)):
+        write({"estimator": GRID, "step": i, "J": value, **dict(zip(axes, cell, strict=True))})
+    best = int(np.nanargmin(values))
+    write({"estimator": GRID, "minimum": np.asarray(objective.fresh(thetas[best : best + 1]))[0]})
+
+
+def logarithms(
+    ranges: Sequence[tuple[float, float]], cells: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """The axes of a grid over the logarithms of two numbers, in equal ratios."""
+    values = (np.log(np.geomspace(*ends, n)) for ends, n in zip(ranges, cells, strict=True))
+    return dict(zip(NAMES, values, strict=True))
 
 
 def named(theta: Any) -> dict[str, Any]:
@@ -77,32 +108,40 @@ def minimum(summary: Summary, **labels: str) -> float | None:
 def ends_near(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
     """The claim that an estimator's J ends at most a share above the grid's minimum, if it ran."""
     says = f"{name} ends within {share:.0%} of the grid's minimum"
-    return _claim(summary, name, says, source, lambda far, se: far + se <= share, labels)
+    return _claim(_Ends(summary, name, share, labels), says, source, near=True)
 
 
 def ends_far(summary: Summary, name: str, share: float, source: str, **labels: str) -> list[Claim]:
     """The claim that an estimator's J ends at least a share above the grid's minimum, if it ran."""
     says = f"{name} ends at least {share:.0%} above the grid's minimum"
-    return _claim(summary, name, says, source, lambda far, se: far - se >= share, labels)
+    return _claim(_Ends(summary, name, share, labels), says, source, near=False)
 
 
-def _claim(
-    summary: Summary,
-    name: str,
-    says: str,
-    source: str,
-    holds: Callable[[float, float], bool],
-    labels: dict[str, str],
-) -> list[Claim]:
-    least, found = minimum(summary, **labels), summary.find("J", estimator=name, **labels)
+class _Ends(NamedTuple):
+    """An estimator whose end is compared with a share above the grid's minimum."""
+
+    summary: Summary
+    name: str
+    share: float
+    labels: dict[str, str]
+
+
+def _claim(ends: _Ends, says: str, source: str, near: bool) -> list[Claim]:
+    """A minimum that is measured with every seed has its own error; one that is not, has none."""
+    summary, name, share, labels = ends
+    least = summary.find("minimum", estimator=GRID, **labels)
+    found = summary.find("J", estimator=name, **labels)
     if least is None or found is None:
         return []
-    mean, se = found["mean"], found["se"]
-    if mean is None:  # null in strict JSON: not finite
-        return [Claim(says, source, "J is not finite", holds(math.inf, 0.0))]
-    far = (mean - least) / abs(least)
-    ours = f"J = {curves.text(mean, se or 0.0)}, {far:+.1%} from {least:.3g}"
-    return [Claim(says, source, ours, None if se is None else holds(far, se / abs(least)))]
+    bound = evidence.times(least, 1 + math.copysign(share, least["mean"]))
+    if bound["n"] > 1:
+        finding = (evidence.less if near else evidence.more)(found, bound)
+    else:
+        finding = (evidence.below if near else evidence.above)(found, bound["mean"])
+    far = (found["mean"] - least["mean"]) / abs(least["mean"])
+    text = f"J = {finding.text}; the grid's minimum is {evidence.number(least)}"
+    text += f", J {far:+.1%} from it" if math.isfinite(far) else ""
+    return [Claim(says, source, text, finding.holds)]
 
 
 def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> None:
@@ -120,11 +159,11 @@ def draw(axis: Any, records: list[Record], names: Sequence[str], label: str) -> 
     mesh = axis.pcolormesh(
         np.exp(grid[0]), np.exp(grid[1]), grid[2], shading="nearest", cmap="Greys", rasterized=True
     )
-    for i, name in enumerate(x):
-        style = "--" if name in curves.DASHED else "-"
+    for i, (name, style) in enumerate(curves.styles(x).items()):
         across, up = np.exp(x[name]), np.exp(y[name])
-        axis.plot(across, up, style, color=f"C{i}", lw=1.2, label=name)
-        axis.plot(across[-1], up[-1], "o", color=f"C{i}", mec="black", ms=7)
+        axis.plot(across, up, style.dash, color=style.color, lw=1.2, label=name)
+        end = {"ms": 13 - 2 * i, "mfc": "none", "mec": style.color, "mew": 2.0}  # one in another
+        axis.plot(across[-1], up[-1], style.marker, **end)
     first = next(iter(x))
     axis.plot(np.exp(x[first][0]), np.exp(y[first][0]), "k*", ms=11, label="start")
     axis.set(xscale="log", yscale="log", xlabel=names[0], ylabel=names[1])

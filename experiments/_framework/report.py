@@ -13,8 +13,10 @@ HEAD = """# Results
 
 Written by `python -m experiments report` from the folders beside it; do not edit. A number is the
 mean over seeds ± its standard error; the standard error of a bias or variance is over the samples
-of each seed's run. A claim marked **does not reproduce** does not hold in our run. Details are
-below the tables.
+of each seed's run. A comparison is a one-sided t-test over the seeds (Welch's, for two methods) and
+prints its p: yes where p is at most 0.05, **does not reproduce** where it is at least 0.95 (the
+opposite holds), and cannot tell in between, for one seed, and where a run diverged. Times and sizes
+of one machine are compared as they are. Details are below the tables.
 """
 
 MARKS = {True: "yes", False: "**does not reproduce**", None: "cannot tell"}

@@ -49,7 +49,8 @@ class Summary(NamedTuple):
 
     Attributes:
         results: A dict for each series with its labels, ``metric``, and ``mean``, ``se`` and ``n``
-            over the seeds, at the last step.
+            over the seeds, at the last step. The mean is NaN if a seed's number is not finite;
+            ``se`` is None for one seed.
         about: All other entries: experiment, config, status, seconds, environment.
     """
 
@@ -58,9 +59,10 @@ class Summary(NamedTuple):
 
     def find(self, metric: str, **labels: str) -> dict[str, Any] | None:
         """The result with this metric and these labels, or None."""
-        wanted = {"metric": metric, **labels}
-        found = [r for r in self.results if all(r.get(k) == v for k, v in wanted.items())]
-        return found[0] if found else None
+        for r in self.results:
+            if r["metric"] == metric and all(r.get(k) == v for k, v in labels.items()):
+                return r
+        return None
 
 
 def new_folder(out: Path, name: str) -> Path:
@@ -215,7 +217,22 @@ def read_summary(folder: Path) -> Summary:
     """Reads ``summary.json`` and ``config.json``."""
     about = read_json(folder / "summary.json")
     about["config"] = read_json(folder / "config.json")
-    return Summary(about.pop("results"), about)
+    return Summary(from_json(about.pop("results")), about)
+
+
+def from_json(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results as numbers: a null, which stands for a number that is not finite, becomes NaN.
+
+    A standard error of one seed stays None.
+    """
+    return [
+        {
+            **r,
+            "mean": math.nan if r["mean"] is None else r["mean"],
+            "se": math.nan if r["se"] is None and r["n"] > 1 else r["se"],
+        }
+        for r in found
+    ]
 
 
 def summarise(records: list[Record]) -> list[dict[str, Any]]:
@@ -233,7 +250,8 @@ def summarise(records: list[Record]) -> list[dict[str, Any]]:
         values = np.array([r.value for r in last.values()])
         n = len(values)
         with np.errstate(invalid="ignore"):  # the SNR without spread is infinite
-            se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+            equal = n > 1 and bool((values == values[0]).all())  # std would leave rounding errors
+            se = None if n < 2 else 0.0 if equal else float(values.std(ddof=1) / math.sqrt(n))
             mean = float(values.mean())
         here = {**group[0].labels, "metric": group[0].metric}
         out.append({**here, "mean": mean, "se": se, "n": n})

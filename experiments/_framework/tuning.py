@@ -40,8 +40,22 @@ def best_rate(trial: Trial, rates: Sequence[float], keys: Key, theta: Theta) -> 
     """
     if len(rates) == 1:
         return rates[0]
-    scores = jnp.mean(jnp.log(_curves(trial, jnp.asarray(rates), keys, theta)), axis=(1, 2))
-    return rates[int(jnp.argmin(jnp.where(jnp.isfinite(scores), scores, jnp.inf)))]
+    return rates[int(jnp.argmin(scores(trial, rates, keys, theta)))]
+
+
+def scores(trial: Trial, rates: Sequence[float], keys: Key, theta: Theta) -> jax.Array:
+    """For each rate, the logarithm of the geometric mean of the loss along its runs.
+
+    It is infinite if a loss is not finite somewhere; the arguments are ``best_rate``'s.
+    """
+    found = score(_curves(trial, jnp.asarray(rates), keys, theta))
+    return jnp.mean(found, axis=1)
+
+
+def score(losses: jax.Array) -> jax.Array:
+    """The logarithm of the geometric mean of each row of losses, infinite if one is not finite."""
+    means = jnp.mean(jnp.log(losses), axis=-1)
+    return jnp.where(jnp.isfinite(means), means, jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=0)

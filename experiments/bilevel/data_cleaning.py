@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -313,29 +314,28 @@ def claims(summary: Summary) -> list[Claim]:
     source = "aim of this experiment; the task is of Franceschi et al. 2017"
     gain = summary.find("gain", series="cleaning, trained anew")
     if gain:
+        learned = evidence.above(evidence.times(gain, 100), 5.0)
         out.append(
             Claim(
                 f"with {share} wrong labels, learned weights give at least 5 points of test "
                 "accuracy over equal ones, both trained to convergence",
                 source,
-                f"{points(gain)} points: " + _compared(summary),
-                gain["mean"] >= 0.05,
+                f"{learned.text} points: " + _compared(summary),
+                learned.holds,
             )
         )
     separation = summary.find("auc", series="cleaning")
     weights = {name: summary.find("mean_weight", series=name) for name in ("clean", "corrupted")}
     if separation and all(weights.values()):
-        ours, holds = "the weights are not finite", False
-        if separation["mean"] is not None:  # null in JSON stands for a value that is not finite
-            means = ", ".join(f"{name} {w['mean']:.2f}" for name, w in weights.items() if w)
-            ours = f"AUC {separation['mean']:.3f}; mean weights: {means}"
-            holds = separation["mean"] > 0.9
-        out.append(Claim("the weights tell wrong labels from clean ones", source, ours, holds))
+        told = evidence.above(separation, 0.9)
+        means = ", ".join(f"{name} {evidence.number(w)}" for name, w in weights.items())
+        ours = f"AUC {told.text}; mean weights: {means}"
+        out.append(Claim("the weights tell wrong labels from clean ones", source, ours, told.holds))
     return [*out, *_claims_of_controls(summary)]
 
 
 def _claims_of_controls(summary: Summary) -> list[Claim]:
-    """Cleaning beats baselines without weights; undecided within two standard errors of zero."""
+    """Cleaning beats baselines without weights."""
     out = []
     controls = {
         "gain_over_tuned": "equal weights and a decay that is tuned on the validation images",
@@ -344,13 +344,13 @@ def _claims_of_controls(summary: Summary) -> list[Claim]:
     for metric, says in controls.items():
         found = summary.find(metric, series="cleaning, trained anew")
         if found:
-            clear = found["se"] is not None and abs(found["mean"]) > 2 * found["se"]
+            better = evidence.above(evidence.times(found, 100), 0.0)
             out.append(
                 Claim(
                     f"cleaning is better than {says}",
                     "a control of ours",
-                    f"{points(found)} points",
-                    found["mean"] > 0 if clear else None,
+                    f"{better.text} points",
+                    better.holds,
                 )
             )
     return out
@@ -364,8 +364,7 @@ def _compared(summary: Summary) -> str:
 
 def points(result: dict[str, Any]) -> str:
     """Formats a fraction in per cent, with its standard error."""
-    se = f" ± {100 * result['se']:.1f}" if result["se"] is not None else ""
-    return f"{100 * result['mean']:.1f}{se}"
+    return evidence.number(evidence.times(result, 100))
 
 
 EXPERIMENT = Experiment(

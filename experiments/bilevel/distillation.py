@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -259,12 +260,13 @@ def claims(summary: Summary) -> list[Claim]:
             gain = summary.find(metric, series=f"{name}, gain")
             theirs = summary.find("accuracy", series=other)
             if ours and gain and theirs:
+                better = evidence.above(evidence.times(gain, 100), 0.0)
                 out.append(
                     Claim(
                         f"ten images distilled with {name} train a better classifier than {says}",
                         "Lorraine et al. 2020 (pictures only: no number of theirs)",
-                        f"{points(ours)} against {points(theirs)} %: {points(gain)} points",
-                        gain["mean"] > 2 * gain["se"] if gain["se"] is not None else None,
+                        f"{points(ours)} against {points(theirs)} %: {better.text} points",
+                        better.holds,
                     )
                 )
     return out

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -256,15 +257,12 @@ def claims(summary: Summary) -> list[Claim]:
     def of(metric, method, terms):
         return summary.find(metric, method=method, terms=str(terms))
 
-    def text(found, digits=".3f"):
-        return format(found["mean"], digits) + (f" ± {found['se']:.1g}" if found["se"] else "")
-
-    out = []
+    out, text = [], evidence.number
     paper, theory = "Lorraine et al. 2020 (second-hand)", "theory"
     if found := of("distance", CG, WEIGHTS):
         says = "CG with as many steps as weights is exact: distance below 1e-6"
-        ours = f"{WEIGHTS} steps: {text(found, '.1e')}"
-        out.append(Claim(says, theory, ours, found["mean"] < 1e-6))
+        exact = evidence.below(found, 1e-6)
+        out.append(Claim(says, theory, f"{WEIGHTS} steps: {exact.text}", exact.holds))
     terms = sorted(summary.about["config"]["terms"])
     for method in (AUTO, GIVEN):
         curve = {k: found for k in terms if (found := of("cosine", method, k))}
@@ -275,26 +273,29 @@ def claims(summary: Summary) -> list[Claim]:
         fall = of("fall", method, max(curve))
         if not (gains and fall):
             continue
+        rises = {k: evidence.above(gain, 0.0) for k, gain in gains.items()}
         points = [f"{min(curve)}: {text(curve[min(curve)])}"]
-        points += [f"{k}: {text(curve[k])} (a gain of {text(gains[k])})" for k in gains]
+        points += [f"{k}: {text(curve[k])}, a gain of {rises[k].text}" for k in gains]
         says = f"{method}: the cosine rises with the number of terms"
-        known = all(gain["se"] is not None for gain in gains.values())
-        holds = all(g["mean"] > 2 * g["se"] for g in gains.values()) if known else None
-        out.append(Claim(says, paper, ", ".join(points), holds))
+        out.append(Claim(says, paper, ", ".join(points), evidence.both(*rises.values())))
         says = f"{method}: it rises with every further term on every split"
         ours = f"it falls by {text(fall)} on the way: mean of each split's largest fall"
-        out.append(Claim(says, "a stricter reading, ours", ours, fall["mean"] < 1e-9))
+        holds = evidence.told(fall["mean"] < 1e-9, fall["mean"])
+        out.append(Claim(says, "a stricter reading, ours", ours, holds))
     neumann, conjugate = of("cosine", GIVEN, 5), of("cosine", CG, 5)
     if neumann and conjugate:
         says = "5 Neumann terms are as good in direction as 5 steps of CG, or better"
-        ours = f"cosine {text(neumann)} and {text(conjugate)} (their CG had not the Hessian)"
-        out.append(Claim(says, paper, ours, neumann["mean"] >= conjugate["mean"]))
+        as_good = evidence.more(neumann, conjugate)
+        ours = f"cosine {as_good.text} (their CG had not the Hessian)"
+        out.append(Claim(says, paper, ours, as_good.holds))
     apart = [of("apart", MINIMUM, k) for k in terms]
     if all(apart):
-        worst = max(a["mean"] for a in apart if a)
+        gaps = [a["mean"] for a in apart if a]
+        worst = float(np.max(gaps))  # NaN if one is
         says = "unrolling from the minimum is Neumann with the inner rate"
-        ours = f"apart by {worst:.1e} at most, relative; {len(terms)} numbers of terms"
-        out.append(Claim(says, theory, ours, worst < 1e-10))
+        ours = f"apart by {evidence.shown(worst, '.1e')} at most, relative; "
+        ours += f"{len(terms)} numbers of terms"
+        out.append(Claim(says, theory, ours, evidence.told(worst < 1e-10, worst)))
     return out
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -199,8 +200,7 @@ def claims(summary: Summary) -> list[Claim]:
         return summary.find(metric, model=model, decay=decay)
 
     def text(found):
-        se = f" ± {100 * found['se']:.1f}" if found["se"] is not None else ""
-        return f"{100 * found['mean']:.1f}{se} %"
+        return evidence.number(found and evidence.times(found, 100)) + " %"
 
     source = "Lorraine et al. 2020 (there AlexNet on CIFAR-10)"
     out = []
@@ -209,18 +209,20 @@ def claims(summary: Summary) -> list[Claim]:
         fixed, reached = of("validation", model, FIXED), of("reached", model)
         if not (validation and test and weights and fixed):
             continue
-        says = f"{model}: {weights['mean']:.0f} decay rates fit 50 validation images, 100 %"
-        ours = f"{text(validation)} (with the rates fixed {text(fixed)})"
+        says = f"{model}: a decay rate for each weight fits 50 validation images, 100 %"
+        ours = f"{text(validation)} with {evidence.number(weights)} rates "
+        ours += f"(with the rates fixed {text(fixed)})"
         if reached:
-            ours += f", first after {reached['mean']:.0f} outer steps"
+            ours += f", first after {evidence.number(reached)} outer steps"
             ours += f" ({reached['n']} of {validation['n']} seeds)"
-        holds = validation["mean"] == 1
+        holds = evidence.told(validation["mean"] == 1, validation["mean"])
         out.append(Claim(says, source, ours, holds))
-        gap = validation["mean"] - test["mean"]
-        spread = (test["se"] or 0.0) + (validation["se"] or 0.0)
+        far = {**validation, "mean": validation["mean"] - 0.05}
+        lower = evidence.less(evidence.times(test, 100), evidence.times(far, 100))
         says = f"{model}: test accuracy stays far lower (by 5 points or more)"
-        ours = f"{text(test)}, with the rates fixed {text(of('test', model, FIXED))}"
-        out.append(Claim(says, source, ours, gap - spread > 0.05))
+        ours = f"{lower.text}, the validation accuracy less 5 points; with the rates fixed "
+        ours += text(of("test", model, FIXED))
+        out.append(Claim(says, source, ours, lower.holds))
     return out
 
 

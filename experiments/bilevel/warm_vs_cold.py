@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -291,6 +292,7 @@ def show(records: list[Record]) -> None:
 
 def claims(summary: Summary) -> list[Claim]:
     """Warm starts store more in the weights than in theta; few terms reach another solution."""
+    text = evidence.number
     ends = [r for r in summary.results if r["metric"] == "over_cold" and r["method"] == "warm"]
     out = [_of_one_point(summary, r["case"]) for r in ends]
     cases = {r["case"]: r for r in summary.results if r["metric"] == "gap"}
@@ -306,26 +308,27 @@ def claims(summary: Summary) -> list[Claim]:
                 ("gap_own", "both"),
             )
         )
+        near = evidence.below(gap, 0.2)
         ours = (
-            f"|neumann - damped| is {_text(gap)} of |nearest|, {_text(own)} of |neumann|; "
-            f"distances {_text(neumann)} and {_text(damped)}, their ratio {_text(ratio)}"
+            f"|neumann - damped| is {near.text} of |nearest|, {text(own)} of |neumann|; "
+            f"distances {text(neumann)} and {text(damped)}, their ratio {text(ratio)}"
         )
         says = f"{case}: Neumann and damping 1 / (alpha K) land within 20 % of |nearest solution|"
-        out.append(Claim(says, source, ours, gap["mean"] < 0.2))
+        out.append(Claim(says, source, ours, near.holds))
     for method in ("neumann", "damping"):
         means = [
             (case, summary.find("distance", part="antidistillation", case=case, method=method))
             for case in cases
         ]
-        values = [found["mean"] for _, found in means if found]
-        falls = all(b < a for a, b in itertools.pairwise(values))
-        ours = ", ".join(f"{case}: {_text(found)}" for case, found in means)
+        falls = [evidence.less(b, a) for (_, a), (_, b) in itertools.pairwise(means)]
+        ours = ", ".join(f"{case}: {text(found)}" for case, found in means)
         says = f"{method}: the distance to the nearest solution falls with K"
-        out.append(Claim(says, source, ours, falls if len(values) > 1 else None))
+        out.append(Claim(says, source, ours, evidence.both(*falls) if falls else None))
     pinv = summary.find("distance", part="antidistillation", case="pinv", method="pinv")
     if pinv:
         says = "the pseudo-inverse ends at the nearest solution"
-        out.append(Claim(says, source, f"distance {pinv['mean']:.1e}", pinv["mean"] < 1e-3))
+        nearest = evidence.below(pinv, 1e-3)
+        out.append(Claim(says, source, f"distance {nearest.text}", nearest.holds))
     losses = [
         r["mean"]
         for r in summary.results
@@ -333,48 +336,38 @@ def claims(summary: Summary) -> list[Claim]:
     ]
     if losses:
         says = "all of them reach outer loss zero"
-        out.append(Claim(says, source, f"at most {max(losses):.1e}", max(losses) < 1e-12))
+        largest = float(np.max(losses))  # NaN if one is
+        ours, holds = f"at most {evidence.shown(largest, '.1e')}", largest < 1e-12
+        out.append(Claim(says, source, ours, evidence.told(holds, largest)))
     return out
 
 
 def _of_one_point(summary: Summary, case: str) -> Claim:
-    """The claim of a case; it is undecided within one standard error of the bound."""
+    """The claim of a case: means over the seeds, in multiples of cold's."""
     where = {"part": "one point", "case": case}
-    parts, ratios, counts = [], {}, []
+    text, parts, ratios, counts = evidence.number, [], {}, []
     for method in ("cold", "warm", "re-trained", "re-trained, best"):
         end, over, hit = (
             summary.find(metric, **where, method=method)
             for metric in ("end", "over_cold", "satisfied")
         )
-        parts.append(f"{method} {_text(end)}" + (f" ({_text(over)} x)" if method != "cold" else ""))
-        mean, se = (over["mean"], over["se"] or 0.0) if over else (float("nan"), 0.0)
-        ratios[method] = mean - se, mean + se
+        parts.append(f"{method} {text(end)}" + (f" ({text(over)} x)" if method != "cold" else ""))
+        ratios[method] = over
         if hit:
-            counts.append(f"{round(hit['mean'] * hit['n'])} of {hit['n']}")
+            counts.append(f"{evidence.shown(hit['mean'] * hit['n'], '.0f')} of {hit['n']}")
     quarter = summary.find("quarter_over_cold", **where, method="warm")
-    parts.append(f"warm after a quarter of the steps {_text(quarter)} x")
+    parts.append(f"warm after a quarter of the steps {text(quarter)} x")
     parts.append(f"both in {counts[0]} seeds, with the path's best theta in {counts[1]}")
     ours, source = "; ".join(parts), "Vicol et al. 2022"
-    (low, high), (again_low, again_high) = ratios["warm"], ratios["re-trained"]
     if " gd " in case:
         says = f"{case}: plain descent freezes, warm does not end below {BOUND} x cold"
-        return Claim(says, source, ours, _told(low > BOUND, high < BOUND))
+        return Claim(says, source, ours, evidence.above(ratios["warm"], BOUND).holds)
     says = (
         f"{case}: warm ends below {BOUND} x cold, training again from zero with its last theta "
         "does not (means over seeds)"
     )
-    holds = high < BOUND < again_low
-    return Claim(says, source, ours, _told(holds, low > BOUND or again_high < BOUND))
-
-
-def _told(holds: bool, fails: bool) -> bool | None:
-    return True if holds else False if fails else None
-
-
-def _text(found: dict[str, Any] | None) -> str:
-    if not found or found["mean"] is None:
-        return "not finite"
-    return f"{found['mean']:.3g}" + (f" ± {found['se']:.1g}" if found["se"] else "")
+    stores = evidence.below(ratios["warm"], BOUND), evidence.above(ratios["re-trained"], BOUND)
+    return Claim(says, source, ours, evidence.both(*stores))
 
 
 EXPERIMENT = Experiment(

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments._framework import curves
 from experiments._framework.results import Record
 from experiments.problems.fourier import TARGETS, grid
 from unrollgrad.running import need
@@ -53,7 +54,8 @@ def _draw_losses(axis: Any, records: list[Record], config: dict[str, Any]) -> No
             axis.plot(steps, line, color=COLORS[method], alpha=0.2, linewidth=0.7)
         label = f"{method} from zero, warm's theta" if method == "re-trained" else method
         axis.plot(steps, np.mean(lines, axis=0), color=COLORS[method], linewidth=2, label=label)
-    axis.set(xlabel="outer steps", ylabel="outer loss", title=f"one point: {case}; mean and seeds")
+    shown = curves.seeds_of(records, "mean and")
+    axis.set(xlabel="outer steps", ylabel="outer loss", title=f"one point: {case}; {shown}")
     axis.set_ylim(0, None)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
@@ -113,7 +115,7 @@ def _draw_distances(axis: Any, records: list[Record]) -> None:
         yscale="log",
         xlabel="K",
         ylabel="distance to the nearest solution, relative",
-        title="antidistillation: mean over seeds",
+        title=f"antidistillation: {curves.seeds_of(records, 'mean of')}",
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(loc="lower left")

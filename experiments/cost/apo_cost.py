@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -168,7 +169,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         left.plot(np.full(len(mine), i), mine, "o", color=f"C{i}")
         right.bar(i, _medians(records, "more_memory")[kind], color=f"C{i}")
     left.axhline(1.3, color="k", linestyle=":", label="30 % more")
-    left.set(ylabel="time of a step / of one without meta-steps", ylim=(0, None))
+    left.set(ylabel="time of a step / of one without meta-steps")
+    curves.from_zero(left)
     right.set_ylabel("memory beyond a plain step,\nin copies of the weights")
     left.legend()
     for axis in (left, right):
@@ -201,14 +203,14 @@ def claims(summary: Summary) -> list[Claim]:
             Claim(
                 f"{kind}: at most 30 % more time than {beside}",
                 "our target",
-                f"{100 * (ratio['mean'] - 1):.0f} %",
-                ratio["mean"] <= 1.3,
+                f"{evidence.shown(100 * (ratio['mean'] - 1), '.0f')} %",
+                evidence.told(ratio["mean"] <= 1.3, ratio["mean"]),
             ),
             Claim(
                 f"{kind}: at most one copy of the weights more memory than a plain step",
                 "our target",
-                f"{memory['mean']:.1f} copies",
-                memory["mean"] <= 1,
+                f"{evidence.shown(memory['mean'], '.1f')} copies",
+                evidence.told(memory["mean"] <= 1, memory["mean"]),
             ),
         ]
     return out

@@ -1,10 +1,12 @@
 """The figure, the tables and the claims of ``benchmark``."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad import running
@@ -48,7 +50,9 @@ def _table(records: list[Record], part: str, metric: str) -> Lines:
 
 
 def slope(line: dict[int, float]) -> float:
-    """The log-log slope of a line."""
+    """The log-log slope of a line; NaN if a point is not finite."""
+    if not np.isfinite(list(line.values())).all():
+        return math.nan
     return float(np.polyfit(np.log(list(line)), np.log(list(line.values())), 1)[0])
 
 
@@ -108,7 +112,8 @@ def _draw_compiling(axis: Any, records: list[Record]) -> None:
         for line in _table(records, part, "floor_compile_seconds").values():
             axis.plot(list(line), list(line.values()), style, color="0.7", label=floor)
             floor = None
-    axis.set(xscale="log", xlabel="inner steps", ylabel="s to compile", ylim=(0, None))
+    axis.set(xscale="log", xlabel="inner steps", ylabel="s to compile")
+    curves.from_zero(axis)
 
 
 def _draw_ratios(axis: Any, records: list[Record]) -> None:
@@ -209,7 +214,6 @@ def claims(summary: Summary) -> list[Claim]:
         Record(0, None, {k: r[k] for k in ("part", "workload", "estimator", "number")}, *pair)
         for r in summary.results
         for pair in [(r["metric"], r["mean"])]
-        if r["mean"] is not None
     ]
     return [
         *_claims_of_time(records),
@@ -232,17 +236,19 @@ def _claims_of_time(records: list[Record]) -> Iterator[Claim]:
         measured = [e for e in CORE if (workload, e) in ratios]
         line = {e: next(iter(ratios[workload, e].values())) for e in measured}
         if line:
-            texts = [f"{name} {value:.2f}" for name, value in line.items()]
-            alone = False
+            texts = [f"{name} {evidence.shown(value, '.2f')}" for name, value in line.items()]
+            alone, known = False, list(line.values())
             for e in CORE:
                 if (workload, e) in too_large:
                     floors = set(fits.get((workload, e), {}).values())
                     alone |= floors == {1.0}
+                    known += floors
                     texts.append(f"{e} out of memory" + _FLOORS.get(tuple(floors), ""))
             yield _claim(
                 f"{workload}: at most {percent} % over the floor",
                 ", ".join(texts),
                 max(line.values()) <= 1 + percent / 100 and not alone,
+                *known,
             )
 
 
@@ -253,8 +259,9 @@ def _claims_of_growth(records: list[Record]) -> Iterator[Claim]:
             yield _claim(
                 f"{series[1]}: cost linear in workers from {min(line)} to {max(line)} (log-log "
                 "slope 1 ± 0.1)",
-                f"slope {slope(line):.2f}",
+                f"slope {evidence.shown(slope(line), '.2f')}",
                 abs(slope(line) - 1) <= 0.1,
+                slope(line),
             )
     for part in ("horizon", "size"):
         for (_, name), line in _table(records, part, "median_seconds").items():
@@ -263,8 +270,9 @@ def _claims_of_growth(records: list[Record]) -> Iterator[Claim]:
                 yield _claim(
                     f"{name}: time at most linear in {of}, from {min(line)} to {max(line)} "
                     "(log-log slope at most 1.1)",
-                    f"slope {slope(line):.2f}",
+                    f"slope {evidence.shown(slope(line), '.2f')}",
                     slope(line) <= 1.1,
+                    slope(line),
                 )
 
 
@@ -274,8 +282,9 @@ def _claims_of_memory(records: list[Record]) -> Iterator[Claim]:
         bound = 1.1 * (2 + thetas)
         yield _claim(
             f"{name}: peak memory of a pair at most its two states and {thetas} theta, + 10 %",
-            f"{most:.2f} copies for {bound:.1f}",
+            f"{evidence.shown(most, '.2f')} copies for {bound:.1f}",
             most <= bound,
+            most,
         )
 
 
@@ -289,20 +298,23 @@ def _claims_of_compiling(records: list[Record]) -> Iterator[Claim]:
             for n, seconds in line.items()
             if w == workload
         }
-        text = ", ".join(f"{name} {value:.1f}" for name, value in line.items())
+        text = ", ".join(f"{name} {evidence.shown(value, '.1f')}" for name, value in line.items())
         yield _claim(
             f"{workload}: compiles in at most 3 times the floor's time",
             text,
             max(line.values()) <= 3,
+            *line.values(),
         )
     for part in ("truncation", "horizon"):
         for (_, name), line in _table(records, part, "estimator_compile_seconds").items():
             if len(line) > 1:
-                spread = max(line.values()) / min(line.values()) - 1
+                times = list(line.values())
+                spread = float(np.max(times) / np.min(times)) - 1  # NaN if one is
                 yield _claim(
                     f"{name}: compile time independent of the {part}, within 20 %",
-                    f"{100 * spread:.0f} % between {min(line)} and {max(line)}",
+                    f"{evidence.shown(100 * spread, '.0f')} % between {min(line)} and {max(line)}",
                     spread <= 0.2,
+                    spread,
                 )
 
 
@@ -314,8 +326,11 @@ def _claims_of_peers(records: list[Record]) -> Iterator[Claim]:
             (ours,), (theirs,) = micros[workload, name].values(), micros[workload, by_hand].values()
             yield _claim(
                 f"{workload}, {name}: at most {most} times the same by hand",
-                f"{ours / theirs:.2f} ({ours:.0f} and {theirs:.0f} microseconds per update)",
+                f"{evidence.shown(ours / theirs, '.2f')} ({evidence.shown(ours, '.0f')} and "
+                f"{evidence.shown(theirs, '.0f')} microseconds per update)",
                 ours / theirs <= most,
+                ours,
+                theirs,
             )
 
 
@@ -328,13 +343,15 @@ def _claims_of_repeats(summary: Summary) -> Iterator[Claim]:
         if r["workload"] in TARGETS and r["estimator"] in CORE
     }
     if far:
-        worst = max(far, key=lambda name: far[name])
+        worst = max(far, key=lambda name: far[name] if math.isfinite(far[name]) else math.inf)
         yield _claim(
             "every run's median ratio within 5 % of the mean over the runs",
-            f"at most {100 * far[worst]:.1f} % away ({worst})",
+            f"at most {evidence.shown(100 * far[worst], '.1f')} % away ({worst})",
             far[worst] <= 0.05,
+            far[worst],
         )
 
 
-def _claim(says: str, ours: str, holds: bool) -> Claim:
-    return Claim(says, "our target", ours, bool(holds))
+def _claim(says: str, ours: str, holds: bool, *numbers: float) -> Claim:
+    """A claim on one machine's times and sizes: plain numbers, without a spread over seeds."""
+    return Claim(says, "our target", ours, evidence.told(bool(holds), *numbers))

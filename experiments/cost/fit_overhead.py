@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import curves
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -130,7 +131,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         mine = [r for r in records if r.metric == "ratio" and r.labels["layout"] == layout]
         axis.plot([r.value for r in mine], "o", label=f"{layout}: median {median:.2f}")
     axis.axhline(1.1, color="k", linestyle=":", label="10 % more")
-    axis.set(xlabel="repeat", ylabel="time of fit / time of a bare scan", ylim=(0, None))
+    axis.set(xlabel="repeat", ylabel="time of fit / time of a bare scan")
+    curves.from_zero(axis)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

@@ -245,7 +245,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         title=f"a linear policy, {problem}: windows of {config['truncation']} in "
         f"{config['horizon']} steps",
     )
-    axis.legend(title="mean ± SE over seeds")
+    axis.legend(title=curves.seeds_of(records))
     return figure
 
 

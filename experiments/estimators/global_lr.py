@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments._framework import curves, heat_map, training
+from experiments._framework import curves, evidence, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -29,7 +28,7 @@ class Settings(CommonSettings):
     Theta is the logarithm of the learning rate of SGD with momentum 0.9, and J is the mean training
     loss over an episode, on batches of its own. At a frozen theta many workers begin an episode
     together, and the standard deviation of their estimates is recorded in windows 1, 2, ... of it.
-    Then theta is trained.
+    Then theta is trained, and its spread over the second half of the training is recorded.
     """
 
     estimators: tuple[Literal["pes", "es_single", "gpes"], ...] = ("pes", "es_single", "gpes")
@@ -66,9 +65,9 @@ class Settings(CommonSettings):
     """Adam's learning rate, constant."""
     cells: int = 16
     """Number of learning rates between 0.001 and 1 at which J is recorded."""
-    num_episodes: int = 4
-    """Episodes whose mean loss is J."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    num_episodes: int = 16
+    """Episodes whose mean loss is J of constant rates; 64 others measure the runs and the least."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed is a whole measurement and a whole run."""
 
 
@@ -103,9 +102,6 @@ SCALES = {
 POINTS = 25
 """Points of each curve of training."""
 
-NEAR = 0.05
-"""How far above the least J of all constant rates training may end, as a fraction, to be near."""
-
 RATIO = "pes / es_single"
 """The label, in place of an estimator's name, of the ratio of their standard deviations."""
 
@@ -117,11 +113,11 @@ class Task(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        loss: J of stacked thetas.
+        objective: J of stacked thetas.
         methods: The methods by name.
     """
 
-    loss: Any
+    objective: heat_map.Objective
     methods: dict[str, training.Method]
 
 
@@ -130,11 +126,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     task = _prepare(settings.without_run())
     if seed == settings.seeds[0]:
         progress(heat_map.GRID, 0.0)
-        thetas = np.log(np.geomspace(*RANGE, settings.cells))
-        values = np.asarray(task.loss(jnp.asarray(thetas, jnp.float32)))
-        for i, (theta, value) in enumerate(zip(thetas, values, strict=True)):
-            write({"estimator": heat_map.GRID, "step": i, "J": value, "log_rate": theta})
-        write({"estimator": heat_map.GRID, "minimum": np.nanmin(values)})
+        rates = np.log(np.geomspace(*RANGE, settings.cells))
+        heat_map.write_grid(task.objective, {"log_rate": rates}, write)
     key_noise, key_training = jax.random.split(jax.random.key(seed))
     frozen = jnp.log(jnp.float32(settings.frozen_learning_rate))
     windows = settings.horizon // settings.truncation
@@ -150,13 +143,21 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         ratio = noise["pes"] / noise["es_single"]
         write({"estimator": RATIO, "slope": slope(ratio), "ratio": ratio[-1]})
 
+    ways: dict[str, list[float]] = {name: [] for name in task.methods}
+
     def evaluate(theta):
-        return {"J": task.loss(theta[None])[0], "log_rate": theta}
+        return {"J": task.objective.fresh(theta[None])[0], "log_rate": theta}
+
+    def write_and_keep(numbers: dict[str, Any]) -> None:
+        ways[numbers["estimator"]].append(float(numbers["log_rate"]))
+        write(numbers)
 
     start = jnp.log(jnp.float32(settings.start))
     plan = training.Plan(task.methods, evaluate, POINTS)
     second_half = lambda text, done: progress(text, 0.5 + 0.5 * done)  # noqa: E731
-    training.side_by_side(plan, key_training, start, write, second_half)
+    training.side_by_side(plan, key_training, start, write_and_keep, second_half)
+    for name, way in ways.items():
+        write({"estimator": name, "spread": spread(np.array(way))})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -197,6 +198,11 @@ def slope(sds: np.ndarray) -> float:
     return float(np.polyfit(k, np.log(sds[first:]), 1)[0])
 
 
+def spread(way: np.ndarray) -> float:
+    """The standard deviation of the log rate over the second half of its points."""
+    return float(np.std(way[len(way) // 2 :], ddof=1))
+
+
 @functools.lru_cache(maxsize=1)
 def _prepare(settings: Settings) -> Task:
     problem = rate_problem(settings)
@@ -215,8 +221,7 @@ def _prepare(settings: Settings) -> Task:
         )
         for name in names
     }
-    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
-    return Task(heat_map.mean_loss(problem, keys), methods)
+    return Task(heat_map.objective(problem, settings.num_episodes), methods)
 
 
 def rate_problem(settings: Settings) -> UnrolledProblem:
@@ -232,84 +237,96 @@ def rate_problem(settings: Settings) -> UnrolledProblem:
 
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
-    """Draws the noise along an episode, J along the runs, and J of constant rates."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 4.2), layout="constrained")
-    noise, training_axis, grid_axis = figure.subplots(1, 3)
+    """Draws the noise along an episode, the rate and J along the runs, and J of constant rates."""
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(12, 8), layout="constrained")
+    (noise, way), (training_axis, grid_axis) = figure.subplots(2, 2)
     runs = [r for r in records if r.labels["estimator"] not in (heat_map.GRID, RATIO)]
-    for i, (name, sds) in enumerate(mean_sds(runs).items()):
-        k = np.arange(1, len(sds) + 1)
-        noise.plot(k, sds, color=f"C{i}", label=name)
+    rate = config["frozen_learning_rate"]
+    _draw_noise(noise, runs, rate)
+    curves.plot(way, runs, "log_rate")
+    way.set(ylabel="ln learning rate", title="training the rate")
+    curves.plot(training_axis, runs, "J")
+    training_axis.set(ylabel="J", title="J on fresh episodes")
+    for r in records:
+        if r.metric == "minimum":
+            training_axis.axhline(r.value, color="black", ls=":", label="best constant rate")
+    grid = curves.curves(records, "J", "log_rate").get(heat_map.GRID, {})
+    for rates, values in grid.values():
+        grid_axis.plot(np.exp(rates), values, "k.-", label="constant rates")
+    grid_axis.set(xscale="log", xlabel="learning rate", ylabel="J", title="J of constant rates")
+    grid_axis.axvline(rate, color="black", ls=":", label="frozen rate of the noise")
+    for axis in (noise, way, training_axis, grid_axis):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+def _draw_noise(axis: Any, records: list[Record], rate: float) -> None:
+    """Draws every window's standard deviation: the mean over seeds in a band of one error."""
+    found = sds_by_seed(records)
+    for (name, sds), style in zip(found.items(), curves.styles(found).values(), strict=True):
+        k, mean = np.arange(1, sds.shape[1] + 1), sds.mean(axis=0)
+        axis.plot(k, mean, color=style.color, label=name)
+        if len(sds) > 1:
+            se = sds.std(axis=0, ddof=1) / np.sqrt(len(sds))
+            axis.fill_between(k, mean - se, mean + se, color=style.color, alpha=0.2, lw=0)
         if name == "pes":
             first = len(k) // 5
-            root = sds[first] * np.sqrt(k[first:] / k[first])
-            noise.plot(k[first:], root, "k:", label=r"$\propto \sqrt{k}$")
-    rate = config["frozen_learning_rate"]
-    noise.set(
+            root = mean[first] * np.sqrt(k[first:] / k[first])
+            axis.plot(k[first:], root, "k:", label=r"$\propto \sqrt{k}$")
+    axis.set(
         xscale="log",
         yscale="log",
         xlabel="window k of an episode",
         ylabel="standard deviation of an estimate",
         title=f"noise at the frozen rate {rate:g}",
     )
-    curves.plot(training_axis, runs, "J")
-    training_axis.set(ylabel="J", title="training the rate")
-    grid = curves.curves(records, "J", "log_rate").get(heat_map.GRID, {})
-    for rates, values in grid.values():
-        grid_axis.plot(np.exp(rates), values, "k.-")
-    grid_axis.set(xscale="log", xlabel="learning rate", ylabel="J", title="J of constant rates")
-    grid_axis.axvline(rate, color="black", ls=":", label="frozen rate")
-    for axis in (noise, training_axis, grid_axis):
-        axis.grid(alpha=0.3)
-        axis.legend()
-    return figure
 
 
-def mean_sds(records: list[Record]) -> dict[str, np.ndarray]:
-    """The mean over seeds of every window's standard deviation, by estimator."""
-    found: dict[str, dict[int, list[float]]] = {}
+def sds_by_seed(records: list[Record]) -> dict[str, np.ndarray]:
+    """Every window's standard deviation, of shape (seeds, windows), by estimator."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
     for r in records:
         if r.metric == "sd" and r.step is not None:
-            line = found.setdefault(r.labels["estimator"], collections.defaultdict(list))
-            line[r.step].append(r.value)
+            line = found.setdefault(r.labels["estimator"], collections.defaultdict(dict))
+            line[r.seed][r.step] = r.value
     return {
-        name: np.array([np.mean(line[k]) for k in sorted(line)]) for name, line in found.items()
+        name: np.array([[sds[k] for k in sorted(sds)] for sds in line.values()])
+        for name, line in found.items()
     }
 
 
 def show(records: list[Record]) -> None:
-    """Prints the growth of the noise, and J at the end of every run."""
+    """Prints the growth of the noise, the rate's spread, and J at the end of every run."""
     for name in dict.fromkeys(r.labels["estimator"] for r in records):
         values = [r.value for r in records if r.metric == "slope" and r.labels["estimator"] == name]
         if values:
             print(f"{name:>16}  noise ~ k^b, b by seed: " + "  ".join(f"{v:.2f}" for v in values))
     runs = [r for r in records if r.labels["estimator"] != heat_map.GRID]
+    curves.show_last(runs, "spread", "spread of ln rate")
     curves.show_last(runs, "J", "J at the end")
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """The noise of PES grows along an episode, like sqrt(k) relative to the noise of ES-Single."""
-    says: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-        "pes": ("grows along the episode: b > 0", lambda b, se: b > 2 * se),
-        "es_single": ("does not grow: b < 0.1", lambda b, se: b + se < 0.1),
-        RATIO: ("grows like sqrt(k): b is 0.5 within 0.1", lambda b, se: abs(b - 0.5) + se < 0.1),
+    """The noise of PES grows along an episode, and with it the spread of the rate that it trains.
+
+    Relative to the noise of ES-Single it grows like sqrt(k).
+    """
+    paper, theory = "Vicol et al. 2023", "sum of k independent draws"
+    found = {name: summary.find("slope", estimator=name) for name in ("pes", "es_single", RATIO)}
+    ratio = evidence.within(found[RATIO], 0.4, 0.6)
+    growing = {
+        f"{RATIO} grows like sqrt(k): b is 0.5 within 0.1": (theory, ratio),
+        "pes grows along the episode: b > 0": (paper, evidence.above(found["pes"], 0.0)),
+        "es_single does not grow: b < 0.1": (paper, evidence.below(found["es_single"], 0.1)),
     }
-    out = []
-    for name, (what, holds) in says.items():
-        found = summary.find("slope", estimator=name)
-        if found is None:
-            continue
-        b, se = found["mean"], found["se"]
-        out.append(
-            Claim(
-                f"noise ~ k^b of {name} {what}",
-                "Vicol et al. 2023" if name != RATIO else "sum of k independent draws",
-                f"b = {curves.text(b, se or 0.0)}",
-                None if se is None else holds(b, se),
-            )
-        )
-    for name in ("pes", "es_single"):
-        out += heat_map.ends_near(summary, name, NEAR, "Vicol et al. 2023")
-    return out
+    out = [
+        Claim(f"noise ~ k^b of {says}", source, f"b = {finding.text}", finding.holds)
+        for says, (source, finding) in growing.items()
+    ]
+    says = "es_single's rate spreads less than pes's in the second half of its training"
+    spreads = curves.Comparison("spread", "es_single", "<", "pes", says, paper, "sd of ln rate ")
+    return [*out, curves.compare(summary, spreads)]
 
 
 EXPERIMENT = Experiment(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad.running import need
@@ -54,14 +55,15 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 def _panel(axis: Any, table: Any, problem: str, config: dict[str, Any]) -> None:
     windows = config["num_windows"]
     places = dict(zip(UPDATES, (1, windows, 20 * windows), strict=True))
-    for i, name in enumerate(config["estimators"]):
+    styles = curves.styles(config["estimators"])
+    for i, (name, (color, marker, _)) in enumerate(styles.items()):
         shift = 1.13 ** (i - 2.5)  # so that equal lines do not hide each other
         here = {u: table[problem, name, u] for u in UPDATES if (problem, name, u) in table}
         at = [places[u] * shift for u in here]
         means, errors = np.array([_pooled(x) for x in here.values()]).reshape(-1, 2).T
         style = "--" if "staggered" in name or name == "nres" else "-"
         axis.errorbar(
-            at, means, errors, fmt="o" + style, color=f"C{i}", ms=4, capsize=3, label=name
+            at, means, errors, fmt=marker + style, color=color, ms=4, capsize=3, label=name
         )
         known = [x["exact"].mean() for x in here.values() if "exact" in x]
         if known:
@@ -91,9 +93,7 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """NRES and ES-Single equal full ES in the long run; PES has less or more as gradients agree."""
     config = summary.about["config"]
-    windows, measured = config["num_windows"], config["estimators"]
-    ranges = {"aligned": (0.0, 1.0), "independent": (windows / 4, math.inf)}
-    ranges["conflicting"] = ranges["independent"]
+    measured = config["estimators"]
     out = []
     for problem in config["problems"]:
         if problem in RECURRENCES:
@@ -101,9 +101,9 @@ def claims(summary: Summary) -> list[Claim]:
         if "full_es" in measured:
             out += [_same_claim(summary, problem, name) for name in EQUAL if name in measured]
             out += [
-                _pes_claim(summary, problem, name, *ranges[problem])
+                _pes_claim(summary, problem, name, less=problem == "aligned")
                 for name in ("pes", "pes staggered")
-                if name in measured and problem in ranges
+                if name in measured and problem in RECURRENCES
             ]
     return out
 
@@ -120,60 +120,65 @@ CUT = 1 / 20
 """A worker of nres that begins inside an episode sees the ends of two episodes, not a whole one."""
 
 
-def _value(summary: Summary, problem: str, name: str, updates: str) -> tuple[float, float]:
-    """The variance, and its standard error from the samples of all seeds."""
-    numbers = []
-    for metric in ("variance", "variance_se"):
-        found = summary.find(metric, problem=problem, estimator=name, updates=updates)
-        numbers.append(math.nan if found is None or found["mean"] is None else found["mean"])
-    return numbers[0], numbers[1] / math.sqrt(len(summary.about["seeds"]))
+def _value(summary: Summary, problem: str, name: str, updates: str) -> evidence.Result | None:
+    """The variance, with its standard error from the samples of all seeds."""
+    config = summary.about["config"]
+    labels = {"problem": problem, "estimator": name, "updates": updates}
+    value, error = (summary.find(metric, **labels) for metric in ("variance", "variance_se"))
+    real = problem not in RECURRENCES
+    return evidence.of_samples(value, error, config["num_samples_real" if real else "num_samples"])
 
 
-def _ratio(summary: Summary, problem: str, name: str) -> tuple[float, float]:
-    """The long-run variance over full ES's, and its standard error."""
-    (a, a_se), (b, b_se) = (_value(summary, problem, x, "20n") for x in (name, "full_es"))
-    return a / b, a / b * math.hypot(a_se / a, b_se / b)
+def _ratio(summary: Summary, problem: str, name: str) -> evidence.Result | None:
+    """The long-run variance over full ES's."""
+    return evidence.ratio(*(_value(summary, problem, x, "20n") for x in (name, "full_es")))
 
 
 def _exact_claim(summary: Summary, problem: str) -> Claim:
-    away, errors = {}, []
+    ratios = {}
     for name in summary.about["config"]["estimators"]:
         for updates in UPDATES:
             labels = {"problem": problem, "estimator": name, "updates": updates}
-            exact = summary.find("exact", **labels)
-            if exact is not None:
-                value, se = _value(summary, problem, name, updates)
-                away[f"{name} at U = {updates}"] = (value - exact["mean"]) / se
-                errors.append(se / exact["mean"])
-    worst = max(away, key=lambda k: abs(away[k]))
+            value, exact = _value(summary, problem, name, updates), summary.find("exact", **labels)
+            if value is not None and exact is not None:
+                share = 1 / exact["mean"] if exact["mean"] else math.nan
+                ratios[f"{name} at U = {updates}"] = evidence.times(value, share)
+    away = {k: abs(r["mean"] - 1) / r["se"] if r["se"] else math.nan for k, r in ratios.items()}
+    worst = max(away, key=lambda k: away[k] if math.isfinite(away[k]) else math.inf)
+    errors = [r["se"] for r in ratios.values()]
+    tests = [evidence.agrees(r, 1.0, 1.0, blind=BLIND, errors=4.0) for r in ratios.values()]
     return Claim(
         f"{problem}: all {len(away)} variances equal the closed forms, within four standard errors",
         SOURCE,
-        f"at most {abs(away[worst]):.2g} standard errors away ({worst}); these are "
+        f"at most {evidence.shown(away[worst], '.2g')} standard errors away ({worst}); these are "
         f"{100 * min(errors):.1g} to {100 * max(errors):.1g} % of the closed forms",
-        None if max(errors) > BLIND else abs(away[worst]) <= 4,
+        evidence.both(*tests),
     )
 
 
 def _same_claim(summary: Summary, problem: str, name: str) -> Claim:
-    ratio, se = _ratio(summary, problem, name)
+    ratio = _ratio(summary, problem, name)
     end = CUT if name == "nres" else 0.0
     besides = f" and the {100 * end:.0f} % of the one episode in 20 that is cut" if end else ""
+    blind = BLIND * ratio["mean"] if ratio else 0.0
+    same = evidence.agrees(ratio, 1 - end, 1 + end, blind)
     return Claim(
         f"{problem}: in the long run {name} has full_es's variance per episode-pair, within three "
         f"standard errors{besides}",
         SOURCE,
-        f"ratio {ratio:.3g} ± {se:.1g}",
-        None if se > BLIND * ratio else abs(ratio - 1) <= 3 * se + end,
+        f"ratio {same.text}",
+        same.holds,
     )
 
 
-def _pes_claim(summary: Summary, problem: str, name: str, low: float, high: float) -> Claim:
-    ratio, se = _ratio(summary, problem, name)
-    what = "less than full_es's" if high == 1.0 else f"at least {low:.3g} = n/4 times full_es's"
+def _pes_claim(summary: Summary, problem: str, name: str, less: bool) -> Claim:
+    share = summary.about["config"]["num_windows"] / 4
+    what = "less than full_es's" if less else f"at least {share:.3g} = n/4 times full_es's"
+    ratio = _ratio(summary, problem, name)
+    test = evidence.below(ratio, 1.0) if less else evidence.above(ratio, share)
     return Claim(
         f"{problem}: in the long run {name}'s variance per episode-pair is {what}",
         SOURCE,
-        f"ratio {ratio:.3g} ± {se:.1g}",
-        None if se > BLIND * ratio else low <= ratio - 2 * se and ratio + 2 * se <= high,
+        f"ratio {test.text}",
+        test.holds,
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments._framework import curves, heat_map, training
+from experiments._framework import curves, evidence, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -64,12 +63,14 @@ class Settings(CommonSettings):
     """Standard deviation of the perturbation."""
     learning_rate: float = 0.01
     """Adam's learning rate at the beginning."""
+    also_rates: tuple[float, ...] = ()
+    """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`."""
     final_fraction: float = 0.0
     """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
     cells: tuple[int, int] = (11, 9)
     """Number of values of theta0 and of theta1 on the grid that the picture shows."""
-    num_episodes: int = 4
-    """Episodes whose mean loss is J, on the grid and along the runs."""
+    num_episodes: int = 16
+    """Episodes whose mean loss is J on the grid; 64 others measure the runs and the minimum."""
 
 
 SCALES = {
@@ -119,11 +120,11 @@ class Task(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        loss: J of stacked thetas.
+        objective: J of stacked thetas.
         plan: The estimators; along their curves are J and theta's two numbers.
     """
 
-    loss: Callable[[jax.Array], jax.Array]
+    objective: heat_map.Objective
     plan: training.Plan
 
 
@@ -141,7 +142,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         task = _prepare(shared, objective)
         if seed == settings.seeds[0]:
             progress_here(heat_map.GRID, 0.0)
-            heat_map.write_grid(task.loss, RANGES, settings.cells, write_here)
+            axes = heat_map.logarithms(RANGES, settings.cells)
+            heat_map.write_grid(task.objective, axes, write_here)
         key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
         training.side_by_side(task.plan, key, theta, write_here, progress_here)
 
@@ -149,28 +151,25 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 @functools.lru_cache(maxsize=2)
 def _prepare(settings: Settings, objective: str) -> Task:
     problem = schedule_problem(settings, objective)
-    rate = optax.cosine_decay_schedule(
-        settings.learning_rate, settings.num_steps, settings.final_fraction
-    )
     common = {
         "truncation": settings.truncation,
         "sigma": settings.sigma,
         "num_pairs": settings.num_pairs,
     }
     names: tuple[str, ...] = settings.estimators
-    methods = {
-        name: training.Method(
-            ug.REGISTRY[name].build(problem, **common), optax.adam(rate), settings.num_steps
-        )
-        for name in names
-    }
-    keys = jax.random.split(jax.random.key(1000), settings.num_episodes)
-    loss = heat_map.mean_loss(problem, keys)
+    methods = {}
+    for name in names:
+        estimator = ug.REGISTRY[name].build(problem, **common)
+        for rate in (settings.learning_rate, *settings.also_rates):
+            decayed = optax.cosine_decay_schedule(rate, settings.num_steps, settings.final_fraction)
+            label = name if rate == settings.learning_rate else f"{name}, rate {rate:g}"
+            methods[label] = training.Method(estimator, optax.adam(decayed), settings.num_steps)
+    measured = heat_map.objective(problem, settings.num_episodes)
 
     def evaluate(theta):
-        return {"J": loss(theta[None])[0], **heat_map.named(theta)}
+        return {"J": measured.fresh(theta[None])[0], **heat_map.named(theta)}
 
-    return Task(loss, training.Plan(methods, evaluate, POINTS))
+    return Task(measured, training.Plan(methods, evaluate, POINTS))
 
 
 def schedule_problem(settings: Settings, objective: str) -> UnrolledProblem:
@@ -252,8 +251,8 @@ def _unmoved(summary: Summary) -> list[Claim]:
         Claim(
             "tbptt does not move theta at all",
             "accuracy is a step function",
-            f"the mean log theta moved by {moved:.2g}",
-            moved < 1e-6,
+            f"the mean log theta moved by {evidence.shown(moved, '.2g')}",
+            evidence.told(moved < 1e-6, moved),
         )
     ]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments._framework.curves import text as plus_minus
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad.running import need
@@ -41,17 +41,17 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axes = figure.subplots(1, len(TEXTS), sharey=True)
     variances, exact = _series(records, "variance"), _series(records, "exact")
     for axis, (text, about) in zip(axes, TEXTS.items(), strict=True):
-        for i, name in enumerate(config["estimators"]):
+        for name, (color, marker, _) in curves.styles(config["estimators"]).items():
             line = variances.get((text, name), {})
             means = [np.mean(x) for x in line.values()]
             errors = [
                 np.std(x, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0 for x in line.values()
             ]
             axis.errorbar(
-                list(line), means, errors, fmt="os^"[i], color=f"C{i}", ms=5, capsize=3, label=name
+                list(line), means, errors, fmt=marker, color=color, ms=5, capsize=3, label=name
             )
             line = exact.get((text, name), {})
-            axis.plot(list(line), [np.mean(x) for x in line.values()], color=f"C{i}", lw=1)
+            axis.plot(list(line), [np.mean(x) for x in line.values()], color=color, lw=1)
         axis.set(xscale="log", yscale="log", xlabel="unrolls per episode, n = T/K", title=about)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="variance of an episode's mean / |g|²")
@@ -93,32 +93,36 @@ def _slope_claim(summary: Summary, text: str) -> Claim | None:
     found = summary.find("slope", text=text, estimator="es_single", unrolls="all")
     if found is None:
         return None
-    mean, se = found["mean"], found["se"]
+    flat = evidence.within(found, -0.1, 0.1)
     return Claim(
         f"{text} text: es_single's variance does not depend on the number of unrolls",
         "Vicol et al. 2023, Fig. 1 and Prop. 3.2",
-        f"slope of log variance over log unrolls {plus_minus(mean, se or 0.0)}",
-        None if se is None else abs(mean) + 2 * se < 0.1,
+        f"slope of log variance over log unrolls {flat.text}, within 0.1 of 0",
+        flat.holds,
     )
 
 
 def _exact_claim(summary: Summary, text: str, name: str) -> Claim | None:
-    ratios = {
-        int(r["unrolls"]): r["mean"]
-        for r in summary.results
-        if (r["text"], r["estimator"], r["metric"]) == (text, name, "ratio")
-    }
-    if not ratios:
+    """Each ratio's error is that of the samples: another seed has other weights and texts."""
+    tests = {}
+    for unrolls in sorted(summary.about["config"]["num_windows"]):
+        labels = {"text": text, "estimator": name, "unrolls": str(unrolls)}
+        ratio, variance, error = (
+            summary.find(metric, **labels) for metric in ("ratio", "variance", "variance_se")
+        )
+        if ratio and variance and error:
+            samples = summary.about["config"]["num_samples"]
+            relative = {**error, "mean": error["mean"] / variance["mean"] * ratio["mean"]}
+            measured = evidence.of_samples(ratio, relative, samples)
+            tests[unrolls] = evidence.within(measured, 0.85, 1.15)
+    if not tests:
         return None
-    low, high = min(ratios.values()), max(ratios.values())
-    pairs = summary.about["config"]["num_samples"] * len(summary.about["seeds"])
-    blind = 3 * math.sqrt(2 / pairs) > 0.15  # the error of the ratio by chance is too large
     return Claim(
         f"{text} text: {name}'s variance is within 15 % of the exact formula on measured window "
         "gradients",
         "theory, for quadratic losses",
-        f"ratio {low:.3g} to {high:.3g}, at {min(ratios)} to {max(ratios)} unrolls",
-        None if blind else 0.85 <= low and high <= 1.15,
+        "ratio by unrolls: " + ", ".join(f"{n}: {test.text}" for n, test in tests.items()),
+        evidence.both(*tests.values()),
     )
 
 
@@ -128,42 +132,43 @@ def _order_claim(summary: Summary, text: str, above: bool) -> Claim | None:
     single = summary.find("variance", text=text, estimator="es_single", unrolls=largest)
     if pes is None or single is None:
         return None
-    holds = None
-    if pes["se"] is not None:
-        away = (pes["mean"] - single["mean"]) * (1 if above else -1)
-        holds = away > 2 * math.hypot(pes["se"], single["se"])
-    values = [plus_minus(x["mean"], x["se"] or 0.0) for x in (pes, single)]
+    ordered = (evidence.more if above else evidence.less)(pes, single)
     return Claim(
         f"{text} text: with {largest} unrolls pes's variance is {'above' if above else 'below'} "
         "es_single's",
         "Vicol et al. 2023, Fig. 1",
-        " against ".join(values),
-        holds,
+        ordered.text,
+        ordered.holds,
     )
 
 
 def _dip_claim(summary: Summary) -> Claim | None:
-    ratios = {}
+    """The number of unrolls with the dip is that of the closed forms, not the luckiest one."""
+    measured, exact = {}, {}
     for unrolls in sorted(summary.about["config"]["num_windows"]):
         labels = {"text": "real", "unrolls": str(unrolls)}
-        pes = summary.find("variance", estimator="pes", **labels)
-        single = summary.find("variance", estimator="es_single", **labels)
+        pes, single, exact_pes, exact_single = (
+            summary.find(metric, estimator=name, **labels)
+            for metric in ("variance", "exact")
+            for name in ("pes", "es_single")
+        )
         if pes and single:
-            relative = [(x["se"] or 0.0) / x["mean"] for x in (pes, single)]
-            ratio = pes["mean"] / single["mean"]
-            ratios[unrolls] = ratio, ratio * math.hypot(*relative)
-    if not ratios:
+            measured[unrolls] = pes, single
+        if exact_pes and exact_single:
+            exact[unrolls] = exact_pes["mean"] / exact_single["mean"]
+    if not measured or not exact:
         return None
-    least, most = min(ratios, key=lambda n: ratios[n][0]), max(ratios)
-    (low, low_se), (high, high_se) = ratios[least], ratios[most]
-    one_seed = len(summary.about["seeds"]) < 2
+    least, most = min(exact, key=lambda n: exact[n]), max(measured)
+    dips, grows = evidence.less(*measured[least]), evidence.more(*measured[most])
+    text = f"{dips.text} with {least} unrolls, {grows.text} with {most}"
+    if not all(map(math.isfinite, exact.values())):
+        text += "; a closed form diverged"
     return Claim(
         "real text: with more unrolls pes's variance first falls below es_single's, then grows "
         "above it",
         "Vicol et al. 2023, Fig. 1",
-        f"ratio {plus_minus(low, low_se)} with {least} unrolls, {plus_minus(high, high_se)} "
-        f"with {most}",
-        None if one_seed else low + 2 * low_se < 1 < high - 2 * high_se,
+        text,
+        evidence.told(evidence.both(dips, grows), *exact.values()),
     )
 
 
@@ -176,11 +181,12 @@ def _sigma_claim(summary: Summary) -> Claim | None:
             changes += [] if same is None else [r["mean"] / same["mean"] - 1]
     if not changes:
         return None
-    worst = float(changes[np.argmax(np.abs(changes))])
+    worst = float(changes[np.argmax(np.abs(changes))])  # NaN if one is
     return Claim(
         "neither smoothing nor rounding shows in the variances: "
         f"{OTHER_SIGMA:.0f} times sigma gives the same within 2 %",
         "Vicol et al. 2021 (sigma 0.001)",
-        f"{100 * worst:+.2g} % at most, pes with the most unrolls and the same noise",
-        abs(worst) < 0.02,
+        f"{evidence.shown(100 * worst, '+.2g')} % at most, pes with the most unrolls and "
+        "the same noise",
+        evidence.told(abs(worst) < 0.02, worst),
     )

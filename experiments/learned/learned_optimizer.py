@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments._framework import curves, resuming
+from experiments._framework import curves, evidence, resuming
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary, read_json
 from experiments._framework.settings import ResumableSettings
@@ -205,6 +206,7 @@ def _meta_train(
     )
     if len(result.history["loss"]) < num_steps:
         raise KeyboardInterrupt
+    write({"estimator": name, "snr": signal_to_noise(result.history)})
     ug.learned_optimizers.save(
         folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
         result.theta,
@@ -212,6 +214,16 @@ def _meta_train(
         settings=arguments,
         notes=about | {"seed": seed, "estimator": name, "inner_steps": num_steps * cost},
     )
+
+
+def signal_to_noise(history: Mapping[str, np.ndarray]) -> float:
+    """The squared norm of an update's expected gradient over the variance, averaged over the run.
+
+    An estimate's expected squared norm is the sum of both; the variance is that of the mean over
+    workers, from their spread. Without a signal the number is 0 up to its own noise.
+    """
+    noise = float(np.mean(history["grad_variance"]))
+    return float(np.mean(np.square(history["grad_norm"]))) / noise - 1
 
 
 def arguments_of(settings: Settings) -> dict[str, Any]:
@@ -326,7 +338,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         curves.plot(axis, records, metric, x="inner_steps")
         axis.set(yscale="log", title=title, ylabel="a guess has 1")
         axis.locator_params(axis="x", nbins=5)
-    axes[0].legend(title=f"mean ± SE of {len({r.seed for r in records})} seeds")
+    axes[0].legend(title=curves.seeds_of(records))
     families = ", ".join(config["families"])
     figure.suptitle(f"{config['architecture']}, meta-trained on {families}: held-out tasks")
     return figure
@@ -341,23 +353,23 @@ def claims(summary: Summary) -> list[Claim]:
     """Persistent estimators end below truncated ones, for all pairs that ran."""
     ran = {r["estimator"] for r in summary.results}
     source = "Vicol et al. 2021 and 2023, learned optimizers"
-    return [
-        curves.compare(
-            summary,
-            curves.Comparison(
-                "meta_loss",
-                name,
-                "<",
-                other,
-                f"{name} ends at a lower meta-loss than {other} at equal inner steps",
-                source,
-                errors=2,
-            ),
-        )
-        for other in ("truncated_es", "tbptt")
-        for name in ("es_single", "pes")
-        if {name, other} <= ran
-    ]
+    out = []
+    for other in ("truncated_es", "tbptt"):
+        for name in ("es_single", "pes"):
+            if not {name, other} <= ran:
+                continue
+            says = f"{name} ends at a lower meta-loss than {other} at equal inner steps"
+            claim = curves.compare(
+                summary, curves.Comparison("meta_loss", name, "<", other, says, source)
+            )
+            signals = [
+                f"{evidence.number(found)} ({one})"
+                for one in (name, other)
+                if (found := summary.find("snr", estimator=one)) is not None
+            ]
+            snr = "; an update's signal to noise is " + " and ".join(signals) if signals else ""
+            out.append(claim._replace(ours=claim.ours + snr))
+    return out
 
 
 EXPERIMENT = Experiment(

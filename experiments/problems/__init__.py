@@ -20,7 +20,7 @@ class Choice(NamedTuple):
         truncation: The default truncation.
         sigma: The default sigma, in theta's units.
         reference: The estimator whose mean is the default true gradient: bptt, or full_es (the
-            gradient of the smoothed J) if backpropagation explodes.
+            gradient of the episode-smoothed J) if backpropagation explodes.
         learning_rate: Adam's learning rate for training theta with exact gradients.
     """
 

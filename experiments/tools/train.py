@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
-from experiments._framework import resuming
+from experiments._framework import curves, resuming
 from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary, read_json
 from experiments._framework.settings import ResumableSettings
@@ -212,13 +212,12 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.set(xlabel="outer updates", title=name)
         axis.grid(alpha=0.3)
         if len(shown) > 1:
-            axis.legend(fontsize=7, ncols=2)
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower right", ncols=4)
         elif shown and shown[0] == "theta_rms":
             axis.set_title("root mean square of theta")
-    seeds = len({r.seed for r in records})
     figure.suptitle(
-        f"{config['problem']}, {config['estimator']}, {config['num_workers']} workers"
-        + (f": mean ± SE of {seeds} seeds" if seeds > 1 else "")
+        f"{config['problem']}, {config['estimator']}, {config['num_workers']} workers: "
+        + curves.seeds_of(records)
     )
     return figure
 

@@ -138,7 +138,7 @@ def oscillation_program(factory):
 
 @pytest.mark.parametrize("frequency", [3.0, 200.0])
 def test_reparameterized_es(frequency):
-    """It is unbiased for the smoothed J and about as good as the better of its two parts."""
+    """It is unbiased for the episode-smoothed J and about as good as the better of its two parts."""
     theta = np.array([0.4, -0.2], np.float32)
     damped = np.exp(-((frequency * SIGMA) ** 2) / 2)
     plain, smoothed = (

@@ -289,9 +289,14 @@ def test_final_loss_of_theta_alone():
     assert is_unbiased(balanced("truncated_es", THETA), [20.0])
 
 
-@pytest.mark.parametrize("name", ["full_es", "es_single"])
+@pytest.mark.parametrize("name", ["full_es", "es_single", "pes", "gpes"])
 def test_a_loss_that_is_not_quadratic(name):
-    """Full ES and ES-Single estimate the gradient of the smoothed J, not of J."""
+    """Each estimates the gradient of its own smoothed J: not of J, and not of the other.
+
+    The loss of step t is exp(s_t) with s_t = t theta + sigma sum_j c[t, j] u_j, where c counts the
+    steps so far in period j: sum_j c[t, j]^2 is t^2 with one draw per episode, and 1, 4, 5, 8 with
+    a draw for every two of the four steps.
+    """
     sigma = 0.5
 
     def step(key, theta, state, t):
@@ -300,14 +305,18 @@ def test_a_loss_that_is_not_quadratic(name):
     problem = ug.UnrolledProblem(lambda key, theta: jnp.zeros(2), step, 4)
     theta = np.array([0.1, -0.3], np.float32)
     t = np.arange(1, 5)[:, None]
-    x = theta.astype(float)
-    smoothed = (t * np.exp(t * x + (t * sigma) ** 2 / 2)).mean(axis=0)
-    plain = (t * np.exp(t * x)).mean(axis=0)
-    estimator = REGISTRY[name].build(problem, **settings(2, sigma, num_pairs=4))
+    squares = {"episode-smoothed J": [1, 4, 9, 16], "period-smoothed J": [1, 4, 5, 8], "J": [0] * 4}
+    gradients = {
+        target: (t * np.exp(t * theta.astype(float) + sigma**2 * np.array([c]).T / 2)).mean(axis=0)
+        for target, c in squares.items()
+    }
+    truncation = 1 if name == "gpes" else 2
+    estimator = REGISTRY[name].build(problem, **settings(truncation, sigma, 2, num_pairs=4))
     draw = sampler(lambda _: estimator, 4 // (estimator.truncation or 4))
     samples = Samples(draw(jax.random.key(7), 100_000, theta).mean(axis=1))
-    assert is_unbiased(samples, smoothed)
-    assert samples.error_in_se(plain) > 5
+    assert is_unbiased(samples, gradients.pop(REGISTRY[name].unbiased_for))
+    assert len(gradients) == 2
+    assert all(samples.error_in_se(other) > 5 for other in gradients.values())
 
 
 @pytest.mark.parametrize("name", ["es_single", "gpes"])

@@ -21,10 +21,12 @@ def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(copy_task.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(copy_task.EXPERIMENT, settings))
     summary = results.read_summary(folder)
-    claims = copy_task.claims(summary)
+    assert copy_task.claims(summary) == []
+    large = summary._replace(about={**summary.about, "config": {"scale": "paper"}})
+    claims = copy_task.claims(large)
     assert [claim.holds for claim in claims] == [None] * 4
-    assert [claim.ours == "not run" for claim in claims] == [False, True, True, True]
-    assert "symbols at the end" in capsys.readouterr().out
+    assert [claim.ours.endswith("not run") for claim in claims] == [False, True, True, True]
+    assert "symbols attempted at the end" in capsys.readouterr().out
     records = results.read(folder)
     lengths = [r.value for r in records if r.metric == "length"]
     assert len(lengths) == 2 * 21

@@ -79,9 +79,9 @@ def test_smoke(tmp_path, capsys):
         total = sum(r.value for r in shares if r.labels["series"] == name)
         np.testing.assert_allclose(total, 1)
     gain, separation, *controls = data_cleaning.claims(summary)
-    assert gain.holds
-    assert separation.holds
-    assert [c.holds for c in controls] == [None, None]  # one seed cannot decide
+    assert {c.holds for c in (gain, separation, *controls)} == {None}  # one seed cannot decide
+    assert summary.find("gain", series="cleaning, trained anew")["mean"] >= 0.05
+    assert summary.find("auc", series="cleaning")["mean"] > 0.9
     assert "gain" in capsys.readouterr().out
     figure = data_cleaning.draw(records, results.read_json(folder / "config.json"))
     left, right = figure.axes
@@ -93,5 +93,5 @@ def test_weights_that_are_not_finite_are_reported(tmp_path):
     settings = dataclasses.replace(SMOKE, out=tmp_path, learning_rate=jnp.nan, seeds=(0,))
     summary = results.read_summary(present(framework.execute(data_cleaning.EXPERIMENT, settings)))
     _, separation, *_ = data_cleaning.claims(summary)
-    assert separation.holds is False
+    assert separation.holds is None
     assert "not finite" in separation.ours

@@ -21,12 +21,15 @@ def test_smoke(tmp_path, capsys):
     folder = present(framework.execute(global_lr.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     claims = global_lr.claims(summary)
-    assert len(claims) == 5
+    assert len(claims) == 4
     assert all(claim.holds is None for claim in claims)
     assert summary.find("ratio", estimator=global_lr.RATIO)["mean"] > 1.5
     records = results.read(folder)
-    sds = {name: global_lr.mean_sds(records)[name] for name in settings.estimators}
+    sds = {name: global_lr.sds_by_seed(records)[name][0] for name in settings.estimators}
     assert [len(sd) for sd in sds.values()] == [20, 20]
+    way = [r.value for r in records if r.metric == "log_rate" and r.labels["estimator"] == "pes"]
+    spread = summary.find("spread", estimator="pes")["mean"]
+    assert spread == pytest.approx(global_lr.spread(np.array(way)), rel=1e-4)
     np.testing.assert_allclose(sds["pes"][0], sds["es_single"][0], rtol=1e-4)
     assert "noise ~ k^b" in capsys.readouterr().out
     grid = summary.find("minimum", estimator="grid")["mean"]
@@ -60,15 +63,24 @@ def test_slope(power):
     assert global_lr.slope(sds) == pytest.approx(power, abs=1e-6)
 
 
+def test_spread():
+    """The first half of the way does not count."""
+    assert global_lr.spread(np.array([9.0, -9.0, 1.0, 3.0])) == pytest.approx(np.sqrt(2))
+
+
+def claimed(pes, single, ratio, spread):
+    def result(estimator, metric, mean):
+        return {"estimator": estimator, "metric": metric, "mean": mean, "se": 0.02, "n": 5}
+
+    slopes = {"pes": pes, "es_single": single, global_lr.RATIO: ratio}
+    found = [result(name, "slope", b) for name, b in slopes.items()]
+    found += [result("pes", "spread", 0.3), result("es_single", "spread", spread)]
+    return [claim.holds for claim in global_lr.claims(results.Summary(found, {}))]
+
+
 def test_claims_can_fail():
-    def result(estimator, metric, mean, se=0.02):
-        return {"estimator": estimator, "metric": metric, "mean": mean, "se": se, "n": 3}
-
-    def holds(pes, single, ratio, last):
-        slopes = {"pes": pes, "es_single": single, global_lr.RATIO: ratio}
-        found = [result(name, "slope", b) for name, b in slopes.items()]
-        found += [result("grid", "minimum", 1.0, None), result("pes", "J", last)]
-        return [claim.holds for claim in global_lr.claims(results.Summary(found, {}))]
-
-    assert holds(0.5, 0.0, 0.5, 1.01) == [True] * 4
-    assert holds(0.03, 0.09, 0.59, 1.04) == [False] * 4
+    """In order: the ratio, PES, ES-Single, the spread."""
+    assert claimed(0.5, 0.0, 0.5, 0.1) == [True] * 4
+    assert claimed(-0.1, 0.2, 0.7, 0.5) == [False] * 4
+    assert claimed(0.03, 0.09, 0.59, 0.29) == [None] * 4
+    assert claimed(*[np.nan] * 4) == [None] * 4

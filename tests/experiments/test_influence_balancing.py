@@ -19,7 +19,9 @@ def test_smoke(tmp_path, capsys):
     summary = results.read_summary(folder)
     claims = influence_balancing.claims(summary)
     assert len(claims) == 4
-    assert all(claim.holds for claim in claims)
+    assert {claim.holds for claim in claims} == {None}  # one seed cannot decide
+    ends = [summary.find("loss", estimator=name)["mean"] for name in settings.estimators]
+    assert max(ends[:2]) < 1e-2 * 8 < 8 < min(ends[2:])
     assert "loss at the end" in capsys.readouterr().out
     steps = {present(r.step) for r in results.read(folder)}
     assert len(steps) == 61
@@ -42,6 +44,5 @@ def test_a_run_that_is_not_finite_is_reported(tmp_path):
     folder = present(framework.execute(influence_balancing.EXPERIMENT, settings))
     assert max(present(r.step) for r in results.read(folder)) == 200
     claims = {c.says: c for c in influence_balancing.claims(results.read_summary(folder))}
-    assert claims["tbptt moves away from it"].holds
-    assert not claims["es_single reaches the optimum"].holds
-    assert "not finite" in claims["es_single reaches the optimum"].ours
+    assert {claim.holds for claim in claims.values()} == {None}
+    assert all("diverged (not finite" in claim.ours for claim in claims.values())

@@ -297,3 +297,11 @@ def test_files_that_do_not_do(tmp_path):
     with raises(ValueError, "`--files` must be learned optimizers", "Adam"):
         evaluate(out, tmp_path / "Adam.npz")
     assert not out.exists()
+
+
+def test_signal_to_noise():
+    """An expected gradient of norm 2 with a variance of 1 has a mean squared norm of 5."""
+    history = {"grad_norm": np.sqrt([4.0, 6.0]), "grad_variance": np.array([0.5, 1.5])}
+    assert learned_optimizer.signal_to_noise(history) == pytest.approx(4)
+    history["grad_variance"] = np.array([4.0, 6.0])
+    assert learned_optimizer.signal_to_noise(history) == pytest.approx(0)

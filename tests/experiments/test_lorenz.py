@@ -1,6 +1,7 @@
 """``lorenz`` at smoke scale: NRES finds the constants of a short, regular trajectory."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,15 @@ def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(lorenz.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(lorenz.EXPERIMENT, settings))
     summary, records = results.read_summary(folder), results.read(folder)
-    claims = {claim.says: claim.holds for claim in lorenz.claims(summary)}
-    assert claims["nres recovers (a, r) within 2%"]
+    assert [claim.holds for claim in lorenz.claims(summary)] == [None, None]  # one seed
+    assert summary.find("learned", estimator="nres")["mean"] == 1
+    assert summary.find("learned", estimator="bptt")["mean"] == 0
+    assert summary.find("error", estimator="nres")["mean"] < 0.02
     assert "error of a, r" in capsys.readouterr().out
     points = lorenz.POINTS + 1
-    assert len(records) == len(settings.estimators) * (points * 6 + 2)
+    assert len(records) == len(settings.estimators) * (points * 7 + 3)
+    whole = summary.find("inner_steps", estimator="bptt")["mean"]
+    assert summary.find("inner_steps_needed", estimator="bptt")["mean"] == whole
     expect("lorenz experiment", {"r": summary.find("r", estimator="nres")["mean"]})
 
 
@@ -41,31 +46,46 @@ def test_nothing_is_lost_at_the_truth_from_any_start():
     assert float(numbers["a"]) == pytest.approx(11, rel=1e-4)
 
 
-def recovered(seeds, **means):
-    """A summary with the methods' steps and an error of 1; None means not with every seed."""
+def comparisons(nres, pes, learned=(1.0, 1.0), n=5):
+    """The verdicts on the work of NRES and PES, with an error of 1."""
+    means = {"nres": nres, "pes": pes}
     found = [
-        {"metric": metric, "estimator": name, "mean": mean, "se": 1.0}
+        {"metric": metric, "estimator": name, "mean": mean, "se": 1.0, "n": n}
         for name, mean in means.items()
-        for metric in lorenz.WORK
+        for metric in lorenz.NEEDED
     ]
-    return Summary(found, {"seeds": seeds, "config": {"horizon": 100}})
-
-
-@pytest.mark.parametrize(
-    ("seeds", "nres", "pes", "holds"),
-    [
-        ([0, 1], 10.0, 20.0, True),
-        ([0, 1], 10.0, 12.0, False),  # within two standard errors
-        ([0, 1], 10.0, None, True),
-        ([0, 1], None, 20.0, False),
-        ([0, 1], None, None, None),
-        ([0], 10.0, 20.0, None),
-    ],
-)
-def test_who_recovers_sooner(seeds, nres, pes, holds):
-    claims = lorenz.claims(recovered(seeds, nres=nres, pes=pes))
-    assert [claim.holds for claim in claims] == [holds, holds]
+    found += [
+        {"metric": "learned", "estimator": name, "mean": share, "se": 0.0, "n": n}
+        for name, share in zip(means, learned, strict=True)
+    ]
+    about = {"config": {"horizon": 100, "enough": 0.01}}
+    claims = lorenz.claims(Summary(found, about))
     assert all("than pes" in claim.says for claim in claims)
+    return [claim.holds for claim in claims]
+
+
+def test_who_learns_sooner():
+    assert comparisons(10.0, 20.0) == [True] * 2
+    assert comparisons(20.0, 10.0) == [False] * 2
+    assert comparisons(10.0, 11.0) == [None] * 2  # within the seeds' spread
+    assert comparisons(10.0, 20.0, (1.0, 0.0)) == [True] * 2  # PES needs even more
+    assert comparisons(10.0, 20.0, (0.8, 1.0)) == [None] * 2  # so may NRES
+    assert comparisons(math.nan, 20.0, (math.nan, 1.0)) == [None] * 2
+
+
+@pytest.mark.parametrize(("name", "learns"), [("nres", True), ("bptt", False)])
+def test_who_learns(name, learns):
+    def holds(left):
+        found = [{"metric": "left", "estimator": name, "mean": left, "se": 0.001, "n": 5}]
+        (claim,) = lorenz.claims(Summary(found, {"config": {"horizon": 100, "enough": 0.01}}))
+        return claim.holds
+
+    assert [holds(0.001), holds(0.5), holds(0.01), holds(math.nan)] == [
+        learns,
+        not learns,
+        None,
+        None,
+    ]
 
 
 def test_every_estimator_needs_a_rate(tmp_path):

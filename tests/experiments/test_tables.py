@@ -6,15 +6,17 @@ The experiments are those of ``experiments/__main__.py``; ``make_tables.py`` mak
 import functools
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import matplotlib.text
 import numpy as np
 import pytest
 
 from experiments.__main__ import EXPERIMENTS
-from experiments._framework.results import Record, Summary
+from experiments._framework.experiment import Claim
+from experiments._framework.results import Record, Summary, from_json
 from tests.experiments.make_tables import TABLES, find, lines_of
 from tests.helpers import counted
 
@@ -41,6 +43,9 @@ NOT_DRAWN = {
     "warm_vs_cold": ("re-trained, best", "neumann", "minimum", "both"),
 }
 """Methods that a picture leaves out or names differently."""
+
+UNKNOWN = re.compile("diverged|not finite")
+"""Words of a claim about a series that is not finite."""
 
 every_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
 table = functools.cache(find)
@@ -111,6 +116,20 @@ def test_draw(name):
     assert missing(name, words, NOT_DRAWN) == []
 
 
+SEVERAL = re.compile("over seeds|[0-9] seeds")
+"""Words about several seeds."""
+
+
+@every_experiment
+def test_one_seed_is_not_called_several(name):
+    """A picture of one seed's run speaks of no spread over seeds."""
+    records, summary = table(name)
+    first = [r for r in records if r.seed == summary.about["seeds"][0]]
+    figure = EXPERIMENTS[name].draw(first, summary.about["config"])
+    words = "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    assert not SEVERAL.search(words), words
+
+
 @every_experiment
 def test_show(name, capsys):
     """The text names the methods, and other results print other numbers."""
@@ -130,6 +149,29 @@ CHANGES = {
     "huge": lambda mean: 1e9,
     "negative": lambda mean: -1e9,
 }
+"""Other means: one of them is on the other side of whatever is claimed."""
+
+FAR = 1e-3
+"""A spread over seeds, relative to the mean, that lets a claim decide."""
+
+
+def decisive(results: list[dict]) -> list[dict]:
+    """The results of five seeds that hardly differ, so that no claim says "cannot tell"."""
+    return [
+        {
+            **r,
+            "mean": FAR * r["mean"] if r["metric"].split("[")[0].endswith("_se") else r["mean"],
+            "se": FAR * abs(r["mean"]),
+            "n": 5,
+        }
+        for r in results
+    ]
+
+
+def verdicts(name: str, results: list[dict], about: dict) -> list[Claim]:
+    """The claims about the results."""
+    with np.errstate(all="ignore"):  # the logarithm of a negative number
+        return EXPERIMENTS[name].claims(Summary(results, about))
 
 
 def changed(results: list[dict], labels: tuple[str, ...]) -> Iterator[list[dict]]:
@@ -153,14 +195,108 @@ def test_claims(name):
     claims = EXPERIMENTS[name].claims(summary)
     stored = json.loads((TABLES / name / "expected.json").read_text())["claims"]
     assert [list(claim) for claim in claims] == stored
-    left = {claim.says: claim.holds for claim in claims if claim.holds is not None}
-    with np.errstate(all="ignore"):  # the logarithm of a negative number
-        for results in changed(summary.results, EXPERIMENTS[name].labels):
+    for base in (summary.results, decisive(summary.results)):
+        claims = verdicts(name, base, summary.about)
+        left = {claim.says: claim.holds for claim in claims if claim.holds is not None}
+        for results in changed(base, EXPERIMENTS[name].labels):
             if not left:
                 break
-            found = EXPERIMENTS[name].claims(Summary(results, summary.about))
-            verdicts = {claim.says: claim.holds for claim in found}
-            left = {
-                says: holds for says, holds in left.items() if verdicts.get(says, holds) == holds
-            }
-    assert left == {}
+            found = {claim.says: claim.holds for claim in verdicts(name, results, summary.about)}
+            left = {says: holds for says, holds in left.items() if found.get(says, holds) == holds}
+        assert left == {}
+
+
+def series_of(results: list[dict]) -> list[list[int]]:
+    """Places of the results, in groups that diverge together: a method with all its rates.
+
+    A single rate that diverges is no news: the others are left to choose from.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for place, r in enumerate(results):
+        labels = {k: v for k, v in r.items() if k not in ("mean", "se", "n", "rate")}
+        groups.setdefault(tuple(labels.items()), []).append(place)
+    return list(groups.values())
+
+
+def with_means(
+    results: list[dict], places: list[int], change: Callable[[float], float | None]
+) -> list[dict]:
+    """The results with other means in some places; a null is read as a summary's file is."""
+    out = list(results)
+    for place in places:
+        mean = change(results[place]["mean"])
+        known = mean is not None and math.isfinite(mean)
+        out[place] = {**results[place], "mean": mean, "se": results[place]["se"] if known else None}
+    return from_json(out)
+
+
+@every_experiment
+def test_a_run_that_diverged_decides_nothing(name):
+    """Each series in turn is not finite: no claim raises, disappears, or holds silently.
+
+    A claim that prints the series says that it diverged. A claim whose verdict another mean of the
+    series changes cannot tell, or, if something else contradicts it, still does not hold. Where
+    nothing is finite, nothing is told.
+    """
+    _, summary = table(name)
+    _check_diverged(name, summary.results, {})
+    opposites = {kind: CHANGES[kind] for kind in ("tiny", "huge", "negative")}
+    _check_diverged(name, decisive(summary.results), opposites)
+
+
+def _check_diverged(name, base, changes):
+    about = table(name)[1].about
+    before = verdicts(name, base, about)
+    unmoved = set(range(len(before)))
+    for places in series_of(base):
+        after = verdicts(name, with_means(base, places, lambda mean: math.nan), about)
+        others = [verdicts(name, with_means(base, places, f), about) for f in changes.values()]
+        for i, (claim, was) in enumerate(zip(after, before, strict=True)):
+            where = f"{base[places[0]]} in {was}: {claim}"
+            moves = any(other[i].holds != was.holds for other in others)
+            assert claim.says == was.says, where
+            assert claim == was or UNKNOWN.search(claim.ours), where
+            assert claim.holds in (was.holds, None), where
+            assert not (moves and claim.holds), where
+            unmoved -= {i} if claim != was else set()
+    assert not unmoved, [before[i] for i in unmoved]
+    everything = list(range(len(base)))
+    for unknown in (lambda mean: math.nan, lambda mean: None):  # null in a summary's file
+        nothing = verdicts(name, with_means(base, everything, unknown), about)
+        assert {claim.holds for claim in nothing} <= {None}
+
+
+def _bad_claims(kind):
+    """Claims that a run which diverged deceives: "pes's loss is not above 1", and the like."""
+
+    def claims(summary):
+        ends = {r["estimator"]: r["mean"] for r in summary.results if r["metric"] == "loss"}
+        if kind == "raises":
+            return [Claim("", "", f"{round(ends['pes'])}", ends["pes"] < 1)]
+        known = {k: x for k, x in ends.items() if math.isfinite(x)}
+        if kind == "disappears":
+            return [Claim(f"{k}", "", f"{x}", x < 1) for k, x in known.items()]
+        if kind == "holds silently":
+            return [Claim("", "", "diverged", not any(x > 1 for x in ends.values()))]
+        return [Claim("", "", f"{ends['pes']}", None if math.isnan(ends["pes"]) else True)]
+
+    return claims
+
+
+@pytest.mark.parametrize("kind", ["raises", "disappears", "holds silently", "does not say so"])
+def test_a_claim_that_is_deceived_is_found(kind, monkeypatch):
+    """Negative control of the test above."""
+    name = "influence_balancing"
+    monkeypatch.setitem(EXPERIMENTS, name, EXPERIMENTS[name]._replace(claims=_bad_claims(kind)))
+    with pytest.raises(ValueError if kind == "raises" else AssertionError):
+        _check_diverged(name, decisive(table(name)[1].results), CHANGES)
+
+
+@pytest.mark.parametrize("name", [n for n, e in EXPERIMENTS.items() if "rate" in e.labels])
+def test_a_rate_that_diverged_is_not_chosen(name):
+    """One rate of a grid in turn is not finite: no claim raises or disappears."""
+    _, summary = table(name)
+    says = [claim.says for claim in verdicts(name, summary.results, summary.about)]
+    for place in range(len(summary.results)):
+        results = with_means(summary.results, [place], lambda mean: math.nan)
+        assert [claim.says for claim in verdicts(name, results, summary.about)] == says

@@ -65,12 +65,12 @@ def test_roughness():
     assert telescoping.roughness(zigzag) == pytest.approx(2)
 
 
-@pytest.mark.parametrize(("pes", "comes_out"), [(0.5, True), (0.11, False)])
+@pytest.mark.parametrize(("pes", "comes_out"), [(0.5, True), (0.11, None), (0.05, False)])
 def test_claims_can_fail(pes, comes_out):
     def result(estimator, metric, mean, se=0.01):
         return {"estimator": estimator, "metric": metric, "mean": mean, "se": se, "n": 3}
 
-    found = [result("grid", "minimum", 0.1, None), result("truncated_es", "J", 0.15)]
+    found = [{**result("grid", "minimum", 0.1, None), "n": 1}, result("truncated_es", "J", 0.15)]
     found += [result("es_single", "roughness", 0.1), result("pes", "roughness", pes)]
     far, smoother = telescoping.claims(results.Summary(found, {}))
     assert far.holds is False

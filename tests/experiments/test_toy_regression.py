@@ -20,7 +20,9 @@ def test_smoke(tmp_path, capsys):
     folder = present(framework.execute(toy_regression.EXPERIMENT, settings))
     summary, records = results.read_summary(folder), results.read(folder)
     claims = toy_regression.claims(summary)
-    assert [claim.holds for claim in claims] == [True, True]
+    assert [claim.holds for claim in claims] == [None, None]  # one seed cannot decide
+    ends = [summary.find("loss", estimator=name)["mean"] for name in settings.estimators]
+    assert ends[0] > toy_regression.BASIN > ends[1]
     assert "summed loss at the end" in capsys.readouterr().out
     points = toy_regression.POINTS + 1
     assert len(records) == settings.cells**2 + len(settings.estimators) * points * 4

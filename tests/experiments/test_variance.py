@@ -105,7 +105,7 @@ def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
     assert norms[1] < norms[0]  # nearer to the optimum
     claims = variance.claims(results.read_summary(folder))
     says = {claim.says for claim in claims}
-    assert {"pes is unbiased for the smoothed J", "tbptt is biased"} <= says
+    assert {"pes is unbiased for the period-smoothed J", "tbptt is biased"} <= says
     assert "in the long run es_single has full_es's variance" in says
     assert next(c for c in claims if c.says == "tbptt is biased").holds
 
@@ -116,7 +116,9 @@ def test_all_estimators_at_several_thetas_with_several_seeds(tmp_path, capsys):
         ("pes", 1e-5, 1e-4, "bptt", True),
         ("pes", 0.0, 1.0, "bptt", None),  # not sensitive: no bias below |g| can be detected
         ("pes", 1.0, 0.01, "bptt", None),  # sensitive, but the smoothing counts as bias
-        ("pes", 1.0, 0.01, "full_es", False),
+        ("pes", 1.0, 0.01, "full_es", None),  # as before: it smooths in another way
+        ("es_single", 1.0, 0.01, "full_es", False),
+        ("dodge", 1.0, 0.01, "full_es", None),
         ("bptt", 1.0, 0.01, "bptt", False),
         ("tbptt", 1.0, 0.01, "bptt", True),
         ("tbptt", 0.0, 1.0, "bptt", None),
@@ -127,7 +129,7 @@ def test_claims_need_power(name, square, error, reference, holds):
     numbers = {"squared_bias": square, "squared_bias_se": error, "reference_norm": 1.0}
     here = {"theta": "start", "estimator": name}
     config = {"thetas": ["start"], "seeds": [0], "reference": reference, "sigma": 0.1}
-    config |= {"horizon": 100, "truncation": 10}
+    config |= {"horizon": 100, "truncation": 10, "num_samples": 50, "num_chains": 10}
     summary = results.Summary(
         [{**here, "metric": k, "mean": v, "se": None, "n": 1} for k, v in numbers.items()],
         {"config": config},
@@ -137,16 +139,25 @@ def test_claims_need_power(name, square, error, reference, holds):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "se", "holds"), [(1.1, 0.05, True), (2.0, 0.05, False), (2.0, 0.9, None)]
+    ("name", "other", "ratio", "se", "holds"),
+    [
+        (("es_single", 200), ("full_es", 20), 1.1, 0.05, True),
+        (("es_single", 200), ("full_es", 20), 2.0, 0.05, False),
+        (("es_single", 200), ("full_es", 20), 2.0, 0.9, None),
+        (("pes", 200), ("es_single", 200), 13.2, 0.05, True),  # n = 10
+        (("pes", 200), ("es_single", 200), 0.05, 0.05, False),
+        (("pes", 200), ("es_single", 200), 13.2, 0.9, None),
+    ],
 )
-def test_claims_of_the_long_run(ratio, se, holds):
-    values = {("full_es", 20): (1.0, 0.0), ("es_single", 200): (ratio, ratio * se)}
+def test_claims_of_the_long_run(name, other, ratio, se, holds):
+    values = {other: (1.0, 0.0), name: (ratio, ratio * se)}
     found = [
         {"theta": "start", "estimator": name, "metric": f"{metric}[{u}]", "mean": x, "n": 1}
         for (name, u), pair in values.items()
         for metric, x in zip(["variance_of_mean", "variance_of_mean_se"], pair, strict=True)
     ]
     config = {"thetas": ["start"], "seeds": [0], "horizon": 100, "truncation": 10}
+    config |= {"num_samples": 50, "num_chains": 10}
     (claim,) = variance.claims(results.Summary(found, {"config": config}))
     assert claim.holds is holds
 

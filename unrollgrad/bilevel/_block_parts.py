@@ -215,22 +215,23 @@ def _tracked(tracking: Tracking, first: jax.Array, kept: Any, new: Any, old: Any
 
 def move(
     optimizers: tuple, tracking: Tracking, at: tuple[Theta, jax.Array], row: tuple, found: Found
-) -> tuple[tuple, jax.Array]:
-    """A block's step along the tracked directions: its new row, and the rate of params."""
+) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
+    """A block's step along the tracked directions: its new row, and the rates of params and v."""
     (theta, count), (params, v, kept) = at, row
     late = (count - kept.stamp).astype(jnp.float32) if tracking.catch_up else 1.0
     new, optimizer, updates = _moved(
         optimizers[0], theta, late, found.direction, (kept.optimizer, params)
     )
     rate = _estimator.rate(updates, _estimator.length(found.direction))
-    linear_optimizer, new_v = kept.linear_optimizer, found.v
+    linear_optimizer, new_v, linear_rate = kept.linear_optimizer, found.v, jnp.float32(0)
     if tracking.tracks == "products":
-        new_v, linear_optimizer, _ = _moved(
+        new_v, linear_optimizer, along = _moved(
             optimizers[1], theta, late, found.linear, (linear_optimizer, v)
         )
+        linear_rate = _estimator.rate(along, _estimator.length(found.linear))
         new_v = _within(new_v, tracking.radius)
     kept = Rows(count, params, v, found.direction, found.linear, optimizer, linear_optimizer)
-    return (new, new_v, kept), rate
+    return (new, new_v, kept), (rate, linear_rate)
 
 
 def _moved(optimizer, theta: Theta, late: Numeric, direction: ArrayTree, held: tuple) -> tuple:

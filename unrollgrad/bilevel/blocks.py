@@ -149,6 +149,12 @@ def bsvrb(
     return _estimator.forever(MadeBy("bsvrb", settings), skeleton.begin, skeleton.step)
 
 
+def _square(v: ArrayTree) -> jax.Array:
+    """A Hessian matrix of zeros."""
+    flat = ravel_pytree(v)[0]
+    return jnp.zeros((flat.size, flat.size), flat.dtype)
+
+
 class _Skeleton(NamedTuple):
     """The settings, and the two functions of the estimator."""
 
@@ -170,14 +176,12 @@ class _Skeleton(NamedTuple):
             own = episode._replace(key=key)
             params = _estimator.first_params(one, own, theta)
             v = _losses.widened(jax.tree.map(jnp.zeros_like, params))
-            size = ravel_pytree(v)[0]
-            hessian = jnp.zeros((size.size, size.size), size.dtype)
             return (params, v), Rows(
                 stamp=jnp.int32(-1),
                 old_params=params,
                 old_v=v,
                 direction=_losses.widened(jax.tree.map(jnp.zeros_like, params)),
-                linear=v if self.tracking.tracks == "products" else hessian,
+                linear=v if self.tracking.tracks == "products" else _square(v),
                 optimizer=_estimator.opened(self.chosen.inner_optimizer, theta, params),
                 linear_optimizer=_estimator.opened(self.linear, theta, v),
             )
@@ -233,9 +237,10 @@ class _Skeleton(NamedTuple):
         info = BilevelInfo(
             inner_steps=jnp.int32(self.sampled),
             gradients=jnp.sum(found.gradients, dtype=jnp.int32),
-            v_norm=_estimator.length(v),
+            v_norm=_estimator.length(v),  # of the sampled blocks
             curvature=jnp.mean(found.curvature),
-            inner_rate=jnp.mean(rate),
+            inner_rate=jnp.mean(rate[0]),
+            linear_rate=jnp.mean(rate[1]),
             outer_rate=_estimator.outer_rate(theta, carried.before),
         )
         after = Blocks(

@@ -66,8 +66,9 @@ def compare(
         estimators: The estimators by name.
         reference: The gradient of J: a tree like theta, taken as exact, or an unbiased estimator;
             the noise of its ``num_samples`` samples is accounted for. Evolution strategies estimate
-            the gradient of the smoothed J: against the gradient of J itself, their bias contains
-            the effect of smoothing, O(sigma^2).
+            the gradient of the episode-smoothed or of the period-smoothed J (see ``Estimate``):
+            against the gradient of J itself, or of the other, their bias contains the effect of
+            smoothing, O(sigma^2).
         num_samples: Samples per estimator, at least 3.
         key: The PRNG key of all samples.
         num_chains: Samples that continue for 19 more episodes, in full batches: at least 3 (below

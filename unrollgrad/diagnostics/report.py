@@ -209,17 +209,18 @@ def draw(groups: dict[str, list[Row]]) -> "Figure":
         figsize=(14, 0.6 + 4.2 * len(groups)), layout="constrained"
     )
     lines = figure.subplots(len(groups), 3, squeeze=False)
-    handles = {}
+    colors = {}
     for (title, rows), axes in zip(groups.items(), lines, strict=True):
         for panel, axis in zip((_bias_and_noise, _variance_of_means, _cost), axes, strict=True):
             with np.errstate(divide="ignore", invalid="ignore"):  # a reference of zero
                 panel(axis, rows)
             axis.grid(alpha=0.3)
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
+        colors |= {row["name"]: f"C{i}" for i, row in enumerate(rows)}
         if title:
             axes[0].annotate(title, (0, 1.1), None, "axes fraction", fontsize=12, weight="bold")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(len(handles), 1))
+    patch = optional_packages.need("matplotlib.patches", "matplotlib").Patch
+    handles = [patch(color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1))
     figure._repr_png_ = functools.partial(_png, figure)  # so that a notebook shows it
     return figure
 

@@ -15,11 +15,12 @@ from unrollgrad.types import GradientEstimator, Sigma, UnrolledProblem
 def full_es(
     problem: UnrolledProblem, *, sigma: Sigma, num_pairs: int = 1, noise: Noise | None = None
 ) -> GradientEstimator:
-    """Evolution strategies on whole episodes: the gradient of the sigma-smoothed J.
+    """Evolution strategies on whole episodes: the gradient of the episode-smoothed J.
 
     ``grad`` = mean over pairs of u (J(theta + sigma u) - J(theta - sigma u)) / (2 sigma), with u
-    standard normal and both signs on the same episode. It is unbiased for the gradient of
-    E_u[J(theta + sigma u)], which is J's own if J is quadratic and O(sigma^2) from it otherwise.
+    standard normal and both signs on the same episode. It is unbiased for the gradient of the
+    episode-smoothed J, E_u[J(theta + sigma u)] with one draw u per episode, which is J's own if J
+    is quadratic and O(sigma^2) from it otherwise.
 
     Variance: (P + 1) |g|^2 / num_pairs on a quadratic J, P = dim(theta). Time: 2 num_pairs T steps
     per call. Memory: 2 num_pairs state + 3 num_pairs theta (both signs, and the noise while it is
@@ -115,17 +116,21 @@ def gpes(
     Each pair keeps its own two inner states through the episode. In a window of noise period j it
     runs with theta +- sigma u_j, and all noise so far weighs the window's losses: ``grad`` = mean
     over pairs of (u_1 + ... + u_j) (L+ - L-) / (2 sigma), L the window's mean loss. Averaged over
-    an episode's windows it is unbiased for the gradient of J smoothed over independent
-    perturbations of the periods; for quadratic losses that is J's gradient. Updates of theta inside
-    an episode add a bias that vanishes with the outer learning rate. With ``evaluate`` a window
-    adds (T/K) (xi_t L_end - xi_{t-1} L_start), xi the accumulated noise.
+    an episode's windows it is unbiased for the gradient of the period-smoothed J, the mean of J
+    over an independent perturbation in each period; for quadratic losses that is J's gradient, and
+    otherwise it differs from ``es_single``'s target, the episode-smoothed J, by O(sigma^2). Updates
+    of theta inside an episode add a bias that vanishes with the outer learning rate. With
+    ``evaluate`` a window adds (T/K) (xi_t L_end - xi_{t-1} L_start), xi the accumulated noise.
 
-    Variance, one pair, quadratic losses, the mean over n windows with h[k, j] the influence of
-    period j on the loss of window k, whose own period is J(k): (1/n^2) sum_{k,s} [P min(J(k), J(s))
-    sum_{j <= min} h[k, j].h[s, j] + (sum_{j <= min} h[s, j]).(sum_{j <= min} h[k, j])], usually
-    between ``pes`` (a period per window) and ``es_single`` (one period); one window at a random
-    place has least with one period. Time: 2 num_pairs K steps per call. Memory: 2 num_pairs state +
-    4 num_pairs theta (both signs, noise while it is drawn, accumulator).
+    Variance, one pair, quadratic losses, the mean over an episode: a function of the m periods
+    alone, so that ``pes`` with m windows has the same. With c[i, j] the influence of period j on J
+    through the losses of periods max(i, j) and later: P sum_{i,j} |c[i, j]|^2 + sum_{i,j}
+    c[i, j].c[j, i]. Without influence across periods that is sum_j (P j + 1) |c[j, j]|^2.
+    If the windows' gradients vary independently around a mean, m as large as the signal-to-noise
+    ratio of their mean is best, and the variance is then below both ``pes``'s and ``es_single``'s
+    (``ug.problems.theory`` derives it; ``theory.best_noise_period``). One window at a random place
+    has least with one period. Time: 2 num_pairs K steps per call. Memory: 2 num_pairs state + 4
+    num_pairs theta (both signs, noise while it is drawn, accumulator).
 
     Args:
         problem: The inner loop.
@@ -169,12 +174,15 @@ def pes(
 
     ``gpes`` with ``noise_period=truncation``: ``grad`` = mean over pairs of (u_1 + ... + u_w)
     (L_w+ - L_w-) / (2 sigma) in the episode's w-th window, L_w its mean loss. Averaged over an
-    episode's windows it is unbiased for the gradient of J smoothed over independent perturbations
-    of the windows; for quadratic losses that is J's gradient.
+    episode's windows it is unbiased for the gradient of the period-smoothed J, whose periods are
+    the windows; for quadratic losses that is J's gradient.
 
-    Variance: the formula of ``gpes`` with J(k) = k; it is about (P/2) |g|^2 if the n windows'
-    gradients agree, and grows like n if they conflict. Time: 2 num_pairs K steps per call. Memory:
-    2 num_pairs state + 4 num_pairs theta.
+    Variance: the formula of ``gpes`` with m = n windows. Without influence across windows it is
+    sum_w (P w + 1) |G_w|^2, with G_w window w's share of g: about (P/2) |g|^2 if the shares are
+    equal, less if they fall, (P/2) n |g|^2 if they are independent, and any multiple of |g|^2 if
+    they cancel. It is at least ``theory.least_ratio(n, P)`` times ``es_single``'s, about
+    1 / (1 + ln n). Time: 2 num_pairs K steps per call. Memory: 2 num_pairs state + 4 num_pairs
+    theta.
 
     Args:
         problem: The inner loop.
@@ -215,7 +223,8 @@ def es_single(
 
     ``gpes`` with ``noise_period=None``: ``grad`` = mean over pairs of u (L+ - L-) / (2 sigma), with
     L the window's mean loss. Averaged over an episode's windows it is unbiased for the gradient of
-    E_u[J(theta + sigma u)], as ``full_es``. With workers at all places of the episode it is NRES.
+    the episode-smoothed J, E_u[J(theta + sigma u)], as ``full_es``. With workers at all places of
+    the episode it is NRES.
 
     Variance: (P + 1) |g|^2 / num_pairs for the mean over an episode of quadratic losses, however
     many windows it has. Time: 2 num_pairs K steps per call. Memory: 2 num_pairs state + 4 num_pairs

@@ -41,7 +41,8 @@ def pes_analytic(
     Backpropagation through the window, from the state under theta itself, gives p: to first order
     the newest noise u_w moves the window's loss by sigma u_w . p. ``grad`` = p + mean over pairs of
     xi_w ((L_w+ - L_w-) / (2 sigma) - u_w . p), xi_w = u_1 + ... + u_w. The subtracted term has mean
-    p, so the estimate is unbiased just where ``pes`` is. With ``evaluate``, p includes (T/K) L_end.
+    p, so the estimate is unbiased for the gradient of the period-smoothed J, as ``pes``. With
+    ``evaluate``, p includes (T/K) L_end.
 
     Variance of one window: the variance of ``pes`` less the part caused by the newest noise. Little
     remains if the loss depends on the last window alone, most if memory is long. The mean over an
@@ -170,13 +171,13 @@ def _products(unit: Theta, grad: Theta) -> jax.Array:
 def reparameterized_es(
     problem: UnrolledProblem, *, sigma: Sigma, num_pairs: int
 ) -> GradientEstimator:
-    """Two estimates of the smoothed J's gradient from the same samples, merged by their spread.
+    """Two estimates of the episode-smoothed J's gradient from the same samples, merged.
 
     Every pair of whole episodes gives an evolution-strategies estimate e_i = u_i (J+ - J-) /
     (2 sigma) and a pathwise estimate r_i, the mean of backpropagation through both episodes; each
-    is unbiased for the gradient of E_u[J(theta + sigma u)]. ``grad`` = mean over pairs of w r_i +
-    (1 - w) e_i with w = var(e) / (var(r) + var(e)), per leaf of theta, **taken from the other
-    pairs**, so that no sample weighs itself and the merge stays unbiased.
+    is unbiased for the gradient of E_u[J(theta + sigma u)], the episode-smoothed J. ``grad`` = mean
+    over pairs of w r_i + (1 - w) e_i with w = var(e) / (var(r) + var(e)), per leaf of theta,
+    **taken from the other pairs**, so that no sample weighs itself and the merge stays unbiased.
 
     Variance: about the lower of the two, or less if they are similar: if gradients explode in most
     samples w goes to 0, if they are smooth w goes to 1. A single sample that explodes sets the

@@ -55,7 +55,7 @@ class Row(NamedTuple):
 REGISTRY: dict[str, Row] = {
     "full_es": Row(
         full_es,
-        unbiased_for="smoothed J",
+        unbiased_for="episode-smoothed J",
         variance="(P+1)‖g‖²",
         passes=lambda num_pairs: 2 * num_pairs,
         time="2NT",
@@ -73,8 +73,8 @@ REGISTRY: dict[str, Row] = {
     ),
     "pes": Row(
         pes,
-        unbiased_for="smoothed J",
-        variance="≈ (P/2)‖g‖² if windows agree, n times that if they conflict",
+        unbiased_for="period-smoothed J",
+        variance="gpes's, with m = n",
         passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
         memory="2NS + 4NP",
@@ -82,7 +82,7 @@ REGISTRY: dict[str, Row] = {
     ),
     "es_single": Row(
         es_single,
-        unbiased_for="smoothed J",
+        unbiased_for="episode-smoothed J",
         variance="(P+1)‖g‖²",
         passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
@@ -91,8 +91,8 @@ REGISTRY: dict[str, Row] = {
     ),
     "gpes": Row(
         gpes,
-        unbiased_for="smoothed J",
-        variance="usually between pes and es_single",
+        unbiased_for="period-smoothed J",
+        variance="Σⱼ(Pj+1)‖Gⱼ‖² if nothing crosses periods",
         passes=lambda num_pairs: 2 * num_pairs,
         time="2NK",
         memory="2NS + 4NP",
@@ -143,7 +143,7 @@ REGISTRY: dict[str, Row] = {
     ),
     "pes_analytic": Row(
         pes_analytic,
-        unbiased_for="smoothed J",
+        unbiased_for="period-smoothed J",
         variance="of one window: pes's, minus the part caused by its own noise",
         passes=lambda num_pairs: 2 * num_pairs + 1,
         time="(2N+1+B)K",
@@ -163,7 +163,7 @@ REGISTRY: dict[str, Row] = {
     ),
     "reparameterized_es": Row(
         reparameterized_es,
-        unbiased_for="smoothed J",
+        unbiased_for="episode-smoothed J",
         variance="about the lower of full_es's and bptt's, unless a few samples explode",
         passes=lambda num_pairs: 2 * max(num_pairs, 3),
         time="2NT(1+B)",

@@ -17,7 +17,7 @@ def lorenz(horizon: int = 2000) -> Example:
 
     Known: J is 0 at theta = (ln 10, ln 28) = (2.303, 3.332); at the default theta = (3.116, 3.7) it
     is 750, 322 and 353 for horizons of 100, 500 and 2000. The system is chaotic: beyond about 500
-    steps the gradient of J is large, of random sign, and useless; the smoothed J can be descended.
+    steps the gradient of J is large, of random sign, and useless; a smoothed J can be descended.
 
     Args:
         horizon: Inner steps in an episode.
