@@ -209,7 +209,7 @@ def test_variance_reduction_has_no_noise_floor(name):
 
 
 def test_the_memory_of_saga_is_the_full_gradient():
-    """After an epoch at frozen variables, with a short last batch; and with a full start at once."""
+    """After an epoch at frozen variables, with a short last batch; and with a full start."""
     sums = exact.finite_sum(10, random_curvature=True)
     data = bilevel.finite_sum(sums.data, 4)
     theta, params, v = jnp.full(3, 2.0), jnp.ones(3), jnp.array([0.3, -1.0, 2.0])

@@ -112,6 +112,7 @@ def saga(
         outer = _narrow_outer(outer, point)
         found_outer, outer_memory = _replace(memory.outer, outer_token, outer, _as_it_is)
         found = _field.sample(point, found_inner, found_outer, loss)
+        found = found._replace(curvature=_field.rayleigh(point.v, widened(inner.product)))
         return found, places, Saga(inner_memory, outer_memory)
 
     return Estimator("saga()", init, update)
