@@ -238,7 +238,7 @@ def test_the_memory_of_saga_is_the_full_gradient():
     epoch, early, begun = memory(3), memory(2), memory(0, True)
     np.testing.assert_allclose(epoch.inner.mean, inner, rtol=1e-12)
     np.testing.assert_allclose(epoch.outer.mean, outer, rtol=1e-12)
-    np.testing.assert_allclose(np.mean(epoch.inner.table.product, 0), inner[1], rtol=1e-12)
+    np.testing.assert_allclose(np.mean(epoch.inner.filled().product, 0), inner[1], rtol=1e-12)
     np.testing.assert_allclose(begun.outer.mean, outer, rtol=1e-12)
     np.testing.assert_allclose(begun.inner.mean.gradient, gradient, rtol=1e-12)
     assert np.max(np.abs(early.inner.mean.gradient - gradient)) > 1e-3

@@ -237,7 +237,7 @@ class _Skeleton(NamedTuple):
         info = BilevelInfo(
             inner_steps=jnp.int32(self.sampled),
             gradients=jnp.sum(found.gradients, dtype=jnp.int32),
-            v_norm=_estimator.length(v),  # of the sampled blocks
+            v_norm=_estimator.length(v),  # that of the sampled blocks: a sum over all costs M
             curvature=jnp.mean(found.curvature),
             inner_rate=jnp.mean(rate[0]),
             linear_rate=jnp.mean(rate[1]),
