@@ -298,9 +298,7 @@ def _quadratics(seed: int, sizes: Sizes) -> Task:
     zero = jnp.zeros(p)
     slope, curvature = measure(zero)["grad"], response.T @ response + 0.1 * np.eye(p)
     least = float(measure(zero - np.linalg.solve(curvature, slope))["value"])
-    return Task(
-        outer, inner, jnp.zeros(d), zero, outer_data, inner_data, 64, measure, least, None
-    )
+    return Task(outer, inner, jnp.zeros(d), zero, outer_data, inner_data, 64, measure, least, None)
 
 
 def with_least(task: Task) -> Task:

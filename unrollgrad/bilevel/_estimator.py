@@ -44,8 +44,8 @@ class BilevelInfo(NamedTuple):
         gradients: int32, the cost in gradients of one batch: a gradient 1, the products with H and
             B from one vjp 2, one of them alone 2.
         v_norm: The norm of v after the call, or of what stands for it.
-        curvature: The Rayleigh quotient v^T H v / v^T v of this call's batch (times its weight, if the
-            last batch is short).
+        curvature: The Rayleigh quotient v^T H v / v^T v of this call's batch (times its weight, if
+            the last batch is short).
         inner_rate: The length of the last step of params, over the length of its direction: the
             learning rate, if the optimizer is ``optax.sgd``.
         linear_rate: The same of v's last step, or the rate of a Neumann series; 0 where there is

@@ -54,8 +54,8 @@ def advice(history: Mapping[str, np.ndarray]) -> str:
     risen = abs(loss[-1]) / max(np.median(np.abs(loss[:half])), np.finfo(float).tiny)
     top, rates = np.max(curvature), [float(np.max(x)) for x in (inner, linear, outer)]
     seen = (
-        f"over the last {len(norm)} finite steps the norm of v grew by a factor of {growth:.3g}; the "
-        f"largest curvature seen is {top:.3g}, the inner rate {rates[0]:.3g}, the linear rate "
+        f"over the last {len(norm)} finite steps the norm of v grew by a factor of {growth:.3g}; "
+        f"the largest curvature seen is {top:.3g}, the inner rate {rates[0]:.3g}, the linear rate "
         f"{rates[1]:.3g}, the outer rate {rates[2]:.3g}"
     )
     for name, rate in zip(("inner", "linear"), rates[:2], strict=True):
