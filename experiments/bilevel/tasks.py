@@ -172,7 +172,8 @@ def _losses_of(params: jax.Array, rows: Rows) -> jax.Array:
     logits = rows.x @ params
     if params.shape[1] == 1:
         return optax.sigmoid_binary_cross_entropy(logits[:, 0], rows.y)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, rows.y)
+    labels = jax.nn.one_hot(rows.y, params.shape[1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, labels)
 
 
 def _classifier(rows: list[Rows], num_classes: int, cleaning: bool) -> Task:
@@ -298,9 +299,7 @@ def _quadratics(seed: int, sizes: Sizes) -> Task:
     zero = jnp.zeros(p)
     slope, curvature = measure(zero)["grad"], response.T @ response + 0.1 * np.eye(p)
     least = float(measure(zero - np.linalg.solve(curvature, slope))["value"])
-    return Task(
-        outer, inner, jnp.zeros(d), zero, outer_data, inner_data, 64, measure, least, None
-    )
+    return Task(outer, inner, jnp.zeros(d), zero, outer_data, inner_data, 64, measure, least, None)
 
 
 def with_least(task: Task) -> Task:

@@ -1,0 +1,184 @@
+"""The stochastic bilevel algorithms on a task, as ``bilevel_benchmark`` runs and times them.
+
+Every solver has two settings, the inner rate and the ratio of the inner to the outer rate; all
+others are the library's defaults, which are the papers' (10 inner steps, 10 Neumann terms). Rates
+fall as in the papers' analyses, like (k + 1)^-e with the exponents below.
+"""
+
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import unrollgrad as ug
+from experiments.bilevel.tasks import Task
+from unrollgrad.types import GradientEstimator, Key
+
+EXPONENTS = {
+    "soba": (0.5, 0.5),
+    "soba_constant": (0.0, 0.0),
+    "ma_soba": (0.0, 0.0),
+    "saba": (0.0, 0.0),
+    "srba": (0.0, 0.0),
+    "spaba": (0.0, 0.0),
+    "fsla": (0.5, 0.5),
+    "stocbio": (0.0, 0.0),
+    "amigo": (0.0, 0.0),
+    "bsa": (0.5, 0.5),
+    "ttsa": (0.4, 0.6),
+    "mrbo": (1 / 3, 1 / 3),
+    "sustain": (1 / 3, 1 / 3),
+    "f2sa": (4 / 7, 4 / 7),
+    "penalty": (0.0, 0.0),
+    "bome": (0.0, 0.0),
+}
+"""Exponents of the inner and the outer rate, by solver; the linear system has the inner one's.
+"soba_constant" is SOBA with constant rates."""
+
+FULL_BATCH = ("bome",)
+"""Solvers whose batches are all rows; a gradient counts as many times."""
+
+SHORT = 16
+"""Steps of the first stretch, which tells the cost of a step."""
+
+
+class Carry(NamedTuple):
+    """A run between two stretches.
+
+    Attributes:
+        theta: The outer variable.
+        opt_state: The outer optimizer's state.
+        state: The estimator's state.
+        step: Steps so far.
+        gradients: Gradient-equivalents of batches of the task's size so far.
+        direction: The sum of theta's directions in the last stretch.
+    """
+
+    theta: Any
+    opt_state: Any
+    state: Any
+    step: jax.Array
+    gradients: jax.Array
+    direction: Any
+
+
+class Rates(NamedTuple):
+    """The inner rate, and the ratio of the inner to the outer rate."""
+
+    inner: Any
+    ratio: Any
+
+
+class Programs(NamedTuple):
+    """``begin(rates, key) -> carry`` and ``advance(rates, key, carry, num_steps) -> carry``."""
+
+    begin: Callable[..., Carry]
+    advance: Callable[..., Carry]
+
+
+class Point(NamedTuple):
+    """Where a run was at some time: theta, the mean direction since the point before, the cost."""
+
+    theta: Any
+    direction: Any
+    gradients: float
+    seconds: float
+    step: int
+
+
+def make(
+    task: Task, name: str, rates: Rates
+) -> tuple[GradientEstimator, optax.GradientTransformation]:
+    """The solver's estimator, and the optimizer of theta."""
+    factory: Any = getattr(ug.bilevel, "soba" if name == "soba_constant" else name)
+    down, down_outer = EXPONENTS[name]
+    sizes = [len(jax.tree.leaves(rows)[0]) for rows in (task.outer_data, task.inner_data)]
+    batches = sizes if name in FULL_BATCH else [min(task.batch_size, size) for size in sizes]
+    more = {"linear_rate": rates.inner, "touched": task.touched}
+    takes = inspect.signature(factory).parameters
+    estimator = factory(
+        task.outer,
+        task.inner,
+        init_params=lambda key: task.params,
+        outer_data=ug.bilevel.finite_sum(task.outer_data, batches[0]),
+        inner_data=ug.bilevel.finite_sum(task.inner_data, batches[1]),
+        inner_optimizer=optax.sgd(_falling(rates.inner, down)),
+        **{k: v for k, v in more.items() if k in takes and v is not None},
+    )
+    return estimator, optax.sgd(_falling(rates.inner / rates.ratio, down_outer))
+
+
+def _falling(rate: Any, exponent: float) -> Any:
+    return (lambda count: rate / (count + 1.0) ** exponent) if exponent else rate
+
+
+def programs(task: Task, name: str, cells: bool = False) -> Programs:
+    """The jitted programs of a solver; with ``cells`` for rates with a leading axis.
+
+    The cells of a grid share the key, so that they read the same batches.
+    """
+    rows = len(jax.tree.leaves(task.inner_data)[0])
+    unit = rows / task.batch_size if name in FULL_BATCH else 1.0
+
+    def begin(rates, key):
+        estimator, optimizer = make(task, name, rates)
+        zero = jnp.zeros(())
+        state, opt_state = estimator.init(key, task.theta), optimizer.init(task.theta)
+        return Carry(task.theta, opt_state, state, jnp.int32(0), zero, 0 * task.theta)
+
+    def advance(rates, key, carry, num_steps):
+        estimator, optimizer = make(task, name, rates)
+
+        def step(_, carry):
+            own = jax.random.fold_in(key, carry.step)
+            estimate, state = estimator.estimate(own, carry.theta, carry.state)
+            updates, opt_state = optimizer.update(estimate.grad, carry.opt_state)
+            return Carry(
+                optax.apply_updates(carry.theta, updates),
+                opt_state,
+                state,
+                carry.step + 1,
+                carry.gradients + unit * estimate.info.gradients,
+                carry.direction + estimate.grad,
+            )
+
+        fresh = carry._replace(direction=0 * carry.direction)
+        return jax.lax.fori_loop(0, num_steps, step, fresh)
+
+    if cells:
+        begin = jax.vmap(begin, (0, None))
+        advance = jax.vmap(advance, (0, None, 0, None))
+    return Programs(jax.jit(begin), jax.jit(advance))
+
+
+def run(ready: Programs, rates: Rates, key: Key, budgets: list[float]) -> list[Point]:
+    """Runs until each of the budgets, in gradient-equivalents, is spent; one point for each.
+
+    The seconds are those of the steps: compiling, the first state and the points are left out.
+    """
+    carry = ready.begin(rates, key)
+    jax.block_until_ready(ready.advance(rates, key, carry, 0))
+    points, seconds, before = [], 0.0, 0
+    for budget in budgets:
+        while (spent := float(jnp.max(carry.gradients))) < budget:
+            step = int(jnp.max(carry.step))
+            num = max(1, round((budget - spent) / (spent / step))) if step else SHORT
+            begun = time.perf_counter()
+            carry = jax.block_until_ready(ready.advance(rates, key, carry, num))
+            seconds += time.perf_counter() - begun
+        step = int(jnp.max(carry.step))
+        mean = carry.direction / max(num if step > before else 1, 1)
+        points.append(Point(carry.theta, mean, float(jnp.max(carry.gradients)), seconds, step))
+        before = step
+    return points
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """The solvers that the library has."""
+    return tuple(n for n in EXPONENTS if hasattr(ug.bilevel, n.removesuffix("_constant")))
