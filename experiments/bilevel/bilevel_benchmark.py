@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +127,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     shared = settings.without_run()
     with jax.enable_x64(True):
         task = task_of(settings.task, settings.scale, settings.data)
+        start = task.measure(task.theta)
+        write({"estimator": "start", "start_value": float(start["value"])})
+        if not math.isnan(error := float(start["error"])):
+            write({"estimator": "start", "start_error": error})
         for i, name in enumerate(settings.solvers):
             progress(name, i / len(settings.solvers))
             rates, cells = tuned(shared, name)
@@ -164,7 +167,7 @@ def _write_grid(
 
 
 def _excess(task: tasks.Task, cell: dict[str, float]) -> float:
-    """h above its least value; h itself where that is not known."""
+    """The excess of h over its least value; h itself where that is not known."""
     return cell["final"] - (task.least or 0.0)
 
 
@@ -176,7 +179,7 @@ def _write_curve(task: tasks.Task, name: str, points: list[solvers.Point], write
         grad = np.asarray(exact["grad"])
         numbers = {
             "gradients": point.gradients,
-            "seconds": point.seconds,
+            "cpu_seconds": point.seconds,
             "steps": point.step,
             "value": float(exact["value"]),
             "grad_norm2": float(grad @ grad),
@@ -192,13 +195,13 @@ def _write_curve(task: tasks.Task, name: str, points: list[solvers.Point], write
 
 def show(records: list[Record]) -> None:
     """Prints each solver's best cell, its last point, and the time of a step."""
-    for name in dict.fromkeys(r.labels["estimator"] for r in records):
+    for name in dict.fromkeys(r.labels["estimator"] for r in records if r.metric == "value"):
         mine = [r for r in records if r.labels["estimator"] == name]
         last = {r.metric: r for r in mine}  # of the last seed
         main = "suboptimality" if "suboptimality" in last else "value"
         ends = {r.seed: r.value for r in mine if r.metric == main}
         text = " ".join(f"{value:.2e}" for value in ends.values())
-        micros = 1e6 * last["seconds"].value / last["steps"].value
+        micros = 1e6 * last["cpu_seconds"].value / last["steps"].value
         edge = " (edge)" if last["at_edge"].value else ""
         rates = f"rate {last['best_rate'].value:g}, ratio {last['best_ratio'].value:g}{edge}"
         print(f"{name:>14}: {main} by seed {text}; {rates}; {micros:.0f} us per step")
@@ -225,7 +228,7 @@ def claims(summary: Summary) -> list[Claim]:
 def _claims_of_cleaning(summary: Summary) -> list[Claim]:
     """Learned weights lower the test error; whether saba ends below soba."""
     out = []
-    start = summary.find("error", estimator="start")
+    start = summary.find("start_error", estimator="start")
     for name in ("soba", "saba", "srba"):
         found = evidence.less(summary.find("error", estimator=name), start)
         says = f"{name} ends with a lower test error than equal weights"

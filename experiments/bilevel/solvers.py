@@ -159,7 +159,8 @@ def programs(task: Task, name: str, cells: bool = False) -> Programs:
 def run(ready: Programs, rates: Rates, key: Key, budgets: list[float]) -> list[Point]:
     """Runs until each of the budgets, in gradient-equivalents, is spent; one point for each.
 
-    The seconds are those of the steps: compiling, the first state and the points are left out.
+    The seconds are CPU seconds of the steps, over all threads, so that other programs on the
+    machine count little: compiling, the first state and the points are left out.
     """
     carry = ready.begin(rates, key)
     jax.block_until_ready(ready.advance(rates, key, carry, 0))
@@ -168,9 +169,9 @@ def run(ready: Programs, rates: Rates, key: Key, budgets: list[float]) -> list[P
         while (spent := float(jnp.max(carry.gradients))) < budget:
             step = int(jnp.max(carry.step))
             num = max(1, round((budget - spent) / (spent / step))) if step else SHORT
-            begun = time.perf_counter()
+            begun = time.process_time()
             carry = jax.block_until_ready(ready.advance(rates, key, carry, num))
-            seconds += time.perf_counter() - begun
+            seconds += time.process_time() - begun
         step = int(jnp.max(carry.step))
         mean = carry.direction / max(num if step > before else 1, 1)
         points.append(Point(carry.theta, mean, float(jnp.max(carry.gradients)), seconds, step))

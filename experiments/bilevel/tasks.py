@@ -186,11 +186,11 @@ def _classifier(rows: list[Rows], num_classes: int, cleaning: bool) -> Task:
     num_features = train.x.shape[1]
     params = jnp.zeros((num_features, num_classes))
     count = len(train.x) if cleaning else num_features if num_classes == 1 else num_classes
-    theta = jnp.full(count, 0.0 if num_classes == 1 else -2.0)
+    theta = jnp.full(count, 0.0 if num_classes == 1 else -2.0, params.dtype)
 
     def decays(theta):
         if cleaning:
-            return jnp.full(params.shape, 0.4)
+            return jnp.full(params.shape, 0.4, params.dtype)
         along = jnp.exp(theta)[:, None] if num_classes == 1 else jnp.exp(theta)[None]
         return jnp.broadcast_to(along, params.shape)
 
