@@ -185,8 +185,11 @@ class GradientEstimator(NamedTuple):
             finds ``state.episode.t == 0`` begins an episode from its key. The new state has the
             structure, shapes, dtypes and weak types of the old one.
         truncation: Inner steps per call (K); None if a call is a whole episode.
+        explain: Optional ``explain(history) -> text``: what the history of a run that ended with
+            numbers that are not finite says about its settings. ``fit`` adds it to the error.
     """
 
     init: Callable[[Key, Theta], WorkerState]
     estimate: EstimateFn
     truncation: int | None = None
+    explain: Callable[[dict[str, Any]], str] | None = None

@@ -202,6 +202,9 @@ def fit(
                     store.finish()
         except BaseException as error:
             _explain(error, run, store)
+            explain = estimator.explain
+            if explain and isinstance(error, FloatingPointError) and "steps" in run.records:
+                error.add_note(f"fit: {explain(run.history()['steps'])}")
             raise
     if stopping:
         by = stop[0] if stop else "another process"

@@ -90,6 +90,7 @@ def double_loop(
             v_norm=_estimator.length(solved.v),
             curvature=solved.curvature,
             inner_rate=rate,
+            linear_rate=jnp.float32(solved.rate),
             outer_rate=_estimator.outer_rate(theta, carried.before),
         )
         last = Before(theta, _estimator.length(grad))
@@ -120,7 +121,7 @@ def neumann_field(losses: Losses, solver: Solver) -> Field:
         mixed = _losses.mixed_product(losses, point._replace(v=solved.v), last)
         directions = Directions(gradient, None, trees.add(outer.theta, mixed, -1))
         cost = 1 + OUTER_COST + solved.gradients + PRODUCT_COST
-        return Sample(directions, loss, solved.v, solved.curvature, cost)
+        return Sample(directions, loss, solved.v, solved.curvature, cost, solved.rate)
 
     return Field(draw, value, moves=("params", "theta"))
 

@@ -18,6 +18,7 @@ from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel import data
 from unrollgrad.bilevel._losses import Losses
+from unrollgrad.bilevel.advice import advice
 from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta
 from unrollgrad.implicit import trees
 from unrollgrad.types import (
@@ -46,6 +47,8 @@ class BilevelInfo(NamedTuple):
         curvature: The Rayleigh quotient v^T H v / v^T v that this call saw.
         inner_rate: The length of the last step of params, over the length of its direction: the
             learning rate, if the optimizer is ``optax.sgd``.
+        linear_rate: The same of v's last step, or the rate of a Neumann series; 0 where there is
+            neither.
         outer_rate: The same of theta's last step.
     """
 
@@ -54,6 +57,7 @@ class BilevelInfo(NamedTuple):
     v_norm: jax.Array
     curvature: jax.Array
     inner_rate: jax.Array
+    linear_rate: jax.Array
     outer_rate: jax.Array
 
 
@@ -192,7 +196,7 @@ def forever(
         t = jnp.where(episode.t < _FOREVER, jnp.maximum(episode.t, 1) + 1, episode.t)
         return out, Worker(episode._replace(t=t), carried, fingerprint)
 
-    return GradientEstimator(init, jax.jit(estimate), None)
+    return GradientEstimator(init, jax.jit(estimate), None, advice)
 
 
 def estimate_of(grad: ArrayTree, theta: Theta, loss: jax.Array, info: BilevelInfo) -> Estimate:

@@ -27,6 +27,7 @@ class Sample(NamedTuple):
         v: The solution of the linear system, where the field solves it; else None.
         curvature: The Rayleigh quotient v^T H v / v^T v of the batch, 0 where v is 0.
         gradients: int32, the cost in gradients of one batch.
+        rate: That of the solution's series, if the field solves.
     """
 
     directions: Directions
@@ -34,6 +35,7 @@ class Sample(NamedTuple):
     v: Any
     curvature: jax.Array
     gradients: Numeric
+    rate: Numeric = 0.0
 
 
 class Field(NamedTuple):

@@ -34,12 +34,13 @@ class System(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """The solution, the state of v's optimizer, a Rayleigh quotient of H, and the cost."""
+    """The solution, the state of v's optimizer, a Rayleigh quotient of H, the cost, the rate."""
 
     v: Any
     state: Any
     curvature: jax.Array
     gradients: Numeric
+    rate: Numeric
 
 
 class Solver(NamedTuple):
@@ -68,11 +69,13 @@ def steps(optimizer: inner_optimizers.Optimizer, number: int) -> Solver:
             product = _product(system, v, token)
             direction = trees.add(product, system.a, -1)
             theta = system.point.theta
-            new, state, _ = _estimator.moved(optimizer, theta, direction, state, v)
-            return (new, state), _field.rayleigh(v, product)
+            new, state, updates = _estimator.moved(optimizer, theta, direction, state, v)
+            rate = _estimator.rate(updates, _estimator.length(direction))
+            return (new, state), (_field.rayleigh(v, product), rate)
 
         (v, state), seen = jax.lax.scan(step, (system.point.v, state), system.tokens)
-        return Solved(v, state, seen[-1], jnp.int32(number * PRODUCT_COST))
+        curvature, rate = (x[-1] for x in seen)
+        return Solved(v, state, curvature, jnp.int32(number * PRODUCT_COST), rate)
 
     def init(theta, v):
         return _estimator.opened(optimizer, theta, v)
@@ -94,7 +97,8 @@ def neumann(terms: int, rate: float) -> Solver:
             return (term, trees.add(total, term)), seen
 
         (_, total), seen = jax.lax.scan(step, (system.a, system.a), system.tokens)
-        return Solved(trees.scale(rate, total), state, seen[-1], jnp.int32(terms * PRODUCT_COST))
+        cost = jnp.int32(terms * PRODUCT_COST)
+        return Solved(trees.scale(rate, total), state, seen[-1], cost, rate)
 
     return Solver(f"neumann(terms={terms})", terms, lambda theta, v: None, solve)
 
@@ -119,7 +123,8 @@ def random_neumann(terms: int, rate: float) -> Solver:
         names = mesh_axes.axes((number, *system[1:]))
         begin = mesh_axes.over(names, (system.a, jnp.float32(0)))
         term, seen = jax.lax.fori_loop(0, number, step, begin)
-        return Solved(trees.scale(terms * rate, term), state, seen, number * PRODUCT_COST)
+        cost = number * PRODUCT_COST
+        return Solved(trees.scale(terms * rate, term), state, seen, cost, rate)
 
     return Solver(f"random_neumann(terms={terms})", terms, lambda theta, v: None, solve)
 

@@ -25,9 +25,9 @@ def stocbio(
     """stocBiO: warm inner steps, then a truncated Neumann series with a fresh batch per factor.
 
     With q = linear_rate sum_{j=0..terms} prod_{i<=j} (I - linear_rate H_i) d outer / d params, at
-    the new params, ``grad`` = d outer / d theta - B^T q. In a direction of curvature mu, the implicit
-    term is too small by the factor 1 - (1 - linear_rate mu)^(terms + 1), and params lag behind a
-    moving minimum by q^N / (1 - q^N) of its last move, q = 1 - inner rate mu, N = inner_steps.
+    the new params, ``grad`` = d outer / d theta - B^T q. In a direction of curvature mu the
+    implicit term has the relative error -(1 - linear_rate mu)^(terms + 1), and params lag behind a
+    moving minimum by r^N / (1 - r^N) of its last move, r = 1 - inner rate mu, N = inner_steps.
 
     Time: inner_steps + 2 terms + 3 gradient-equivalents. Memory: 2 params, 2 theta.
 

@@ -332,6 +332,7 @@ def _first_order(
             v_norm=_estimator.length(v),
             curvature=jnp.float32(0),
             inner_rate=moved.rate,
+            linear_rate=jnp.float32(0),
             outer_rate=_estimator.outer_rate(theta, carried.before),
         )
         after = after._replace(

@@ -158,15 +158,19 @@ def single_loop(
         params, state, updates = _estimator.moved(
             chosen.inner_optimizer, theta, moves.params, carried.optimizer, carried.params
         )
-        v, linear_state = found.v, carried.linear
+        v, linear_state, linear_rate = found.v, carried.linear, jnp.float32(found.rate)
         if not solves:
-            v, linear_state, _ = _estimator.moved(linear, theta, moves.v, linear_state, carried.v)
+            v, linear_state, along = _estimator.moved(
+                linear, theta, moves.v, linear_state, carried.v
+            )
+            linear_rate = _estimator.rate(along, _estimator.length(moves.v))
         info = BilevelInfo(
             inner_steps=jnp.int32(1),
             gradients=found.gradients,
             v_norm=_estimator.length(v),
             curvature=found.curvature,
             inner_rate=_estimator.rate(updates, _estimator.length(moves.params)),
+            linear_rate=linear_rate,
             outer_rate=_estimator.outer_rate(theta, carried.before),
         )
         last = Before(theta, _estimator.length(moves.theta))
