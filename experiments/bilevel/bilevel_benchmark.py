@@ -128,7 +128,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     with jax.enable_x64(True):
         task = task_of(settings.task, settings.scale, settings.data)
         start = task.measure(task.theta)
-        write({"estimator": "start", "start_value": float(start["value"])})
+        write({"estimator": "start", "start_excess": float(start["value"]) - (task.least or 0.0)})
         if not math.isnan(error := float(start["error"])):
             write({"estimator": "start", "start_error": error})
         for i, name in enumerate(settings.solvers):
@@ -173,10 +173,9 @@ def _excess(task: tasks.Task, cell: dict[str, float]) -> float:
 
 def _write_curve(task: tasks.Task, name: str, points: list[solvers.Point], write: Write) -> None:
     """Writes the exact numbers at each point; a direction is compared with h's mean gradient."""
-    before = np.asarray(task.measure(task.theta)["grad"])
     for i, point in enumerate(points):
         exact = task.measure(point.theta)
-        grad = np.asarray(exact["grad"])
+        grad, before = (np.asarray(e["grad"]) for e in (exact, task.measure(point.before)))
         numbers = {
             "gradients": point.gradients,
             "cpu_seconds": point.seconds,
@@ -190,7 +189,6 @@ def _write_curve(task: tasks.Task, name: str, points: list[solvers.Point], write
         if not math.isnan(error := float(exact["error"])):
             numbers["error"] = error
         write({"estimator": name, "step": i, **numbers})
-        before = grad
 
 
 def show(records: list[Record]) -> None:

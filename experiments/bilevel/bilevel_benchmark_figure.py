@@ -89,7 +89,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     seeds = len({r.seed for r in records})
     says = "median and range" if seeds > 1 else "one run"
     left.suptitle(f"{config['task']}: {says} of {seeds} seed(s), each solver at its best cell")
-    _heat_maps(right, grid_of(records), main)
+    start = next(r.value for r in records if r.metric == "start_excess")
+    _heat_maps(right, grid_of(records), main, start)
     return figure
 
 
@@ -113,7 +114,7 @@ def _curves(axis: Any, records: list[Record], x: str, y: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _heat_maps(figure: Any, grids: dict[str, Grid], main: str) -> None:
+def _heat_maps(figure: Any, grids: dict[str, Grid], main: str, start: float) -> None:
     """One map per solver, colours in common: the end of a run in every cell, a star at the best."""
     if not grids:
         return
@@ -123,9 +124,8 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str) -> None:
     for axis in axes.flat[len(grids) :]:
         axis.set_axis_off()
     finite = [max(v, LEAST) for g in grids.values() for v in g.values() if math.isfinite(v)]
-    norm: Any = colors.LogNorm(min(finite), min(max(finite), 1e3 * float(np.median(finite))))
-    if main == "value":
-        norm = colors.Normalize(min(finite), float(np.quantile(finite, 0.9)))
+    scale = colors.Normalize if main == "value" else colors.LogNorm
+    norm = scale(min(finite), max(start, 1.01 * min(finite)))
     image = None
     for i, (axis, (name, grid)) in enumerate(zip(axes.flat, grids.items(), strict=False)):
         rates, ratios = (sorted({pair[k] for pair in grid}) for k in (0, 1))
@@ -144,7 +144,9 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str) -> None:
     figure.supylabel("inner rate", fontsize=9)
     if image is not None:
         figure.colorbar(image, ax=axes, label=LABELS[main] + " at the end", extend="max")
-    figure.suptitle("one run in every cell; grey: not finite; star: the best")
+    figure.suptitle(
+        "a run in every cell; darkest: not below the start; grey: not finite; star: the best"
+    )
 
 
 def _ticks(axis: Any, values: list[float]) -> None:

@@ -5,8 +5,6 @@ others are the library's defaults, which are the papers' (10 inner steps, 10 Neu
 fall as in the papers' analyses, like (k + 1)^-e with the exponents below.
 """
 
-import functools
-import inspect
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,6 +44,9 @@ FULL_BATCH = ("bome",)
 SHORT = 16
 """Steps of the first stretch, which tells the cost of a step."""
 
+WINDOW = 8
+"""Steps before a point over which theta's direction is averaged."""
+
 
 class Carry(NamedTuple):
     """A run between two stretches.
@@ -82,9 +83,19 @@ class Programs(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where a run was at some time: theta, the mean direction since the point before, the cost."""
+    """Where a run was at some time.
+
+    Attributes:
+        theta: The outer variable.
+        before: Theta ``WINDOW`` steps before.
+        direction: The mean of theta's directions between the two.
+        gradients: Gradient-equivalents so far.
+        seconds: CPU seconds so far.
+        step: Steps so far.
+    """
 
     theta: Any
+    before: Any
     direction: Any
     gradients: float
     seconds: float
@@ -95,21 +106,19 @@ def make(
     task: Task, name: str, rates: Rates
 ) -> tuple[GradientEstimator, optax.GradientTransformation]:
     """The solver's estimator, and the optimizer of theta."""
-    factory: Any = getattr(ug.bilevel, "soba" if name == "soba_constant" else name)
     down, down_outer = EXPONENTS[name]
     sizes = [len(jax.tree.leaves(rows)[0]) for rows in (task.outer_data, task.inner_data)]
     batches = sizes if name in FULL_BATCH else [min(task.batch_size, size) for size in sizes]
-    more = {"linear_rate": rates.inner, "touched": task.touched}
-    takes = inspect.signature(factory).parameters
-    estimator = factory(
-        task.outer,
-        task.inner,
-        init_params=lambda key: task.params,
-        outer_data=ug.bilevel.finite_sum(task.outer_data, batches[0]),
-        inner_data=ug.bilevel.finite_sum(task.inner_data, batches[1]),
-        inner_optimizer=optax.sgd(_falling(rates.inner, down)),
-        **{k: v for k, v in more.items() if k in takes and v is not None},
-    )
+    settings = {
+        "init_params": lambda key: task.params,
+        "outer_data": ug.bilevel.finite_sum(task.outer_data, batches[0]),
+        "inner_data": ug.bilevel.finite_sum(task.inner_data, batches[1]),
+        "inner_optimizer": optax.sgd(_falling(rates.inner, down)),
+        "linear_rate": rates.inner,
+        "touched": task.touched,
+    }
+    row = ug.bilevel.REGISTRY[name.removesuffix("_constant")]
+    estimator = row.build(task.outer, task.inner, **settings)
     return estimator, optax.sgd(_falling(rates.inner / rates.ratio, down_outer))
 
 
@@ -162,24 +171,32 @@ def run(ready: Programs, rates: Rates, key: Key, budgets: list[float]) -> list[P
     The seconds are CPU seconds of the steps, over all threads, so that other programs on the
     machine count little: compiling, the first state and the points are left out.
     """
-    carry = ready.begin(rates, key)
+    carry, seconds = ready.begin(rates, key), 0.0
     jax.block_until_ready(ready.advance(rates, key, carry, 0))
-    points, seconds, before = [], 0.0, 0
+
+    def advanced(carry, num):
+        nonlocal seconds
+        begun = time.process_time()
+        carry = jax.block_until_ready(ready.advance(rates, key, carry, num))
+        seconds += time.process_time() - begun
+        return carry
+
+    points: list[Point] = []
     for budget in budgets:
         while (spent := float(jnp.max(carry.gradients))) < budget:
             step = int(jnp.max(carry.step))
             num = max(1, round((budget - spent) / (spent / step))) if step else SHORT
-            begun = time.process_time()
-            carry = jax.block_until_ready(ready.advance(rates, key, carry, num))
-            seconds += time.process_time() - begun
-        step = int(jnp.max(carry.step))
-        mean = carry.direction / max(num if step > before else 1, 1)
-        points.append(Point(carry.theta, mean, float(jnp.max(carry.gradients)), seconds, step))
-        before = step
+            if num > WINDOW:
+                carry = advanced(carry, num - WINDOW)
+            before, num = carry.theta, min(num, WINDOW)
+            carry = advanced(carry, num)
+        cost, step = float(jnp.max(carry.gradients)), int(jnp.max(carry.step))
+        mean = carry.direction / num
+        points.append(Point(carry.theta, before, mean, cost, seconds, step))
     return points
 
 
-@functools.cache
 def names() -> tuple[str, ...]:
-    """The solvers that the library has."""
-    return tuple(n for n in EXPONENTS if hasattr(ug.bilevel, n.removesuffix("_constant")))
+    """The library's single-block algorithms, and SOBA with constant rates."""
+    ours = [name for name, row in ug.bilevel.REGISTRY.items() if not row.blocks]
+    return tuple(name for name in EXPONENTS if name.removesuffix("_constant") in ours)
