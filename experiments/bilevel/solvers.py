@@ -75,8 +75,16 @@ class Rates(NamedTuple):
     ratio: Any
 
 
+Build = Callable[[Rates, Any], tuple[GradientEstimator, optax.GradientTransformation]]
+
+
 class Programs(NamedTuple):
-    """``begin(rates, key) -> carry`` and ``advance(rates, key, carry, num_steps) -> carry``."""
+    """The jitted programs of an algorithm; ``data`` are handed to ``build``, by default None.
+
+    Attributes:
+        begin: ``begin(rates, key, data) -> carry``.
+        advance: ``advance(rates, key, carry, num_steps, data) -> carry``.
+    """
 
     begin: Callable[..., Carry]
     advance: Callable[..., Carry]
@@ -126,22 +134,32 @@ def _falling(rate: Any, exponent: float) -> Any:
     return (lambda count: rate / (count + 1.0) ** exponent) if exponent else rate
 
 
-def programs(task: Task, name: str, cells: bool = False) -> Programs:
-    """The jitted programs of a solver; with ``cells`` for rates with a leading axis.
-
-    The cells of a grid share the key, so that they read the same batches.
-    """
+def of_task(task: Task, name: str, cells: bool = False) -> Programs:
+    """The programs of a solver on a task; with ``cells`` for a grid of rates."""
     rows = len(jax.tree.leaves(task.inner_data)[0])
     unit = rows / task.batch_size if name in FULL_BATCH else 1.0
+    return programs(lambda rates, data: make(task, name, rates), task.theta, unit, cells)
 
-    def begin(rates, key):
-        estimator, optimizer = make(task, name, rates)
-        zero = jnp.zeros(())
-        state, opt_state = estimator.init(key, task.theta), optimizer.init(task.theta)
-        return Carry(task.theta, opt_state, state, jnp.int32(0), zero, 0 * task.theta)
 
-    def advance(rates, key, carry, num_steps):
-        estimator, optimizer = make(task, name, rates)
+def programs(build: Build, theta: Any, unit: float = 1.0, cells: bool = False) -> Programs:
+    """The jitted programs of an algorithm.
+
+    The cells of a grid share the key, so that they read the same batches.
+
+    Args:
+        build: ``build(rates, data)`` returns the estimator, and the optimizer of theta.
+        theta: The first theta.
+        unit: Gradient-equivalents that one of the estimator's counts.
+        cells: Whether rates have a leading axis, over which the programs are mapped.
+    """
+
+    def begin(rates, key, data=None):
+        estimator, optimizer = build(rates, data)
+        state, opt_state = estimator.init(key, theta), optimizer.init(theta)
+        return Carry(theta, opt_state, state, jnp.int32(0), jnp.zeros(()), 0 * theta)
+
+    def advance(rates, key, carry, num_steps, data=None):
+        estimator, optimizer = build(rates, data)
 
         def step(_, carry):
             own = jax.random.fold_in(key, carry.step)
@@ -160,25 +178,27 @@ def programs(task: Task, name: str, cells: bool = False) -> Programs:
         return jax.lax.fori_loop(0, num_steps, step, fresh)
 
     if cells:
-        begin = jax.vmap(begin, (0, None))
-        advance = jax.vmap(advance, (0, None, 0, None))
+        begin = jax.vmap(begin, (0, None, None))
+        advance = jax.vmap(advance, (0, None, 0, None, None))
     return Programs(jax.jit(begin), jax.jit(advance))
 
 
-def run(ready: Programs, rates: Rates, key: Key, budgets: list[float]) -> list[Point]:
+def run(
+    ready: Programs, rates: Rates, key: Key, budgets: list[float], data: Any = None
+) -> list[Point]:
     """Runs until each of the budgets, in gradient-equivalents, is spent; one point for each.
 
     The seconds are CPU seconds of the steps, over all threads, so that other programs on the
     machine count little: compiling, the first state and the points are left out.
     """
-    carry, seconds = ready.begin(rates, key), 0.0
-    jax.block_until_ready(ready.advance(rates, key, carry, 0))
+    carry, seconds = ready.begin(rates, key, data), 0.0
+    jax.block_until_ready(ready.advance(rates, key, carry, 0, data))
 
     def advanced(carry, num):
         nonlocal seconds
-        begun = time.process_time()
-        carry = jax.block_until_ready(ready.advance(rates, key, carry, num))
-        seconds += time.process_time() - begun
+        begun = cpu_seconds()
+        carry = jax.block_until_ready(ready.advance(rates, key, carry, num, data))
+        seconds += cpu_seconds() - begun
         return carry
 
     points: list[Point] = []
@@ -194,6 +214,11 @@ def run(ready: Programs, rates: Rates, key: Key, budgets: list[float]) -> list[P
         mean = carry.direction / num
         points.append(Point(carry.theta, before, mean, cost, seconds, step))
     return points
+
+
+def cpu_seconds() -> float:
+    """The CPU seconds of this process, over all threads."""
+    return time.process_time()
 
 
 def names() -> tuple[str, ...]:

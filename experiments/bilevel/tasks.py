@@ -257,12 +257,12 @@ def _quadratics(seed: int, sizes: Sizes) -> Task:
     """Finite sums of quadratics of 20 + 10 variables, whose samples differ in all their terms.
 
     inner = z' H_i z / 2 + z' B_i x - z' h_i, outer = |z - a_j|^2 / 2 + 0.05 |x - b_j|^2; the mean
-    Hessian has eigenvalues from 0.1 to 1.
+    Hessian has eigenvalues from 0.3 to 1.
     """
     rng, d, p = np.random.default_rng(seed), 20, 10
     basis, _ = np.linalg.qr(rng.standard_normal((d, d)))
-    middle = basis @ np.diag(np.geomspace(0.1, 1, d)) @ basis.T
-    factors = rng.standard_normal((sizes.inner, d)) * 0.3
+    middle = basis @ np.diag(np.geomspace(0.3, 1, d)) @ basis.T
+    factors = rng.standard_normal((sizes.inner, d)) * 0.15
     spread = factors[:, :, None] * factors[:, None]
     hessians = middle + spread - spread.mean(0)
     mixed = 0.3 * rng.standard_normal((d, p)) / d**0.5
@@ -302,8 +302,16 @@ def _quadratics(seed: int, sizes: Sizes) -> Task:
     return Task(outer, inner, jnp.zeros(d), zero, outer_data, inner_data, 64, measure, least, None)
 
 
-def with_least(task: Task) -> Task:
-    """The task with its least h, found by BFGS in double precision on the exact h, from theta."""
+def with_least(task: Task, starts: list[Any]) -> Task:
+    """The task with its least h, found by BFGS in double precision on the exact h.
+
+    h may have several minima, or fall for ever towards infinite theta: the least value is that of
+    the best start.
+
+    Args:
+        task: The task.
+        starts: Where BFGS begins.
+    """
     if task.least is not None:
         return task
 
@@ -311,6 +319,10 @@ def with_least(task: Task) -> Task:
         found = task.measure(jnp.asarray(theta))
         return float(found["value"]), np.asarray(found["grad"])
 
-    start = np.asarray(task.theta)
-    found = scipy.optimize.minimize(both, start, jac=True, method="BFGS", options={"gtol": 1e-10})
-    return task._replace(least=float(found.fun))
+    def end(start):
+        options = {"gtol": 1e-10, "maxiter": 300}
+        return scipy.optimize.minimize(
+            both, np.asarray(start), jac=True, method="BFGS", options=options
+        )
+
+    return task._replace(least=min(float(end(start).fun) for start in starts))
