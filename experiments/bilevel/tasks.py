@@ -86,7 +86,7 @@ class Sizes(NamedTuple):
 
 
 def make(name: Name, seed: int, sizes: Sizes, folder: Path | None = None) -> Task:
-    """Makes a task, in double precision: call it and use it under ``jax.enable_x64``.
+    """Makes a task; ``measure`` is exact to rounding under ``jax.enable_x64``.
 
     Args:
         name: The task.
