@@ -101,11 +101,11 @@ def make(name: Name, seed: int, sizes: Sizes, folder: Path | None = None) -> Tas
         rng, sum(sizes), folder
     )
     parts = np.split(np.arange(len(x)), np.cumsum(sizes))[:3]
-    rows = [Rows(jnp.asarray(x[i]), jnp.asarray(y[i]), jnp.arange(len(i))) for i in parts]
+    rows = [Rows(x[i], y[i], np.arange(len(i))) for i in parts]
     if name == "cleaning":
         wrong = rng.random(sizes.inner) < 0.5
         drawn = rng.integers(0, 10, sizes.inner)
-        rows[0] = rows[0]._replace(y=jnp.where(wrong, drawn, rows[0].y))
+        rows[0] = rows[0]._replace(y=np.where(wrong, drawn, rows[0].y))
         return _classifier(rows, num_classes, cleaning=True)
     return _classifier(rows, num_classes, cleaning=False)
 
@@ -184,9 +184,9 @@ def _classifier(rows: list[Rows], num_classes: int, cleaning: bool) -> Task:
     """
     train, validation, test = rows
     num_features = train.x.shape[1]
-    params = jnp.zeros((num_features, num_classes))
+    params = np.zeros((num_features, num_classes))
     count = len(train.x) if cleaning else num_features if num_classes == 1 else num_classes
-    theta = jnp.full(count, 0.0 if num_classes == 1 else -2.0, params.dtype)
+    theta = np.full(count, 0.0 if num_classes == 1 else -2.0)
 
     def decays(theta):
         if cleaning:
@@ -270,8 +270,8 @@ def _quadratics(seed: int, sizes: Sizes) -> Task:
     slopes = rng.standard_normal(d) + rng.standard_normal((sizes.inner, d))
     targets = rng.standard_normal(d) + rng.standard_normal((sizes.outer, d))
     centres = rng.standard_normal(p) + rng.standard_normal((sizes.outer, p))
-    inner_data = Rows(jnp.asarray(hessians), jnp.asarray(mixed), jnp.asarray(slopes))
-    outer_data = Rows(jnp.asarray(targets), jnp.asarray(centres), jnp.arange(sizes.outer))
+    inner_data = Rows(hessians, mixed, slopes)
+    outer_data = Rows(targets, centres, np.arange(sizes.outer))
 
     def inner(z, x, batch):
         terms = batch.x @ z / 2 + batch.y @ x - batch.row
@@ -296,10 +296,10 @@ def _quadratics(seed: int, sizes: Sizes) -> Task:
             "error": jnp.nan,
         }
 
-    zero = jnp.zeros(p)
+    zero = np.zeros(p)
     slope, curvature = measure(zero)["grad"], response.T @ response + 0.1 * np.eye(p)
     least = float(measure(zero - np.linalg.solve(curvature, slope))["value"])
-    return Task(outer, inner, jnp.zeros(d), zero, outer_data, inner_data, 64, measure, least, None)
+    return Task(outer, inner, np.zeros(d), zero, outer_data, inner_data, 64, measure, least, None)
 
 
 def with_least(task: Task, starts: list[Any]) -> Task:
@@ -316,7 +316,7 @@ def with_least(task: Task, starts: list[Any]) -> Task:
         return task
 
     def both(theta):
-        found = task.measure(jnp.asarray(theta))
+        found = task.measure(theta)
         return float(found["value"]), np.asarray(found["grad"])
 
     def end(start):
