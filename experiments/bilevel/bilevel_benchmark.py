@@ -36,9 +36,9 @@ class Settings(CommonSettings):
     """A folder with the LIBSVM files of ijcnn1 or covtype, in place of the twin."""
     solvers: tuple[str, ...] = solvers.names()
     """The solvers."""
-    budget: int = 40_000
+    budget: int = 20_000
     """Gradient-equivalents of every run."""
-    num_points: int = 16
+    num_points: int = 12
     """Points on each curve, in equal ratios of the gradient-equivalents."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws the batches; the data are the same for all."""
@@ -58,7 +58,7 @@ SCALES = {
 }
 
 SIZES = {
-    "quadratics": tasks.Sizes(1024, 1024),
+    "quadratics": tasks.Sizes(512, 512),
     "ijcnn1": tasks.Sizes(4096, 4096),
     "covtype": tasks.Sizes(2048, 2048, 1024),
     "cleaning": tasks.Sizes(1000, 300, 497),
@@ -83,7 +83,7 @@ RATES = {
 
 RATIOS = {
     "quadratics": (0.3, 1.0, 3.0, 10.0, 30.0),
-    "ijcnn1": (0.001, 0.003, 0.01, 0.03, 0.1),
+    "ijcnn1": (0.0003, 0.001, 0.003, 0.01, 0.1),
     "covtype": (0.01, 0.03, 0.1, 1.0, 10.0),
     "cleaning": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
 }

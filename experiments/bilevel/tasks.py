@@ -254,15 +254,15 @@ def _measure(
 
 
 def _quadratics(seed: int, sizes: Sizes) -> Task:
-    """Finite sums of quadratics of 20 + 10 variables, whose samples differ in all their terms.
+    """Finite sums of quadratics of 10 + 5 variables, whose samples differ in all their terms.
 
     inner = z' H_i z / 2 + z' B_i x - z' h_i, outer = |z - a_j|^2 / 2 + 0.05 |x - b_j|^2; the mean
     Hessian has eigenvalues from 0.3 to 1.
     """
-    rng, d, p = np.random.default_rng(seed), 20, 10
+    rng, d, p = np.random.default_rng(seed), 10, 5
     basis, _ = np.linalg.qr(rng.standard_normal((d, d)))
     middle = basis @ np.diag(np.geomspace(0.3, 1, d)) @ basis.T
-    factors = rng.standard_normal((sizes.inner, d)) * 0.15
+    factors = rng.standard_normal((sizes.inner, d)) * 0.2
     spread = factors[:, :, None] * factors[:, None]
     hessians = middle + spread - spread.mean(0)
     mixed = 0.3 * rng.standard_normal((d, p)) / d**0.5
