@@ -16,14 +16,30 @@ ORDER: list[str] = [
 """The rooms of ``unrollgrad``: each imports only from earlier rooms."""
 MOST_PARAMETERS = 6
 PUBLIC_FACTORIES = {
+    "amigo",
     "average",
+    "bome",
+    "bsa",
+    "bsvrb",
     "compare",
+    "f2sa",
     "fit",
+    "fsla",
     "hypergradient",
     "learning_rate",
     "linear_recurrence",
+    "ma_soba",
+    "mrbo",
+    "penalty",
     "preconditioner",
+    "saba",
+    "soba",
     "solve",
+    "spaba",
+    "srba",
+    "stocbio",
+    "sustain",
+    "ttsa",
 }
 
 

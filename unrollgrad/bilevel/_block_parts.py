@@ -21,22 +21,38 @@ class Rows(NamedTuple):
     """What is kept for a block beside params and v.
 
     Attributes:
-        stamp: int32, the last step that sampled the block; -1 if none did.
-        old_params: The params at the step before their last move.
-        old_v: v at that step.
         direction: The direction s of params.
         linear: The direction u of v, or the Hessian matrix.
         optimizer: The state of params' optimizer.
         linear_optimizer: The state of v's.
     """
 
-    stamp: jax.Array
-    old_params: Any
-    old_v: Any
     direction: Any
     linear: Any
     optimizer: Any
     linear_optimizer: Any
+
+
+class Last(NamedTuple):
+    """The blocks that the last step sampled, and where they stood before it moved them.
+
+    The others have not moved since, so nothing else of the past is kept per block.
+    """
+
+    index: jax.Array
+    params: Any
+    v: Any
+
+    def rows(self, index: jax.Array, count: jax.Array, now: tuple) -> tuple:
+        """Params and v of the blocks ``index`` a step ago; ``now`` is where they stand."""
+        same = index[:, None] == self.index[None]
+        just, place = jnp.any(same, 1) & (count > 0), jnp.argmax(same, 1)
+
+        def leaf(old, new):
+            chosen = just.reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(chosen, old[place], new)
+
+        return jax.tree.map(leaf, (self.params, self.v), now)
 
 
 class Tracking(NamedTuple):
@@ -131,17 +147,13 @@ def visit(losses: Losses, tracking: Tracking, at: tuple, tokens: Any, row: tuple
     Args:
         losses: The block's own.
         tracking: The settings.
-        at: theta, the theta of the step before, and the number of the step.
+        at: theta, and the theta of the step before.
         tokens: The batches of inner and outer.
-        row: params, v and ``Rows`` of the block.
+        row: params and v of the block, those of a step ago, its ``Rows``, and whether this is its
+            first visit.
     """
-    (theta, old_theta, count), (params, v, kept) = at, row
-    # A block that the last step did not sample has not moved since.
-    just = kept.stamp == count - 1
-    before = (kept.old_params, kept.old_v), (params, v)
-    old_params, old_v = jax.tree.map(lambda a, b: jnp.where(just, a, b), *before)
+    (theta, old_theta), ((params, v), (old_params, old_v), kept, first) = at, row
     points = Point(params, v, theta), Point(old_params, old_v, old_theta)
-    first = kept.stamp < 0
     if tracking.tracks == "products":
         new, old = (_field.single_loop(losses).value(point, tokens) for point in points)
         linear = _tracked(tracking, first, kept.linear, new.directions.v, old.directions.v)
@@ -214,11 +226,11 @@ def _tracked(tracking: Tracking, first: jax.Array, kept: Any, new: Any, old: Any
 
 
 def move(
-    optimizers: tuple, tracking: Tracking, at: tuple[Theta, jax.Array], row: tuple, found: Found
+    optimizers: tuple, tracking: Tracking, theta: Theta, row: tuple, found: Found
 ) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
     """A block's step along the tracked directions: its new row, and the rates of params and v."""
-    (theta, count), (params, v, kept) = at, row
-    late = (count - kept.stamp).astype(jnp.float32) if tracking.catch_up else 1.0
+    (params, v), kept, late = row
+    late = late.astype(jnp.float32) if tracking.catch_up else 1.0
     new, optimizer, updates = _moved(
         optimizers[0], theta, late, found.direction, (kept.optimizer, params)
     )
@@ -230,7 +242,7 @@ def move(
         )
         linear_rate = _estimator.rate(along, _estimator.length(found.linear))
         new_v = _within(new_v, tracking.radius)
-    kept = Rows(count, params, v, found.direction, found.linear, optimizer, linear_optimizer)
+    kept = Rows(found.direction, found.linear, optimizer, linear_optimizer)
     return (new, new_v, kept), (rate, linear_rate)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments
-from unrollgrad._core import mesh_axes, unroll
+from unrollgrad._core import eager, mesh_axes, unroll
 from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._training import inner_optimizers
@@ -44,7 +44,8 @@ class BilevelInfo(NamedTuple):
         gradients: int32, the cost in gradients of one batch: a gradient 1, the products with H and
             B from one vjp 2, one of them alone 2.
         v_norm: The norm of v after the call, or of what stands for it.
-        curvature: The Rayleigh quotient v^T H v / v^T v that this call saw.
+        curvature: The Rayleigh quotient v^T H v / v^T v of this call's batch (times its weight, if
+            the last batch is short).
         inner_rate: The length of the last step of params, over the length of its direction: the
             learning rate, if the optimizer is ``optax.sgd``.
         linear_rate: The same of v's last step, or the rate of a Neumann series; 0 where there is
@@ -115,7 +116,41 @@ def first_params(chosen: Settings, episode: Episode, theta: Theta) -> Any:
     ):
         found = jax.eval_shape(lambda: loss(params, theta, data.example(source, episode.key)))  # noqa: B023
         arguments.check_loss(name, found)
+    if trees.is_concrete((params, theta)):
+        _check_means(chosen.losses, params, theta)
     return params
+
+
+def _check_means(losses: Losses, params: Any, theta: Theta) -> None:
+    """Raises ValueError if a loss is a sum over the rows of its batch, not their mean.
+
+    The loss of a batch, of the batch twice and three times are equal for a mean; a sum grows by the
+    same amount each time, whatever is added to it. Losses that do neither pass: contrastive ones,
+    for example.
+    """
+
+    def copies(loss, source):
+        batch = data.example(source, jax.random.key(0))
+
+        def of(times):
+            return loss(params, theta, jax.tree.map(lambda x: jnp.concatenate([x] * times), batch))
+
+        return jnp.stack([of(times) for times in (1, 2, 3)]).astype(jnp.float32)
+
+    pairs = {
+        "outer": (losses.outer, losses.outer_data),
+        "inner": (losses.inner, losses.inner_data),
+    }
+    pairs = {k: pair for k, pair in pairs.items() if isinstance(pair[1], data.FiniteSum)}
+    found = jax.device_get(eager.compiled(lambda: {k: copies(*v) for k, v in pairs.items()})())
+    for name, (one, two, three) in found.items():
+        grows = abs(two - one) > 1e-2 * (abs(one) + abs(two))
+        if grows and abs(three - 2 * two + one) < 1e-2 * abs(two - one):
+            raise ValueError(
+                f"`{name}` must be the mean over its batch, but it grows with the rows: {one:.4g}, "
+                f"and {two:.4g} with every row twice. Use jnp.mean in place of jnp.sum; a batch's "
+                "weight in its epoch and all rates rest on it."
+            )
 
 
 def moved(

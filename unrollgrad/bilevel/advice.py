@@ -44,24 +44,24 @@ def advice(history: Mapping[str, np.ndarray]) -> str:
             f"`history` has no {', '.join(missing)}. Pass the history of a bilevel estimator that "
             "runs alone, not under `average`."
         )
-    values = (np.asarray(history[name], np.float64)[-_LAST:] for name in fields)
-    norm, curvature, inner, linear, outer, loss = values
-    if not len(norm):
-        return "no step was recorded."
-    with np.errstate(all="ignore"):
-        growth = norm[-1] / np.median(norm[: max(len(norm) // 2, 1)])
-        risen = abs(loss[-1]) / np.median(np.abs(loss[: max(len(loss) // 2, 1)]))
-    top = np.max(curvature, initial=0.0, where=np.isfinite(curvature))
-    rates = [float(np.nanmax(x)) for x in (inner, linear, outer)]
+    table = np.array([np.asarray(history[name], np.float64) for name in fields])
+    finite = np.all(np.isfinite(table), axis=0)
+    if not finite.any():
+        return "no finite step was recorded: look at the losses at the first params."
+    norm, curvature, inner, linear, outer, loss = table[:, finite][:, -_LAST:]
+    half = max(len(norm) // 2, 1)
+    growth = norm[-1] / max(np.median(norm[:half]), np.finfo(float).tiny)
+    risen = abs(loss[-1]) / max(np.median(np.abs(loss[:half])), np.finfo(float).tiny)
+    top, rates = np.max(curvature), [float(np.max(x)) for x in (inner, linear, outer)]
     seen = (
-        f"over the last {len(norm)} steps the norm of v grew by a factor of {growth:.3g}; the "
-        f"largest curvature seen is {top:.3g}, the inner rate {rates[0]:.3g}, the linear rate "
+        f"over the last {len(norm)} finite steps the norm of v grew by a factor of {growth:.3g}; "
+        f"the largest curvature seen is {top:.3g}, the inner rate {rates[0]:.3g}, the linear rate "
         f"{rates[1]:.3g}, the outer rate {rates[2]:.3g}"
     )
     for name, rate in zip(("inner", "linear"), rates[:2], strict=True):
         if rate * top > 2:
             return f"lower the {name} rate: it must be below 2 / curvature = {2 / top:.3g}; {seen}."
-    if growth > 2 or risen > 2 or not np.isfinite(growth * risen):
+    if growth > 2 or risen > 2 or not finite.all():
         ratio = rates[2] / rates[0] if rates[0] else np.inf
         return (
             f"lower the outer rate: it is {ratio:.3g} of the inner one, and theta moves faster "

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from unrollgrad._checks import arguments
 from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel import _block_parts, _estimator, _losses, data
-from unrollgrad.bilevel._block_parts import Rows, Tracking
+from unrollgrad.bilevel._block_parts import Last, Rows, Tracking
 from unrollgrad.bilevel._estimator import Before, BilevelInfo
 from unrollgrad.bilevel._losses import Losses, Places
 from unrollgrad.bilevel.unrolled import InnerOptimizer
@@ -25,6 +25,8 @@ class Blocks(NamedTuple):
         params: The inner variables, leading axis M.
         v: The solutions of the blocks' linear systems, leading axis M; in at least float32.
         rows: What else is kept per block, leading axis M.
+        stamp: int32, leading axis M, the last step but one that sampled a block; -1 if none did.
+        last: The blocks that the last step sampled, and where they stood before.
         places: The places in the data.
         count: int32, the steps done.
         direction: theta's direction of the step before, in at least float32.
@@ -34,6 +36,8 @@ class Blocks(NamedTuple):
     params: Any
     v: Any
     rows: Rows
+    stamp: jax.Array
+    last: Last
     places: Places
     count: jax.Array
     direction: Any
@@ -77,7 +81,7 @@ def bsvrb(
     "products" and gamma = 1 - alpha, alpha = beta it is ``soba`` with ``storm(alpha)``.
 
     Time: 8 gradient-equivalents per sampled block with "products", 2 (4 + 2 d) with "hessians" (d
-    numbers in params_i), whatever M. Memory: M (5 params_i) and 3 theta; with "hessians" M d^2
+    numbers in params_i), whatever M. Memory: M (4 params_i) and 3 theta; with "hessians" M d^2
     more. The arrays may be sharded over a mesh along the axis of the blocks.
 
     Args:
@@ -177,9 +181,6 @@ class _Skeleton(NamedTuple):
             params = _estimator.first_params(one, own, theta)
             v = _losses.widened(jax.tree.map(jnp.zeros_like, params))
             return (params, v), Rows(
-                stamp=jnp.int32(-1),
-                old_params=params,
-                old_v=v,
                 direction=_losses.widened(jax.tree.map(jnp.zeros_like, params)),
                 linear=v if self.tracking.tracks == "products" else _square(v),
                 optimizer=_estimator.opened(self.chosen.inner_optimizer, theta, params),
@@ -187,10 +188,13 @@ class _Skeleton(NamedTuple):
             )
 
         (params, v), rows = jax.vmap(row)(keys)
+        head = jax.tree.map(lambda x: x[: self.sampled], (params, v))
         return Blocks(
             params,
             v,
             rows,
+            jnp.full(self.blocks, -1, jnp.int32),
+            Last(jnp.arange(self.sampled, dtype=jnp.int32), *head),
             _losses.start(self.chosen.losses),
             jnp.zeros((), jnp.int32),
             _losses.widened(jax.tree.map(jnp.zeros_like, theta)),
@@ -206,30 +210,25 @@ class _Skeleton(NamedTuple):
         def taken(tree):
             return jax.tree.map(lambda x: x[index], tree)
 
-        rows = taken((carried.params, carried.v, carried.rows))
-        old_theta = carried.before.theta
+        now, rows = taken(((carried.params, carried.v), carried.rows))
+        # The last step's stamps are written before others are read, in place.
+        stamp = carried.stamp.at[carried.last.index].set(count - 1, unique_indices=True)
+        late, first_visit = count - stamp[index], stamp[index] < 0
+        before = carried.last.rows(index, count, now)
+        thetas = theta, carried.before.theta
         found = jax.vmap(
             lambda i, token, row: _block_parts.visit(
-                _block_parts.losses_of(losses, i),
-                self.tracking,
-                (theta, old_theta, count),
-                token,
-                row,
+                _block_parts.losses_of(losses, i), self.tracking, thetas, token, row
             )
-        )(index, tokens, rows)
+        )(index, tokens, (now, before, rows, first_visit))
         first = count == 0
         new, old = (jax.tree.map(lambda x: jnp.mean(x, 0), x) for x in (found.new, found.old))
         moved = trees.add(new, trees.add(carried.direction, old, -1), 1 - self.beta)
         direction = jax.tree.map(lambda a, b: jnp.where(first, a, b), new, moved)
+        optimizers = self.chosen.inner_optimizer, self.linear
         (params, v, rows), rate = jax.vmap(
-            lambda row, found: _block_parts.move(
-                (self.chosen.inner_optimizer, self.linear),
-                self.tracking,
-                (theta, count),
-                row,
-                found,
-            )
-        )(rows, found)
+            lambda row, found: _block_parts.move(optimizers, self.tracking, theta, row, found)
+        )((now, rows, late), found)
 
         def put(tree, values):
             return jax.tree.map(lambda x, y: x.at[index].set(y, unique_indices=True), tree, values)
@@ -237,7 +236,7 @@ class _Skeleton(NamedTuple):
         info = BilevelInfo(
             inner_steps=jnp.int32(self.sampled),
             gradients=jnp.sum(found.gradients, dtype=jnp.int32),
-            v_norm=_estimator.length(v),  # of the sampled blocks
+            v_norm=_estimator.length(v),  # that of the sampled blocks: a sum over all costs M
             curvature=jnp.mean(found.curvature),
             inner_rate=jnp.mean(rate[0]),
             linear_rate=jnp.mean(rate[1]),
@@ -247,6 +246,8 @@ class _Skeleton(NamedTuple):
             put(carried.params, params),
             put(carried.v, v),
             put(carried.rows, rows),
+            stamp,
+            Last(index, *now),
             places,
             count + 1,
             direction,

@@ -160,7 +160,7 @@ REGISTRY: dict[str, Row] = {
     "bsvrb": Row(
         bsvrb,
         gradients="8 per sampled block",
-        memory="5d per block, 3p",
+        memory="4d per block, 3p",
         rate="O(eps^-3/2)",
         paper="Hu et al. 2023",
         blocks=True,

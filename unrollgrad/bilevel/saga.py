@@ -17,13 +17,25 @@ from unrollgrad.types import ArrayTree
 class Memory(NamedTuple):
     """The memory of one data set: the parts of each of its N batches.
 
+    The last step's parts wait until the next step to be put into the table. So a step writes before
+    it reads, and XLA does both in place; the other way round it copies the whole table every time.
+
     Attributes:
         table: The weighted parts as they were when the batch was drawn last; leading axis N.
-        mean: Their mean over the N batches, in at least float32.
+        mean: Their mean over the N batches, in at least float32; the waiting parts are in it.
+        slot: int32, the batch whose parts wait.
+        row: The waiting parts.
     """
 
     table: Any
     mean: Any
+    slot: jax.Array
+    row: Any
+
+    def filled(self) -> Any:
+        """The table with the waiting parts in it."""
+        put = jax.lax.dynamic_update_index_in_dim
+        return jax.tree.map(lambda table, x: put(table, x, self.slot, 0), self.table, self.row)
 
 
 class Saga(NamedTuple):
@@ -91,7 +103,8 @@ def saga(
                 return trees.add(mean, along(i, row), 1 / number)
 
             mean = jax.lax.fori_loop(0, number, add, mean)
-        return Memory(table, mean)
+        row = jax.tree.map(lambda x: x[0], table)
+        return Memory(table, mean, jnp.int32(0), row)
 
     def init(field, point):
         check_finite(field, "saga")
@@ -112,6 +125,7 @@ def saga(
         outer = _narrow_outer(outer, point)
         found_outer, outer_memory = _replace(memory.outer, outer_token, outer, _as_it_is)
         found = _field.sample(point, found_inner, found_outer, loss)
+        found = found._replace(curvature=_field.rayleigh(point.v, widened(inner.product)))
         return found, places, Saga(inner_memory, outer_memory)
 
     return Estimator("saga()", init, update)
@@ -177,14 +191,13 @@ def _narrow_outer(parts: OuterParts, point: Point) -> OuterParts:
 
 def _replace(memory: Memory, i: jax.Array, new: Any, spread: Callable) -> tuple[Any, Memory]:
     """The estimate from the new parts of batch i, and the memory with them."""
-    take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
-    old = jax.tree.map(lambda table: take(table, i, keepdims=False), memory.table)
-    number = len(jax.tree.leaves(memory.table)[0])
+    take, table = jax.lax.dynamic_index_in_dim, memory.filled()
+    old = jax.tree.map(lambda table: take(table, i, keepdims=False), table)
+    number = len(jax.tree.leaves(table)[0])
     change = spread(i, trees.add(widened(new), widened(old), -1))
     found = trees.add(change, memory.mean)
     mean = trees.add(memory.mean, change, 1 / number)
-    table = jax.tree.map(lambda table, x: put(table, x, i, 0), memory.table, new)
-    return found, Memory(table, mean)
+    return found, Memory(table, mean, i, new)
 
 
 def _as_it_is(i: jax.Array, parts: Any) -> Any:
