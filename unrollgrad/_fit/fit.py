@@ -16,6 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import descriptions
 from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.progress import progress_bar
