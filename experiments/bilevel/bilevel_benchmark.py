@@ -260,4 +260,8 @@ EXPERIMENT = Experiment(
     show=show,
     claims=claims,
     title=lambda settings: f"bilevel_benchmark-{settings.task}",
+    would_change=(
+        "On the real ijcnn1 and covtype, with ten seeds and a finer grid of rates, another solver "
+        "reaches the same suboptimality in fewer gradient-equivalents (p < 0.05)."
+    ),
 )
