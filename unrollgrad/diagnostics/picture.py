@@ -36,6 +36,7 @@ class _Line(NamedTuple):
     y: np.ndarray
     error: np.ndarray  # of y; empty if it has none
     known: int  # the points from here on are dotted; the line is whole if it is their number
+    otherwise: str  # said in place of a line without points
 
 
 def draw(groups: dict[str, list[Row]]) -> "Figure":
@@ -126,8 +127,9 @@ def _variance_of_means(axis: "Axes", rows: list[Row], look: dict[str, Style]) ->
         good = _positive(values)
         x = u[good] / row["num_windows"]
         style = look[row["name"]]
+        said = "not finite" if not np.isfinite(values).all() else "0"
         x = x * 1.07 ** (len(lines) - (len(rows) - 1) / 2)  # equal values do not hide one another
-        lines.append(_Line(row["name"], style, x, values[good], error[good], len(x)))
+        lines.append(_Line(row["name"], style, x, values[good], error[good], len(x), said))
     _draw_lines(axis, lines, slice(None))
 
 
@@ -146,16 +148,20 @@ def _cost(axis: "Axes", rows: list[Row], look: dict[str, Style]) -> None:
         hidden = 0.0 if seen else (row["bias"] + 2 * row["bias_se"]) / norm
         noise = row["variance"] / norm**2 / more
         error = bias**2 + noise
-        if _positive(error).all():
-            known = max(int(np.sum(noise >= hidden**2)), 1)
-            steps, style = row["inner_steps"] * more, look[row["name"]]
-            lines.append(_Line(row["name"], style, steps, error, np.zeros(0), known))
+        known = max(int(np.sum(noise >= hidden**2)), 1)
+        shown = slice(None) if _positive(error).all() else slice(0, 0)
+        x = row["inner_steps"] * more[shown]
+        said = "not finite" if not np.isfinite(error).all() else "0"
+        lines.append(
+            _Line(row["name"], look[row["name"]], x, error[shown], np.zeros(0), known, said)
+        )
     _draw_lines(axis, lines, slice(0, 1))
 
 
 def _draw_lines(axis: "Axes", lines: list[_Line], marked: slice) -> None:
     """Draws the lines, with markers on these points, and each line's name at its right end."""
     axis.grid(alpha=0.3)
+    missing = [line for line in lines if not len(line.x)]
     lines = [line for line in lines if len(line.x)]
     # The bars may reach below the values.
     reached = [line.y - line.error if len(line.error) else line.y for line in lines]
@@ -176,17 +182,23 @@ def _draw_lines(axis: "Axes", lines: list[_Line], marked: slice) -> None:
         style = {"fmt": "none", "color": color, "capsize": 3}
         axis.errorbar(x[marked], line.y[marked], bars, **style)
         axis.plot(x[marked], line.y[marked], ls="", marker=marker, color=color, ms=7, mec="white")
-    _name_ends(axis, lines)
+    _name_ends(axis, lines, missing)
 
 
-def _name_ends(axis: "Axes", lines: list[_Line]) -> None:
-    """Writes the names to the right of the axis, apart from one another, each tied to its line."""
+def _name_ends(axis: "Axes", lines: list[_Line], missing: list[_Line]) -> None:
+    """Writes the names to the right of the axis, apart from one another, each tied to its line.
+
+    The names of lines that have no positive point are below them.
+    """
     low, high = np.log(axis.get_ylim())
     ends = [float((np.log(line.y[-1]) - low) / (high - low)) for line in lines]
-    places = _apart(ends, 0.062)
-    for line, end, place in zip(lines, ends, places, strict=True):
+    places = _apart([*ends, *[0.0] * len(missing)], 0.062)
+    for line, place in zip(missing, places[len(lines) :], strict=True):
+        text = f"{line.name}: {line.otherwise}"
+        axis.text(1.06, place, text, color=line.style.color, va="center", transform=axis.transAxes)
+    for line, end, place in zip(lines, ends, places, strict=False):
         text = line.name if end <= 1 else f"{line.name} ↑ {line.y[-1]:.0e}"
-        tie = {"arrowstyle": "-", "color": line.style.color, "lw": 0.6, "shrinkA": 0, "shrinkB": 2}
+        tie = {"arrowstyle": "-", "color": "0.6", "lw": 0.5, "shrinkA": 0, "shrinkB": 2}
         axis.annotate(
             text,
             (line.x[-1], min(line.y[-1], axis.get_ylim()[1])),
