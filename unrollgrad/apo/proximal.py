@@ -14,6 +14,18 @@ from unrollgrad._training import inner_optimizers
 from unrollgrad.constraints import constrain, unconstrain
 from unrollgrad.types import ArrayTree, Numeric
 
+__all__ = [
+    "KL",
+    "ApoState",
+    "Default",
+    "Proximal",
+    "adapted",
+    "kl_divergence",
+    "known_zero",
+    "relative_steps",
+    "squared_error",
+]
+
 
 class ApoState(NamedTuple):
     """The state of an optimizer that APO adapts.

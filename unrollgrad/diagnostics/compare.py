@@ -32,6 +32,8 @@ from unrollgrad.types import (
     WorkerState,
 )
 
+__all__ = ["CHAIN", "EpisodeMean", "compare", "episode_mean"]
+
 _UNKNOWN = MadeBy("", ())
 CHAIN = 20
 """The number of episodes in a chain: the long run is 20 n updates, n per episode."""

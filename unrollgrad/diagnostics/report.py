@@ -18,6 +18,21 @@ from unrollgrad.diagnostics.statistics import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = [
+    "COLUMNS",
+    "Comparison",
+    "at_equal_steps",
+    "cell",
+    "draw",
+    "environment",
+    "line",
+    "long_run",
+    "metrics",
+    "print_tables",
+    "row_of",
+    "write_json",
+]
+
 COLUMNS = {
     "name": ("estimator", "at the given theta; g is the mean of the reference"),
     "bias": (

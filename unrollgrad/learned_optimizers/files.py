@@ -18,6 +18,8 @@ from unrollgrad.learned_optimizers.mlps import adafactor_mlp, mlp, rnn_mlp
 from unrollgrad.learned_optimizers.schedules import scheduled_adam, scheduled_sgd
 from unrollgrad.types import Theta
 
+__all__ = ["ARCHITECTURES", "TRAINED", "Saved", "load", "read", "save"]
+
 ARCHITECTURES: dict[str, Callable[..., Architecture]] = {
     "scheduled_sgd": scheduled_sgd,
     "scheduled_adam": scheduled_adam,
