@@ -1,11 +1,14 @@
 """The structure of the package: its imports, and the names that a user sees."""
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 import unrollgrad as ug
+from tests.helpers import present
 
 ROOT = Path(__file__).parents[1]
 ORDER: list[str] = [
@@ -81,6 +84,29 @@ def test_experiments_import_no_private_room():
 def test_a_user_sees_public_names_only():
     assert set(dir(ug)) >= set(ug.__all__)
     assert all(not name.startswith("_") for name in dir(ug) if not name.startswith("__"))
+
+
+def test_a_module_lists_its_names():
+    """Those that it lists exist; helpers that begin with an underscore are not among them."""
+    modules = [path.relative_to(ROOT) for path in files("unrollgrad")]
+    public = [p for p in modules if not any(part.startswith("_") for part in p.parts[1:-1])]
+    public = [p for p in public if p.name == "__init__.py" or not p.name.startswith("_")]
+    assert len(public) > 40
+    for path in public:
+        name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        module = importlib.import_module(name)
+        assert module.__all__, name
+        for listed in module.__all__:
+            assert hasattr(module, listed), (name, listed)
+            assert not listed.startswith("_"), (name, listed)
+
+
+def test_help_begins_with_a_map():
+    """It has a line for every public name, and fits on a screen."""
+    text = present(ug.__doc__)
+    assert len(text.splitlines()) <= 25
+    assert [name for name in ug.__all__ if not re.search(rf"\b{name}\b", text)] == []
+    assert {"implicit", "bilevel"} <= set(dir(ug))
 
 
 def parameters(function: ast.FunctionDef) -> int:

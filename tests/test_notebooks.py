@@ -7,6 +7,7 @@ from typing import Any
 
 import jupytext
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
@@ -33,15 +34,82 @@ def test_which_estimator(capsys):
     assert explodes["variance"] > 1e6 * tame["variance"]
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """Pictures are drawn and closed, not shown."""
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+
+
 @pytest.mark.experiments
-def test_a_learned_optimizer(monkeypatch):
-    monkeypatch.setattr(plt, "show", lambda: None)
-    curves = run("02")["curves"]
-    last = {name: sum(losses[-20:]) / 20 for name, losses in curves.items()}
+@pytest.mark.usefixtures("shown")
+def test_a_learned_optimizer():
+    names = run("02")
+    found = {name.split(",")[0]: x for name, x in names["curves"].items() if "cosine" not in name}
+    end = {name: float(names["last"](x).mean()) for name, x in found.items()}
+    (cosine,) = (x for name, x in names["curves"].items() if "cosine" in name)
     # The statements of the text.
-    by_hand = [loss for name, loss in last.items() if "Adam" in name]
-    assert last["learned"] < sorted(by_hand)[1]
-    assert last["own"] < sorted(by_hand)[1]
+    assert names["last"](cosine).mean() < end["learned"] < end["Adam"]
+    assert end["own"] < 1.1 * end["Adam"]
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
+def test_rnn_and_streaming():
+    losses = {name: x[-10:].mean() for name, x in run("08")["losses"].items()}
+    assert losses["tbptt"] > 0.6  # a net that says 0 has 0.83
+    assert losses["forward_mode"] < 0.05
+    assert losses["es_single"] < losses["pes"] < 0.6
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
+def test_hyperparameters():
+    accuracies = run("09")["accuracies"]
+    assert accuracies["found"] > 0.85 > 0.5 > accuracies["start"]
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
+def test_implicit_and_bilevel():
+    names = run("10")
+    np.testing.assert_allclose(names["found"].grad, names["slope"], atol=1e-5)
+    np.testing.assert_allclose(names["difference"], names["slope"][0], rtol=0.01)
+    warm, cold, short = (float(names["objective"](x.theta)) for x in names["results"].values())
+    assert warm == pytest.approx(cold, rel=0.01)
+    assert short > 1.02 * cold
+    assert np.median(names["penalty"][5:]) > 10 * np.max(names["penalty"][:5])
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
+def test_apo_in_your_loop():
+    names = run("11")
+    last = {name: losses[-100:].mean() for name, losses in names["curves"].items()}
+    assert last["APO, from 0.001"] < 0.3 * last["SGD, 0.01"] < last["SGD, 0.001"]
+    assert last["SGD, 1.0"] < last["APO, from 0.001"]  # a grid can be better
+    assert names["rates"][-1] > 50 * names["rates"][0]
+
+
+@pytest.mark.experiments
+def test_your_own_estimator(capsys):
+    names = run("12")
+    assert "forward_gradient" in capsys.readouterr().out
+    mine, _, cut = names["comparison"].rows
+    assert mine["bias"] < 4 * mine["bias_se"]
+    assert cut["bias"] > 0.3 * cut["reference_norm"]
+    assert mine["variance"] == pytest.approx(6 * mine["reference_norm"] ** 2, rel=0.15)
+    assert names["losses"][-1] < 0.05 * names["losses"][0]
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
+def test_many_devices():
+    names = run("13")
+    one, many = names["grads"].values()
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+    first, second = names["losses"].values()
+    np.testing.assert_allclose(first, second, rtol=0.01)
+    assert first[-1] < 0.5 * first[0]
 
 
 @pytest.mark.experiments

@@ -14,7 +14,7 @@ from tests.helpers import present
 from unrollgrad.estimators import REGISTRY
 
 ROOT = Path(__file__).parents[1]
-TRAINED = ROOT / "experiments" / "learned" / "trained"
+TRAINED = ug.learned_optimizers.TRAINED
 
 
 def formula(docstring):
@@ -36,16 +36,25 @@ def test_a_docstring_has_the_memory_of_the_registry(name):
 
 def test_without_the_extras():
     """The import needs no extra, and the trained optimizers work with the core alone."""
-    files = sorted(TRAINED.glob("*.npz"))
-    command = [sys.executable, "-m", "tests.without_extras", *map(str, files)]
+    command = [sys.executable, "-m", "tests.without_extras", *TRAINED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["imported"] == []
-    assert len(files) == 2
-    for file, losses in zip(files, found["losses"], strict=True):
+    assert list(TRAINED) == ["scheduled_adam", "scheduled_adam_mlps"]
+    for name, losses in zip(TRAINED, found["losses"], strict=True):
         assert losses[-1] < 0.3 * losses[0]
-        stored.expect(f"trained {file.stem}", {str(20 * i): x for i, x in enumerate(losses)})
+        stored.expect(f"trained {name}", {str(20 * i): x for i, x in enumerate(losses)})
+
+
+def test_the_experiments_without_the_extras_say_what_to_install():
+    """One line, and no traceback."""
+    hide = "import sys, runpy; sys.modules['tyro'] = None; runpy.run_module('experiments')"
+    done = subprocess.run(
+        [sys.executable, "-c", hide], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode != 0
+    assert 'the experiments need tyro: pip install -e ".[experiments]"' in done.stderr
 
 
 def test_public_names_exist_and_are_documented():

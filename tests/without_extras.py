@@ -1,6 +1,6 @@
 """The package without its extras; ``test_package.py`` runs this as a program.
 
-It prints as JSON the extras that importing the package asked for and, for each file of a learned
+It prints as JSON the extras that importing the package asked for and, for each trained
 optimizer, the losses of a training run with it.
 """
 
@@ -23,7 +23,7 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def losses(path):
+def losses(name):
     """The losses on a small classification task at the start and after every 20 of 100 steps."""
     import jax
     import jax.numpy as jnp
@@ -31,7 +31,7 @@ def losses(path):
 
     import unrollgrad as ug
 
-    optimizer = ug.learned_optimizers.load(path)
+    optimizer = ug.learned_optimizers.load(name)
 
     def loss(params, x, y):
         logits = jnp.tanh(x @ params[0]) @ params[1]
@@ -59,13 +59,13 @@ def losses(path):
     return train(jax.random.key(0)).tolist()
 
 
-def main(files):
+def main(names):
     """Hides the extras before the package is imported."""
     refuse = Refuse()
     sys.meta_path.insert(0, refuse)
     importlib.import_module("unrollgrad")
     imported = [*refuse.asked, *({"lineax", "equinox"} & set(sys.modules))]
-    print(json.dumps({"imported": imported, "losses": [losses(path) for path in files]}))
+    print(json.dumps({"imported": imported, "losses": [losses(name) for name in names]}))
 
 
 if __name__ == "__main__":

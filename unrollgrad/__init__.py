@@ -2,9 +2,25 @@
 
     theta -> GradientEstimator -> Estimate(grad, loss, info) -> any optax optimizer -> theta
 
-An inner loop is an ``UnrolledProblem`` (or ``training_problem(...)``); an estimator such as
-``pes(problem, truncation=10, sigma=0.1)`` describes one worker, ``average(estimator, 64)`` the mean
-of many. docs/estimators.md has a table of the estimators.
+what is unrolled      UnrolledProblem(init, step, horizon): any inner loop, as pure functions
+                      training_problem(...): from a loss and an optimizer; final_loss, TrainingState
+                      problems: small problems with known answers; constraints: for hyperparameters
+one worker            bptt(problem), tbptt(problem, truncation=10): backpropagation, whole or cut
+                      full_es, truncated_es: evolution strategies, whole or cut; noise: their laws
+                      pes, es_single, gpes: persistent evolution strategies, cut and still right
+                      pes_analytic, pes_analytic_replacement, reparameterized_es: with gradients
+                      forward_mode, uoro, dodge: forward through time
+                      REGISTRY: a table of all of them, with bias, variance, time and memory
+many workers          average(estimator, 64); curriculum: stages; make_worker_mesh: many devices
+the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key=...) -> FitResult
+which one is best     diagnostics.compare(problem, theta, estimators, reference=..., ...)
+                      episode_loss(problem, key, theta): the objective of one episode
+without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
+optimizers            apo: learning rates and preconditioners that adapt during one training run
+                      learned_optimizers: load("scheduled_adam"), or train your own
+the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
+
+Start with ``help(unrollgrad.pes)`` or the README; every function's help has an example.
 """
 
 import importlib
@@ -94,4 +110,4 @@ def __getattr__(name: str) -> ModuleType:
 
 def __dir__() -> list[str]:
     """The public names; ``implicit`` and ``bilevel`` are listed before they are imported."""
-    return __all__
+    return [*__all__, "__version__"]

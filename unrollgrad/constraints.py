@@ -29,6 +29,18 @@ from unrollgrad._checks import arguments
 from unrollgrad._core import optional_packages
 from unrollgrad.types import Theta
 
+__all__ = [
+    "Constraint",
+    "box",
+    "constrain",
+    "free",
+    "positive",
+    "report",
+    "table",
+    "unconstrain",
+    "unit_interval",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:

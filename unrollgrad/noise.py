@@ -17,6 +17,8 @@ from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import wide
 from unrollgrad.types import Key, Theta
 
+__all__ = ["Noise", "gaussian", "orthogonal", "rademacher", "sample"]
+
 
 class Noise(NamedTuple):
     """A perturbation law: zero mean, identity covariance.

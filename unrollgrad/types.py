@@ -15,6 +15,28 @@ if TYPE_CHECKING:
 else:  # importing chex takes as long as half of unrollgrad
     ArrayDType = ArrayTree = Numeric = PRNGKey = Any
 
+__all__ = [
+    "ArrayDType",
+    "ArrayTree",
+    "AverageInfo",
+    "Episode",
+    "Estimate",
+    "EstimateFn",
+    "GradientEstimator",
+    "Info",
+    "Key",
+    "MadeBy",
+    "Numeric",
+    "PRNGKey",
+    "Segment",
+    "Sigma",
+    "State",
+    "Theta",
+    "UnrolledProblem",
+    "Worker",
+    "WorkerState",
+]
+
 Key = PRNGKey
 """A typed PRNG key (``jax.random.key``); public functions accept raw ``uint32`` keys too."""
 

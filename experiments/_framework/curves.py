@@ -1,6 +1,5 @@
 """Curves of experiments that train theta with several estimators, and their last points."""
 
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -8,50 +7,7 @@ import numpy as np
 from experiments._framework import evidence
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
-
-DASHED = ("tbptt", "bptt", "truncated_es", "uoro", "dodge", "forward_mode")
-"""Estimators that pictures draw with a dashed line, to tell them from their neighbours."""
-
-STYLES = {
-    "es_single": ("C0", "o"),
-    "pes": ("C1", "s"),
-    "truncated_es": ("C2", "^"),
-    "full_es": ("C4", "D"),
-    "tbptt": ("C3", "v"),
-    "bptt": ("C5", "P"),
-    "gpes": ("C6", "*"),
-    "nres": ("C7", "X"),
-    "uoro": ("C8", "<"),
-    "dodge": ("C9", ">"),
-    "forward_mode": ("black", "h"),
-    "random_search": ("dimgrey", "p"),
-}
-"""The colour and the marker of an estimator, the same in every picture."""
-
-OTHERS = (("navy", "d"), ("deeppink", "H"), ("teal", "8"), ("goldenrod", "p"))
-"""Colours and markers of methods without their own, such as an estimator at another setting."""
-
-
-class Style(NamedTuple):
-    """How pictures draw a method.
-
-    Attributes:
-        color: The colour of its line.
-        marker: The marker of its end.
-        dash: The line's dashes, as matplotlib writes them.
-    """
-
-    color: str
-    marker: str
-    dash: str
-
-
-def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The style of every method of a picture; those without their own share ``OTHERS`` in order."""
-    names = list(names)
-    unknown = [name for name in names if name not in STYLES]
-    given = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(unknown)}
-    return {name: Style(*(STYLES | given)[name], "--" if name in DASHED else "-") for name in names}
+from unrollgrad.diagnostics.styles import styles
 
 
 def curves(

@@ -89,8 +89,9 @@ def execute(experiment: Experiment, settings: CommonSettings) -> Path | None:
 
     The folder holds ``config.json``, ``metrics.csv`` (written during the run), ``summary.json`` and
     ``figure.png``. A run that is interrupted or fails keeps what was computed, and its summary says
-    so. With ``settings.resume`` the run continues in its old folder, and lines that are there
-    already are not written again. If there are several processes, all of them compute, but only
+    so; one that is interrupted also prints it. With ``settings.resume`` the run continues in its
+    old folder, and lines that are there already are not written again. If there are several
+    processes, all of them compute, but only
     process 0 writes and prints; the others return None.
 
     Raises:
@@ -141,6 +142,10 @@ def _run(experiment: Experiment, settings: CommonSettings, folder: Path, command
             outcome = results.Outcome(status, seconds, compiling, revision, command)
             results.write_summary(folder, config, records, outcome)
             redraw(experiment, folder)
+            if status == "interrupted":
+                # An early interruption may leave less than the last line of a table needs.
+                with contextlib.suppress(LookupError, ValueError, StopIteration):
+                    experiment.show(records)
             if status != "complete":
                 print(f"what was computed is in {folder}", file=sys.stderr)
                 if goes_on:

@@ -104,7 +104,7 @@ def record(folder: Path, out: Path, title: str) -> Path:
     if recorded.resolve() == folder.resolve():
         raise ValueError(f"{folder} is recorded already. Pass the folder of a run.")
     shutil.rmtree(recorded, ignore_errors=True)
-    kept = shutil.ignore_patterns("metrics.csv", "checkpoints")
+    kept = shutil.ignore_patterns("metrics.csv", "checkpoints", "theta-*.npz")
     shutil.copytree(folder, recorded, ignore=kept)
     if (table := folder / "metrics.csv").is_file():
         packed = gzip.compress(table.read_bytes(), mtime=0)  # the same bytes for the same table

@@ -17,12 +17,9 @@ from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary, summarise
 from experiments._framework.settings import CommonSettings
 from experiments.learned import tasks
-from unrollgrad.learned_optimizers import Architecture
+from unrollgrad.learned_optimizers import TRAINED, Architecture
 from unrollgrad.running import console, need, positive_int
 from unrollgrad.types import Key, Theta
-
-TRAINED = Path(__file__).parent / "trained"
-"""The folder of the learned optimizers that come with the repository."""
 
 LENGTHS = (1, 2, 5)
 """Lengths of training, in multiples of the horizon of meta-training."""
@@ -105,7 +102,7 @@ def filled(settings: Settings) -> Settings:
     """
     for name in ("num_tasks", "num_learning_rates"):
         positive_int(f"--{name.replace('_', '-')}", getattr(settings, name))
-    files = settings.files or tuple(sorted(TRAINED.glob("*.npz")))
+    files = settings.files or tuple(TRAINED.values())
     names = [file.stem for file in files]
     if len(set(names)) < len(names) or not names or any(map(_by_hand, names)):
         raise ValueError(

@@ -22,6 +22,7 @@ class Choice(NamedTuple):
         reference: The estimator whose mean is the default true gradient: bptt, or full_es (the
             gradient of the episode-smoothed J) if backpropagation explodes.
         learning_rate: Adam's learning rate for training theta with exact gradients.
+        num_workers: The default number of workers of ``variance``: more where a step is cheap.
     """
 
     make: Callable[[int], Any]
@@ -31,6 +32,7 @@ class Choice(NamedTuple):
     sigma: float
     reference: str = "bptt"
     learning_rate: float = 0.05
+    num_workers: int = 6
 
 
 def _later(name: str) -> Callable[[int], Any]:
@@ -81,10 +83,12 @@ PROBLEMS = {
     ),
     "lorenz": Choice(
         ug.problems.lorenz,
-        about="Two constants of the Lorenz system, to be found from a trajectory.",
-        horizon=200,
+        about="Two constants of the chaotic Lorenz system, to be found from a trajectory.",
+        horizon=2000,
         truncation=20,
         sigma=0.04,
+        reference="full_es",
+        num_workers=300,
     ),
     "control": Choice(
         ug.problems.control,

@@ -26,7 +26,8 @@ class Settings(ResumableSettings):
 
     The objective, the mean loss per inner step, is measured between dispatches, always in the same
     episodes. Ctrl-C and SIGTERM save before the run ends. `--resume FOLDER` continues it in the
-    same folder, also after a kill, and with more `--num-steps` or `--seeds`.
+    same folder, also after a kill, and with more `--num-steps` or `--seeds`. Theta is left in
+    `theta-SEED.npz`; `ug.FitResult.load(path, like=theta).theta` reads it.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
@@ -155,6 +156,8 @@ def run(
         checkpoint_every=settings.checkpoint_every,
         config=resuming.fixed(settings, MAY_CHANGE),
     )
+    if jax.process_index() == 0:
+        result._replace(opt_state=None, worker_state=None).save(folder / f"theta-{seed}.npz")
     if len(result.history["loss"]) < settings.num_steps:
         raise KeyboardInterrupt
 

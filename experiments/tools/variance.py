@@ -18,7 +18,7 @@ from experiments._framework.experiment import Claim, Experiment
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.problems import PROBLEMS, with_defaults
-from unrollgrad.diagnostics.report import draw, print_table, row_of
+from unrollgrad.diagnostics.report import draw, line, print_tables, row_of
 from unrollgrad.diagnostics.statistics import pooled, root_se
 from unrollgrad.running import stop_requests
 
@@ -41,17 +41,20 @@ class Settings(CommonSettings):
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
     """Sets the defaults of all other settings. smoke: seconds. cpu: two minutes. paper: for an
     accelerator."""
-    problem: Literal[tuple(PROBLEMS)] = "digits"  # type: ignore[valid-type]
-    """What is unrolled. digits: theta is the learning-rate and momentum schedule of an MLP."""
+    problem: Literal[tuple(PROBLEMS)] = "lorenz"  # type: ignore[valid-type]
+    """What is unrolled. lorenz: theta is two constants of a chaotic system, so that backpropagation
+    explodes and a short window sees too little; digits: the learning-rate and momentum schedule of
+    an MLP, on which backpropagation is best. `python -m experiments list` describes them all."""
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
     """The estimators, in the order of the table. Default: those that are compared most often."""
     thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]
     """Where to measure: at the start, in the middle or at the end of training theta."""
     num_steps: int = 100
     """Outer updates from start to end, by Adam on the reference's gradient."""
-    num_workers: int = 6
+    num_workers: int | None = None
     """Workers of one antithetic pair each, rounded up until every other estimator can have a number
-    of workers that costs the same (with truncated_es: to a multiple of 3)."""
+    of workers that costs the same (with truncated_es: to a multiple of 3). Default: the problem's,
+    6 for most."""
     equal: Literal["inner_steps", "workers"] = "inner_steps"
     """What is equal for all estimators. inner_steps: cheaper estimators have more workers."""
     num_samples: int = 48
@@ -109,7 +112,8 @@ SCALES = {
 
 def filled(settings: Settings) -> Settings:
     """The settings with None replaced by the problem's defaults."""
-    return with_defaults(settings, reference=PROBLEMS[settings.problem].reference)
+    choice = PROBLEMS[settings.problem]
+    return with_defaults(settings, reference=choice.reference, num_workers=choice.num_workers)
 
 
 def run(
@@ -132,9 +136,12 @@ def run(
 
         def report(name: str, part: int, of: int, i: int = i, place: str = place) -> None:
             done = order.index(name) + part / of
-            progress(f"{place}: {name.strip()}", (i + done / len(order)) / len(thetas))
+            doing = name.strip() if part else f"compiling {name.strip()}"
+            progress(f"{place}: {doing}", (i + done / len(order)) / len(thetas))
 
         def on_row(row: dict[str, Any], place: str = place) -> None:
+            if jax.process_index() == 0:
+                print(f"{place}, {line(row)}" if len(thetas) > 1 else line(row), flush=True)
             numbers = {k: v for k, v in row.items() if k != "name"}
             write({"theta": place, "estimator": row["name"], **numbers})
 
@@ -237,8 +244,8 @@ def draw_records(records: list[Record], config: dict[str, Any]) -> Any:
 def show(records: list[Record]) -> None:
     """Prints a table for each place."""
     groups = rows(records)
-    for place, group in groups.items():
-        print_table(group, title=f"theta: {place}" if len(groups) > 1 else None)
+    several = len(groups) > 1
+    print_tables({f"theta: {place}" if several else "": r for place, r in groups.items()})
 
 
 def claims(summary: Summary) -> list[Claim]:

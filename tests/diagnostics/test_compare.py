@@ -73,7 +73,7 @@ def test_rows_against_closed_forms():
     assert list(rows) == list(estimators)
     assert set(rows["pes"]) >= COLUMNS
     assert seen[-1] == ("tbptt", 4000, 4000)
-    assert len(seen) == 16
+    assert len(seen) == 4 * (4 + 1)  # after each batch, and before each estimator is compiled
     norm = np.linalg.norm(g)
     cut = theory.truncated_gradient(influence, 4)
     np.testing.assert_allclose(
@@ -192,7 +192,9 @@ def test_progress_counts_the_episodes_that_were_asked_for():
         progress=lambda *at: seen.append(at),
         on_row=rows.append,
     )
-    assert seen[0] == ("tbptt", 16, 16 + 3 * 20)
+    # Before each of the two sizes of a batch is compiled, nothing more is done.
+    assert [done for _, done, _ in seen[:4]] == [0, 16, 16, 19]
+    assert {total for *_, total in seen} == {16 + 3 * 20}
     assert seen[-1] == ("tbptt", 76, 76)
     assert [row["name"] for row in rows] == ["tbptt"]
 
@@ -275,6 +277,38 @@ def test_table_plot_and_save(tmp_path, capsys):
         for name, samples in zip(raw["estimators"], raw["samples"], strict=True):
             np.testing.assert_array_equal(samples, comparison.samples[name])
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_are_in_units_of_the_gradient_and_bounded_where_nothing_was_seen():
+    row = {**ROW, "bias": 0.5, "bias_se": 0.1, "variance": 8.0, "reference_norm": 2.0}
+    assert report.cell("bias", row) == "0.25 ± 0.05"
+    assert report.cell("variance", row) == "2"
+    assert report.cell("bias", {**row, "bias": 0.1}) == "< 0.15"
+    assert report.cell("bias", {**row, "bias": 0.0, "bias_se": 0.0}) == "0"
+    assert report.line({**row, "nmse": 3.0}) == "zero: bias 0.25 ± 0.05, variance 2, NMSE 3"
+
+
+def test_the_picture_tells_a_limit_from_a_bias_and_hides_no_name():
+    """Five lines end at nearly the same height, and one is far off the scale."""
+    names = ("pes", "es_single", "full_es", "gpes", "tbptt")
+    means = {"variance_of_mean": {1: 1.0, 4: 2.0}, "variance_of_mean_se": {1: 0.1, 4: 0.1}}
+    rows = [{**ROW, **means, "name": name, "bias_se": 0.1, "variance": 2.0} for name in names]
+    rows[-1] |= {"bias": 0.5}
+    wild = {u: 1e9 for u in (1, 4)}
+    rows.append({**rows[0], "name": "bptt", "variance": 1e9, "variance_of_mean": wild})
+    figure = report.draw({"here": rows})
+    bias, noise, cost = figure.axes
+    hollow = [line.get_markerfacecolor() == "white" for line in bias.lines if len(line.get_xdata())]
+    assert hollow.count(True) == 5
+    assert [text.get_text() for text in bias.get_yticklabels()] == [*names, "bptt"]
+    figure.draw_without_rendering()
+    for axis in (noise, cost):
+        assert axis.get_ylim()[1] < 1e6
+        named = [text for text in axis.texts if text.get_text()]
+        assert len(named) == 6
+        assert named[-1].get_text().startswith("bptt ↑ 1e+")
+        heights = [text.get_unitless_position()[1] for text in named]
+        assert np.min(np.diff(np.sort(heights))) > 0.06
 
 
 def test_equal_steps():

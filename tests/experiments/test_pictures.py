@@ -11,6 +11,7 @@ from PIL import Image
 from experiments._framework import curves, heat_map
 from experiments._framework import experiment as framework
 from tests.helpers import counted
+from unrollgrad.diagnostics import styles
 
 
 def test_a_minimum_is_measured_again():
@@ -42,15 +43,20 @@ def test_axes_of_a_grid_over_two_numbers():
 
 
 def test_an_estimator_looks_the_same_in_every_picture():
-    known = list(curves.STYLES)
-    assert len({marker for _, marker in curves.STYLES.values()}) == len(known)
-    assert len({color for color, _ in curves.STYLES.values()}) == len(known)
+    known = list(styles.STYLES)
+    assert len({marker for _, marker in styles.STYLES.values()}) == len(known)
+    assert len({color for color, _ in styles.STYLES.values()}) == len(known)
     for names in (["pes", "mine", "tbptt", "yours"], ["tbptt", "pes"]):
-        found = curves.styles(names)
+        found = styles.styles(names)
         assert list(found) == names
-        assert found["pes"] == curves.Style("C1", "s", "-")
+        assert found["pes"] == styles.Style("C1", "s", "-")
         assert found["tbptt"].dash == "--"
         assert len({(style.color, style.marker) for style in found.values()}) == len(names)
+    (call,) = styles.styles(["pes(sigma=0.1)"]).values()
+    assert call == styles.Style("C1", "s", "-")
+    twice = styles.styles(["pes(sigma=0.1)", "pes(sigma=1.0)", "pes"])
+    assert len(set(twice.values())) == 3
+    assert twice["pes"] == call
 
 
 def test_an_axis_from_zero_has_room_above():

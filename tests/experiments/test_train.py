@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import unrollgrad as ug
 from experiments import __main__ as cli
 from experiments._framework import experiment as framework
 from experiments._framework import results
@@ -37,11 +40,15 @@ def values(folder):
 def test_every_estimator(estimator, tmp_path, capsys):
     folder = execute(tmp_path, problem="influence_balancing", estimator=estimator, devices=2)
     files = ["checkpoints", "config.json", "figure.png", "metrics.csv", "summary.json"]
+    files += ["theta-0.npz"]
     assert sorted(p.name for p in folder.iterdir()) == files
     found = values(folder)
     assert {step for _, step, _ in found} == {0, 2, 4}
     for metric in ["objective", "theta", "loss", "grad_norm", "inner_steps"]:
         assert (0, 4, metric) in found
+    saved = ug.FitResult.load(folder / "theta-0.npz", like=jnp.float32(0.0))
+    assert saved.theta == np.float32(found[0, 4, "theta"])
+    assert len(saved.history["loss"]) == 4
     assert f"objective {found[0, 4, 'objective']:.5g}" in capsys.readouterr().out
 
 

@@ -243,8 +243,12 @@ def test_ctrl_c_leaves_what_was_computed(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    printed, error = process.communicate(timeout=120)
     assert lines > 1
+    # The row as it was measured, and the table of what there is.
+    assert printed.startswith("tbptt: bias ")
+    assert "upper limit" in printed
+    assert "pes" not in printed
     assert process.returncode != 0
     assert "Traceback" not in error
     assert "interrupted" in error

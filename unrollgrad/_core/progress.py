@@ -15,8 +15,10 @@ _shown: list[object] = []
 def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float], None]]:
     """Yields ``progress(text, done)``, which shows a text and the part of ``total`` that is done.
 
-    With a ``unit`` it shows the rate per second. In a Jupyter notebook it is a line that goes away
-    at the end. Without rich, if standard error is neither, and inside another bar it shows nothing.
+    With a ``unit`` its parts take equally long, and it shows the rate and the remaining time;
+    without, they may not (some are compiled, some are not), and it shows the elapsed time alone.
+    In a Jupyter notebook it is a line that goes away at the end. Without rich, if standard error is
+    neither, and inside another bar it shows nothing.
     """
     if not _shown and _in_notebook():
         with _line(total) as progress:
@@ -35,8 +37,9 @@ def progress_bar(total: float, unit: str = "") -> Iterator[Callable[[str, float]
         rich.TaskProgressColumn(),
         rich.TextColumn("{task.fields[rate]}"),
         rich.TimeElapsedColumn(),
-        rich.TimeRemainingColumn(),
     ]
+    if unit:
+        columns.append(rich.TimeRemainingColumn())
     console = optional_packages.need("rich.console", "rich").Console(stderr=True)
     with rich.Progress(*columns, console=console) as bar:
         task = bar.add_task("compiling", total=total, rate="")
@@ -67,15 +70,16 @@ def _in_notebook() -> bool:
 
 @contextlib.contextmanager
 def _line(total: float) -> Iterator[Callable[[str, float], None]]:
-    """A line of output in a notebook, which is overwritten at most twice a second."""
+    """A line of output in a notebook; the same text is overwritten at most twice a second."""
     display: Any = sys.modules["IPython"].display
     handle = display.display(display.HTML("compiling"), display_id=True)
-    last = 0.0
+    last, before = 0.0, ""
 
     def progress(text: str, done: float) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.5:
-            last = time.monotonic()
+        nonlocal last, before
+        told, _, _ = text.partition(" ")
+        if told != before or time.monotonic() - last > 0.5:
+            last, before = time.monotonic(), told
             handle.update(display.HTML(f"{text}: {done / total:.0%}"))
 
     _shown.append(handle)

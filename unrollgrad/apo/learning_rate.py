@@ -11,6 +11,8 @@ from unrollgrad import constraints as kinds
 from unrollgrad.apo.proximal import KL, Default, Proximal, adapted, relative_steps
 from unrollgrad.types import Numeric
 
+__all__ = ["learning_rate"]
+
 
 def learning_rate(
     base: Callable[..., optax.GradientTransformation],

@@ -12,6 +12,8 @@ from unrollgrad.apo.proximal import KL, Default, Proximal, adapted, known_zero, 
 from unrollgrad.apo.structures import Structure
 from unrollgrad.types import Numeric
 
+__all__ = ["preconditioner"]
+
 
 def preconditioner(
     initial_rate: float,

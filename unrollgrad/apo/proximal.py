@@ -15,6 +15,18 @@ from unrollgrad.apo import _safeguard
 from unrollgrad.constraints import constrain, unconstrain
 from unrollgrad.types import ArrayTree, Numeric
 
+__all__ = [
+    "KL",
+    "ApoState",
+    "Default",
+    "Proximal",
+    "adapted",
+    "kl_divergence",
+    "known_zero",
+    "relative_steps",
+    "squared_error",
+]
+
 
 class ApoState(NamedTuple):
     """The state of an optimizer that APO adapts.

@@ -14,6 +14,17 @@ from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import wide
 from unrollgrad.types import ArrayTree
 
+__all__ = [
+    "FACTORIES",
+    "Structure",
+    "by_shape",
+    "dense",
+    "diagonal",
+    "frozen",
+    "identity",
+    "kronecker",
+]
+
 _Leaf = jax.Array | jax.ShapeDtypeStruct
 
 

@@ -18,6 +18,8 @@ from unrollgrad.implicit.hypergradient import start_of
 from unrollgrad.implicit.linear import Start
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
+__all__ = ["BilevelResult", "solve"]
+
 
 class BilevelResult(NamedTuple):
     """The result of ``solve``, and its path.

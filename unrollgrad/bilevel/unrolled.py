@@ -14,6 +14,8 @@ from unrollgrad.estimators import bptt
 from unrollgrad.implicit import HyperGradient, trees
 from unrollgrad.types import ArrayTree, Numeric, Theta, UnrolledProblem
 
+__all__ = ["InnerOptimizer", "by_theta", "descend", "unrolled"]
+
 InnerOptimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 """An optax optimizer, or a function of theta that returns one."""
 

@@ -20,7 +20,7 @@ from unrollgrad._core.progress import progress_bar
 from unrollgrad._core.progress import shown as bar_is_shown
 from unrollgrad._workers.curriculum import CurriculumState
 from unrollgrad._workers.mesh import make_worker_mesh
-from unrollgrad.diagnostics import statistics
+from unrollgrad.diagnostics import report, statistics
 from unrollgrad.diagnostics.report import Comparison
 from unrollgrad.diagnostics.statistics import Row
 from unrollgrad.types import (
@@ -31,6 +31,8 @@ from unrollgrad.types import (
     UnrolledProblem,
     WorkerState,
 )
+
+__all__ = ["CHAIN", "EpisodeMean", "compare", "episode_mean"]
 
 _UNKNOWN = MadeBy("", ())
 CHAIN = 20
@@ -85,8 +87,9 @@ def compare(
         matmul_precision: As in ``jax.default_matmul_precision``; None leaves the choice to JAX.
             Less than "highest" (TF32 on GPUs, bfloat16 on TPUs) swallows the differences
             L(theta + eps) - L(theta - eps) at small sigma.
-        progress: A function called as ``progress(name, done, total)`` after each batch. By default
-            a bar is shown on a terminal or in a notebook.
+        progress: A function called as ``progress(name, done, total)`` after each batch, and
+            before an estimator is compiled (first with done = 0). By default a bar is shown on a
+            terminal or in a notebook.
         on_row: A function called with each row as soon as it is measured. By default a line is
             printed where a bar is shown.
 
@@ -161,17 +164,17 @@ def _watched(
     with contextlib.ExitStack() as stack:
         if progress is None:
             bar = stack.enter_context(progress_bar(number))
-            names: dict[str, None] = {}
+            names: dict[str, int] = {}
 
             def progress(name: str, done: int, total: int) -> None:
-                names[name] = None
-                bar(name.strip(), len(names) - 1 + done / total)
+                compiling = names.get(name, 0) == done  # nothing was computed since the last call
+                names[name] = done
+                text = f"compiling {name.strip()}" if compiling else name.strip()
+                bar(text, len(names) - 1 + done / total)
 
         def print_row(row: Row) -> None:
             if bar_is_shown():
-                print(
-                    "{name}: bias {bias:.2g} ± {bias_se:.1g}, variance {variance:.2g}".format(**row)
-                )
+                print(report.line(row))
 
         yield progress, print_row if on_row is None else on_row
 
@@ -220,6 +223,7 @@ def _draw(setup: _Setup, name: str, estimator: GradientEstimator, num_chains: in
     for batches, length in runs:
         size = len(batches[0].index)
         if size not in programs:
+            setup.progress(name, done, total)
             programs[size] = _compile(setup, name, estimator, batches[0])
         found.append(_run(programs[size], batches, length, tick))
     samples = found[0]

@@ -1,9 +1,7 @@
 """The result of ``compare``, and its table, picture and files."""
 
 import csv
-import functools
 import importlib
-import io
 import json
 import os
 import platform
@@ -14,27 +12,51 @@ import jax
 import numpy as np
 
 from unrollgrad._core import optional_packages
+from unrollgrad.diagnostics.picture import draw
 from unrollgrad.diagnostics.statistics import Row
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = [
+    "COLUMNS",
+    "Comparison",
+    "at_equal_steps",
+    "cell",
+    "draw",
+    "environment",
+    "line",
+    "long_run",
+    "metrics",
+    "print_tables",
+    "row_of",
+    "write_json",
+]
+
 COLUMNS = {
-    "name": "estimator",
-    "bias": "bias",
-    "bias_se": "±SE",
-    "variance": "var",
-    "long_run": "long run",
-    "norm_ratio": "norm ratio",
-    "cosine": "cosine",
-    "snr": "SNR",
-    "nmse": "NMSE",
-    "nmse_equal_steps": "at equal steps",
-    "inner_steps": "steps",
-    "seconds": "s",
-    "num_nonfinite": "left out",
+    "name": ("estimator", "at the given theta; g is the mean of the reference"),
+    "bias": (
+        "bias",
+        "norm of (mean - g) / |g|, ± standard error; < x: none was seen, x is the upper limit",
+    ),
+    "variance": ("variance", "trace of the covariance of a sample (one episode) / |g|²"),
+    "long_run": ("long run", "the same per episode if 20 episodes are averaged"),
+    "norm_ratio": ("norm", "norm of the mean / |g|"),
+    "cosine": ("cosine", "of the angle between the mean and g"),
+    "snr": ("SNR", "norm of the mean / standard deviation of a sample"),
+    "nmse": ("NMSE", "bias² + variance: the mean squared error of a sample / |g|²"),
+    "nmse_equal_steps": (
+        "at equal steps",
+        "the NMSE with as many more workers as cost the same as the costliest row",
+    ),
+    "inner_steps": ("steps", "inner steps of a sample"),
+    "seconds": ("s", "seconds of a sample, without compilation"),
+    "num_nonfinite": (
+        "left out",
+        "windows with a loss that is not finite, or workers that were left out for it",
+    ),
 }
+"""The table's columns: a row's key, the heading, and what it means."""
 
 
 class Comparison(NamedTuple):
@@ -54,17 +76,22 @@ class Comparison(NamedTuple):
     settings: dict[str, int | str | None]
 
     def table(self) -> None:
-        """Prints the rows. Needs rich (``pip install "unrollgrad[experiments]"``)."""
-        print_table(self.rows)
+        """Prints the rows and, below them, what each column means.
+
+        Bias and variance are in units of the reference's norm |g|, which the title says. Needs rich
+        (``pip install "unrollgrad[experiments]"``).
+        """
+        print_tables({"": self.rows})
 
     def plot(self) -> "Figure":
-        """Draws bias against noise, variance against U, and the error against its cost.
+        """Draws the bias, the variance against U, and the error against its cost.
 
-        Left: a triangle is an upper limit, drawn if no bias was seen. Middle: ``variance_of_mean``,
-        the variance per episode spent when U consecutive updates are averaged. Right: the squared
-        error against inner steps, from the measured number of workers (the point) to 1000 times as
-        many; a vertical line compares estimators at equal inner steps. It is dotted where a bias
-        too small for this measurement could dominate.
+        Everything is in units of the reference's norm |g|. Left: the bias with its standard error;
+        a hollow marker with an arrow is an upper limit, drawn if no bias was seen. Middle:
+        ``variance_of_mean``, the variance per episode spent when U consecutive updates are
+        averaged. Right: the squared error against inner steps, from the measured number of workers
+        (the marker) to 1000 times as many; a vertical line compares estimators at equal inner
+        steps. It is dotted where a bias too small for this measurement could dominate.
 
         Returns:
             A matplotlib figure. Needs matplotlib (``pip install "unrollgrad[experiments]"``).
@@ -154,10 +181,36 @@ def environment() -> dict[str, object]:
     }
 
 
-def print_table(rows: list[Row], title: str | None = None) -> None:
-    """Prints rows as ``Comparison.table`` does."""
+def print_tables(groups: dict[str, list[Row]]) -> None:
+    """Prints a table for each named group of rows, then what the columns mean."""
     console = optional_packages.console()
-    rows = [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
+    found = {
+        title: [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
+        for title, rows in groups.items()
+    }
+    columns = _columns([row for rows in found.values() for row in rows])
+    for title, rows in found.items():
+        size = f"|g| = {rows[0]['reference_norm']:.3g}" if rows else ""
+        table = optional_packages.need("rich.table", "rich").Table(
+            box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+            title=f"{title}: {size}" if title else size,
+            title_justify="left",
+        )
+        for column, (heading, _) in columns.items():
+            left = column == "name"
+            table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+        for row in rows:
+            table.add_row(*[cell(column, row) for column in columns])
+        console.print(table, "")
+    width = max(len(heading) for heading, _ in columns.values())
+    for heading, meaning in columns.values():
+        console.print(f"{heading:>{width}}  {meaning}", style="dim", highlight=False)
+
+
+def _columns(rows: list[Row]) -> dict[str, tuple[str, str]]:
+    """The columns that these rows need."""
     columns = dict(COLUMNS)
     if len({row["inner_steps"] for row in rows}) < 2:
         del columns["nmse_equal_steps"]  # it equals the NMSE
@@ -165,20 +218,13 @@ def print_table(rows: list[Row], title: str | None = None) -> None:
         del columns["long_run"]
     if not any(row["num_nonfinite"] for row in rows):
         del columns["num_nonfinite"]
-    table = optional_packages.need("rich.table", "rich").Table(
-        box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title=title,
-        caption="norm ratio, cosine: of the mean to the reference; var, steps, s: per sample; "
-        "long run: var per episode over 20 episodes",
-    )
-    for column, heading in columns.items():
-        left = column == "name"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
-    for row in rows:
-        table.add_row(*[_format(column, row[column]) for column in columns])
-    console.print(table)
+    return columns
+
+
+def line(row: Row) -> str:
+    """A row's bias, variance and error in one line, to print as soon as it is measured."""
+    numbers = (f"{COLUMNS[c][0]} {cell(c, row)}" for c in ("bias", "variance", "nmse"))
+    return f"{row['name']}: " + ", ".join(numbers)
 
 
 def at_equal_steps(rows: list[Row]) -> list[Row]:
@@ -203,111 +249,21 @@ def long_run(row: Row) -> float | None:
     return values[longest] if longest > row.get("num_windows", 1) else None
 
 
-def draw(groups: dict[str, list[Row]]) -> "Figure":
-    """Draws rows as ``Comparison.plot`` does, one line of panels for each named group."""
-    figure = optional_packages.need("matplotlib.figure", "matplotlib").Figure(
-        figsize=(14, 0.6 + 4.2 * len(groups)), layout="constrained"
-    )
-    lines = figure.subplots(len(groups), 3, squeeze=False)
-    colors = {}
-    for (title, rows), axes in zip(groups.items(), lines, strict=True):
-        for panel, axis in zip((_bias_and_noise, _variance_of_means, _cost), axes, strict=True):
-            with np.errstate(divide="ignore", invalid="ignore"):  # a reference of zero
-                panel(axis, rows)
-            axis.grid(alpha=0.3)
-        colors |= {row["name"]: f"C{i}" for i, row in enumerate(rows)}
-        if title:
-            axes[0].annotate(title, (0, 1.1), None, "axes fraction", fontsize=12, weight="bold")
-    patch = optional_packages.need("matplotlib.patches", "matplotlib").Patch
-    handles = [patch(color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1))
-    figure._repr_png_ = functools.partial(_png, figure)  # so that a notebook shows it
-    return figure
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=80)
-    return buffer.getvalue()
-
-
-def _bias_and_noise(axis: "Axes", rows: list[Row]) -> None:
-    names = ("reference_norm", "bias", "bias_se", "variance")
-    columns = [[row[name] for row in rows] for name in names]
-    norm, bias, bias_se, variance = np.array(columns, float)
-    bias, bias_se, deviation = bias / norm, bias_se / norm, np.sqrt(variance) / norm
-    seen = bias > 3 * bias_se
-    height = np.where(seen, bias, bias + 2 * bias_se)
-    shown = np.concatenate([height, deviation])
-    floor = np.min(shown, where=_positive(shown), initial=np.inf) / 3
-    axis.set(
-        xlabel="standard deviation of a sample / |g|",
-        ylabel="bias / |g|",
-        title="●  bias ± SE      ▼  no bias seen: upper limit (2 SE)",
-    )
-    if not np.isfinite(floor):
-        axis.text(0.5, 0.5, "no finite bias or spread", ha="center", transform=axis.transAxes)
-        return
-    axis.set(xscale="log", yscale="log")
-    for i, row in enumerate(rows):
-        place = max(deviation[i], floor), max(height[i], floor)
-        error, marker = (bias_se[i], "o") if seen[i] else (None, "v")
-        style = {"capsize": 3, "markersize": 7, "color": f"C{i}", "label": row["name"]}
-        axis.errorbar(*place, yerr=error, fmt=marker, **style)
-        if height[i] == 0:
-            axis.annotate("0", place, xytext=(6, 0), textcoords="offset points")
-
-
-def _variance_of_means(axis: "Axes", rows: list[Row]) -> None:
-    axis.set(
-        xscale="log",
-        xlabel="updates averaged, in episodes (U/n)",
-        ylabel="variance of their mean × U/n / |g|²",
-        title="variance per episode spent",
-    )
-    for i, row in enumerate(rows):
-        u, values = np.array(list(row["variance_of_mean"].items()), float).reshape(-1, 2).T
-        values = values / np.square(row["reference_norm"])
-        errors = np.array(list(row["variance_of_mean_se"].values()))
-        errors = np.minimum(errors / np.square(row["reference_norm"]), 0.9 * values)
-        shown = _positive(values)
-        if shown.any():
-            axis.set_yscale("log")
-            style = {"fmt": "o-", "capsize": 3, "markersize": 5, "color": f"C{i}"}
-            axis.errorbar(u[shown] / row["num_windows"], values[shown], errors[shown], **style)
-
-
-def _cost(axis: "Axes", rows: list[Row]) -> None:
-    axis.set(
-        xlabel="inner steps per estimate",
-        ylabel="squared error / |g|² (NMSE)",
-        title="error as workers are added",
-    )
-    more = np.geomspace(1, 1000, 60)
-    for i, row in enumerate(rows):
-        norm = np.float64(row["reference_norm"])
-        seen = row["bias"] > 3 * row["bias_se"]
-        bias = row["bias"] / norm if seen else 0.0
-        hidden = 0.0 if seen else (row["bias"] + 2 * row["bias_se"]) / norm
-        noise = row["variance"] / norm**2 / more
-        error = bias**2 + noise
-        if not _positive(error).all():
-            continue
-        axis.set(xscale="log", yscale="log")
-        steps = row["inner_steps"] * more
-        known = max(int(np.sum(noise >= hidden**2)), 1)
-        axis.plot(steps[:known], error[:known], marker="o", markevery=[0], color=f"C{i}")
-        axis.plot(steps[known - 1 :], error[known - 1 :], linestyle=":", color=f"C{i}")
-
-
-def _positive(x: np.ndarray) -> np.ndarray:
-    return (x > 0) & np.isfinite(x)
-
-
-def _format(column: str, value: str | float | None) -> str:
+def cell(column: str, row: Row) -> str:
+    """A row's entry in a column of the table; bias and variance are in units of |g| and |g|²."""
+    value, norm = row[column], np.float64(row["reference_norm"])
     if value is None or isinstance(value, str):
         return value or "-"
     if column in ("inner_steps", "num_nonfinite"):
         return f"{value:.0f}"
-    two_decimals = column in ("norm_ratio", "cosine") and abs(value) < 1000
-    return f"{value:.2f}" if two_decimals else f"{value:.2g}"
+    if column in ("norm_ratio", "cosine") and abs(value) < 1000:
+        return f"{value:.2f}"
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if column in ("variance", "long_run"):
+            return f"{value / norm**2:.2g}"
+        if column != "bias":
+            return f"{value:.2g}"
+        bias, error = value / norm, row["bias_se"] / norm
+    if bias > 3 * error or not np.isfinite(bias):
+        return f"{bias:.2g} ± {error:.1g}"
+    return f"< {bias + 2 * error:.2g}" if bias + error > 0 else "0"

@@ -5,6 +5,17 @@ from typing import Any
 
 import numpy as np
 
+__all__ = [
+    "Row",
+    "describe",
+    "pooled",
+    "root_se",
+    "squared_distance",
+    "squares",
+    "standard_error",
+    "total_variance",
+]
+
 Row = dict[str, Any]
 """The numbers of one estimator by name, among them ``name`` and dicts by U: see ``compare``."""
 

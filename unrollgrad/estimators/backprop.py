@@ -15,6 +15,16 @@ from unrollgrad._core.unroll import Remat
 from unrollgrad.estimators._window import estimate_of, inner_state, made_by, nothing, windowed
 from unrollgrad.types import Estimate, GradientEstimator, Segment, State, Theta, UnrolledProblem
 
+__all__ = [
+    "FORWARD_ONLY",
+    "bptt",
+    "continued",
+    "gradient",
+    "no_while_loop",
+    "tbptt",
+    "whole_episode",
+]
+
 
 @described
 def bptt(

@@ -12,6 +12,8 @@ from unrollgrad.estimators._window import inner_state, made_by, nothing, windowe
 from unrollgrad.noise import Noise
 from unrollgrad.types import GradientEstimator, Sigma, UnrolledProblem
 
+__all__ = ["es_single", "full_es", "gpes", "pes", "truncated_es"]
+
 
 @described
 def full_es(

@@ -21,6 +21,8 @@ from unrollgrad.estimators._window import estimate_of, made_by, windowed
 from unrollgrad.noise import cut, rademacher, sample
 from unrollgrad.types import GradientEstimator, Segment, State, Theta, UnrolledProblem
 
+__all__ = ["Tangents", "dodge", "forward_mode"]
+
 
 class Tangents(NamedTuple):
     """The carried state of a worker with derivatives of its inner state.

@@ -21,6 +21,8 @@ from unrollgrad.estimators._persistence import Persistence, Persistent, Weights
 from unrollgrad.estimators._window import estimate_of, made_by, nothing, windowed
 from unrollgrad.types import GradientEstimator, Sigma, State, Theta, UnrolledProblem
 
+__all__ = ["Analytic", "pes_analytic", "pes_analytic_replacement", "reparameterized_es"]
+
 
 class Analytic(NamedTuple):
     """The carried state of a worker with persistent pairs and one state under theta itself.

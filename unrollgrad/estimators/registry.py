@@ -11,6 +11,8 @@ from unrollgrad.estimators.hybrid import pes_analytic, pes_analytic_replacement,
 from unrollgrad.estimators.uoro import uoro
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
+__all__ = ["REGISTRY", "Row"]
+
 
 class Row(NamedTuple):
     """An estimator's row in the manual, and how to build it from common settings.

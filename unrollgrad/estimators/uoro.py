@@ -27,6 +27,8 @@ from unrollgrad.types import (
     UnrolledProblem,
 )
 
+__all__ = ["RankOne", "uoro"]
+
 
 class RankOne(NamedTuple):
     """What a ``uoro`` worker carries: E[``left`` ``right``^T] = d state / d theta.

@@ -22,6 +22,8 @@ from unrollgrad.implicit.solvers import dense
 from unrollgrad.implicit.trees import T
 from unrollgrad.types import ArrayTree, Numeric
 
+__all__ = ["Solve", "argmin", "fixed_point", "one_step", "root"]
+
 Solve = Callable[..., Any]
 
 _MOST_LEFT = 0.01

@@ -11,6 +11,16 @@ from unrollgrad.implicit import trees
 from unrollgrad.implicit.linear import Solution, solve
 from unrollgrad.types import ArrayTree, Numeric
 
+__all__ = [
+    "Case",
+    "HypergradientError",
+    "HypergradientInfo",
+    "Symptoms",
+    "check",
+    "examine",
+    "symptoms",
+]
+
 _LANCZOS_STEPS = 16
 _PROBES = 3
 _UNSOLVED = 0.01  # the share of the inner loss that a Newton step may still gain

@@ -11,6 +11,8 @@ from unrollgrad._core import eager
 from unrollgrad.implicit import health, linear, operators, trees
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
+__all__ = ["HyperGradient", "hypergradient", "start_of"]
+
 
 class HyperGradient(NamedTuple):
     """A hypergradient.

@@ -19,6 +19,8 @@ from unrollgrad.implicit import operators, trees
 from unrollgrad.implicit.trees import T
 from unrollgrad.types import ArrayTree, Numeric
 
+__all__ = ["Method", "Solution", "Start", "differentiable_solve", "solve", "unseen"]
+
 
 class Solution(NamedTuple):
     """The outcome of a linear solve.

@@ -11,6 +11,21 @@ from unrollgrad._checks import arguments
 from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
+__all__ = [
+    "Preconditioner",
+    "as_tags",
+    "check_preconditioner",
+    "damped",
+    "function",
+    "gauss_newton",
+    "hessian",
+    "kept_tags",
+    "negated",
+    "preconditioner",
+    "scaled",
+    "tags_for",
+]
+
 
 def hessian(
     inner: Callable[..., Numeric], params: ArrayTree, theta: Theta

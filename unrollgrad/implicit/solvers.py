@@ -18,6 +18,8 @@ from unrollgrad._core.unroll import repeat
 from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree, Key, Numeric
 
+__all__ = ["dense", "identity", "neumann", "nystrom"]
+
 _POWER_STEPS = 20
 _KEPT_POWER_STEPS = 2
 _FRESH = 0.1  # size of the random part that is added to a kept direction of norm 1

@@ -15,6 +15,18 @@ from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.types import ArrayTree, Numeric
 
+__all__ = [
+    "add",
+    "check_floating",
+    "check_function",
+    "dot",
+    "dtype",
+    "is_concrete",
+    "narrow",
+    "scale",
+    "widen",
+]
+
 T = TypeVar("T")
 
 

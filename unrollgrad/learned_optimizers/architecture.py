@@ -7,6 +7,8 @@ import optax
 
 from unrollgrad.types import Key
 
+__all__ = ["Architecture"]
+
 
 class Architecture(NamedTuple):
     """A family of optimizers, one for every theta.

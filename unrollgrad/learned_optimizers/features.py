@@ -9,6 +9,19 @@ import jax.numpy as jnp
 
 from unrollgrad.types import ArrayDType, Numeric
 
+__all__ = [
+    "TINY",
+    "Factored",
+    "averages",
+    "factored_averages",
+    "factored_rsqrt",
+    "factored_zeros",
+    "mean_square",
+    "normalised",
+    "of_tensor",
+    "time",
+]
+
 TINY = 1e-10
 """Added to mean squares, so that derivatives are finite where a tensor is zero. Tensors whose root
 mean square is below 1e-5 look smaller than they are."""

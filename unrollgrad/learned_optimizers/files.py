@@ -18,6 +18,8 @@ from unrollgrad.learned_optimizers.mlps import adafactor_mlp, mlp, rnn_mlp
 from unrollgrad.learned_optimizers.schedules import scheduled_adam, scheduled_sgd
 from unrollgrad.types import Theta
 
+__all__ = ["ARCHITECTURES", "TRAINED", "Saved", "load", "read", "save"]
+
 ARCHITECTURES: dict[str, Callable[..., Architecture]] = {
     "scheduled_sgd": scheduled_sgd,
     "scheduled_adam": scheduled_adam,
@@ -26,6 +28,9 @@ ARCHITECTURES: dict[str, Callable[..., Architecture]] = {
     "rnn_mlp": rnn_mlp,
 }
 """Architectures by the name that files contain."""
+
+TRAINED = {path.stem: path for path in sorted((Path(__file__).parent / "trained").glob("*.npz"))}
+"""The files of the trained optimizers that come with the package, by name."""
 
 _ABOUT = "about"
 _FORMAT = 1
@@ -105,16 +110,29 @@ def save(
 
 
 def load(path: str | Path) -> optax.GradientTransformation:
-    """Loads a learned optimizer from a file, as an ordinary optax optimizer.
+    """Loads a learned optimizer, as an ordinary optax optimizer.
 
-    It does not need an optional package. ``update`` needs ``params``, as for optax's optimizers
-    with weight decay; combine it with others by ``optax.chain``. Its steps have the trained size:
-    do not choose a learning rate.
+    Two come with the package: ``scheduled_adam``, a schedule of Adam that was trained on small
+    MLPs, conv nets and LSTMs, and ``scheduled_adam_mlps``, trained on MLPs alone. Loading needs no
+    optional package. ``update`` needs ``params``, as for optax's optimizers with weight decay;
+    combine it with others by ``optax.chain``. Its steps have the trained size: do not choose a
+    learning rate.
+
+    Args:
+        path: A name in ``TRAINED``, or the path of a file that ``save`` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If ``save`` did not write the file, or this version does not have its
             architecture.
+
+    Example:
+        >>> import jax.numpy as jnp, unrollgrad as ug
+        >>> optimizer = ug.learned_optimizers.load("scheduled_adam")
+        >>> params = jnp.ones(2)
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> all(-0.1 < u < 0 for u in updates.tolist())
+        True
     """
     saved = read(path)
     return saved.build().transform(saved.theta)
@@ -123,12 +141,21 @@ def load(path: str | Path) -> optax.GradientTransformation:
 def read(path: str | Path) -> Saved:
     """Reads a file that ``save`` wrote, to inspect the optimizer or to train it further.
 
+    Args:
+        path: A name in ``TRAINED``, or the path of a file that ``save`` wrote.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As in ``load``.
     """
+    path = TRAINED[path] if isinstance(path, str) and path in TRAINED else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file {path}; the optimizers that come with the package are "
+            f"{', '.join(TRAINED)}."
+        )
     try:
-        with Path(path).open("rb") as file, zipfile.ZipFile(file) as content:
+        with path.open("rb") as file, zipfile.ZipFile(file) as content:
             arrays = {name: np.load(content.open(name)) for name in content.namelist()}
         about = json.loads(str(arrays.pop(f"{_ABOUT}.npy")))
         architecture, settings, notes = (about[k] for k in ("architecture", "settings", "notes"))

@@ -15,6 +15,8 @@ from unrollgrad.learned_optimizers.per_weight import (
     transform_of,
 )
 
+__all__ = ["DECAYS", "TIMES", "adafactor_mlp", "mlp", "rnn_mlp"]
+
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 """Decays of the averages of the gradient."""
 

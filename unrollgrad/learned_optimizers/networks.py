@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from unrollgrad.types import Key, Numeric
 
+__all__ = ["Layer", "apply_gru", "apply_layers", "init_gru", "init_layers"]
+
 Layer = dict[str, jax.Array]
 """The weights of one layer, "kernel" and "bias"."""
 

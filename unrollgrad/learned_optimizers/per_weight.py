@@ -19,6 +19,8 @@ from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.learned_optimizers import features, networks
 from unrollgrad.types import ArrayTree
 
+__all__ = ["Controller", "Memory", "PerWeightState", "averaging", "check_hidden", "transform_of"]
+
 
 class PerWeightState(NamedTuple):
     """The state of these optimizers.

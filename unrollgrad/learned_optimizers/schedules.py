@@ -12,6 +12,8 @@ from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.learned_optimizers.architecture import Architecture
 
+__all__ = ["KNOTS", "scheduled_adam", "scheduled_sgd"]
+
 KNOTS = (0, 3, 10, 30, 100, 300, 1000, 3000)
 """Steps at which the log rate is learned."""
 

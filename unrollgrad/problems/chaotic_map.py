@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from unrollgrad.problems.types import Example
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["chaotic_map"]
+
 
 def chaotic_map(horizon: int = 100) -> Example:
     """s_{t+1} = theta s_t (1 - s_t) from a random s_0 in (0.1, 0.9); the step loss is s_{t+1}.

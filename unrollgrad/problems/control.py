@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from unrollgrad.problems.types import Example
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["LQR_POLICY", "control"]
+
 LQR_POLICY = (25.7, 27.1, 148.4, 32.1)
 """The linear-quadratic regulator of the system linearised at upright, as a theta."""
 

@@ -6,6 +6,8 @@ import numpy as np
 from unrollgrad.problems.types import Example
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["influence_balancing"]
+
 
 def influence_balancing(horizon: int = 3000) -> Example:
     """A 23-dimensional linear system driven by one parameter.

@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["LinearRecurrence", "linear_recurrence"]
+
 
 class LinearRecurrence(NamedTuple):
     """The recurrence, a theta, and the exact influence of each step's theta on each loss.

@@ -6,6 +6,8 @@ import numpy as np
 from unrollgrad.problems.types import Example
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["TRUTH", "lorenz"]
+
 TRUTH = (10.0, 28.0)
 
 

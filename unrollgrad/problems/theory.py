@@ -31,6 +31,16 @@ with m periods has the variance of ``pes`` with m windows. Only the terms with i
 
 import numpy as np
 
+__all__ = [
+    "best_noise_period",
+    "episode_variance",
+    "gradient",
+    "least_ratio",
+    "truncated_gradient",
+    "truncated_variance",
+    "window_variance",
+]
+
 
 def gradient(influence: np.ndarray) -> np.ndarray:
     """The gradient of J = (1/T) sum_t loss_t, shape (P,)."""

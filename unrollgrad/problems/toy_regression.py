@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from unrollgrad.problems.types import Example
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["toy_regression"]
+
 
 def toy_regression(horizon: int = 100) -> Example:
     """Gradient descent on a wiggly function of two variables; theta is the learning-rate schedule.

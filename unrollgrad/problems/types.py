@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from unrollgrad.types import UnrolledProblem
 
+__all__ = ["Example"]
+
 
 class Example(NamedTuple):
     """A problem and default outer parameters.
