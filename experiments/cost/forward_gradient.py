@@ -251,7 +251,8 @@ def _draw_times(axis: Any, records: list[Record]) -> None:
         here = {width: line[0] for (name, width), line in ratios.items() if name == kind}
         means = [np.mean(v) for v in here.values()]
         ses = [np.std(v, ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in here.values()]
-        axis.errorbar(list(here), means, ses, fmt=marker + dash, color=color, capsize=3, label=kind)
+        look: Any = {"marker": marker, "ls": dash, "color": color, "capsize": 3, "label": kind}
+        axis.errorbar(list(here), means, ses, **look)
     axis.axhline(0.5, color="black", ls=":", label="twice as fast as bptt")
     axis.set(xscale="log", xlabel="units per hidden layer", ylabel="time over bptt's")
     curves.from_zero(axis)
