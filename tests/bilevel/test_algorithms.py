@@ -109,7 +109,7 @@ def test_the_table_of_spectral_radii():
         mu, kappa, rho, gamma = row
         estimator = bilevel.soba(
             *scalar(mu, kappa),
-            init_params=lambda key: 2.0,
+            init_params=lambda key: jnp.asarray(2.0),
             outer_data=lambda key: jnp.zeros(3),
             inner_data=lambda key: jnp.zeros(3),
             inner_optimizer=optax.sgd(rho),
@@ -150,7 +150,7 @@ def test_the_stationary_covariance_solves_the_lyapunov_equation():
 
     estimator = bilevel.soba(
         *scalar(mu, kappa, sd),
-        init_params=lambda key: 1 / (1 + kappa),
+        init_params=lambda key: jnp.asarray(1 / (1 + kappa)),
         outer_data=sample,
         inner_data=sample,
         inner_optimizer=optax.sgd(rho),
@@ -234,7 +234,7 @@ def test_the_memory_of_saga_is_the_full_gradient():
     p = sums.full
     gradient = p.hessian @ params + p.mixed @ theta - p.inner_slope
     inner = gradient, p.hessian @ v, p.mixed.T @ v
-    outer = exact.slopes(p, params, theta)
+    outer = exact.slopes(p, np.asarray(params), np.asarray(theta))
     epoch, early, begun = memory(3), memory(2), memory(0, True)
     np.testing.assert_allclose(epoch.inner.mean, inner, rtol=1e-12)
     np.testing.assert_allclose(epoch.outer.mean, outer, rtol=1e-12)
@@ -359,7 +359,7 @@ def test_warm_inner_loops_lag_behind_a_moving_minimum(name):
     estimator = REGISTRY[name].build(
         outer,
         inner,
-        init_params=lambda key: 0.0,
+        init_params=lambda key: jnp.asarray(0.0),
         outer_data=data,
         inner_data=data,
         **settings(Rates(rho, rho, 0.0)),

@@ -60,9 +60,9 @@ class Tracking(NamedTuple):
 
     tracks: str
     alpha: float
-    gamma: float
-    radius: float | None
-    least_curvature: float
+    gamma: Numeric
+    radius: Numeric | None
+    least_curvature: Numeric
     catch_up: bool
 
 
