@@ -18,7 +18,7 @@ from unrollgrad.bilevel import _estimator, _losses, data
 from unrollgrad.bilevel import directions as laws
 from unrollgrad.bilevel._double_loop import draw_many, inner_loop
 from unrollgrad.bilevel._estimator import Before
-from unrollgrad.bilevel._losses import OUTER_COST, PRODUCT_COST, Losses, OuterParts, Places, Point
+from unrollgrad.bilevel._losses import INNER_COST, OUTER_COST, Losses, OuterParts, Places, Point
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree, BilevelInfo, GradientEstimator, Key, MadeBy, Numeric
@@ -144,7 +144,7 @@ def penalty(
       the gradient g from another batch, so that they are unbiased. There is no follower
       (G-PBGD).
 
-    Time: "value": inner_steps + 3 gradient-equivalents; "gradient": 4. Memory: 3 params, 2 theta.
+    Time: "value": inner_steps + 3 gradient-equivalents; "gradient": 5. Memory: 3 params, 2 theta.
 
     Args:
         outer: As in ``soba``.
@@ -403,7 +403,7 @@ def _gradient_call(call: _Call, carried: FirstOrder) -> tuple[_Moved, FirstOrder
     grad = trees.add(outer.theta, parts.mixed, 2 * call.penalty)
     after, rate = _params_moved(call, carried, direction)
     after = after._replace(follower=after.params, places=places)
-    return _Moved(grad, loss, rate, call.penalty, 1 + PRODUCT_COST + OUTER_COST), after
+    return _Moved(grad, loss, rate, call.penalty, 1 + INNER_COST + OUTER_COST), after
 
 
 def _bome_call(call: _Call, carried: FirstOrder) -> tuple[_Moved, FirstOrder]:
