@@ -94,7 +94,7 @@ def test_two_normal_directions_and_a_floor_that_falls_with_the_rate():
             optimizer = optax.chain(bloop(0.3), optax.sgd(rate))
             return descended(optimizer, jnp.zeros(5), gradients, 20_000)
 
-        found = jax.jit(jax.vmap(end))(np.array([0.04, 0.004]))
+        found = np.asarray(jax.jit(jax.vmap(end))(np.array([0.04, 0.004])))
     away = np.linalg.norm(found - on_set, axis=1)
     compromise = np.linalg.solve(p.T @ p + 0.3 * np.eye(5), p.T @ c + 0.3 * target)
     assert np.linalg.norm(compromise - on_set) > 0.1
@@ -130,16 +130,16 @@ def test_numbers_that_change_and_skipped_steps():
         optax.inject_hyperparams(bloop)(weight=lambda count: 1.0 / (count + 1), decay=0.5),
         optax.apply_if_finite(optax.sgd(1.0), 5),
     )
-    main, other = jnp.array([1.0, 0.0]), jnp.array([5.0, 4.0])
-    state = optimizer.init(main)
-    with jax.disable_jit():
-        for i in range(2):
-            found, state = optimizer.update(main, state, main, auxiliary=other)
-            np.testing.assert_allclose(found, [-1.0, -4.0 / (i + 1)], rtol=1e-6)
-        found, state = optimizer.update(main * jnp.nan, state, main, auxiliary=other)
-        np.testing.assert_array_equal(found, 0)
-        found, _ = optimizer.update(main, state, main, auxiliary=other)
-        np.testing.assert_allclose(found, [-1.0, -1.0], rtol=1e-6)
+    main, other = np.array([1.0, 0.0], np.float32), np.array([5.0, 4.0], np.float32)
+    state = jax.jit(optimizer.init)(main)
+    update = jax.jit(lambda g, s: optimizer.update(g, s, g, auxiliary=other))
+    for i in range(2):
+        found, state = update(main, state)
+        np.testing.assert_allclose(found, [-1.0, -4.0 / (i + 1)], rtol=1e-6)
+    found, state = update(main * np.float32("nan"), state)
+    np.testing.assert_array_equal(found, 0)
+    found, _ = update(main, state)
+    np.testing.assert_allclose(found, [-1.0, -1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
