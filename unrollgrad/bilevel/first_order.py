@@ -17,11 +17,11 @@ from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel import _estimator, _losses, data
 from unrollgrad.bilevel import directions as laws
 from unrollgrad.bilevel._double_loop import draw_many, inner_loop
-from unrollgrad.bilevel._estimator import Before, BilevelInfo
-from unrollgrad.bilevel._losses import OUTER_COST, PRODUCT_COST, Losses, OuterParts, Places, Point
+from unrollgrad.bilevel._estimator import Before
+from unrollgrad.bilevel._losses import INNER_COST, OUTER_COST, Losses, OuterParts, Places, Point
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.implicit import trees
-from unrollgrad.types import ArrayTree, GradientEstimator, Key, MadeBy, Numeric
+from unrollgrad.types import ArrayTree, BilevelInfo, GradientEstimator, Key, MadeBy, Numeric
 
 
 class FirstOrder(NamedTuple):
@@ -111,7 +111,7 @@ def f2sa(
     """
     losses = Losses(outer, inner, outer_data, inner_data)
     chosen = _estimator.settings("f2sa", losses, init_params, inner_optimizer)
-    growth = arguments.number("growth", growth)
+    arguments.number("growth", growth)
     first = _positive("penalty", penalty)
 
     def grown(count, penalty):
@@ -144,7 +144,7 @@ def penalty(
       the gradient g from another batch, so that they are unbiased. There is no follower
       (G-PBGD).
 
-    Time: "value": inner_steps + 3 gradient-equivalents; "gradient": 4. Memory: 3 params, 2 theta.
+    Time: "value": inner_steps + 3 gradient-equivalents; "gradient": 5. Memory: 3 params, 2 theta.
 
     Args:
         outer: As in ``soba``.
@@ -182,9 +182,10 @@ def penalty(
     chosen = _estimator.settings("penalty", losses, init_params, inner_optimizer)
     if kind not in ("value", "gradient"):
         raise ValueError(f'`kind` must be "value" or "gradient"; got {kind!r}.')
-    schedule = penalty if callable(penalty) else None
-    first = 0.0 if schedule else _positive("penalty", penalty)
-    rule = _Penalty(first, lambda count, before: before, schedule)
+    if callable(penalty):
+        rule = _Penalty(0.0, lambda count, before: before, penalty)
+    else:
+        rule = _Penalty(_positive("penalty", penalty), lambda count, before: before)
     method = _Method(inner_steps, params_optimizer, rule, kind)
     return _first_order(chosen, method, _value_call if kind == "value" else _gradient_call)
 
@@ -402,7 +403,7 @@ def _gradient_call(call: _Call, carried: FirstOrder) -> tuple[_Moved, FirstOrder
     grad = trees.add(outer.theta, parts.mixed, 2 * call.penalty)
     after, rate = _params_moved(call, carried, direction)
     after = after._replace(follower=after.params, places=places)
-    return _Moved(grad, loss, rate, call.penalty, 1 + PRODUCT_COST + OUTER_COST), after
+    return _Moved(grad, loss, rate, call.penalty, 1 + INNER_COST + OUTER_COST), after
 
 
 def _bome_call(call: _Call, carried: FirstOrder) -> tuple[_Moved, FirstOrder]:
