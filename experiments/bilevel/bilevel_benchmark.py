@@ -84,7 +84,7 @@ RATES = {
 RATIOS = {
     "quadratics": (0.3, 1.0, 3.0, 10.0, 30.0),
     "ijcnn1": (0.0003, 0.001, 0.003, 0.01, 0.1),
-    "covtype": (0.01, 0.03, 0.1, 1.0, 10.0),
+    "covtype": (0.3, 1.0, 3.0, 10.0, 30.0),
     "cleaning": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
 }
 """The grid's ratios of the inner to the outer rate."""
