@@ -144,7 +144,12 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str, start: float) -> 
     figure.supxlabel("inner rate / outer rate", fontsize=9)
     figure.supylabel("inner rate", fontsize=9)
     if image is not None:
-        figure.colorbar(image, ax=axes, label=LABELS[main] + " at the end", extend="max")
+        figure.colorbar(
+            image,
+            ax=list(axes.flat[: len(grids)]),
+            label=LABELS[main] + " at the end",
+            extend="max",
+        )
     figure.suptitle(
         "a run in every cell; darkest: not below the start; grey: not finite; star: the best"
     )
