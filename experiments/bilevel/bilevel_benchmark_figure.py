@@ -96,18 +96,19 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 def _curves(axis: Any, records: list[Record], x: str, y: str) -> None:
     places, values = series(records, x), series(records, y)
-    start = series(records, "start_error") if y == "error" else {}
+    begun = {"suboptimality": "start_excess", "value": "start_excess", "error": "start_error"}
+    start = series(records, begun[y]) if y in begun else {}
     for name, found in values.items():
         color, marker, line = STYLES.get(name, ("k", "x", ":"))
         drawn = 100 * found if y == "error" else np.maximum(found, LEAST)
         at = np.median(places[name], 0)
-        label = name.replace("_", " ")
         middle = np.median(drawn, 0)
-        axis.plot(at, middle, line, color=color, marker=marker, ms=4, lw=1.2, label=label)
+        axis.plot(at, middle, line, color=color, marker=marker, ms=4, lw=1.2, label=name)
         if len(found) > 1:
             axis.fill_between(at, drawn.min(0), drawn.max(0), color=color, alpha=0.12, lw=0)
-    for found in start.values():
-        axis.axhline(100 * float(found[0, -1]), color="k", ls=":", lw=1)
+    for name, found in start.items():
+        level = (100 if y == "error" else 1) * float(found[0, -1])
+        axis.axhline(level, color="k", ls=":", lw=1, label=name)
     axis.set(xscale="log", xlabel=LABELS[x], ylabel=LABELS[y])
     if y in ("suboptimality", "grad_norm2", "direction_error"):
         axis.set_yscale("log")
@@ -122,28 +123,33 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str, start: float) -> 
     columns = min(4, len(grids))
     axes = figure.subplots(-(-len(grids) // columns), columns, squeeze=False)
     for axis in axes.flat[len(grids) :]:
-        axis.set_axis_off()
+        axis.remove()
     finite = [max(v, LEAST) for g in grids.values() for v in g.values() if math.isfinite(v)]
     scale = colors.Normalize if main == "value" else colors.LogNorm
     norm = scale(min(finite), max(start, 1.01 * min(finite)))
     image = None
     for i, (axis, (name, grid)) in enumerate(zip(axes.flat, grids.items(), strict=False)):
         rates, ratios = (sorted({pair[k] for pair in grid}) for k in (0, 1))
-        cells = np.array([[grid[a, b] for b in ratios] for a in rates])
+        cells = np.array([[grid.get((a, b), np.nan) for b in ratios] for a in rates])
         shown = np.where(np.isfinite(cells), np.maximum(cells, LEAST), np.nan)
         axis.set_facecolor("0.75")
         image = axis.pcolormesh(shown, norm=norm, cmap="viridis_r")
         if np.isfinite(cells).any():
             row, column = np.unravel_index(np.nanargmin(shown), shown.shape)
             axis.plot(column + 0.5, row + 0.5, "*", color="w", mec="k", ms=10)
-        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_title(name, fontsize=9)
         below, beside = i >= len(grids) - columns, i % columns == 0
         _ticks(axis.xaxis, ratios if below else [])
         _ticks(axis.yaxis, rates if beside else [])
     figure.supxlabel("inner rate / outer rate", fontsize=9)
     figure.supylabel("inner rate", fontsize=9)
     if image is not None:
-        figure.colorbar(image, ax=axes, label=LABELS[main] + " at the end", extend="max")
+        figure.colorbar(
+            image,
+            ax=list(axes.flat[: len(grids)]),
+            label=LABELS[main] + " at the end",
+            extend="max",
+        )
     figure.suptitle(
         "a run in every cell; darkest: not below the start; grey: not finite; star: the best"
     )

@@ -155,7 +155,7 @@ def claims(summary: Summary) -> list[Claim]:
         if found := summary.find("median_ratio", estimator=name):
             holds = evidence.told(found["mean"] <= MOST, found["mean"])
             says = f"a step of {name} takes at most {MOST} times as long as by hand in plain JAX"
-            ours = f"{found['mean']:.3f} times, the median of runs in turn"
+            ours = f"{evidence.shown(found['mean'])} times, the median of runs in turn"
             out.append(Claim(says, "aim of the implementation", ours, holds))
     return out
 
