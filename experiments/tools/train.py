@@ -157,7 +157,7 @@ def run(
         config=resuming.fixed(settings, MAY_CHANGE),
     )
     if jax.process_index() == 0:
-        result._replace(opt_state=None, worker_state=None).save(folder / f"theta-{seed}.npz")
+        result._replace(opt_state=(), worker_state=()).save(folder / f"theta-{seed}.npz")
     if len(result.history["loss"]) < settings.num_steps:
         raise KeyboardInterrupt
 

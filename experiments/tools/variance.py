@@ -128,7 +128,8 @@ def run(
     problem, theta, workers, optimizer = _prepare(settings)
     reference = workers[settings.reference]
     key_train, key = jax.random.split(jax.random.key(seed))
-    progress("training theta", 0.0)
+    if set(settings.thetas) != {"start"}:
+        progress("training theta", 0.0)
     thetas = _thetas(settings, reference, optimizer, theta, key_train)
 
     order = [" reference", *names]

@@ -298,7 +298,7 @@ def test_the_picture_tells_a_limit_from_a_bias_and_hides_no_name():
     rows.append({**rows[0], "name": "bptt", "variance": 1e9, "variance_of_mean": wild})
     figure = report.draw({"here": rows})
     bias, noise, cost = figure.axes
-    hollow = [line.get_markerfacecolor() == "white" for line in bias.lines if len(line.get_xdata())]
+    hollow = [line.get_markerfacecolor() == "white" for line in bias.lines]
     assert hollow.count(True) == 5
     assert [text.get_text() for text in bias.get_yticklabels()] == [*names, "bptt"]
     figure.draw_without_rendering()

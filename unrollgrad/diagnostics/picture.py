@@ -52,6 +52,8 @@ def draw(groups: dict[str, list[Row]]) -> "Figure":
             _bias(axes[0], rows, look)
             _variance_of_means(axes[1], rows, look)
             _cost(axes[2], rows, look)
+        for axis in axes:
+            _plain_ticks(axis)
         size = f"|g| = {rows[0]['reference_norm']:.2g}" if rows else ""
         head = f"{title}:  {size}" if title else size
         axes[0].annotate(head, (0, 1.1), xycoords="axes fraction", fontsize=12, weight="bold")
@@ -158,6 +160,14 @@ def _cost(axis: "Axes", rows: list[Row], look: dict[str, Style]) -> None:
     _draw_lines(axis, lines, slice(0, 1))
 
 
+def _plain_ticks(axis: "Axes") -> None:
+    """Leaves out the labels between powers of ten, which would overlap."""
+    nothing = optional_packages.need("matplotlib.ticker", "matplotlib").NullFormatter()
+    for one in (axis.xaxis, axis.yaxis):
+        if one.get_scale() == "log":
+            one.set_minor_formatter(nothing)
+
+
 def _draw_lines(axis: "Axes", lines: list[_Line], marked: slice) -> None:
     """Draws the lines, with markers on these points, and each line's name at its right end."""
     axis.grid(alpha=0.3)
@@ -169,7 +179,8 @@ def _draw_lines(axis: "Axes", lines: list[_Line], marked: slice) -> None:
     if limits is None:
         axis.text(0.5, 0.5, "nothing finite to draw", ha="center", transform=axis.transAxes)
         return
-    axis.set(yscale="log", ylim=limits)
+    across = _limits(np.concatenate([line.x for line in lines]))
+    axis.set(yscale="log", ylim=limits, xlim=across)
     for line in lines:
         color, marker, dash = line.style
         x = line.x

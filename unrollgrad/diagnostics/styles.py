@@ -5,15 +5,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["DASHED", "OTHERS", "STYLES", "Marker", "Style", "styles"]
-
-Marker = str | tuple[int, int, int]
-"""A marker as matplotlib writes it: a letter, or (corners, kind, angle)."""
+__all__ = ["DASHED", "OTHERS", "STYLES", "Style", "styles"]
 
 DASHED = ("tbptt", "bptt", "truncated_es", "uoro", "dodge", "forward_mode")
 """Estimators that pictures draw with a dashed line, to tell them from their neighbours."""
 
-STYLES: dict[str, tuple[str, Marker]] = {
+STYLES = {
     "es_single": ("C0", "o"),
     "pes": ("C1", "s"),
     "truncated_es": ("C2", "^"),
@@ -26,14 +23,14 @@ STYLES: dict[str, tuple[str, Marker]] = {
     "dodge": ("C9", ">"),
     "forward_mode": ("black", "h"),
     "random_search": ("dimgrey", "p"),
-    "pes_analytic": ("indigo", (4, 1, 0)),
-    "pes_analytic_replacement": ("olivedrab", (6, 1, 0)),
-    "reparameterized_es": ("steelblue", (8, 1, 0)),
+    "pes_analytic": ("indigo", "d"),
+    "pes_analytic_replacement": ("olivedrab", "H"),
+    "reparameterized_es": ("steelblue", "8"),
 }
 """The colour and the marker of an estimator. Colours alone do not tell all of them apart, for the
 colour-blind and in print: every estimator has its own marker."""
 
-OTHERS: tuple[tuple[str, Marker], ...] = (
+OTHERS = (
     ("navy", "d"),
     ("deeppink", "H"),
     ("teal", "8"),
@@ -52,7 +49,7 @@ class Style(NamedTuple):
     """
 
     color: str
-    marker: Marker
+    marker: str
     dash: str
 
 
