@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+__all__ = ["advice"]
+
 _LAST = 100
 
 

@@ -26,6 +26,8 @@ from unrollgrad.types import (
     Theta,
 )
 
+__all__ = ["Blocks", "bsvrb"]
+
 
 class Blocks(NamedTuple):
     """Where BSVRB stands; M blocks.

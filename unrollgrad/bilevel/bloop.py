@@ -12,6 +12,8 @@ from unrollgrad._core import mesh_axes
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad.types import Numeric
 
+__all__ = ["BloopState", "bloop"]
+
 
 class BloopState(NamedTuple):
     """The state of ``bloop``.

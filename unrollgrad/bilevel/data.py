@@ -12,6 +12,18 @@ from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
 from unrollgrad.types import ArrayTree, Key, Numeric
 
+__all__ = [
+    "FiniteSum",
+    "Place",
+    "check_source",
+    "draw",
+    "example",
+    "finite_sum",
+    "on_batch",
+    "rows",
+    "start",
+]
+
 
 class FiniteSum(NamedTuple):
     """A data set in mini-batches of neighbouring rows; ``finite_sum`` makes it.

@@ -17,6 +17,18 @@ from unrollgrad.bilevel._losses import Places, Point, widened
 from unrollgrad.implicit import trees
 from unrollgrad.types import Key, Numeric
 
+__all__ = [
+    "Average",
+    "Estimator",
+    "Recursion",
+    "check_finite",
+    "moving_average",
+    "page",
+    "sarah",
+    "sgd",
+    "storm",
+]
+
 _COIN = 3  # folded into an episode's key
 
 Rate = float | Callable[[jax.Array], Numeric]

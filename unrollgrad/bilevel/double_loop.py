@@ -9,6 +9,8 @@ from unrollgrad.bilevel._losses import Losses
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
+__all__ = ["amigo", "bsa", "fsla", "stocbio", "ttsa"]
+
 
 def stocbio(
     outer: Callable[..., Numeric],

@@ -23,6 +23,8 @@ from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree, BilevelInfo, GradientEstimator, Key, MadeBy, Numeric
 
+__all__ = ["FirstOrder", "bome", "f2sa", "penalty"]
+
 
 class FirstOrder(NamedTuple):
     """Where a first-order algorithm stands.

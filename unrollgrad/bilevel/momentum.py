@@ -10,6 +10,8 @@ from unrollgrad.bilevel.single_loop import single_loop
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
+__all__ = ["mrbo", "sustain"]
+
 
 def _eta(k):
     """The default of both."""

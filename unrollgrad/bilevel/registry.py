@@ -12,6 +12,8 @@ from unrollgrad.bilevel.single_loop import soba
 from unrollgrad.bilevel.variance_reduced import ma_soba, saba, spaba, srba
 from unrollgrad.types import GradientEstimator, Numeric
 
+__all__ = ["Row"]
+
 
 class Row(NamedTuple):
     """An algorithm's row in the manual, and how to build it from common settings.

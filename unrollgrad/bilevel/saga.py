@@ -13,6 +13,8 @@ from unrollgrad.bilevel.directions import Estimator, check_finite
 from unrollgrad.implicit import trees
 from unrollgrad.types import ArrayTree
 
+__all__ = ["Memory", "Saga", "saga"]
+
 
 class Memory(NamedTuple):
     """The memory of one data set: the parts of each of its N batches.

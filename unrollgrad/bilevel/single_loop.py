@@ -13,6 +13,8 @@ from unrollgrad.bilevel._losses import Losses, Places, Point
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, BilevelInfo, GradientEstimator, Key, MadeBy, Numeric
 
+__all__ = ["SingleLoop", "single_loop", "soba"]
+
 
 class SingleLoop(NamedTuple):
     """Where a single-loop algorithm stands.

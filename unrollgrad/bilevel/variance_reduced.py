@@ -10,6 +10,8 @@ from unrollgrad.bilevel.single_loop import single_loop
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
+__all__ = ["ma_soba", "saba", "spaba", "srba"]
+
 
 def ma_soba(
     outer: Callable[..., Numeric],
