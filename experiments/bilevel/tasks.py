@@ -204,7 +204,7 @@ def _classifier(rows: list[Rows], num_classes: int, cleaning: bool) -> Task:
     def outer(params, theta, batch):
         return jnp.mean(_losses_of(params, batch))
 
-    measure = _measure(inner, outer, (params, train, validation, test))
+    measure = _measure(inner, outer, (jnp.asarray(params), train, validation, test))
     touched = (lambda batch: batch.row) if cleaning else None
     return Task(outer, inner, params, theta, validation, train, 64, measure, None, touched)
 

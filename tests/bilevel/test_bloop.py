@@ -3,6 +3,8 @@
 Programs: at most 8. The contracts of optax's transforms are in ``tests/test_optax_contract.py``.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
+from tests.helpers import mistyped
 from unrollgrad.bilevel import bloop
 
 
@@ -38,7 +41,8 @@ def test_one_step_and_the_moving_average():
         np.testing.assert_allclose(flat(state.average), average, atol=1e-6)
         assert abs((flat(found) - flat(main)) @ average) < 1e-5
         assert abs(0.7 * flat(other) @ average) > 1e-2  # the sum of the gradients is not
-    before = state
+    before: Any = state
+    after: Any
     broken, after = update(jax.tree.map(lambda x: x * np.float32("nan"), main), state, other)
     assert np.isnan(flat(broken)).all()
     np.testing.assert_array_equal(flat(after.average), flat(before.average))
@@ -146,7 +150,7 @@ def test_numbers_that_change_and_skipped_steps():
     ("make", "error", "says"),
     [
         (lambda: bloop(-1.0), ValueError, "`weight` must be at least 0"),
-        (lambda: bloop("1"), TypeError, "`weight` must be a number"),
+        (lambda: bloop(mistyped("1")), TypeError, "`weight` must be a number"),
         (lambda: bloop(1.0, decay=1.0), ValueError, r"`decay` must be in \[0, 1\); got 1.0"),
         (lambda: bloop(1.0).init({"n": np.arange(3)}), TypeError, "params"),
         (lambda: call(auxiliary=None), ValueError, "needs the gradient of the auxiliary loss"),

@@ -126,7 +126,7 @@ def _concrete(x: Any) -> Any:
     return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
-def _dot(a: Any, b: Any) -> jax.Array:
+def _dot(a: Any, b: Any) -> Any:
     """The inner product as sums of products, which explicit shardings admit."""
     return optax.tree.sum(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
 
