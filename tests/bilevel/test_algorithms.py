@@ -392,7 +392,7 @@ def test_warm_inner_loops_lag_behind_a_moving_minimum(name):
 def test_one_call_of_bome_and_of_the_gradient_penalty(kind):
     """params and theta's direction after one call, by the formulas of the papers."""
     name = "penalty" if kind == "gradient" else "bome"
-    estimator, start, sums = full(name, eta=0.5, penalty=3.0, kind=kind, control=kind)
+    estimator, start, sums = full(name, eta=9.0, penalty=3.0, kind=kind, control=kind)
     _, at, (grads, info) = run(estimator, start.theta, 0.0, KEY, 1)
     p, z, x = sums.full, start.params, start.theta
     a, b = exact.slopes(p, z, x)
@@ -413,7 +413,7 @@ def test_one_call_of_bome_and_of_the_gradient_penalty(kind):
 
         dq_z, dq_x = slope(z), p.mixed.T @ (z - low)
         squares = dq_z @ dq_z + dq_x @ dq_x
-        phi = 0.5 * (squares if kind == "norm" else value(z) - value(low))
+        phi = 9.0 * (squares if kind == "norm" else value(z) - value(low))
         weight = max(phi - a @ dq_z - b @ dq_x, 0) / squares
         assert weight > 0
         along_z, grad, cost = a + weight * dq_z, b + weight * dq_x, 3 + 3
