@@ -305,14 +305,18 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         if "equal weights" in values:
             axis.axhline(values["equal weights"].mean(), color="k", ls=":", label="equal weights")
         axis.set(xscale="log", xlabel="gradient-equivalents of a block", ylabel=label)
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize="small")
     times = series(records, "step_microseconds")
     sizes = [int(name.split()[0]) for name in times]
-    axes[2].plot(sizes, [np.median(v) for v in times.values()], "ko-")
-    axes[2].set(xscale="log", xlabel="blocks in all, 10 per step", ylabel="CPU µs per step")
-    axes[2].set_ylim(bottom=0)
+    micros = [float(np.median(v)) for v in times.values()]
+    axes[2].plot(sizes, micros, "ko-")
+    axes[2].set(xscale="log", xlabel="10 of so many per step", ylabel="CPU µs per step")
+    axes[2].set(ylim=(0, 1.2 * max(micros)))
+    axes[2].xaxis.set_minor_formatter("")
+    axes[2].set_xticks(sizes, list(times))
     axes[2].grid(alpha=0.3)
     seeds = len({r.seed for r in records})
     figure.suptitle(f"task {config['task']}: mean and standard error of {seeds} seed(s)")
