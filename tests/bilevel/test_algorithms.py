@@ -72,7 +72,16 @@ MATRICES = {
     "fsla": lambda p, rates: exact.fsla(p, rates),
     "amigo": lambda p, rates: exact.amigo(p, rates, 3, 2),
     "stocbio": lambda p, rates: exact.stocbio(p, rates, 3, 5),
+    "mrbo": lambda p, rates: mrbo(p, rates),
 }
+
+
+def mrbo(p, rates):
+    """params and theta move from the same point; theta along a series of 5 terms."""
+    matrix = exact.stocbio(p, rates, 0, 5)
+    d = len(p.inner_slope)
+    matrix[:d] = exact.soba(p, rates)[:d]
+    return matrix
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -82,7 +91,7 @@ def test_without_noise_the_steps_are_powers_of_a_matrix(name):
     expected = exact.after(MATRICES[name](sums.full, RATES), start, 30)
     for found, value in zip((at.params, at.v, theta), expected, strict=True):
         np.testing.assert_allclose(found, value, rtol=1e-9)
-    other = {"soba": "fsla", "fsla": "soba", "amigo": "stocbio", "stocbio": "amigo"}[name]
+    other = {"soba": "fsla", "fsla": "soba", "amigo": "stocbio"}.get(name, "amigo")
     wrong = exact.after(MATRICES[other](sums.full, RATES), start, 30)
     assert np.max(np.abs(np.asarray(theta) - wrong.theta)) > 1e-3
 
@@ -109,7 +118,7 @@ def test_the_table_of_spectral_radii():
         mu, kappa, rho, gamma = row
         estimator = bilevel.soba(
             *scalar(mu, kappa),
-            init_params=lambda key: 2.0,
+            init_params=lambda key: jnp.asarray(2.0),
             outer_data=lambda key: jnp.zeros(3),
             inner_data=lambda key: jnp.zeros(3),
             inner_optimizer=optax.sgd(rho),
@@ -150,7 +159,7 @@ def test_the_stationary_covariance_solves_the_lyapunov_equation():
 
     estimator = bilevel.soba(
         *scalar(mu, kappa, sd),
-        init_params=lambda key: 1 / (1 + kappa),
+        init_params=lambda key: jnp.asarray(1 / (1 + kappa)),
         outer_data=sample,
         inner_data=sample,
         inner_optimizer=optax.sgd(rho),
@@ -234,7 +243,7 @@ def test_the_memory_of_saga_is_the_full_gradient():
     p = sums.full
     gradient = p.hessian @ params + p.mixed @ theta - p.inner_slope
     inner = gradient, p.hessian @ v, p.mixed.T @ v
-    outer = exact.slopes(p, params, theta)
+    outer = exact.slopes(p, np.asarray(params), np.asarray(theta))
     epoch, early, begun = memory(3), memory(2), memory(0, True)
     np.testing.assert_allclose(epoch.inner.mean, inner, rtol=1e-12)
     np.testing.assert_allclose(epoch.outer.mean, outer, rtol=1e-12)
@@ -359,7 +368,7 @@ def test_warm_inner_loops_lag_behind_a_moving_minimum(name):
     estimator = REGISTRY[name].build(
         outer,
         inner,
-        init_params=lambda key: 0.0,
+        init_params=lambda key: jnp.asarray(0.0),
         outer_data=data,
         inner_data=data,
         **settings(Rates(rho, rho, 0.0)),
@@ -377,3 +386,37 @@ def test_warm_inner_loops_lag_behind_a_moving_minimum(name):
         return jax.lax.scan(step, (begin, estimator.init(key, begin)), length=100)[1]
 
     np.testing.assert_allclose(away(KEY)[-1], exact.lag(mu, rho, 3, delta), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["norm", "value", "gradient"])
+def test_one_call_of_bome_and_of_the_gradient_penalty(kind):
+    """params and theta's direction after one call, by the formulas of the papers."""
+    name = "penalty" if kind == "gradient" else "bome"
+    estimator, start, sums = full(name, eta=9.0, penalty=3.0, kind=kind, control=kind)
+    _, at, (grads, info) = run(estimator, start.theta, 0.0, KEY, 1)
+    p, z, x = sums.full, start.params, start.theta
+    a, b = exact.slopes(p, z, x)
+
+    def slope(z):
+        return p.hessian @ z + p.mixed @ x - p.inner_slope
+
+    if kind == "gradient":
+        along_z, grad = a + 6 * p.hessian @ slope(z), b + 6 * p.mixed.T @ slope(z)
+        along_z, cost = along_z / 4, 5
+    else:
+        low = z
+        for _ in range(3):
+            low = low - 0.1 * slope(low)
+
+        def value(z):
+            return z @ p.hessian @ z / 2 + z @ (p.mixed @ x - p.inner_slope)
+
+        dq_z, dq_x = slope(z), p.mixed.T @ (z - low)
+        squares = dq_z @ dq_z + dq_x @ dq_x
+        phi = 9.0 * (squares if kind == "norm" else value(z) - value(low))
+        weight = max(phi - a @ dq_z - b @ dq_x, 0) / squares
+        assert weight > 0
+        along_z, grad, cost = a + weight * dq_z, b + weight * dq_x, 3 + 3
+    np.testing.assert_allclose(grads[0], grad, rtol=1e-9)
+    np.testing.assert_allclose(at.params, z - 0.1 * along_z, rtol=1e-9)
+    assert int(info.gradients[0]) == cost

@@ -1,6 +1,7 @@
 """BSVRB: many blocks."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ DATA = bilevel.finite_sum(jnp.array([0.5, 1.5]), 2)
 
 
 def blocks(sampled=BLOCKS, data=DATA, rate=0.1, **changes):
-    given = {"alpha": 1.0, "beta": 1.0, "gamma": 0.0, **changes}
+    given: dict[str, Any] = {"alpha": 1.0, "beta": 1.0, "gamma": 0.0, **changes}
     return bilevel.bsvrb(
         outer,
         inner,

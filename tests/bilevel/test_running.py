@@ -1,5 +1,7 @@
 """Stochastic bilevel algorithms in ``fit`` and ``average``: data, bad arguments, divergence."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import mistyped, numbers, raises
+from tests.helpers import mistyped, numbers, over_workers, raises
 from unrollgrad import bilevel
 from unrollgrad.bilevel import data as reading
 
@@ -25,7 +27,7 @@ def inner(w, theta, x):
 
 def soba(data=None, rate=0.1, **changes):
     data = bilevel.finite_sum(ROWS, 4) if data is None else data
-    given = {
+    given: dict[str, Any] = {
         "init_params": lambda key: jnp.zeros(3),
         "outer_data": data,
         "inner_data": data,
@@ -100,10 +102,10 @@ def test_average_is_a_mean_over_replicas_and_begins_a_bad_one_again():
     v = after.carried.v.at[2].set(jnp.nan)
     broken = after._replace(carried=after.carried._replace(v=v))
     out, state = workers.estimate(KEY, theta, broken)
-    assert int(out.info.num_nonfinite) == 1
+    assert int(over_workers(out).num_nonfinite) == 1
     assert np.all(np.isfinite(out.grad))
     out, state = workers.estimate(jax.random.key(7), theta, state)
-    assert int(out.info.num_nonfinite) == 0
+    assert int(over_workers(out).num_nonfinite) == 0
     assert np.all(np.isfinite(state.carried.v))
     np.testing.assert_array_equal(state.episode.t, [4, 4, 2, 4])
     with raises(ValueError, "stagger", "truncation"):

@@ -1,6 +1,5 @@
 """Bilevel optimization: an outer descent through the solution of an inner problem."""
 
-from unrollgrad.bilevel._estimator import BilevelInfo
 from unrollgrad.bilevel.advice import advice
 from unrollgrad.bilevel.blocks import bsvrb
 from unrollgrad.bilevel.bloop import bloop
@@ -15,6 +14,7 @@ from unrollgrad.bilevel.single_loop import soba
 from unrollgrad.bilevel.solve import BilevelResult, solve
 from unrollgrad.bilevel.unrolled import unrolled
 from unrollgrad.bilevel.variance_reduced import ma_soba, saba, spaba, srba
+from unrollgrad.types import BilevelInfo
 
 __all__ = [
     "REGISTRY",

@@ -60,9 +60,9 @@ class Tracking(NamedTuple):
 
     tracks: str
     alpha: float
-    gamma: float
-    radius: float | None
-    least_curvature: float
+    gamma: Numeric
+    radius: Numeric | None
+    least_curvature: Numeric
     catch_up: bool
 
 
@@ -209,7 +209,7 @@ def _hessian(losses: Losses, point: Point, token: Any) -> jax.Array:
     return jax.vmap(row)(jnp.eye(flat.size, dtype=flat.dtype))
 
 
-def _at_least(matrix: jax.Array, least: float) -> jax.Array:
+def _at_least(matrix: jax.Array, least: Numeric) -> jax.Array:
     values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * jnp.maximum(values, least)) @ vectors.T
 
@@ -254,7 +254,7 @@ def _moved(optimizer, theta: Theta, late: Numeric, direction: ArrayTree, held: t
     return trees.add(variable, updates), state, updates
 
 
-def _within(v: Any, radius: float | None) -> Any:
+def _within(v: Any, radius: Numeric | None) -> Any:
     """The nearest tree whose norm is at most ``radius``."""
     if radius is None:
         return v

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
 from unrollgrad.bilevel import _estimator, _losses
-from unrollgrad.bilevel._estimator import Before, BilevelInfo
+from unrollgrad.bilevel._estimator import Before
 from unrollgrad.bilevel._field import Field, Sample
 from unrollgrad.bilevel._linear import Solver, System
 from unrollgrad.bilevel._losses import OUTER_COST, PRODUCT_COST, Directions, Losses, Places, Point
 from unrollgrad.bilevel.directions import Estimator
 from unrollgrad.implicit import trees
-from unrollgrad.types import GradientEstimator, Key, MadeBy
+from unrollgrad.types import BilevelInfo, GradientEstimator, Key, MadeBy
 
 _TERMS = 4  # folded into an episode's key
 
@@ -86,7 +86,7 @@ def double_loop(
             grad, cost = found.directions.theta, found.gradients
         info = BilevelInfo(
             inner_steps=jnp.int32(inner_steps),
-            gradients=inner_steps + OUTER_COST + solved.gradients + cost,
+            gradients=jnp.int32(inner_steps + OUTER_COST + solved.gradients + cost),
             v_norm=_estimator.length(solved.v),
             curvature=solved.curvature,
             inner_rate=rate,

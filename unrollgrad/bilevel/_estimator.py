@@ -23,6 +23,7 @@ from unrollgrad.bilevel.unrolled import InnerOptimizer, by_theta
 from unrollgrad.implicit import trees
 from unrollgrad.types import (
     ArrayTree,
+    BilevelInfo,
     Episode,
     Estimate,
     GradientEstimator,
@@ -34,32 +35,6 @@ from unrollgrad.types import (
 
 _FOREVER = 2**31 - 1
 _PARAMS = 0  # folded into an episode's key
-
-
-class BilevelInfo(NamedTuple):
-    """The cost of one call, and what tells whether the rates fit the problem.
-
-    Attributes:
-        inner_steps: int32, the steps that the inner variable took.
-        gradients: int32, the cost in gradients of one batch: a gradient 1, the products with H and
-            B from one vjp 2, one of them alone 2.
-        v_norm: The norm of v after the call, or of what stands for it.
-        curvature: The Rayleigh quotient v^T H v / v^T v of this call's batch (times its weight, if
-            the last batch is short).
-        inner_rate: The length of the last step of params, over the length of its direction: the
-            learning rate, if the optimizer is ``optax.sgd``.
-        linear_rate: The same of v's last step, or the rate of a Neumann series; 0 where there is
-            neither.
-        outer_rate: The same of theta's last step.
-    """
-
-    inner_steps: jax.Array
-    gradients: jax.Array
-    v_norm: jax.Array
-    curvature: jax.Array
-    inner_rate: jax.Array
-    linear_rate: jax.Array
-    outer_rate: jax.Array
 
 
 class Before(NamedTuple):

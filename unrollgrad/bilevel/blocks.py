@@ -11,11 +11,20 @@ from unrollgrad._checks import arguments
 from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel import _block_parts, _estimator, _losses, data
 from unrollgrad.bilevel._block_parts import Last, Rows, Tracking
-from unrollgrad.bilevel._estimator import Before, BilevelInfo
+from unrollgrad.bilevel._estimator import Before
 from unrollgrad.bilevel._losses import Losses, Places
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.implicit import trees
-from unrollgrad.types import ArrayTree, Episode, GradientEstimator, Key, MadeBy, Numeric, Theta
+from unrollgrad.types import (
+    ArrayTree,
+    BilevelInfo,
+    Episode,
+    GradientEstimator,
+    Key,
+    MadeBy,
+    Numeric,
+    Theta,
+)
 
 
 class Blocks(NamedTuple):

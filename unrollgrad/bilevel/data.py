@@ -39,7 +39,7 @@ class FiniteSum(NamedTuple):
         return self.num_examples % self.batch_size
 
 
-Source = FiniteSum | Callable[[Key], Any]
+Source = FiniteSum | Callable[..., Any]
 """A finite sum, or ``sample_batch(key)``."""
 
 

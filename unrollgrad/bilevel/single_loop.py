@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from unrollgrad.bilevel import _estimator, _field, _losses, data
 from unrollgrad.bilevel import directions as laws
-from unrollgrad.bilevel._estimator import Before, BilevelInfo
+from unrollgrad.bilevel._estimator import Before
 from unrollgrad.bilevel._losses import Losses, Places, Point
 from unrollgrad.bilevel.unrolled import InnerOptimizer
-from unrollgrad.types import ArrayTree, GradientEstimator, Key, MadeBy, Numeric
+from unrollgrad.types import ArrayTree, BilevelInfo, GradientEstimator, Key, MadeBy, Numeric
 
 
 class SingleLoop(NamedTuple):
@@ -166,7 +166,7 @@ def single_loop(
             linear_rate = _estimator.rate(along, _estimator.length(moves.v))
         info = BilevelInfo(
             inner_steps=jnp.int32(1),
-            gradients=found.gradients,
+            gradients=jnp.int32(found.gradients),
             v_norm=_estimator.length(v),
             curvature=found.curvature,
             inner_rate=_estimator.rate(updates, _estimator.length(moves.params)),
