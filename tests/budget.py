@@ -20,7 +20,7 @@ BUDGET = {
     "tests/bilevel": 495,
     "tests/diagnostics": 90,
     "tests/estimators": 480,
-    "tests/experiments": 60,
+    "tests/experiments": 80,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
     "unrollgrad": 300,

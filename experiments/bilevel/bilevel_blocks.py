@@ -99,7 +99,7 @@ class Data(NamedTuple):
     train: Rows
     validation: Rows
     test: Rows
-    wrong: np.ndarray
+    wrong: np.ndarray | None
 
 
 def data_of(settings: Settings, seed: int) -> Data:
@@ -120,18 +120,15 @@ def data_of(settings: Settings, seed: int) -> Data:
         kept = ~positive | (rng.random(len(x)) < 0.3)
         x, positive = x[kept][: settings.num_train], positive[kept][: settings.num_train]
     wrong = rng.random(len(x)) < (0.1 if settings.task == "noise" else 0.0)
-    sets = [(x, positive ^ wrong), draw(VALIDATION), draw(TEST)]
-    return Data(
-        *(
-            Rows(
-                jnp.asarray(np.concatenate([x, np.ones((len(x), 1))], 1), jnp.float32),
-                jnp.asarray(2 * y - 1, jnp.float32),
-                jnp.arange(len(x)),
-            )
-            for x, y in sets
-        ),
-        wrong,
-    )
+
+    def rows(x, y):
+        return Rows(
+            jnp.asarray(np.concatenate([x, np.ones((len(x), 1))], 1), jnp.float32),
+            jnp.asarray(2 * y - 1, jnp.float32),
+            jnp.arange(len(x)),
+        )
+
+    return Data(rows(x, positive ^ wrong), rows(*draw(VALIDATION)), rows(*draw(TEST)), wrong)
 
 
 def scales(num: int) -> jax.Array:
@@ -262,8 +259,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         points = solvers.run(programs, rates, jax.random.key(seed), budgets, _arrays(data))
         for j, point in enumerate(points):
             found = measure(point.theta, _arrays(data))
-            numbers = {k: float(v) for k, v in found.items()}
-            if data.wrong.any():
+            numbers: dict[str, float] = {k: float(v) for k, v in found.items()}
+            if settings.task == "noise":
                 numbers["wrong_auc"] = float(auc(-point.theta, jnp.asarray(data.wrong)))
             cost = {"gradients": point.gradients, "steps": point.step}
             write({"estimator": method, "step": j, **cost, **numbers})

@@ -164,13 +164,14 @@ def programs(build: Build, theta: Any, unit: float = 1.0, cells: bool = False) -
         def step(_, carry):
             own = jax.random.fold_in(key, carry.step)
             estimate, state = estimator.estimate(own, carry.theta, carry.state)
+            info: Any = estimate.info
             updates, opt_state = optimizer.update(estimate.grad, carry.opt_state)
             return Carry(
                 optax.apply_updates(carry.theta, updates),
                 opt_state,
                 state,
                 carry.step + 1,
-                carry.gradients + unit * estimate.info.gradients,
+                carry.gradients + unit * info.gradients,
                 carry.direction + estimate.grad,
             )
 
@@ -202,6 +203,7 @@ def run(
         return carry
 
     points: list[Point] = []
+    before, num = carry.theta, 1
     for budget in budgets:
         while (spent := float(jnp.max(carry.gradients))) < budget:
             step = int(jnp.max(carry.step))

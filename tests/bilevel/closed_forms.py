@@ -227,7 +227,7 @@ def additive(p: Quadratic, rates: Rates, sd: float) -> np.ndarray:
 
 def stationary_covariance(matrix: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """The limit of S <- M S Mᵀ + noise."""
-    return scipy.linalg.solve_discrete_lyapunov(matrix[:-1, :-1], noise)
+    return np.asarray(scipy.linalg.solve_discrete_lyapunov(matrix[:-1, :-1], noise))
 
 
 def stationary_moments(matrices: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -378,7 +378,7 @@ def blocks_step(
     params[sampled] -= rates.inner * times * (mus[sampled] * z - x)
     v[sampled] -= rates.linear * times * (mus[sampled] * q - (z - 1))
     misses[sampled] = 0
-    return Blocks(params, v, misses, x - rates.outer * (kappa * x + np.mean(q)))
+    return Blocks(params, v, misses, float(x - rates.outer * (kappa * x + np.mean(q))))
 
 
 def blocks_as_one(mus: np.ndarray, kappa: float = 0.1) -> Quadratic:
