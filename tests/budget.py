@@ -21,7 +21,7 @@ BUDGET = {
     "tests/bilevel": 495,
     "tests/diagnostics": 90,
     "tests/estimators": 480,
-    "tests/experiments": 92,
+    "tests/experiments": 110,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
     "unrollgrad": 300,

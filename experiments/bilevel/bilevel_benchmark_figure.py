@@ -112,6 +112,7 @@ def _curves(axis: Any, records: list[Record], x: str, y: str) -> None:
     axis.set(xscale="log", xlabel=LABELS[x], ylabel=LABELS[y])
     if y in ("suboptimality", "grad_norm2", "direction_error"):
         axis.set_yscale("log")
+    axis.xaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
 
 
@@ -150,9 +151,7 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str, start: float) -> 
             label=LABELS[main] + " at the end",
             extend="max",
         )
-    figure.suptitle(
-        "a run in every cell; darkest: not below the start; grey: not finite; star: the best"
-    )
+    figure.suptitle("darkest: not below the start; grey: not finite; star: best")
 
 
 def _ticks(axis: Any, values: list[float]) -> None:

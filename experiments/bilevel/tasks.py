@@ -212,7 +212,7 @@ def _classifier(rows: list[Rows], num_classes: int, cleaning: bool) -> Task:
 def _measure(
     inner: Callable[..., jax.Array],
     outer: Callable[..., jax.Array],
-    data: tuple[jax.Array, Rows, Rows, Rows],
+    data: tuple[Any, Rows, Rows, Rows],
 ) -> Callable[[Any], dict[str, jax.Array]]:
     """The exact numbers by Newton's method from zero, whose steps are conjugate gradients."""
     zero, train, validation, test = data

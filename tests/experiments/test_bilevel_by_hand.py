@@ -50,7 +50,7 @@ def test_the_recipes():
     classes = tasks.make("covtype", 0, tasks.Sizes(5000, 10, 10))
     cleaning = tasks.make("cleaning", 0, tasks.Sizes(1000, 300, 497))
     order = np.random.default_rng(0).permutation(1797)[:1000]
-    wrong = cleaning.inner_data.y != np.asarray(load_digits(return_X_y=True)[1])[order]
+    wrong = cleaning.inner_data.y != load_digits(return_X_y=True)[1][order]
     assert binary.inner_data.x.shape == (20_000, 22)
     assert abs(np.mean(binary.inner_data.y) - 0.097) < 0.01
     assert classes.inner_data.x.shape == (5000, 54)

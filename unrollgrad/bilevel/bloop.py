@@ -128,7 +128,7 @@ def _concrete(x: Any) -> Any:
 
 def _dot(a: Any, b: Any) -> Any:
     """The inner product as sums of products, which explicit shardings admit."""
-    return optax.tree.sum(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+    return jnp.asarray(optax.tree.sum(jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)))
 
 
 def _widened(tree: Any) -> Any:
