@@ -127,4 +127,13 @@ def test_the_notebook_is_the_script(script):
 
 
 def test_each_notebook_is_run():
-    assert [script.stem[:2] for script in SCRIPTS] == ["01", "02", "08", "09", "10", "11", "12", "13"]
+    assert [script.stem[:2] for script in SCRIPTS] == [
+        "01",
+        "02",
+        "08",
+        "09",
+        "10",
+        "11",
+        "12",
+        "13",
+    ]
