@@ -222,9 +222,9 @@ tell("own")
 draw(curves)
 
 # %% [markdown]
-# At the end, the schedule that this little meta-training found is about as good as the best constant
-# rate, and not as good as the cosine: 400 updates are few. Its objective is the mean over the whole
-# training, and not the end.
+# At the end, the schedule that this little meta-training found is about as good as the best
+# constant rate, and not as good as the cosine: 400 updates are few. Its objective is the mean over
+# the whole training, and not the end.
 #
 # `ug.learned_optimizers.save(path, result.theta, architecture="scheduled_adam", settings=...)`
 # saves the optimizer in a file for others. For families of tasks, long runs that can be resumed,
