@@ -14,16 +14,17 @@ import pytest
 from tests.helpers import COMPILED
 
 BUDGET = {
-    "README.md": 200,
-    "tests": 2430,
-    "tests/apo": 220,
-    "tests/bilevel": 95,
+    "README.md": 35,
+    "docs": 330,
+    "tests": 2900,
+    "tests/apo": 235,
+    "tests/bilevel": 495,
     "tests/diagnostics": 90,
     "tests/estimators": 480,
-    "tests/experiments": 60,
+    "tests/experiments": 92,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
-    "unrollgrad": 260,
+    "unrollgrad": 300,
 }
 """The number of programs that the tests of a folder may compile in one default run.
 

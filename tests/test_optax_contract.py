@@ -1,4 +1,4 @@
-"""What optax asks of its own optimizers, asked of ours: ``apo`` and the learned ones.
+"""What optax asks of its own optimizers, asked of ours: ``apo``, ``bloop`` and the learned ones.
 
 The cases are those of optax's contract tests: dtypes, extra arguments, ``map_params``, abstract
 weights, Python floats, leaves without numbers, wrappers.
@@ -21,6 +21,19 @@ APO = {
 }
 
 
+def with_itself_as_auxiliary():
+    """``bilevel.bloop`` whose auxiliary gradient is the main one."""
+    bloop = ug.bilevel.bloop(0.5)
+
+    def update(updates, state, params=None, **extra_args):
+        return bloop.update(updates, state, params, auxiliary=updates, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(bloop.init, update)
+
+
+BLOOP = {"bilevel.bloop": with_itself_as_auxiliary}
+
+
 def learned(name):
     small = {"hidden": (4,)} if name.endswith("mlp") else {}
     architecture = getattr(ug.learned_optimizers, name)(**small)
@@ -28,7 +41,8 @@ def learned(name):
 
 
 def make(name) -> Any:
-    return APO[name]() if name in APO else learned(name)
+    ours = {**APO, **BLOOP}
+    return ours[name]() if name in ours else learned(name)
 
 
 def loss(params, batch):
@@ -36,7 +50,7 @@ def loss(params, batch):
 
 
 GIVEN = {"loss": loss, "batch": jnp.zeros(())}
-every = pytest.mark.parametrize("name", [*APO, *LEARNED])
+every = pytest.mark.parametrize("name", [*APO, *BLOOP, *LEARNED])
 
 
 @every

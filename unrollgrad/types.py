@@ -106,6 +106,32 @@ class AverageInfo(NamedTuple):
     grad_variance: jax.Array
 
 
+class BilevelInfo(NamedTuple):
+    """The cost of one call of a stochastic bilevel algorithm, and whether its rates fit.
+
+    Attributes:
+        inner_steps: int32, the steps that the inner variable took.
+        gradients: int32, the cost in gradients of one batch: a gradient 1, the products with H and
+            B from one vjp 2, one of them alone 2.
+        v_norm: The norm of v after the call, or of what stands for it.
+        curvature: The Rayleigh quotient v^T H v / v^T v of this call's batch (times its weight, if
+            the last batch is short).
+        inner_rate: The length of the last step of params, over the length of its direction: the
+            learning rate, if the optimizer is ``optax.sgd``.
+        linear_rate: The same of v's last step, or the rate of a Neumann series; 0 where there is
+            neither.
+        outer_rate: The same of theta's last step.
+    """
+
+    inner_steps: jax.Array
+    gradients: jax.Array
+    v_norm: jax.Array
+    curvature: jax.Array
+    inner_rate: jax.Array
+    linear_rate: jax.Array
+    outer_rate: jax.Array
+
+
 class Estimate(NamedTuple):
     """An estimate of the outer gradient.
 
@@ -118,12 +144,13 @@ class Estimate(NamedTuple):
     Attributes:
         grad: A pytree with theta's structure, shapes and dtypes.
         loss: A scalar, at least float32.
-        info: ``Info``, or ``AverageInfo`` from ``average``.
+        info: ``Info``, ``BilevelInfo`` from the algorithms of ``bilevel``, or ``AverageInfo`` from
+            ``average``.
     """
 
     grad: Any
     loss: jax.Array
-    info: Info | AverageInfo
+    info: Info | AverageInfo | BilevelInfo
 
 
 class Episode(NamedTuple):

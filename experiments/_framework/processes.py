@@ -77,7 +77,7 @@ def join(group: Processes, devices: int | None) -> None:
             )
         if devices > count:
             jax.config.update("jax_num_cpu_devices", devices // count)
-            jax.config.update("jax_cpu_enable_async_dispatch", False)  # see the README
+            jax.config.update("jax_cpu_enable_async_dispatch", False)  # see docs/devices.md
     if count > 1:
         if not re.fullmatch(r".+:[0-9]+", group.coordinator):
             raise ValueError(f"`--coordinator` must be HOST:PORT; got {group.coordinator!r}.")

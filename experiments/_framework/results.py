@@ -259,7 +259,8 @@ def summarise(records: list[Record]) -> list[dict[str, Any]]:
         values = np.array([r.value for r in last.values()])
         n = len(values)
         with np.errstate(invalid="ignore"):  # the SNR without spread is infinite
-            se = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+            equal = n > 1 and bool((values == values[0]).all())  # std would leave rounding errors
+            se = None if n < 2 else 0.0 if equal else float(values.std(ddof=1) / math.sqrt(n))
             mean = float(values.mean())
         here = {**group[0].labels, "metric": group[0].metric}
         out.append({**here, "mean": mean, "se": se, "n": n})

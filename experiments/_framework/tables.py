@@ -91,6 +91,26 @@ def verdicts(records: Records, topic: str) -> str:
     return "\n".join(["| record | what it shows | claims |", "|---|---|---|", *rows])
 
 
+def pictures(records: Records, topic: str) -> str:
+    """The pictures of a topic's records, each below its name and what it shows.
+
+    Args:
+        records: All recorded runs.
+        topic: The topic.
+    """
+    found = report.recorded(records.topics, records.folder, Path("RESULTS.md"))
+    parts = [
+        f"### {run.name}\n\n{run.about} Claims: {report.verdict(run.claims)} "
+        f"([all numbers](../experiments/RESULTS.md#{run.name.lower()})).\n\n"
+        f"![{run.name}: {run.about}](../experiments/results/{run.name}/figure.png)"
+        for run in found
+        if run.topic == topic and (records.folder / run.name / "figure.png").exists()
+    ]
+    if not parts:
+        raise ValueError(f"no picture of the topic {topic!r}.")
+    return "\n\n".join(parts)
+
+
 def estimators(records: Records) -> str:
     """The table of estimators, from the library's registry.
 
@@ -107,5 +127,5 @@ def estimators(records: Records) -> str:
 
 
 FUNCTIONS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (printed, number, verdicts, estimators)
+    function.__name__: function for function in (printed, number, verdicts, pictures, estimators)
 }

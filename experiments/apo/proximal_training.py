@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments._framework.results import Summary
@@ -32,9 +33,16 @@ class Task(NamedTuple):
 
 
 def train(
-    task: Task, optimizer: optax.GradientTransformation, key: Key, num_steps: int, points: int
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    num_steps: int,
+    points: int,
+    reported: Callable[[Any, Any], Any] = lambda state, params: params,
 ) -> tuple[Any, jax.Array, jax.Array]:
     """Trains from initial weights; every step draws a second batch for the discrepancy.
+
+    ``reported(state, params)`` gives the weights that are evaluated, for optimizers that average.
 
     Returns:
         The final weights, the losses on all data and the learning rates that APO has found (NaN if
@@ -65,7 +73,7 @@ def train(
 
     def stretch(carry, keys):
         (params, state), _ = jax.lax.scan(step, carry, keys)
-        return (params, state), (task.evaluate(params), _rate(state))
+        return (params, state), (task.evaluate(reported(state, params)), _rate(state))
 
     params = task.init(key_params)
     keys = jax.random.split(key_batches, (points, num_steps // points))
@@ -73,7 +81,7 @@ def train(
     return params, losses, rates
 
 
-def last_tenth(losses: jax.Array) -> jax.Array:
+def last_tenth(losses: jax.Array | np.ndarray) -> jax.Array:
     """The final loss, averaged over the last tenth of the points to reduce noise."""
     return jnp.mean(losses[..., -max(1, losses.shape[-1] // 10) :], axis=-1)
 
@@ -88,16 +96,21 @@ def best_results(
 ) -> dict[tuple[str, ...], dict[str, Any]]:
     """The result with the lowest mean of each series, by the tuple of these labels' values.
 
-    If all means of a series are None (not finite), its first result is returned.
+    If no mean of a series is finite, its first result is returned.
     """
     out: dict[tuple[str, ...], dict[str, Any]] = {}
     for result in summary.results:
         if result["metric"] == metric:
             series = tuple(result[label] for label in labels)
-            mean, held = result["mean"], out.get(series, {"mean": None})["mean"]
-            if series not in out or (mean is not None and (held is None or mean < held)):
+            held = out.setdefault(series, result)
+            if math.isfinite(result["mean"]) and not result["mean"] >= held["mean"]:
                 out[series] = result
     return out
+
+
+def worst(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result with the highest mean; one that is not finite is the worst."""
+    return max(results, key=lambda r: r["mean"] if math.isfinite(r["mean"]) else math.inf)
 
 
 def _rate(state: object) -> jax.Array:

@@ -76,7 +76,7 @@ def _fit(task: Task, estimator: GradientEstimator, theta: Theta, num_steps: int)
 
 
 def _calls(task: Task, estimator: GradientEstimator, theta: Theta, num_steps: int, jitted: bool):
-    """The loop of the README."""
+    """The loop of docs/index.md."""
 
     def update(key, theta, state, opt_state):
         estimate, state = estimator.estimate(key, theta, state)

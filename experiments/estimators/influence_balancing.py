@@ -89,11 +89,14 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axis = figure.subplots()
     found = curves.curves(records, "loss")
     styles = curves.styles(found)
+    dashed = [name for name in found if styles[name].dash == "--"]  # equal curves: in turn
     for name, runs in found.items():
-        color, marker, dash = styles[name]
+        at = dashed.index(name) if name in dashed else 0
+        dash = (5 * at, (5, 5 * len(dashed) - 5)) if len(dashed) > 1 and name in dashed else "-"
         for j, (steps, losses) in enumerate(runs.values()):
-            look = {"color": color, "marker": marker, "markevery": [-1]}
-            axis.plot(steps, losses, dash, **look, label=name if j == 0 else None)
+            label = name if j == 0 else None
+            look = {"color": styles[name].color, "marker": styles[name].marker, "markevery": [-1]}
+            axis.plot(steps, losses, ls=dash, **look, label=label)
     axis.set(
         yscale="log",
         xlabel="outer updates (one inner step each)",

@@ -62,9 +62,8 @@ def _panel(axis: Any, table: Any, problem: str, config: dict[str, Any]) -> None:
         at = [places[u] * shift for u in here]
         means, errors = np.array([_pooled(x) for x in here.values()]).reshape(-1, 2).T
         style = "--" if "staggered" in name or name == "nres" else "-"
-        axis.errorbar(
-            at, means, errors, fmt=marker + style, color=color, ms=4, capsize=3, label=name
-        )
+        look: Any = {"marker": marker, "ls": style, "color": color, "ms": 4}
+        axis.errorbar(at, means, errors, **look, capsize=3, label=name)
         known = [x["exact"].mean() for x in here.values() if "exact" in x]
         if known:
             axis.plot(at, known, "kx", ms=6, label=None if i else "closed form")

@@ -133,7 +133,7 @@ def _name(label):
 
 def _means(points: np.ndarray) -> list[float]:
     finite = points[np.isfinite(points).all(axis=1)]
-    return [len(points), *(float(f"{x:.5g}") for x in finite.mean(axis=0) if len(finite))]
+    return [len(points), *(float(f"{x:.5g}") for x in (finite.mean(axis=0) if len(finite) else ()))]
 
 
 def thinned(records: list[Record], name: str, seeds: list[int]) -> list[Record]:

@@ -33,16 +33,17 @@ def smoke(module, tmp_path):
 @pytest.mark.experiments
 def test_learning_rate(tmp_path, capsys):
     records, summary = smoke(apo_learning_rate, tmp_path)
-    ours = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.APO)
-    fixed = apo_learning_rate.finals(records, "MLP", "SGD", apo_learning_rate.FIXED)
-    assert len(fixed) == 9
-    assert fixed["1.54"] < ours["1"] < ours["0.01"] < fixed["0.01"]
-    assert ours["0.0001"] < np.log(10)
-    expect("apo_learning_rate", [*ours.values(), min(fixed.values())])
+    ours, fixed, step_decay, cosine, osgm = (
+        apo_learning_rate.finals(records, "MLP", "SGD", method)
+        for method in apo_learning_rate.methods("SGD")
+    )
+    assert ours["1"] < ours["0.01"] < ours["0.0001"] < np.log(10)
+    expect("apo_learning_rate", [*ours.values(), *fixed.values()])
+    assert len(fixed) == len(step_decay) == len(cosine) == len(osgm) == 1  # the tuned ones
     rates = [r for r in records if r.metric == "learning_rate"]
     assert {r.labels["rate"] for r in rates} == {"0.0001", "0.01", "1"}
-    assert [claim.holds is not None for claim in apo_learning_rate.claims(summary)] == [True, True]
-    assert "best fixed" in capsys.readouterr().out
+    assert len(apo_learning_rate.claims(summary)) == 6
+    assert "cosine decay" in capsys.readouterr().out
 
 
 @pytest.mark.experiments
@@ -60,35 +61,80 @@ def test_labels_that_are_wrong():
 
 
 def test_claims_about_learning_rates_can_fail():
+    """They compare what is above the floor; a run that diverged gives no verdict."""
+
     def result(method, rate, mean):
         labels = {"net": "MLP", "base": "SGD", "method": method, "rate": rate}
-        return {**labels, "metric": "final", "mean": mean, "se": 0.0, "n": 3}
+        return {**labels, "metric": "excess", "mean": mean, "se": 1e-4, "n": 5}
 
+    names = apo_learning_rate.FIXED, apo_learning_rate.DECAY, apo_learning_rate.COSINE
     found = [
-        result(apo_learning_rate.FIXED, "0.1", 0.5),
-        result(apo_learning_rate.FIXED, "1", None),
-        result(apo_learning_rate.DECAY, "0.1", 0.5),
+        result(name, "0.1", mean) for name, mean in zip(names, (0.05, 0.04, 0.03), strict=True)
     ]
-    good = [result(apo_learning_rate.APO, r, 0.505) for r in ("0.1", "1")]
-    bad = [good[0], result(apo_learning_rate.APO, "1", 0.6)]
-    nan = [good[0], result(apo_learning_rate.APO, "1", None)]
-    for ours, holds in ((good, [True, True]), (bad, [False, False]), (nan, [False])):
-        claims = apo_learning_rate.claims(results.Summary(found + ours, {}))
-        assert [claim.holds for claim in claims] == holds
+    found.append(result(apo_learning_rate.OSGM, "1, 1", 0.09))
+    ours = {
+        "good": (0.028, 0.029),
+        "near": (0.052, 0.053),
+        "bad": (0.05, 0.06),
+        "diverged": (0.05, float("nan")),
+    }
+    expected = {
+        "good": [True] * 6,
+        "near": [True, False, True, False, False, True],
+        "bad": [False, False, False, False, False, True],
+        "diverged": [None] * 6,
+    }
+    for name, means in ours.items():
+        both = [
+            result(apo_learning_rate.APO, r, m) for r, m in zip(("0.1", "1"), means, strict=True)
+        ]
+        claims = apo_learning_rate.claims(results.Summary(found + both, {}))
+        assert [claim.holds for claim in claims] == expected[name]
+        assert ("diverged" in claims[0].ours) == (name == "diverged")
+
+
+def test_claims_about_preconditioners_can_fail():
+    def result(method, mean, metric, **labels):
+        return {"method": method, "metric": metric, "mean": mean, "se": 0.1, "n": 5, **labels}
+
+    def holds(module, ours, others, metric, **labels):
+        found = [result(k, v, metric, **labels) for k, v in {**ours, **others}.items()]
+        return [claim.holds for claim in module.claims(results.Summary(found, {}))]
+
+    nan, log = float("nan"), "log10_final"
+    apo_name, others = apo_regression.APO, {"Adam": -7.0, "KFAC": -9.0}
+    assert holds(apo_regression, {apo_name: -9.5}, others, log) == [True, True]
+    assert holds(apo_regression, {apo_name: -5.0}, others, log) == [False, False]
+    assert holds(apo_regression, {apo_name: nan}, others, log) == [None, None]
+    assert holds(apo_regression, {apo_name: -9.5}, {"Adam": nan, "KFAC": nan}, log) == [None, None]
+    names = (
+        apo_rosenbrock.APO_DENSE,
+        apo_rosenbrock.APO_RATE,
+        apo_rosenbrock.ADAM,
+        apo_rosenbrock.GRADIENT_DESCENT,
+    )
+    for values, verdicts in (
+        ((-20, -3, -6, -1), [True, True, True]),
+        ((-1, -3, -6, -9), [False, False, False]),
+        ((nan, -3, -6, -1), [True, None, None]),
+    ):
+        ours = dict(zip(names, map(float, values), strict=True))
+        assert holds(apo_rosenbrock, ours, {}, "log10_loss") == verdicts
+    for ours, verdicts in ((2.0, [True, True]), (5.0, [False, False]), (nan, [None, None])):
+        found = {apo_autoencoder.APO: ours, "SGD": 4.0, "Adam": 3.0}
+        labels = {"dtype": "float32", "rate": "1"}
+        assert holds(apo_autoencoder, found, {}, "final", **labels) == verdicts
 
 
 @pytest.mark.experiments
 def test_regression(tmp_path, capsys):
     _, summary = smoke(apo_regression, tmp_path)
-    logs = {
-        (r["method"], r["rate"]): r["mean"] for r in summary.results if r["metric"] == "log10_final"
-    }
-    ours = logs[apo_regression.APO, "0.1"]
-    assert ours < -3
-    natural = min(v for (m, _), v in logs.items() if m == "natural gradient" and v is not None)
-    assert natural < -10
-    expect("apo_regression", ours)
-    assert len(apo_regression.claims(summary)) == 1
+    logs = {r["method"]: r["mean"] for r in summary.results if r["metric"] == "log10_final"}
+    assert set(logs) == set(apo_regression.METHODS)
+    assert logs[apo_regression.APO] < -3
+    assert logs[apo_regression.NATURAL] < -10
+    expect("apo_regression", logs[apo_regression.APO])
+    assert len(apo_regression.claims(summary)) == 2
     assert "APO preconditioner" in capsys.readouterr().out
 
 
@@ -114,9 +160,9 @@ def test_rosenbrock(tmp_path, capsys):
     _, summary = smoke(apo_rosenbrock, tmp_path)
     ends = {r["method"]: r["mean"] for r in summary.results if r["metric"] == "loss"}
     assert ends[apo_rosenbrock.NEWTON] < 1e-2
-    methods = "gradient descent at its best rate", apo_rosenbrock.APO_RATE, apo_rosenbrock.APO_DENSE
+    methods = apo_rosenbrock.GRADIENT_DESCENT, apo_rosenbrock.APO_RATE, apo_rosenbrock.APO_DENSE
     expect("apo_rosenbrock", [ends[method] for method in methods])
-    assert len(apo_rosenbrock.claims(summary)) == 2
+    assert len(apo_rosenbrock.claims(summary)) == 3
     capsys.readouterr()
 
 
@@ -139,7 +185,7 @@ def test_autoencoder(tmp_path, capsys):
     first = max(r.value for r in records if r.metric == "loss")
     assert all(value < 0.8 * first for value in found.values())
     expect("apo_autoencoder", found["float32", apo_autoencoder.APO])
-    assert len(apo_autoencoder.claims(summary)) == 2
+    assert len(apo_autoencoder.claims(summary)) == 4
     capsys.readouterr()
 
 

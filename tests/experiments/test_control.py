@@ -1,7 +1,7 @@
-"""``control`` at smoke scale: all methods learn, truncated ES less than the others."""
+"""``control`` at smoke scale, MuJoCo's robots against Gymnasium's, and what the claims need."""
 
 import dataclasses
-import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,54 +13,47 @@ import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results, tuning
 from experiments.estimators import control
-from experiments.problems.swimmer import swimmer
+from experiments.problems import robots
 from tests.helpers import present, raises
 from tests.stored import expect
+
+robot = pytest.mark.parametrize(
+    ("name", "environment"), [("swimmer", "Swimmer-v5"), ("half_cheetah", "HalfCheetah-v5")]
+)
 
 
 @pytest.mark.experiments
 def test_smoke(tmp_path, capsys):
     settings = dataclasses.replace(control.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(control.EXPERIMENT, settings))
+    assert folder.name.startswith("control-cart_pole")
     summary = results.read_summary(folder)
-    claims = control.claims(summary)
-    assert len(claims) == 9
-    assert all(claim.holds is None for claim in claims)  # one seed
-    assert [claim.ours == "not run" for claim in claims].count(True) == 6
-    assert "steps to full ES's J" in capsys.readouterr().out
-    records = results.read(folder)
-    for name in ("full_es", "es_single"):
-        assert summary.find("inner_steps", estimator=name)["mean"] == settings.budget
-    first = {r.value for r in records if r.metric == "loss" and r.step == 0}
-    assert len(first) == 1
-    after = {
-        name: summary.find("loss", estimator=name)["mean"]
-        for name in ("full_es", "truncated_es", "es_single")
+    assert all(claim.holds is None for claim in control.claims(summary))  # one seed
+    assert "return at the end" in capsys.readouterr().out
+    steps = {
+        name: summary.find("inner_steps", estimator=name)["mean"] for name in settings.estimators
     }
-    assert all(loss < 0.2 * min(first) for loss in after.values())
-    expect("control experiment", {"before": first.pop(), "full_es": after["full_es"]})
+    assert steps == {name: 4000 for name in settings.estimators} | {"truncated_es": 6000}
+    records = [r for r in results.read(folder) if r.metric == "return"]
+    (first,) = {r.value for r in records if r.step == 0}
+    after = {name: summary.find("return", estimator=name)["mean"] for name in settings.estimators}
+    assert after["nres"] > first  # its workers are in the middle of their second episodes
+    assert all(after[name] > 0.3 * first for name in after if name != "nres")  # minus a loss
+    expect("control experiment", {"before": first, **after})
 
 
-def test_one_update_of_few_pairs_costs_what_a_window_does():
-    settings = control.SCALES["cpu"]
-    problem, _ = control.PROBLEMS[settings.problem](settings.horizon)
-    costs = {name: cost for name, (_, cost) in control.estimators(settings, problem).items()}
-    assert costs == {
-        "full_es": 20_000,
-        "full_es_few": 2000,
-        "truncated_es": 2100,
-        "pes": 2000,
-        "es_single": 2000,
-        "nres": 2000,
-    }
-
-
-def test_along_a_curve():
-    curve = [(0, 0.0), (10, -1.0), (20, -0.5), (30, -2.0)]
-    assert control.loss_at(25, curve) == -0.5
-    assert control.loss_at(30, curve) == -2.0
-    assert control.steps_to(-0.7, curve) == 10
-    assert control.steps_to(-3.0, curve) == float("inf")
+@pytest.mark.experiments
+@pytest.mark.parametrize("env", ["swimmer", "half_cheetah"])
+def test_smoke_of_a_robot(env, tmp_path):
+    pytest.importorskip("mujoco", reason="needs the extra `control`")
+    few = {"horizon": 20, "truncation": 10, "num_pairs": 2, "num_steps": 2, "num_episodes": 1}
+    settings = dataclasses.replace(
+        control.SCALES["smoke"], out=tmp_path, env=env, learning_rates=(1e-3,), **few
+    )
+    folder = present(framework.execute(control.EXPERIMENT, settings))
+    assert folder.name.startswith(f"control-{env}")
+    found = results.read_summary(folder).find("return", estimator="es_single")["mean"]
+    assert np.isfinite(found)
 
 
 def test_pairs_that_do_not_divide(tmp_path):
@@ -69,26 +62,118 @@ def test_pairs_that_do_not_divide(tmp_path):
         framework.execute(control.EXPERIMENT, settings)
 
 
-def test_steps_to():
-    curve = [(0, 3.0), (10, 1.0), (20, 2.0), (30, 0.5)]
-    assert control.steps_to(1.0, curve) == 10
-    assert control.steps_to(0.6, curve) == 30
-    assert control.steps_to(0.1, curve) == math.inf
+def test_settings_of_the_papers():
+    """What is given stays; the rest is the environment's, with the paper's number of pairs."""
+    cheetah = control.Settings(scale="paper", env="half_cheetah", sigma=0.1)
+    filled = control.filled(cheetah)
+    assert (filled.sigma, filled.num_pairs, filled.truncation) == (0.1, 300, 20)
+    assert filled.num_steps == 1000
+    assert control.filled(control.Settings()).num_pairs == 10
 
 
-def test_claims_can_fail():
-    def found(metric, steps):
-        return [
-            {"estimator": n, "metric": metric, "mean": m, "se": 1.0, "n": 3}
-            for n, m in steps.items()
+def test_along_a_run():
+    settings = control.filled(control.Settings())
+    returns = [100.0, *range(20)]
+    found = control.along(settings, "full_es", returns)
+    assert found == {"mean_return": 9.5, "return_in_a_row": 1.0}  # a tenth of 20 points
+    assert control.along(settings, "nres", returns) == {"mean_return": 9.5}
+
+
+@pytest.mark.parametrize("other", [np.nan, 5.0])
+def test_claims_can_fail(other):
+    """Nres is better than all others, or worse, or diverged."""
+
+    def claims(nres):
+        found = [
+            {"estimator": name, "metric": metric, "mean": mean, "se": 0.1, "n": 3}
+            for name, mean in {
+                "full_es": 10.0,
+                "truncated_es": 8.0,
+                "pes": 7.0,
+                "nres": nres,
+            }.items()
+            for metric in ("return", "mean_return", "return_in_a_row")
         ]
+        return control.claims(results.Summary(found, {"config": {"env": "half_cheetah"}}))
 
-    steps = {"full_es": 10.0, "full_es_few": 5.0, "pes": 7.0, "es_single": 9.0, "nres": None}
-    summary = results.Summary(found("steps", steps), {"config": {"problem": "swimmer"}})
-    holds = {claim.says: claim.holds for claim in control.claims(summary)}
-    assert holds["pes reaches full ES's J in fewer environment steps than full_es"] is True
-    assert holds["es_single reaches full ES's J in fewer environment steps than full_es"] is False
-    assert holds["nres reaches full ES's J in fewer environment steps than full_es"] is False
+    good, bad = claims(20.0), claims(other)
+    assert [claim.holds for claim in good] == [True] * 4
+    about_nres = [claim.holds for claim in bad if claim.says.startswith("nres")]
+    assert about_nres == [None if np.isnan(other) else False] * 3
+
+
+@robot
+def test_a_robot_moves_as_gymnasiums(name, environment):
+    """Ten steps with random controls: the same positions, velocities and rewards."""
+    gymnasium = pytest.importorskip("gymnasium", reason="needs the extra `control`")
+    pytest.importorskip("mujoco", reason="needs the extra `control`")
+    theirs = gymnasium.make(environment).unwrapped
+    about, advance = robots.ROBOTS[name], robots.engine(name).advance
+    num_positions = theirs.model.nq
+    draw = np.random.default_rng(0)
+    theirs.reset(seed=1)
+    state = np.concatenate([theirs.data.qpos, theirs.data.qvel])
+    for _ in range(10):
+        controls = draw.uniform(-1.5, 1.5, theirs.model.nu)
+        *state, moved = advance(np.concatenate([state, controls]))
+        state = np.array(state)
+        seen, reward, *_ = theirs.step(controls)
+        expected = np.concatenate([theirs.data.qpos, theirs.data.qvel])
+        np.testing.assert_allclose(state, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(state[about.hidden :], seen, rtol=1e-5, atol=1e-5)
+        cost = about.control_cost * np.sum(controls**2)
+        assert abs(moved / theirs.dt - cost - reward) < 1e-4
+    assert num_positions + theirs.model.nv == state.size
+    assert np.abs(state[num_positions:]).max() > 0.1
+
+
+@robot
+def test_a_robots_problem(name, environment):
+    """The loss is minus Gymnasium's reward for the linear policy; an episode repeats exactly."""
+    gymnasium = pytest.importorskip("gymnasium", reason="needs the extra `control`")
+    pytest.importorskip("mujoco", reason="needs the extra `control`")
+    problem, theta = robots.robot(name, horizon=5)
+    theta = theta + 0.1 * np.random.default_rng(0).standard_normal(theta.shape, np.float32)
+
+    @jax.jit
+    def run(keys):
+        losses = jax.vmap(lambda key: ug.episode_loss(problem, key, theta))(keys)
+        return losses, jax.vmap(lambda key: problem.init(key, theta))(keys)
+
+    losses, _ = run(jax.random.split(jax.random.key(0), 3))
+    again, _ = run(jax.random.split(jax.random.key(0), 3))
+    np.testing.assert_array_equal(losses, again)
+    assert len(set(losses.tolist())) == 3
+
+    theirs = gymnasium.make(environment).unwrapped
+    theirs.reset(seed=0)
+    step = jax.jit(problem.step)
+    state, key = np.concatenate([theirs.data.qpos, theirs.data.qvel]), jax.random.key(0)
+    state = jnp.asarray(state, jnp.float32)
+    for t in range(3):
+        controls = theta @ state[robots.ROBOTS[name].hidden :]
+        _, reward, *_ = theirs.step(np.asarray(controls, np.float64))
+        state, loss = step(key, theta, state, jnp.int32(t))
+        assert abs(float(loss) + reward) < 1e-3
+
+
+@robot
+def test_a_batch_of_robots(name, environment):
+    """Each robot of a batch moves as it does alone, bit for bit; leading axes stay."""
+    pytest.importorskip("mujoco", reason="needs the extra `control`")
+    model, advance = robots.engine(name)
+    draw = np.random.default_rng(0)
+    given = np.float32(0.1 * draw.standard_normal((2, 3, model.nq + model.nv + model.nu)))
+    found = advance(given)
+    assert (found.dtype, found.shape) == (np.float32, (2, 3, model.nq + model.nv + 1))
+    np.testing.assert_array_equal(found[1, 2], advance(given[1, 2]))
+
+
+def test_without_mujoco(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    robots.engine.cache_clear()
+    with raises(ImportError, 'needs MuJoCo: pip install "unrollgrad[control]"'):
+        robots.robot("swimmer")
 
 
 @pytest.mark.experiments
@@ -104,60 +189,3 @@ def test_best_rate_of_a_parabola(rates, best):
     keys = jax.random.split(jax.random.key(0), 2)
     found = tuning.best_rate(trial, rates, keys, jnp.float32(1))
     assert found == best
-
-
-@pytest.mark.experiments
-def test_the_swimmer():
-    """It rests without motors; forces and momentum balance; some policies swim."""
-    problem, theta = swimmer(300)
-    losses = jax.vmap(lambda key: ug.episode_loss(problem, key, theta))
-    keys = jax.random.split(jax.random.key(0), 8)
-    assert abs(jnp.mean(losses(keys))) < 0.01
-    draws = 0.5 * jax.random.normal(jax.random.key(1), (64, *theta.shape))
-    found = jax.lax.map(lambda theta: ug.episode_loss(problem, keys[0], theta), draws)
-    assert jnp.all(jnp.isfinite(found))
-    assert found.min() < -0.1
-
-
-@pytest.mark.experiments
-def test_the_swimmer_moves_as_lagrange_says():
-    """One short step satisfies the links' Euler-Lagrange equations, derived by autodiff."""
-    links, dt = 3, 0.02
-    key = jax.random.key(3)
-    angles, rates = jax.random.normal(key, (2, links))
-    moving = jnp.array([0.3, -0.2])
-    theta = jax.random.normal(key, (2, 8))
-
-    def middles(q):
-        along = jnp.stack([jnp.cos(q[2:]), jnp.sin(q[2:])], axis=-1)
-        ends = q[:2] + jnp.concatenate([jnp.zeros((1, 2)), jnp.cumsum(along, axis=0)])
-        return (ends[:-1] + ends[1:]) / 2
-
-    def energy(q, v):
-        velocity = jax.jvp(middles, (q,), (v,))[1]
-        return 0.5 * jnp.sum(velocity**2) + 0.5 * jnp.sum(v[2:] ** 2) / 12
-
-    q, v = jnp.concatenate([jnp.zeros(2), angles]), jnp.concatenate([moving, rates])
-    velocity = jax.jvp(middles, (q,), (v,))[1]
-    along = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-    normals = jnp.stack([-along[:, 1], along[:, 0]], axis=-1)
-    drag = -0.1 * jnp.sum(velocity * along, 1, keepdims=True) * along
-    drag -= 5.0 * jnp.sum(velocity * normals, 1, keepdims=True) * normals
-    (force,) = jax.vjp(middles, q)[1](drag)
-    seen = jnp.concatenate([angles[:1], jnp.diff(angles), velocity.mean(axis=0), rates])
-    torques = 3 * jnp.tanh(theta @ seen / 3)
-    joints = jnp.diff(angles)
-    held = torques - 20 * jnp.sign(joints) * jnp.maximum(jnp.abs(joints) - jnp.pi / 2, 0)
-    force += jnp.concatenate(
-        [jnp.zeros(2), jnp.diff(jnp.concatenate([jnp.zeros(1), held, jnp.zeros(1)])) * -1]
-    )
-    force = force.at[2:].add(-0.4 * rates)
-    mass = jax.hessian(energy, 1)(q, v)
-    swept = jax.jvp(lambda q: jax.grad(energy, 1)(q, v), (q,), (v,))[1]
-    expected = v + dt * jnp.linalg.solve(mass, force + jax.grad(energy)(q, v) - swept)
-
-    problem, _ = swimmer(1, substeps=1)
-    state = {"angles": angles, "moving": moving, "rates": rates}
-    state, _ = problem.step(key, theta, state, jnp.int32(0))
-    got = jnp.concatenate([state["moving"], state["rates"]])
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

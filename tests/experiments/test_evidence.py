@@ -75,16 +75,16 @@ def test_the_rule_before_said_yes_in_far_more(law):
 
 @pytest.mark.parametrize(
     ("law", "least", "most"),
-    [("normal", 0.03, 0.06), ("heavy", 0.0, 0.06), ("skewed", 0.2, 0.3)],
+    [("normal", 0.03, 0.06), ("heavy", 0.0, 0.06), ("skewed", 0.3, 0.45)],
 )
 def test_one_sample_at_its_bound(law, least, most):
     """The level is 5 % for symmetric laws; the known limit of a t-test is a skewed one."""
     mean = math.exp(1.5**2 / 2) if law == "skewed" else 0.0
     samples = LAWS[law](np.random.default_rng(4), (REPEATS, 5))
-    assert (
-        least <= np.mean([evidence.below(result(x), mean).holds is True for x in samples]) <= most
-    )
-    assert np.mean([evidence.above(result(x), mean).holds is True for x in samples]) <= 0.06
+    below = np.mean([evidence.below(result(x), mean).holds is True for x in samples])
+    above = np.mean([evidence.above(result(x), mean).holds is True for x in samples])
+    assert least <= below <= most
+    assert above <= 0.06
 
 
 def test_a_difference_is_found():
@@ -218,10 +218,10 @@ def test_all_of_several_findings():
         (1263.4, 38.0, "1263 ± 38"),
         (0.42151, 0.00131, "0.4215 ± 0.0013"),
         (91.96, 0.52, "91.96 ± 0.52"),
-        (0.0996, 0.0996, "0.100 ± 0.100"),
+        (0.0996, 0.0996, "0.10 ± 0.10"),
         (0.0, 0.02, "0.000 ± 0.020"),
         (1.7e-12, 2e-12, "1.7e-12 ± 2e-12"),
-        (1.26e5, 1.1e4, "1.26e+05 ± 1e+04"),
+        (1.26e5, 1.1e4, "1.26e+05 ± 1.1e+04"),
         (2423.2, 0.0, "2423"),
         (0.8, None, "0.8"),
         (5.0, 1e-9, "5 ± 1e-09"),

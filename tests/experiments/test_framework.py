@@ -112,6 +112,14 @@ def test_no_work_is_a_message_and_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_equal_numbers_have_no_standard_error():
+    """The standard deviation of three times 0.1, as numpy computes it, is not 0."""
+    here = [results.Record(seed, None, {}, "loss", 0.1) for seed in range(3)]
+    (found,) = results.summarise(here)
+    assert np.std([0.1] * 3) > 0
+    assert found["se"] == 0
+
+
 def test_one_seed_has_no_standard_error(tmp_path):
     folder = present(framework.execute(TOY, Settings(seeds=(0,), out=tmp_path)))
     assert results.read_summary(folder).find("loss", estimator="a")["se"] is None

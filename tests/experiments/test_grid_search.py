@@ -1,4 +1,4 @@
-"""``fit`` on the README's schedule ends below a grid search's best of 40 schedules."""
+"""``fit`` on the schedule of docs/long_runs.md ends below a grid search's best of 40 schedules."""
 
 import jax
 import jax.numpy as jnp

@@ -277,10 +277,11 @@ def test_claims_of_an_evaluation_can_fail():
         found = {evaluate_optimizer.OVER_BEST: best, evaluate_optimizer.OVER_MEDIAN: median}
         return results.Summary([{**series, "metric": m, "mean": v} for m, v in found.items()], {})
 
-    for best, median, holds in [(0.7, 0.1, True), (0.9, 0.1, False), (0.7, 1.1, False)]:
+    cases = [(0.7, 0.1, True), (1.9, 0.1, False), (0.7, 1.9, False), (0.9, 0.1, None)]
+    for best, median, holds in cases:
         (claim,) = evaluate_optimizer.claims(summary(best, median))
         assert claim.holds is holds
-    assert evaluate_optimizer.claims(summary(None, 0.1))[0].holds is None
+    assert evaluate_optimizer.claims(summary(np.nan, 0.1))[0].holds is None
 
 
 def test_files_that_do_not_do(tmp_path):

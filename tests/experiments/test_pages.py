@@ -89,6 +89,7 @@ def test_a_table_is_on_lines_of_its_own():
         ("<!-- report: number lorenz error estimator=no --><!-- end -->", ["has no error with"]),
         ("<!-- report: printed no_such --><!-- end -->", ["`printed no_such`", "no_such"]),
         ("<!-- report: verdicts no_such --><!-- end -->", ["no record of the topic", "estimators"]),
+        ("<!-- report: pictures no_such --><!-- end -->", ["no picture of the topic", "no_such"]),
         ("<!-- report: printed --><!-- end -->", ["`printed`", "missing", "'name'"]),
         (f"{WRITTEN} --><!-- end -->", [f"{WRITTEN[13:]}`", "must not begin a line"]),
         ("a <!-- report: estimators --><!-- end -->", ["`estimators` must begin a line"]),

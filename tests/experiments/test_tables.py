@@ -107,15 +107,15 @@ def test_draw(name):
     stored = json.loads((TABLES / name / "expected.json").read_text())["lines"]
     for lines, expected in zip(lines_of(figures[0]), stored, strict=True):
         assert [(label, n) for label, n, *_ in lines] == [(label, n) for label, n, *_ in expected]
-        for (*_, x, y), means in zip(lines, expected, strict=True):
-            assert [x, y] == pytest.approx(means[2:], rel=1e-4, abs=1e-12)
+        for (_, _, *found), means in zip(lines, expected, strict=True):  # none if it diverged
+            assert found == pytest.approx(means[2:], rel=1e-4, abs=1e-12)
     for axis in figures[0].axes:
         assert axis.images or axis.get_xlabel() + axis.get_ylabel() + axis.get_title()
     words = "\n".join(text.get_text() for text in figures[0].findobj(matplotlib.text.Text))
     assert missing(name, words, NOT_DRAWN) == []
 
 
-SEVERAL = re.compile("± SE|standard error|over seeds|[0-9] seeds")
+SEVERAL = re.compile("over seeds|[0-9] seeds")
 """Words about several seeds."""
 
 

@@ -17,15 +17,18 @@ class About(NamedTuple):
     Attributes:
         text: The call, without the problem, such as ``pes(truncation=10, sigma=0.1)``.
         problem: The problem; None if it is not known.
+        explain: Optional ``explain(history) -> text``: what the history of a run that ended with
+            numbers that are not finite says about its settings. ``fit`` adds it to the error.
     """
 
     text: str
-    problem: UnrolledProblem | None
+    problem: UnrolledProblem | None = None
+    explain: Callable[[dict[str, Any]], str] | None = None
 
 
 def about(estimator: GradientEstimator) -> About:
     """The call that made the estimator; one that a user wrote has no problem."""
-    return getattr(estimator.init, "about", About(repr(estimator), None))
+    return getattr(estimator.init, "about", About(repr(estimator)))
 
 
 def described(factory: Callable[P, GradientEstimator]) -> Callable[P, GradientEstimator]:

@@ -18,7 +18,8 @@ _ABOUT = "about"
 
 def save(path: str | Path, tree: object) -> Path:
     """Writes the leaves of a tree, by path, into one ``.npz`` file, whole or not at all."""
-    path, dtypes, arrays = Path(path), {}, {}
+    path, dtypes = Path(path), {}
+    arrays: dict[str, Any] = {}
     for name, x in _by_path(tree).items():
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             dtypes[name], x = f"key<{jax.random.key_impl(x)}>", jax.random.key_data(x)
@@ -26,10 +27,11 @@ def save(path: str | Path, tree: object) -> Path:
             dtypes[name] = str(jnp.result_type(x))
         x = np.asarray(x)
         arrays[name] = x if x.dtype.isbuiltin else x.view(f"u{x.dtype.itemsize}")  # bfloat16
+    arrays[_ABOUT] = np.array(json.dumps(dtypes))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        np.savez_compressed(file, **{_ABOUT: np.array(json.dumps(dtypes)), **arrays})
+        np.savez_compressed(file, **arrays)
     return part.replace(path)
 
 

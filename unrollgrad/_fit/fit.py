@@ -16,6 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import descriptions
 from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.progress import progress_bar
@@ -47,7 +48,7 @@ class FitResult(NamedTuple):
     history: dict[str, np.ndarray]
 
     def __repr__(self):
-        losses = self.history["loss"] if "loss" in self.history else ()
+        losses = self.history.get("loss", np.zeros(0))
         told = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) else ""
         shapes = jax.tree.map(arguments.describe, self.theta)
         return f"FitResult({len(losses)} steps{told}, theta={shapes})"
@@ -69,13 +70,14 @@ class FitResult(NamedTuple):
             FileNotFoundError: If there is no such file.
             ValueError: If ``save`` did not write it, or it holds another result than ``like``.
         """
-        like = like if isinstance(like, cls) else cls(like, None, None, {})
+        wanted: dict[str, Any] = {"theta": like, "opt_state": None, "worker_state": None}
+        if isinstance(like, cls):
+            wanted = {name: getattr(like, name) for name in wanted}
         leaves = files.load(path)
-        names = ("theta", "opt_state", "worker_state")
-        states = (files.like(getattr(like, name), leaves, f"['{name}']") for name in names)
+        states = {name: files.like(x, leaves, f"['{name}']") for name, x in wanted.items()}
         begins = "['history']['"
         history = {k[len(begins) : -2]: x for k, x in leaves.items() if k.startswith(begins)}
-        return cls(*states, history)
+        return cls(**states, history=history)
 
 
 class _Carry(NamedTuple):
@@ -228,6 +230,9 @@ def fit(
                     store.finish()
         except BaseException as error:
             _explain(error, run, store)
+            explain = descriptions.about(estimator).explain
+            if explain and isinstance(error, FloatingPointError) and "steps" in run.records:
+                error.add_note(f"fit: {explain(run.history()['steps'])}")
             raise
     if stopping:
         by = stop[0] if stop else "another process"

@@ -43,9 +43,9 @@ def average(
     ``jax.shard_map`` (what ``jax.pmap`` compiles to) with one ``psum`` per call. The state is
     sharded from ``init`` on, and ``grad`` is on all devices. The random bits (of JAX's default,
     threefry) depend neither on the number of devices nor on ``batch_size``; losses and gradients
-    then agree up to rounding. For several processes see the README. The same numbers come from one
-    worker per device, with ``estimator`` itself in ``jax.pmap(..., axis_name="workers")`` or in
-    your own ``jax.shard_map``::
+    then agree up to rounding. For several processes see docs/devices.md. The same numbers come
+    from one worker per device, with ``estimator`` itself in ``jax.pmap(..., axis_name="workers")``
+    or in your own ``jax.shard_map``::
 
         def update(key, theta, state):
             key = jax.random.fold_in(key, jax.lax.axis_index("workers"))

@@ -18,8 +18,8 @@ def learning_rate(
     base: Callable[..., optax.GradientTransformation],
     initial: Any,
     *,
-    lambda_fsd: float = 3.0,
-    lambda_wsd: float = 1.0,
+    lambda_fsd: Numeric = 3.0,
+    lambda_wsd: Numeric = 1.0,
     discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     constraints: Any = kinds.positive,
@@ -50,10 +50,17 @@ def learning_rate(
     ``optax.tree.get(state, "ApoState").hyperparams``. "total_notfinite" counts the meta-gradients
     that were not finite; they are skipped and leave h unchanged.
 
-    Time: a meta-step adds a gradient of the loss on B, a gradient of the discrepancy on B' and a
-    prediction on B', about 2 1/3 training steps: 23 % at the default interval by count. Under
-    ``vmap`` over step counts it is computed in every step. Memory: w' and the gradient; XLA's plans
-    take more (``python -m experiments apo_cost``).
+    If the look-ahead step raises Q by over three times what recent ones lowered it by, the step is
+    halved until Q does not rise, and the next step has a meta-step too, whatever the interval.
+    Ordinary mini-batches hardly ever cause it, with momentum too; a rate that begins too high does,
+    and noiseless gradients, from which steep directions vanish until the rate is too high for them.
+    "total_shortened" counts these steps. It is checked at meta-steps: for noiseless gradients set
+    ``meta_interval=1``.
+
+    Time: a meta-step adds a gradient of the loss on B, a gradient of the discrepancy on B', the
+    loss on B and a prediction on B', about 2 2/3 training steps: 27 % at the default interval by
+    count. Under ``vmap`` over step counts it is computed in every step. Memory: w' and the
+    gradient; XLA's plans take more (``python -m experiments apo_cost``).
 
     Args:
         base: ``base(h)``, an optax transform with these hyperparameters: ``optax.adam``, or

@@ -18,8 +18,8 @@ __all__ = ["preconditioner"]
 def preconditioner(
     initial_rate: float,
     *,
-    lambda_fsd: float = 1.0,
-    lambda_wsd: float = 0.0,
+    lambda_fsd: Numeric = 1.0,
+    lambda_wsd: Numeric = 0.0,
     discrepancy: Callable[..., Numeric] | Default | None = KL,
     linearised: bool = False,
     structure: Structure | Callable[..., Structure | None] | None = None,
@@ -41,8 +41,8 @@ def preconditioner(
     moment is not singular; with ``linearised`` to (lambda_fsd G + lambda_wsd I)⁻¹, which is natural
     gradient descent for lambda_wsd = 0 and a KL divergence.
 
-    ``optax.tree.get(state, "preconditioner")`` is the tree of factors; "total_notfinite" counts
-    skipped meta-gradients, as in ``apo.learning_rate``.
+    ``optax.tree.get(state, "preconditioner")`` is the tree of factors. "total_notfinite" counts
+    skipped meta-gradients and "total_shortened" shortened steps, as in ``apo.learning_rate``.
 
     Time: P g in every step, four matrix products per weight matrix for any batch size; a meta-step
     costs as in ``apo.learning_rate``. Memory: as there, plus the factors, their gradient and the
@@ -58,7 +58,7 @@ def preconditioner(
             all leaves: ``apo.kronecker()``, ``dense()``, ``diagonal()``, ``identity()``,
             ``frozen()``. By default ``apo.by_shape()``: matrices and kernels are kronecker unless
             too large, others diagonal. ``path`` is formatted by ``jax.tree_util.keystr``, as in
-            "['hidden']['kernel']".
+            ``"['hidden']['kernel']"``.
         meta_optimizer: Optimizer for the factors (a list). By default
             ``optax.rmsprop(0.01, eps=1e-30, bias_correction=True)``: factors begin at 0 and 1, and
             meta-gradients fall by orders of magnitude.

@@ -11,6 +11,7 @@ from unrollgrad._checks import arguments
 from unrollgrad._core import eager, mesh_axes
 from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._training import inner_optimizers
+from unrollgrad.apo import _safeguard
 from unrollgrad.constraints import constrain, unconstrain
 from unrollgrad.types import ArrayTree, Numeric
 
@@ -36,12 +37,15 @@ class ApoState(NamedTuple):
         base_state: The state of the optimizer with these hyperparameters.
         meta_state: The state of the meta-optimizer; its ``total_notfinite`` counts the
             meta-gradients that were skipped because they were not finite.
+        safeguard: What is known about the look-ahead steps; its ``total_shortened`` counts the
+            steps that were shortened because they would have raised the meta-objective.
     """
 
     count: jax.Array
     hyperparams: Any
     base_state: optax.OptState
     meta_state: optax.ApplyIfFiniteState
+    safeguard: _safeguard.Safeguard
 
 
 class Default(NamedTuple):
@@ -125,9 +129,11 @@ def adapted(
             hyperparams=hyperparams,
             base_state=inner_optimizers.init(base, hyperparams, params),
             meta_state=meta.init(_nameless(unconstrain(constraints, hyperparams))),
+            safeguard=_safeguard.begin(),
         )
 
     def update(updates, state, params=None, **extra_args):
+        axes = _axes(proximal.axis_name)
         given = _Given(*(extra_args.pop(key, None) for key in _Given._fields))
         _check_given(name, proximal, {"params": params, **given._asdict()})
         params, updates = _admitted(name, params), jax.tree.map(jnp.asarray, updates)
@@ -137,7 +143,7 @@ def adapted(
                 base, hyperparams, state.count, updates, state.base_state, params, **extra_args
             )
 
-        def adapt(hyperparams, meta_state):
+        def adapt(hyperparams, meta_state, safeguard):
             named = unconstrain(constraints, hyperparams)
             free, structure = _nameless(named), jax.tree.structure(named)
             objective = _meta_objective(proximal, updates, params, given)
@@ -145,36 +151,44 @@ def adapted(
             def value(free):
                 return constrain(constraints, structure.unflatten(jax.tree.leaves(free)))
 
-            def look_ahead(free):
+            def there(free, scale=None):
                 moved, _ = step(value(free))
                 with standard_promotion():
-                    there = optax.apply_updates(params, moved)
-                return objective(there)
+                    return optax.apply_updates(params, _scaled(scale, moved))
 
-            gradient = _gradient(proximal.axis_name, look_ahead, free)
+            gradient, after = _gradient(axes, lambda free: objective(there(free)), free)
+            before = _mean(axes, objective(params)[0])
+            too_long = _safeguard.is_too_long(safeguard, before, after)
             with standard_promotion():
-                moved, meta_state = meta.update(gradient, meta_state, free)
-            return value(optax.apply_updates(free, moved)), meta_state, _unseen_zero()
+                free, meta_state = _meta_step(meta, too_long, gradient, meta_state, free)
+            scale = _safeguard.share(
+                too_long, before, lambda s: _mean(axes, objective(there(free, s))[0])
+            )
+            known = _safeguard.remember(safeguard, too_long, before, after, scale)
+            return value(free), meta_state, known, scale, _unseen_zero()
 
         def unchanged(*at):
-            return *at, _unseen_zero()
+            return *at, jnp.float32(1), _unseen_zero()
 
         @eager.compiled
         def adapted_when_due(count, *at):
             do = adapt if jax.tree.leaves(params) else unchanged
-            return jax.lax.cond(count % proximal.meta_interval == 0, do, unchanged, *at)
+            due = (count % proximal.meta_interval == 0) | at[-1].shortened
+            return jax.lax.cond(due, do, unchanged, *at)
 
-        hyperparams, meta_state, zero = adapted_when_due(
-            state.count, state.hyperparams, state.meta_state
+        hyperparams, meta_state, safeguard, scale, zero = adapted_when_due(
+            state.count, state.hyperparams, state.meta_state, state.safeguard
         )
         # The step waits for the meta-step, which reads the old state of `base`: otherwise XLA
         # begins to overwrite the state too early, and copies all of it in every step.
         after = jax.tree.map(lambda g: g + zero.astype(g.dtype), updates)
         moved, base_state = step(hyperparams, after)
         moved = jax.tree.map(
-            lambda g, x: mesh_axes.sharded_like(x.astype(g.dtype), jnp.asarray(g)), updates, moved
+            lambda g, x: mesh_axes.sharded_like(x.astype(g.dtype), jnp.asarray(g)),
+            updates,
+            _scaled(scale, moved),
         )
-        return moved, ApoState(state.count + 1, hyperparams, base_state, meta_state)
+        return moved, ApoState(state.count + 1, hyperparams, base_state, meta_state, safeguard)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -224,22 +238,64 @@ def _widened(x: jax.Array) -> jax.Array:
     return x.astype(wide(x.dtype))
 
 
+def _meta_step(
+    meta: optax.GradientTransformation,
+    too_long: jax.Array,
+    gradient: ArrayTree,
+    state: optax.ApplyIfFiniteState,
+    free: ArrayTree,
+) -> tuple[ArrayTree, optax.ApplyIfFiniteState]:
+    """One step of the meta-optimizer; after a step that was too long, its first one.
+
+    Such gradients are larger than others by orders of magnitude. RMSprop would remember them, and
+    hardly move for hundreds of steps.
+    """
+
+    def where(then, otherwise):
+        return jax.tree.map(lambda x, y: jnp.where(too_long, x, y), then, otherwise)
+
+    kept = state.inner_state
+    fresh: Any = meta.init(free)
+    begun = state._replace(inner_state=where(fresh.inner_state, kept))
+    updated: Any = meta.update(gradient, begun, free)
+    moved, new = updated
+    new = new._replace(inner_state=where(kept, new.inner_state))
+    return optax.apply_updates(free, moved), new  # type: ignore[bad-return]
+
+
+def _scaled(scale: jax.Array | None, updates: optax.Updates) -> optax.Updates:
+    if scale is None:
+        return updates
+    return jax.tree.map(lambda x: jnp.asarray(x) * scale.astype(x.dtype), updates)
+
+
+def _axes(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+
+
+def _mean(axes: tuple[str, ...], x: Any) -> Any:
+    """The mean over the devices along these axes."""
+    return jax.lax.pmean(mesh_axes.over(frozenset(axes), x), axes) if axes else x
+
+
 def _gradient(
-    axis_name: str | tuple[str, ...] | None,
+    axes: tuple[str, ...],
     objective: Callable[..., tuple[jax.Array, jax.Array]],
     free: ArrayTree,
-) -> ArrayTree:
-    """Gradient of the objective, averaged over devices; NaN where the value is not finite."""
-    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+) -> tuple[ArrayTree, jax.Array]:
+    """Gradient and value of the objective, averaged over devices.
+
+    The gradient is NaN where the value is not finite.
+    """
     free = mesh_axes.over(frozenset(axes), free)
-    gradient, value = jax.grad(objective, has_aux=True)(free)
+    (whole, value), gradient = jax.value_and_grad(objective, has_aux=True)(free)
     if apart := mesh_axes.axes((gradient, value)) - frozenset(axes):
         raise ValueError(
             f"the meta-objective differs along the mesh axes {sorted(apart)}, over which batches "
             f"are split: pass axis_name={sorted(apart)[0]!r} to average its gradient over them."
         )
     gradient = jax.tree.map(lambda x: jnp.where(jnp.isfinite(value), x, jnp.nan), gradient)
-    return jax.lax.pmean(gradient, axes) if axes else gradient
+    return _mean(axes, gradient), _mean(axes, whole)
 
 
 def known_zero(number: Numeric) -> bool:

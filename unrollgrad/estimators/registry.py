@@ -1,4 +1,4 @@
-"""The registry of estimators, which feeds the tests, the command line and the README."""
+"""The registry of estimators, which feeds the tests, the command line and the manual."""
 
 import inspect
 from collections.abc import Callable
@@ -15,7 +15,7 @@ __all__ = ["REGISTRY", "Row"]
 
 
 class Row(NamedTuple):
-    """An estimator's row in the README, and how to build it from common settings.
+    """An estimator's row in the manual, and how to build it from common settings.
 
     Attributes:
         factory: ``factory(problem, *, ...)``.

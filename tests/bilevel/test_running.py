@@ -1,0 +1,191 @@
+"""Stochastic bilevel algorithms in ``fit`` and ``average``: data, bad arguments, divergence."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import unrollgrad as ug
+from tests.helpers import mistyped, numbers, over_workers, raises
+from unrollgrad import bilevel
+from unrollgrad.bilevel import data as reading
+
+KEY = jax.random.key(0)
+ROWS = jnp.asarray(np.random.default_rng(0).normal(size=(10, 3)), jnp.float32)
+
+
+def outer(w, theta, x):
+    return jnp.mean((w - x) ** 2) / 2
+
+
+def inner(w, theta, x):
+    return jnp.mean(jnp.sum((w - x - theta) ** 2, -1)) / 2
+
+
+def soba(data=None, rate=0.1, **changes):
+    data = bilevel.finite_sum(ROWS, 4) if data is None else data
+    given: dict[str, Any] = {
+        "init_params": lambda key: jnp.zeros(3),
+        "outer_data": data,
+        "inner_data": data,
+        "inner_optimizer": optax.sgd(rate),
+        **changes,
+    }
+    return bilevel.soba(given.pop("outer", outer), given.pop("inner", inner), **given)
+
+
+def test_every_batch_once_per_epoch():
+    """In an order that changes; unshuffled in file order; and the mean over an epoch is exact."""
+    data = bilevel.finite_sum(ROWS, 3)
+    assert (data.num_batches, data.tail) == (4, 1)
+
+    @jax.jit
+    def epochs(key):
+        def step(place, _):
+            token, place = reading.draw(data, key, place)
+            value, weight = reading.on_batch(data, token, lambda x: jnp.mean(x, 0))
+            return place, (token, weight * value)
+
+        return jax.lax.scan(step, reading.start(data), length=12)[1]
+
+    tokens, values = jax.vmap(epochs)(jax.random.split(KEY, 3))
+    orders = np.asarray(tokens).reshape(9, 4)
+    np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(4), (9, 1)))
+    assert len({tuple(order) for order in orders}) > 4
+    np.testing.assert_allclose(
+        np.asarray(values).reshape(3, 3, 4, 3).mean(2), np.tile(ROWS.mean(0), (3, 3, 1)), rtol=1e-5
+    )
+    plain, place = data._replace(shuffle=False), reading.start(data._replace(shuffle=False))
+    drawn = []
+    for _ in range(5):
+        token, place = reading.draw(plain, KEY, place)
+        drawn.append(int(token))
+    assert drawn == [0, 1, 2, 3, 0]
+
+
+def test_fit_resumes_bit_for_bit(tmp_path):
+    def run(num_steps, folder):
+        return ug.fit(
+            soba(bilevel.finite_sum(ROWS, 5), directions=bilevel.saga()),
+            jnp.zeros(3),
+            optax.adam(1e-2),
+            num_steps=num_steps,
+            key=KEY,
+            steps_per_dispatch=5,
+            checkpoint_dir=folder,
+        )
+
+    whole = run(20, tmp_path / "whole")
+    run(10, tmp_path / "parts")
+    parts = run(20, tmp_path / "parts")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        numbers((whole.theta, whole.worker_state)),
+        numbers((parts.theta, parts.worker_state)),
+    )
+    assert set(whole.history) >= {"loss", "v_norm", "curvature", "inner_rate", "outer_rate"}
+    np.testing.assert_allclose(whole.history["inner_rate"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(whole.history["curvature"][1:], 1.0, rtol=1e-5)
+
+
+def test_average_is_a_mean_over_replicas_and_begins_a_bad_one_again():
+    estimator, theta = soba(), jnp.zeros(3)
+    workers = ug.average(estimator, 4)
+    state = workers.init(KEY, theta)
+    each = jax.vmap(lambda key, state: estimator.estimate(key, theta, state))
+    alone, _ = each(jax.random.split(KEY, 4), state)
+    out, after = workers.estimate(KEY, theta, state)
+    np.testing.assert_allclose(out.grad, jnp.mean(alone.grad, 0), rtol=1e-6)
+    v = after.carried.v.at[2].set(jnp.nan)
+    broken = after._replace(carried=after.carried._replace(v=v))
+    out, state = workers.estimate(KEY, theta, broken)
+    assert int(over_workers(out).num_nonfinite) == 1
+    assert np.all(np.isfinite(out.grad))
+    out, state = workers.estimate(jax.random.key(7), theta, state)
+    assert int(over_workers(out).num_nonfinite) == 0
+    assert np.all(np.isfinite(state.carried.v))
+    np.testing.assert_array_equal(state.episode.t, [4, 4, 2, 4])
+    with raises(ValueError, "stagger", "truncation"):
+        ug.average(estimator, 4, stagger="breakstep")
+
+
+@pytest.mark.parametrize(
+    ("rates", "which"),
+    [((2.5, 2.5, 0.01), "inner"), ((0.1, 2.5, 0.01), "linear"), ((0.1, 0.1, 3.0), "outer")],
+)
+def test_a_run_that_diverges_says_which_rate_to_lower(rates, which):
+    estimator = soba(rate=rates[0], linear_optimizer=optax.sgd(rates[1]))
+    with pytest.raises(FloatingPointError) as error:
+        ug.fit(estimator, jnp.ones(3), optax.sgd(rates[2]), num_steps=3000, key=KEY)
+    notes = "\n".join(error.value.__notes__)
+    assert f"fit: lower the {which} rate" in notes
+    good = ug.fit(soba(), jnp.ones(3), optax.sgd(0.01), num_steps=200, key=KEY)
+    assert bilevel.advice(good.history).startswith("nothing grows")
+
+
+def test_bad_arguments():
+    with raises(ValueError, "`arrays` must have the same leading axis", "[10,3]", "[9,3]"):
+        bilevel.finite_sum({"x": ROWS, "y": ROWS[1:]}, 4)
+    with raises(ValueError, "`batch_size`=11", "10 rows"):
+        bilevel.finite_sum(ROWS, 11)
+    with raises(ValueError, "no arrays"):
+        bilevel.finite_sum({}, 4)
+    with raises(TypeError, "`batch_size` must be a whole number", "2.5"):
+        bilevel.finite_sum(ROWS, mistyped(2.5))
+    with raises(TypeError, "`inner_data` must be bilevel.finite_sum", "float32[10,3]"):
+        soba(inner_data=ROWS)
+    with raises(TypeError, "`inner_optimizer` must be an optax transformation", "0.1"):
+        soba(inner_optimizer=0.1)
+    with raises(TypeError, "`directions` must be bilevel.sgd()", "'saga'"):
+        soba(directions="saga")
+    with raises(TypeError, "`init_params` must be a function"):
+        soba(init_params=jnp.zeros(3))
+    theta = jnp.zeros(3)
+    with raises(ValueError, "the loss of `inner` must be a scalar", "(4, 3)", "Take its mean"):
+        soba(inner=lambda w, theta, x: (w - x) ** 2).init(KEY, theta)
+    for name, loss in {"outer": outer, "inner": inner}.items():
+        with raises(ValueError, f"`{name}` must be the mean over its batch", "jnp.mean"):
+            added = {name: lambda w, t, x, loss=loss: len(x) * loss(w, t, x) + jnp.sum(t**2) + 1}
+            soba(**added).init(KEY, theta)
+    with raises(TypeError, "init_params(key)", "int32"):
+        soba(init_params=lambda key: jnp.zeros(3, int)).init(KEY, theta)
+    endless = lambda key: ROWS[:4]  # noqa: E731
+    with raises(ValueError, "`saga` needs passes", "`outer_data` is an endless sampler"):
+        soba(endless, directions=bilevel.saga()).init(KEY, theta)
+    with raises(ValueError, "sarah", "endless", "`batches`"):
+        soba(endless, directions=bilevel.sarah(4)).init(KEY, theta)
+    with raises(ValueError, "`period` has no default for endless data"):
+        bilevel.srba(
+            outer,
+            inner,
+            init_params=lambda key: jnp.zeros(3),
+            outer_data=endless,
+            inner_data=endless,
+            inner_optimizer=optax.sgd(0.1),
+        )
+    with raises(ValueError, "`probability` must be in (0, 1]", "0"):
+        bilevel.page(0.0)
+    with raises(ValueError, "`eta` must be in [0, 1]", "2"):
+        bilevel.storm(2.0)
+    with raises(ValueError, "no v_norm", "average"):
+        bilevel.advice({"loss": np.ones(3)})
+    estimator = soba()
+    state = estimator.init(KEY, theta)
+    with raises(ValueError, "draws its own batches", "`outer_data`"):
+        estimator.estimate(KEY, theta, state, data=ROWS)
+    with raises(TypeError, "not this estimator's", "soba(directions=saga())"):
+        other = soba(directions=bilevel.saga())
+        estimator.estimate(KEY, theta, other.init(KEY, theta))
+
+
+def test_endless_data_in_passes_of_draws():
+    """sarah and page with ``batches``: the mean over fresh draws begins each stretch."""
+    endless = lambda key: 1 + 0.1 * jax.random.normal(key, (4, 3))  # noqa: E731
+    for law in (bilevel.sarah(8, batches=16), bilevel.page(0.2, batches=16)):
+        estimator = soba(endless, directions=law)
+        run = ug.fit(estimator, jnp.ones(3), optax.sgd(0.05), num_steps=400, key=KEY)
+        np.testing.assert_allclose(run.theta, 0.0, atol=0.1)
+        assert set(np.unique(run.history["gradients"])) == {8, 8 + 16 * 4}
