@@ -112,10 +112,10 @@ comparison.plot()
 # %% [markdown]
 # How to read the picture:
 #
-# - **Left: is the estimator right?** A dot is a measured bias with its standard error; a triangle
-#   is an upper limit where no bias was seen. The truncated estimators (`tbptt`, `truncated_es`)
-#   have little noise and are wrong: a window (the 8 inner steps of one call) ignores the effect
-#   of theta on later windows. More workers do not help.
+# - **Left: is the estimator right?** A filled marker is a measured bias with its standard error; a
+#   hollow one with an arrow is an upper limit where no bias was seen. The truncated estimators
+#   (`tbptt`, `truncated_es`) have little noise and are wrong: a window (the 8 inner steps of one
+#   call) ignores the effect of theta on later windows. More workers do not help.
 # - **Middle: how noisy is it for an optimizer that averages?** The curve is the variance of the
 #   mean of U consecutive updates, per episode spent. A worker that keeps its noise through an
 #   episode (`es_single`) makes errors that add up from one window to the next: judge it at the

@@ -128,14 +128,15 @@ for name, style in styles(losses).items():
     plt.plot(steps, losses[name], style.dash, color=style.color)
     plt.plot(steps[-1], losses[name][-1], style.marker, color=style.color, label=name)
 plt.axhline((HORIZON - DELAY) / HORIZON, color="grey", lw=0.8)
-plt.text(0, 0.85, "a net that says 0", color="grey")
+plt.text(1100, 0.85, "a net that says 0", color="grey")
 plt.xlabel("outer steps")
 plt.ylabel("squared error, mean of an episode")
-plt.legend()
+plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
 plt.show()
 
 # %% [markdown]
 # The window that is too short stops `tbptt` from learning the task well; the estimators that carry
-# something from window to window are not stopped by it. For a net of this size `forward_mode` is
-# the best of them. Its memory grows with (hidden state x weights); where that is too much, take
-# `es_single`, or `ug.uoro`, which carries a random summary of it.
+# something from window to window are not stopped by it. `pes` draws new noise in every window and
+# is the noisiest of them here. For a net of this size `forward_mode` is the best. Its memory grows
+# with (hidden state x weights); where that is too much, take `es_single`, or `ug.uoro`, which
+# carries a random summary of it.

@@ -161,11 +161,17 @@ def _cost(axis: "Axes", rows: list[Row], look: dict[str, Style]) -> None:
 
 
 def _plain_ticks(axis: "Axes") -> None:
-    """Leaves out the labels between powers of ten, which would overlap."""
-    nothing = optional_packages.need("matplotlib.ticker", "matplotlib").NullFormatter()
+    """Labels powers of ten, and 2 and 5 times them on a short axis: more would overlap."""
+    ticker = optional_packages.need("matplotlib.ticker", "matplotlib")
     for one in (axis.xaxis, axis.yaxis):
         if one.get_scale() == "log":
-            one.set_minor_formatter(nothing)
+            low, high = one.get_view_interval()
+            named = (2, 5) if high < 50 * low else ()
+
+            def label(x: float, _: int, named: tuple[int, ...] = named) -> str:
+                return f"{x:g}" if round(x / 10 ** np.floor(np.log10(x))) in named else ""
+
+            one.set_minor_formatter(ticker.FuncFormatter(label))
 
 
 def _draw_lines(axis: "Axes", lines: list[_Line], marked: slice) -> None:
