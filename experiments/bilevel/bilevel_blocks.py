@@ -370,4 +370,8 @@ EXPERIMENT = Experiment(
     show=show,
     claims=claims,
     title=lambda settings: f"bilevel_blocks-{settings.task}",
+    would_change=(
+        "On the multi-block paper's own data, with ten seeds, the single-block baselines reach the "
+        "same loss in as many gradient-equivalents (p < 0.05)."
+    ),
 )
