@@ -19,7 +19,7 @@ BUDGET = {
     "tests": 2900,
     "tests/apo": 235,
     "tests/bilevel": 495,
-    "tests/diagnostics": 90,
+    "tests/diagnostics": 102,
     "tests/estimators": 480,
     "tests/experiments": 110,
     "tests/implicit": 330,
