@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec
 
 import jax
+import numpy as np
 
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
@@ -57,13 +58,15 @@ def _problem_of(estimators: Any) -> UnrolledProblem | None:
 
 
 def _text(value: object) -> str:
-    """A short text: arrays by their shape, functions by their name."""
+    """A short text: arrays by dtype and shape, so that nothing is fetched; functions by name."""
     if isinstance(value, GradientEstimator):
         return repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_text(x)}" for k, x in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, jax.Array) and (isinstance(value, jax.core.Tracer) or value.size > 4):
-        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return repr(value)
