@@ -63,6 +63,8 @@ def _text(value: object) -> str:
         return repr(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_text(x)}" for k, x in value.items()) + "}"
+    if hasattr(value, "_fields"):  # a NamedTuple, such as a law of noise
+        return type(value).__name__
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, jax.Array | np.ndarray):
