@@ -130,7 +130,10 @@ class Sharded(NamedTuple):
         """Every worker's gradients of the first windows of ``EPISODES`` further episodes."""
         call = self.calls[0]
         return [
-            self.compiled(key, self.theta, call.before, data=call.data)[0].grad
+            # One call after the other: two at once may deadlock in XLA's CPU collectives.
+            jax.block_until_ready(self.compiled(key, self.theta, call.before, data=call.data))[
+                0
+            ].grad
             for key in episode_keys()[0]
         ]
 
