@@ -181,6 +181,7 @@ def _meta_train(
     begin = ARCHITECTURES[settings.architecture](**arguments).init(key)
     estimator, cost = workers(settings, name)
     num_steps = max(1, settings.budget // cost)
+    steps_per_dispatch = max(1, settings.steps_per_point // cost)
 
     def written(step, found):
         kept = {k: float(x) for k, x in found.items() if k != "inner_steps"}
@@ -197,7 +198,7 @@ def _meta_train(
         outer_optimizer(settings.learning_rate, settings.clip),
         num_steps=num_steps,
         key=key,
-        steps_per_dispatch=max(1, settings.steps_per_point // cost),
+        steps_per_dispatch=steps_per_dispatch,
         evaluate=evaluate,
         callback=callback,
         checkpoint_dir=folder / "checkpoints" / f"{name}-seed-{seed}",
@@ -206,7 +207,9 @@ def _meta_train(
     )
     if len(result.history["loss"]) < num_steps:
         raise KeyboardInterrupt
-    write({"estimator": name, "snr": signal_to_noise(result.history)})
+    for step in (*range(steps_per_dispatch, num_steps, steps_per_dispatch), num_steps):
+        so_far = {k: result.history[k][:step] for k in ("grad_norm", "grad_variance")}
+        write({"estimator": name, "step": step, "snr": signal_to_noise(so_far)})
     ug.learned_optimizers.save(
         folder / f"{settings.architecture}-{name}-seed-{seed}.npz",
         result.theta,
