@@ -20,7 +20,7 @@ BUDGET = {
     "tests/apo": 235,
     "tests/bilevel": 495,
     "tests/diagnostics": 102,
-    "tests/estimators": 500,
+    "tests/estimators": 520,
     "tests/experiments": 128,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
