@@ -90,7 +90,7 @@ def make(name: Name, seed: int, sizes: Sizes, folder: Path | None = None) -> Tas
 
     Args:
         name: The task.
-        seed: Of the data.
+        seed: The seed of the data.
         sizes: Rows to use.
         folder: Where the original files are; None: generated data.
     """

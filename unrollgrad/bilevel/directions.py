@@ -173,7 +173,7 @@ def page(probability: float, batches: int | None = None) -> Estimator:
     Cost per step on average: two samples + probability times a pass. Memory as ``sarah``.
 
     Args:
-        probability: Of a pass, in (0, 1]; about batch size / (n + m).
+        probability: The probability of a pass, in (0, 1]; about batch size / (n + m).
         batches: As in ``sarah``.
 
     Raises:

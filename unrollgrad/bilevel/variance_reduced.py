@@ -198,8 +198,8 @@ def spaba(
         inner_data: As in ``soba``.
         inner_optimizer: As in ``soba``.
         linear_optimizer: As in ``soba``.
-        probability: Of a pass in a step; by default 1 / (1 + the number of batches in both data
-            sets).
+        probability: The probability that a step makes a pass; by default 1 / (1 + the number of
+            batches in both data sets).
         batches: In place of a pass, the mean over so many fresh draws. Endless data need it.
 
     Raises:
