@@ -96,7 +96,7 @@ class Tuned(NamedTuple):
     rate: float
 
 
-DEFAULTS: dict[str, dict[str, int]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "swimmer": {"horizon": 1000, "truncation": 100, "num_pairs": 10, "num_steps": 200},
     "half_cheetah": {"horizon": 1000, "truncation": 20, "num_pairs": 50, "num_steps": 200},
     "cart_pole": {"horizon": 100, "truncation": 10, "num_pairs": 10, "num_steps": 200},
@@ -118,7 +118,7 @@ TUNED: dict[str, dict[str, Tuned]] = {
 """Each method's sigma and rate with the highest mean return along its runs in ``control_tuning``,
 whose seeds are not reported here."""
 
-PAPER: dict[str, dict[str, int]] = {
+PAPER: dict[str, dict[str, Any]] = {
     "swimmer": {"num_pairs": 30},
     "half_cheetah": {"num_pairs": 300, "num_steps": 1000},
     "cart_pole": {},
@@ -144,7 +144,8 @@ PUBLISHED: dict[str, dict[str, Tuned]] = {
     },
     "cart_pole": TUNED["cart_pole"],
 }
-"""The settings of NRES's figures; ``es_single`` has those of ``nres``, which they do not have."""
+"""The settings of NRES's figures, where PES ran 30,000 updates on the half-cheetah. They do not have
+``es_single``, which has those of ``nres`` here."""
 
 HELD_OUT = 1_000_001
 """The seed of the key of the held-out episodes, which no run uses."""
@@ -161,7 +162,7 @@ def filled(settings: Settings) -> Settings:
     names, table = settings.estimators, PUBLISHED if settings.scale == "paper" else TUNED
     found = [table[settings.env].get(name) for name in names]
     for field, values in (("sigmas", "sigma"), ("learning_rates", "rate")):
-        given = getattr(settings, field) or tuple(getattr(x, values) for x in found if x)
+        given: Any = getattr(settings, field) or tuple(getattr(x, values) for x in found if x)
         if len(given) != len(names):
             raise ValueError(
                 f"`--{field.replace('_', '-')}` must have a number for each of the estimators "
@@ -174,7 +175,7 @@ def filled(settings: Settings) -> Settings:
 def sized(settings: Settings) -> Settings:
     """Fills in the environment's sizes: steps, windows, pairs and updates."""
     defaults = DEFAULTS[settings.env] | (PAPER[settings.env] if settings.scale == "paper" else {})
-    unset = {k: x for k, x in defaults.items() if not getattr(settings, k)}
+    unset: dict[str, Any] = {k: x for k, x in defaults.items() if not getattr(settings, k)}
     settings = dataclasses.replace(settings, **unset)
     if settings.num_pairs * settings.truncation % settings.horizon:
         raise ValueError(
@@ -263,7 +264,8 @@ def method(
     settings: Settings, problem: ug.UnrolledProblem, name: str, sigma: Any
 ) -> GradientEstimator:
     """The method with this name."""
-    pairs, window = settings.num_pairs, {"truncation": settings.truncation, "sigma": sigma}
+    pairs = settings.num_pairs
+    window: dict[str, Any] = {"truncation": settings.truncation, "sigma": sigma}
     if name == "full_es":
         few = pairs * settings.truncation // settings.horizon
         return ug.full_es(problem, sigma=sigma, num_pairs=few)

@@ -105,7 +105,9 @@ def filled(settings: Settings) -> Settings:
     sizes = _as_control(settings)
     usual = GRIDS[settings.env]._asdict()
     usual |= {name: getattr(sizes, name) for name in ("horizon", "truncation", "num_pairs")}
-    unset = {name: value for name, value in usual.items() if not getattr(settings, name)}
+    unset: dict[str, Any] = {
+        name: value for name, value in usual.items() if not getattr(settings, name)
+    }
     settings = dataclasses.replace(settings, **unset)
     if settings.num_steps % settings.points:
         raise ValueError(
