@@ -144,8 +144,8 @@ PUBLISHED: dict[str, dict[str, Tuned]] = {
     },
     "cart_pole": TUNED["cart_pole"],
 }
-"""The settings of NRES's figures, where PES ran 30,000 updates on the half-cheetah. They do not have
-``es_single``, which has those of ``nres`` here."""
+"""The settings of NRES's figures, where PES ran 30,000 updates on the half-cheetah. ``es_single``,
+which they do not have, has those of ``nres``."""
 
 HELD_OUT = 1_000_001
 """The seed of the key of the held-out episodes, which no run uses."""

@@ -240,10 +240,8 @@ def show(records: list[Record]) -> None:
     """Prints the best pair of every method."""
     for name, choice in best(records).items():
         edge = " (at the grid's edge)" if choice.at_edge else ""
-        print(
-            f"{name:>16}  sigma {choice.sigma:g}, rate {choice.rate:g}: "
-            f"mean return {choice.mean_return:.3g}{edge}"
-        )
+        pair = f"sigma {choice.sigma:g}, rate {choice.rate:g}"
+        print(f"{name:>16}  {pair}: mean return {choice.mean_return:.3g}{edge}")
 
 
 def claims(summary: Summary) -> list[Claim]:
