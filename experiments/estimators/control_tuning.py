@@ -87,9 +87,9 @@ class Grid(NamedTuple):
 
 
 GRIDS = {
-    "swimmer": Grid((0.1, 0.3, 1.0), (0.3, 1.0, 3.0, 10.0, 30.0), 60),
+    "swimmer": Grid((0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 60),
     "half_cheetah": Grid((0.004, 0.01, 0.03), (3e-5, 1e-4, 3e-4, 1e-3), 100),
-    "cart_pole": Grid((1.0, 3.0, 10.0), (3.0, 10.0, 30.0, 100.0, 300.0), 100),
+    "cart_pole": Grid((1.0, 3.0, 10.0), (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0), 100),
 }
 """What is tried by environment; the published sigmas and most published rates are among them."""
 
