@@ -36,8 +36,8 @@ class Settings(CommonSettings):
     ES-Single). Each method has a sigma and a rate of its own, the best of one grid: the experiment
     `control_tuning` tries them, with as many runs for each method, on seeds that are not reported.
 
-    On two CPU cores it takes some 20 minutes, nearly all of it in MuJoCo. As published, with 3 and 30
-    times as many environment steps: --scale paper --env swimmer, --scale paper --env half_cheetah.
+    On two CPU cores it takes some 20 minutes, nearly all of it in MuJoCo. As published, with 3 and
+    30 times as many environment steps: --scale paper, with --env swimmer or --env half_cheetah.
     """
 
     scale: Literal["smoke", "cpu", "paper"] = "cpu"
