@@ -35,14 +35,36 @@ def printed(records: Records, name: str) -> str:
         records: All recorded runs.
         name: The record.
     """
-    folder = records.folder / name
-    asked = results.read_json(folder / "config.json")["experiment"]
-    (experiment,) = (found[asked] for found in records.topics.values() if asked in found)
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        experiment.show(results.read(folder))
+        _experiment(records, name).show(results.read(records.folder / name))
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
     return "\n".join(["```", *lines, "```"])
+
+
+def _experiment(records: Records, name: str) -> Experiment:
+    """The experiment of a record."""
+    asked = results.read_json(records.folder / name / "config.json")["experiment"]
+    (experiment,) = (found[asked] for found in records.topics.values() if asked in found)
+    return experiment
+
+
+def claim(records: Records, name: str, says: str) -> str:
+    """Whether a claim of a record holds, with its numbers.
+
+    Args:
+        records: All recorded runs.
+        name: The record.
+        says: The claim, in the words of RESULTS.md.
+
+    Raises:
+        ValueError: If the record does not make this claim.
+    """
+    summary = results.read_summary(records.folder / name)
+    made = {claim.says: claim for claim in _experiment(records, name).claims(summary)}
+    if says not in made:
+        raise ValueError(f"{name} does not claim {says!r}, but: {'; '.join(made) or 'nothing'}.")
+    return f"{report.MARKS[made[says].holds]}, {made[says].ours}"
 
 
 def number(
@@ -127,5 +149,6 @@ def estimators(records: Records) -> str:
 
 
 FUNCTIONS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (printed, number, verdicts, pictures, estimators)
+    function.__name__: function
+    for function in (printed, number, claim, verdicts, pictures, estimators)
 }

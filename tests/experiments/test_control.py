@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results, tuning
-from experiments.estimators import control
+from experiments.estimators import control, control_tuning
 from experiments.problems import robots
 from tests.helpers import present, raises
 from tests.stored import expect
@@ -47,8 +49,9 @@ def test_smoke(tmp_path, capsys):
 def test_smoke_of_a_robot(env, tmp_path):
     pytest.importorskip("mujoco", reason="needs the extra `control`")
     few = {"horizon": 20, "truncation": 10, "num_pairs": 2, "num_steps": 2, "num_episodes": 1}
+    rates = (1e-3,) * 5
     settings = dataclasses.replace(
-        control.SCALES["smoke"], out=tmp_path, env=env, learning_rates=(1e-3,), **few
+        control.SCALES["smoke"], out=tmp_path, env=env, learning_rates=rates, **few
     )
     folder = present(framework.execute(control.EXPERIMENT, settings))
     assert folder.name.startswith(f"control-{env}")
@@ -62,13 +65,78 @@ def test_pairs_that_do_not_divide(tmp_path):
         framework.execute(control.EXPERIMENT, settings)
 
 
+def test_a_setting_for_each_method(tmp_path):
+    settings = dataclasses.replace(control.SCALES["smoke"], out=tmp_path, sigmas=(0.1, 0.2))
+    with raises(ValueError, "`--sigmas` must have a number for each of", "got (0.1, 0.2)"):
+        framework.execute(control.EXPERIMENT, settings)
+    settings = control.Settings(estimators=("nres", "pes_staggered"))  # the second was not tuned
+    with raises(ValueError, "`--sigmas` must have a number for each of", "nres, pes_staggered"):
+        control.filled(settings)
+
+
 def test_settings_of_the_papers():
-    """What is given stays; the rest is the environment's, with the paper's number of pairs."""
-    cheetah = control.Settings(scale="paper", env="half_cheetah", sigma=0.1)
-    filled = control.filled(cheetah)
-    assert (filled.sigma, filled.num_pairs, filled.truncation) == (0.1, 300, 20)
+    """What is given stays; the rest is the environment's: published, or as tuned."""
+    given = (0.1, 0.2, 0.3, 0.4, 0.5)
+    filled = control.filled(control.Settings(scale="paper", env="half_cheetah", sigmas=given))
+    assert (filled.sigmas, filled.num_pairs, filled.truncation) == (given, 300, 20)
     assert filled.num_steps == 1000
-    assert control.filled(control.Settings()).num_pairs == 10
+    assert filled.learning_rates == (3e-5, 3e-5, 3e-6, 3e-5, 3e-5)
+    filled = control.filled(control.Settings(estimators=("pes", "nres")))
+    tuned = control.TUNED["swimmer"]
+    assert (filled.sigmas[1], filled.learning_rates[0]) == (tuned["nres"].sigma, tuned["pes"].rate)
+    assert filled.num_pairs == 10
+
+
+def test_what_was_tuned():
+    """The settings are the best of the recorded grids, all of whose runs had other seeds.
+
+    A recorded run of ``control`` has the record of its grid beside it.
+    """
+    recorded = Path(control_tuning.__file__).parents[1] / "results"
+    tuned = {path.name.split("-")[1]: path for path in recorded.glob("control_tuning-*")}
+    shown = {path.name.split("-")[1] for path in recorded.glob("control-*")}
+    assert tuned
+    assert shown <= set(tuned)
+    for env, folder in tuned.items():
+        records = results.read(folder)
+        found = {k: (x.sigma, x.rate) for k, x in control_tuning.best(records).items()}
+        assert found == control.TUNED[env], env
+        assert not {r.seed for r in records} & set(control.Settings().seeds)
+        assert len(set(Counter(r.labels["estimator"] for r in records).values())) == 1  # runs
+
+
+def test_the_best_pair():
+    """The mean over the seeds decides; what is not finite in a seed counts as the worst."""
+    table = {(0.1, 1.0): (3, 3), (0.1, 2.0): (4, 4), (0.1, 3.0): (9, np.nan), (0.2, 4.0): (1, 8)}
+    table |= {(0.2, 5.0): (1, 7), (0.3, 1.0): (-np.inf, 9), (0.2, 2.0): (1, 2)}
+    labels = {case: dict(zip(("sigma", "rate"), map(str, case), strict=True)) for case in table}
+    records = [
+        results.Record(seed, None, {"estimator": "pes", **labels[case]}, "mean_return", value)
+        for case, values in table.items()
+        for seed, value in enumerate(values)
+    ]
+    found = control_tuning.best(records)
+    assert found == {"pes": (0.2, 4.0, 4.5, False)}
+    without = [r for r in records if r.labels["rate"] != "5.0"]
+    assert control_tuning.best(without)["pes"].at_edge
+
+
+@pytest.mark.experiments
+def test_smoke_of_tuning(tmp_path, capsys):
+    """A run with a sigma and a rate of the grid is the run that ``control`` makes with them."""
+    settings = dataclasses.replace(control_tuning.SCALES["smoke"], out=tmp_path)
+    folder = present(framework.execute(control_tuning.EXPERIMENT, settings))
+    assert folder.name.startswith("control_tuning-cart_pole")
+    assert "nres  sigma" in capsys.readouterr().out
+    labels = {"estimator": "nres", "sigma": "1.0", "rate": "3.0"}
+    found = results.read_summary(folder).find("return", **labels)["mean"]
+    sizes = control.filled(control.Settings(env="cart_pole"))
+    problem, theta = control.example(sizes)
+    nres = ug.average(ug.es_single(problem, truncation=10, sigma=1.0), 10, stagger="breakstep")
+    key = jax.random.key(101)
+    theta = ug.fit(nres, theta, optax.sgd(3.0), num_steps=4, key=key).theta
+    again = control.mean_return(sizes, problem, control_tuning.TESTED, theta)
+    assert abs(found / float(again) - 1) < 1e-3
 
 
 def test_along_a_run():
@@ -77,6 +145,8 @@ def test_along_a_run():
     found = control.along(settings, "full_es", returns)
     assert found == {"mean_return": 9.5, "return_in_a_row": 1.0}  # a tenth of 20 points
     assert control.along(settings, "nres", returns) == {"mean_return": 9.5}
+    cheetah = control.filled(control.Settings(env="half_cheetah"))  # a fiftieth: the first point
+    assert control.along(cheetah, "full_es", returns)["return_in_a_row"] == 0.0
 
 
 @pytest.mark.parametrize("other", [np.nan, 5.0])

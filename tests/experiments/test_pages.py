@@ -1,6 +1,8 @@
 """The numbers in README.md, docs/ and RESULTS.md are those that ``report`` puts there."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,23 @@ def test_a_number_between_markers(arguments, expected):
     assert pages.filled(filled, RECORDS) == filled
 
 
+def test_a_claim_between_markers(tmp_path):
+    """The verdict is the record's, and another record has another."""
+    says = "nres learns with fewer inner steps than full_es"
+    text = f'a <!-- report: claim lorenz-paper "{says}" -->?<!-- end --> b'
+    filled = pages.filled(text, RECORDS)
+    assert re.search(
+        r"-->\*\*does not reproduce\*\*, nres .* against .* \(p = .*<!-- end --> b", filled
+    )
+    found = shutil.copytree(FOLDER / "lorenz-paper", tmp_path / "lorenz-paper") / "summary.json"
+    summary = json.loads(found.read_text())
+    for result in summary["results"]:
+        if (result["metric"], result["estimator"]) == ("inner_steps_needed", "nres"):
+            result["mean"] = 1.0
+    found.write_text(json.dumps(summary))
+    assert "-->yes, nres 1 " in pages.filled(text, RECORDS._replace(folder=tmp_path))
+
+
 def test_a_table_is_on_lines_of_its_own():
     filled = pages.filled("<!-- report: estimators --><!-- end -->", RECORDS)
     assert filled.startswith("<!-- report: estimators -->\n| estimator |")
@@ -87,6 +106,7 @@ def test_a_table_is_on_lines_of_its_own():
     [
         ("<!-- report: nothing --><!-- end -->", ["`nothing`", "no function 'nothing'"]),
         ("<!-- report: number lorenz error estimator=no --><!-- end -->", ["has no error with"]),
+        ('<!-- report: claim lorenz "2 < 1" --><!-- end -->', ["does not claim '2 < 1'", "nres"]),
         ("<!-- report: printed no_such --><!-- end -->", ["`printed no_such`", "no_such"]),
         ("<!-- report: verdicts no_such --><!-- end -->", ["no record of the topic", "estimators"]),
         ("<!-- report: pictures no_such --><!-- end -->", ["no picture of the topic", "no_such"]),
