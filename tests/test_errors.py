@@ -4,6 +4,7 @@ States are abstract (``jax.eval_shape``) unless a value is checked; a fixture as
 compiles a program.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import build, counted, mistyped, quadratic, raises, rows, settings
+from unrollgrad._checks import inner_loop
 from unrollgrad.estimators import REGISTRY, backprop
 
 KEY = jax.random.key(0)
@@ -442,6 +444,31 @@ def test_training_problem():
         train(optimizer=optax.adam(0.1))
     with raises(ValueError, "the loss of `loss` must be a scalar", "(2,)"):
         run("pes", train(loss=lambda theta, w, batch, key: w - 1), theta)
+
+
+def test_the_default_horizon_is_named():
+    """It is seen in the problem, and where it does not fit."""
+    default = inspect.signature(ug.training_problem).parameters["horizon"].default
+    assert default == inner_loop.DEFAULT_HORIZON == 1000
+    problem = train(horizon=default)
+    assert repr(problem) == "UnrolledProblem(init, step, horizon=1000)"
+    assert "horizon=drawn, evaluate=last" in repr(problem._replace(horizon=drawn, evaluate=last))
+    with raises(ValueError, "problem.horizon=1000 (training_problem's default). Use one of"):
+        ug.pes(problem, truncation=7, sigma=0.1)
+    for own in (train(horizon=999), ug.UnrolledProblem(problem.init, lambda *_: None, 1000)):
+        with raises(ValueError, f"problem.horizon={own.horizon}. Use one of"):
+            ug.pes(own, truncation=7, sigma=0.1)
+    shown = ug.full_es(problem, sigma=0.1)._repr_html_()
+    assert "inner steps of an episode</th><td>1000<" in shown
+    assert "inner steps of a call</th><td>those of an episode<" in shown
+
+
+def drawn(key):
+    return 7
+
+
+def last(key, theta, state):
+    return state
 
 
 def test_compare():

@@ -14,6 +14,9 @@ from unrollgrad.types import ArrayTree, Key, State, Theta, UnrolledProblem
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr  # takes long to import
 
+DEFAULT_HORIZON = 1000
+"""The horizon of ``training_problem``, for messages."""
+
 
 def check_problem(problem: object) -> None:
     """Raises TypeError if ``problem`` is not an ``UnrolledProblem``."""
@@ -62,11 +65,18 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
         return truncation
     horizon = arguments.positive_int("problem.horizon", problem.horizon)
     if horizon % truncation:
+        default = " (training_problem's default)" if _is_default(problem) else ""
         raise ValueError(
             f"`truncation` must divide `problem.horizon`; got truncation={truncation} and "
-            f"problem.horizon={horizon}. Use one of {divisors(horizon)}."
+            f"problem.horizon={horizon}{default}. Use one of {divisors(horizon)}."
         )
     return truncation
+
+
+def _is_default(problem: UnrolledProblem) -> bool:
+    """Whether the horizon may be the one that ``training_problem`` has if none is passed."""
+    by_us = getattr(problem.step, "__qualname__", "").startswith("training_problem.")
+    return by_us and problem.horizon == DEFAULT_HORIZON
 
 
 def divisors(number: int) -> str:

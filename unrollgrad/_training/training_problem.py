@@ -68,7 +68,8 @@ def training_problem(
             ``loss`` or ``init_params`` uses theta, step t then depends on theta through the updates
             before it alone, so that windows of one step have a gradient of zero with ``tbptt`` and
             ``truncated_es``.
-        horizon: Inner steps in an episode, or a sampler ``horizon(key)``.
+        horizon: Inner steps in an episode, or a sampler ``horizon(key)``. Pass the length of your
+            training: the default is arbitrary. ``print(problem)`` shows it.
 
     Raises:
         TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function, or ``meta_loss``
