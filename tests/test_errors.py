@@ -446,6 +446,24 @@ def test_training_problem():
         run("pes", train(loss=lambda theta, w, batch, key: w - 1), theta)
 
 
+def test_functions_that_take_other_arguments():
+    """They are refused when they are passed, with the arguments that they will get."""
+    with raises(TypeError, "`sample_batch()` cannot be called as sample_batch(key)"):
+        train(sample_batch=lambda: None)
+    with raises(TypeError, "`sample_batch` must be a function, called as", "float64[3]"):
+        train(sample_batch=np.zeros(3))
+    with raises(TypeError, "optimizer(theta, t)", "optax.sgd takes its settings", "lambda theta"):
+        train(optimizer=optax.sgd)
+    for makes in (lambda: 0.0, lambda a, b, c: 0.0):
+        with raises(TypeError, "as init_params(key): ", "It may also take (key, theta)"):
+            begun(build("tbptt", train(init_params=makes)), np.float32(0.1))
+    with raises(TypeError, "`evaluate(theta, s)` cannot be called as evaluate(key, theta, state)"):
+        ug.final_loss(train(), lambda theta, s: s)
+    for changes in ({"evaluate": lambda theta, s: s}, {"horizon": lambda: 7}):
+        with raises(TypeError, "cannot be called as", "(key"):
+            ug.tbptt(train()._replace(**changes), truncation=5)
+
+
 def test_the_default_horizon_is_named():
     """It is seen in the problem, and where it does not fit."""
     default = inspect.signature(ug.training_problem).parameters["horizon"].default

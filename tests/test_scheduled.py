@@ -107,7 +107,7 @@ def test_a_sigma_that_changes_inside_an_episode_biases(name):
     biased = np.einsum("wv,wvp->p", ratios, blocks) / 4
     assert drawn(name, keeps=False).error_in_se(biased) < 5
     assert drawn(name, keeps=False).relative_se(biased) < 0.05
-    assert drawn(name, keeps=False).error_in_se(truth) > 20
+    assert drawn(name, keeps=False).error_in_se(truth) > 10
 
 
 @pytest.mark.parametrize("name", ["pes", "es_single"])

@@ -19,7 +19,7 @@ DEFAULT_HORIZON = 1000
 
 
 def check_problem(problem: object) -> None:
-    """Raises TypeError if ``problem`` is not an ``UnrolledProblem``."""
+    """Raises TypeError unless ``problem`` is an ``UnrolledProblem``, with functions that fit."""
     if not isinstance(problem, UnrolledProblem):
         hint = ""
         if hasattr(problem, "problem") and hasattr(problem, "theta"):
@@ -28,6 +28,10 @@ def check_problem(problem: object) -> None:
             f"`problem` must be an UnrolledProblem(init, step, horizon); got a "
             f"{type(problem).__name__}.{hint}"
         )
+    if callable(problem.horizon):
+        check_call("horizon", problem.horizon, key=None)
+    if problem.evaluate is not None:
+        check_call("evaluate", problem.evaluate, key=None, theta=None, state=None)
 
 
 def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
@@ -154,12 +158,15 @@ def takes(function: Callable, *arguments: object) -> bool:
     return _refusal(function, arguments) is None
 
 
-def check_call(name: str, function: Callable, hint: str = "", /, **arguments: object) -> None:
+def check_call(name: str, function: Callable, hint: str = "", /, **given: object) -> None:
     """Raises TypeError unless ``function`` can be called with the arguments, by position."""
-    if error := _refusal(function, tuple(arguments.values())):
+    call = f"{name}({', '.join(given)})"
+    if not callable(function):
+        got = arguments.describe(function)
+        raise TypeError(f"`{name}` must be a function, called as {call}; got {got}.{hint}")
+    if error := _refusal(function, tuple(given.values())):
         raise TypeError(
-            f"`{name}{inspect.signature(function)}` cannot be called as "
-            f"{name}({', '.join(arguments)}): {error}.{hint}"
+            f"`{name}{inspect.signature(function)}` cannot be called as {call}: {error}.{hint}"
         ) from error
 
 

@@ -149,8 +149,7 @@ def fit(
         (200,)
     """
     _check(estimator, optimizer, data)
-    _check_calls(data=(data, "step"), evaluate=(evaluate, "key", "theta"))
-    _check_calls(callback=(callback, "s", "theta", "metrics"))
+    _check_calls(data, evaluate, callback)
     num_steps = arguments.positive_int("num_steps", num_steps)
     size = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
     every = 10 * size if checkpoint_every is None else checkpoint_every
@@ -246,7 +245,8 @@ def _explain(error: BaseException, run: _Run, store: checkpoints.Checkpoints | N
     """Adds the result so far to an exception, and says where the last checkpoint is."""
     if not any(x.is_deleted() for x in jax.tree.leaves(run.carry)):
         error.result = run.result()  # type: ignore[attr-defined]
-        error.add_note(f"fit: the result of the {run.done} steps so far is this error's `result`.")
+        if run.done:
+            error.add_note(f"fit: the result of the {run.done} steps so far is its `result`.")
     if store is not None and (saved := store.newest()) is not None:
         error.add_note(f"fit: the last checkpoint is that of step {saved}, in {store.folder}.")
 
@@ -278,16 +278,14 @@ def _check(estimator: object, optimizer: object, data: object) -> None:
         )
 
 
-def _check_calls(**functions: tuple) -> None:
-    """Raises TypeError unless each function is None or can be called with the named arguments."""
-    for name, (function, *given) in functions.items():
-        if callable(function):
-            inner_loop.check_call(name, function, **dict.fromkeys(given))
-        elif function is not None and name != "data":  # data may be an iterator
-            raise TypeError(
-                f"`{name}` must be a function {name}({', '.join(given)}); got "
-                f"{arguments.describe(function)}."
-            )
+def _check_calls(data: object, evaluate: Any, callback: Any) -> None:
+    """Raises TypeError unless the functions of the user can be called as ``fit`` calls them."""
+    if callable(data):
+        inner_loop.check_call("data", data, step=0)
+    if evaluate is not None:
+        inner_loop.check_call("evaluate", evaluate, key=None, theta=None)
+    if callback is not None:
+        inner_loop.check_call("callback", callback, s=0, theta=None, metrics=None)
 
 
 def _as_json(config: object) -> object:
