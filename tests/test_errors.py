@@ -459,9 +459,10 @@ def test_functions_that_take_other_arguments():
             begun(build("tbptt", train(init_params=makes)), np.float32(0.1))
     with raises(TypeError, "`evaluate(theta, s)` cannot be called as evaluate(key, theta, state)"):
         ug.final_loss(train(), lambda theta, s: s)
-    for changes in ({"evaluate": lambda theta, s: s}, {"horizon": lambda: 7}):
-        with raises(TypeError, "cannot be called as", "(key"):
-            ug.tbptt(train()._replace(**changes), truncation=5)
+    with raises(TypeError, "`evaluate(theta, s)` cannot be called as", "(key, theta, state)"):
+        ug.tbptt(train()._replace(evaluate=lambda theta, s: s), truncation=5)
+    with raises(TypeError, "`horizon()` cannot be called as", "(key)"):
+        ug.tbptt(train(horizon=lambda: 7), truncation=5)
 
 
 def test_the_default_horizon_is_named():
@@ -473,7 +474,7 @@ def test_the_default_horizon_is_named():
     assert "horizon=drawn, evaluate=last" in repr(problem._replace(horizon=drawn, evaluate=last))
     with raises(ValueError, "problem.horizon=1000 (training_problem's default). Use one of"):
         ug.pes(problem, truncation=7, sigma=0.1)
-    for own in (train(horizon=999), ug.UnrolledProblem(problem.init, lambda *_: None, 1000)):
+    for own in (train(horizon=999), problem._replace(step=mistyped(lambda *_: None))):
         with raises(ValueError, f"problem.horizon={own.horizon}. Use one of"):
             ug.pes(own, truncation=7, sigma=0.1)
     shown = ug.full_es(problem, sigma=0.1)._repr_html_()

@@ -109,7 +109,7 @@ def scheduled(
         key, theta, state = mesh_axes.over(names, (key, theta, state))
         calls, value, worker = state.carried
         # Without windows every call begins an episode, or is a step of an algorithm without them.
-        begins = True if example.truncation is None else state.episode.t == 0
+        begins = (state.episode.t == 0) | (example.truncation is None)
         value = unroll.select(begins, _at(schedule, calls), value)
         own = worker._replace(episode=state.episode)
         out, own = make(value).estimate(key, theta, own, data=data)
