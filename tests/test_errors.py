@@ -4,6 +4,7 @@ States are abstract (``jax.eval_shape``) unless a value is checked; a fixture as
 compiles a program.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import build, counted, mistyped, quadratic, raises, rows, settings
+from unrollgrad._checks import inner_loop
 from unrollgrad.estimators import REGISTRY, backprop
 
 KEY = jax.random.key(0)
@@ -442,6 +444,50 @@ def test_training_problem():
         train(optimizer=optax.adam(0.1))
     with raises(ValueError, "the loss of `loss` must be a scalar", "(2,)"):
         run("pes", train(loss=lambda theta, w, batch, key: w - 1), theta)
+
+
+def test_functions_that_take_other_arguments():
+    """They are refused when they are passed, with the arguments that they will get."""
+    with raises(TypeError, "`sample_batch()` cannot be called as sample_batch(key)"):
+        train(sample_batch=lambda: None)
+    with raises(TypeError, "`sample_batch` must be a function, called as", "float64[3]"):
+        train(sample_batch=np.zeros(3))
+    with raises(TypeError, "optimizer(theta, t)", "optax.sgd takes its settings", "lambda theta"):
+        train(optimizer=optax.sgd)
+    for makes in (lambda: 0.0, lambda a, b, c: 0.0):
+        with raises(TypeError, "as init_params(key): ", "It may also take (key, theta)"):
+            begun(build("tbptt", train(init_params=makes)), np.float32(0.1))
+    with raises(TypeError, "`evaluate(theta, s)` cannot be called as evaluate(key, theta, state)"):
+        ug.final_loss(train(), lambda theta, s: s)
+    with raises(TypeError, "`evaluate(theta, s)` cannot be called as", "(key, theta, state)"):
+        ug.tbptt(train()._replace(evaluate=lambda theta, s: s), truncation=5)
+    with raises(TypeError, "`horizon()` cannot be called as", "(key)"):
+        ug.tbptt(train(horizon=lambda: 7), truncation=5)
+
+
+def test_the_default_horizon_is_named():
+    """It is seen in the problem, and where it does not fit."""
+    default = inspect.signature(ug.training_problem).parameters["horizon"].default
+    assert default == inner_loop.DEFAULT_HORIZON == 1000
+    problem = train(horizon=default)
+    assert repr(problem) == "UnrolledProblem(init, step, horizon=1000)"
+    assert "horizon=drawn, evaluate=last" in repr(problem._replace(horizon=drawn, evaluate=last))
+    with raises(ValueError, "problem.horizon=1000 (training_problem's default). Use one of"):
+        ug.pes(problem, truncation=7, sigma=0.1)
+    for own in (train(horizon=999), problem._replace(step=mistyped(lambda *_: None))):
+        with raises(ValueError, f"problem.horizon={own.horizon}. Use one of"):
+            ug.pes(own, truncation=7, sigma=0.1)
+    shown = ug.full_es(problem, sigma=0.1)._repr_html_()
+    assert "inner steps of an episode</th><td>1000<" in shown
+    assert "inner steps of a call</th><td>those of an episode<" in shown
+
+
+def drawn(key):
+    return 7
+
+
+def last(key, theta, state):
+    return state
 
 
 def test_compare():

@@ -249,6 +249,14 @@ def test_errors():
         ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, steps_per_dispatch=0)
     with raises(TypeError, "theta['n'] is 3"):
         ug.fit(estimator, {"n": 3}, OUTER, num_steps=1, key=KEY)
+    with raises(TypeError, "`evaluate(theta)` cannot be called as evaluate(key, theta)"):
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, evaluate=lambda theta: {})
+    with raises(TypeError, "`callback(step)` cannot be called as callback(s, theta, metrics)"):
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, callback=lambda step: None)
+    with raises(TypeError, "`callback` must be a function", "True (bool)"):
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, callback=mistyped(True))
+    with raises(TypeError, "`data()` cannot be called as data(step)"):
+        ug.fit(estimator, theta, OUTER, num_steps=1, key=KEY, data=lambda: None)
 
 
 def test_contexts_of_jax_hold_in_the_thread_that_makes_data():

@@ -109,3 +109,18 @@ def test_links_and_examples_are_seen():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_pages_load_nothing_from_elsewhere():
+    """Scripts, styles and the fonts of formulas are in the repository."""
+    config = (ROOT / "mkdocs.yml").read_text()
+    extra = re.findall(r"^  - (javascripts/\S+)$", config, re.MULTILINE)
+    assert len(extra) == 3
+    assert "http" not in config
+    assert all((DOCS / name).exists() for name in extra)
+    katex = DOCS / "javascripts" / "katex"
+    fonts = set(re.findall(r"url\((fonts/[\w-]+\.woff2)\)", (katex / "katex.min.css").read_text()))
+    assert len(fonts) >= 20
+    assert all((katex / name).exists() for name in fonts)
+    files = [path for path in (DOCS / "javascripts").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1_000_000

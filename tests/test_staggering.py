@@ -173,6 +173,28 @@ def test_a_single_call_of_staggered_workers_sees_all_windows(
         assert samples.error_in_se(truth) > 10
 
 
+@pytest.mark.parametrize(
+    ("name", "stagger", "num_workers", "calls", "period"),
+    [("pes", "lockstep", 3, 8, 2), ("es_single", "burn_in", 8, 4, None)],
+)
+def test_the_squared_error_of_a_single_call(name, stagger, num_workers, calls, period):
+    """B + V/N in lockstep, V/N after burn_in: how the windows' gradients differ does not shrink."""
+    influence = recurrence()[2]
+    g = theory.gradient(influence)
+    windows = influence.reshape(8, 2, 16, 3).sum(axis=(1, 2)) / 2
+    between = np.mean(np.sum((windows - g) ** 2, axis=1))
+    within = (theory.window_variance(influence, 2, period) - between) / 2  # two pairs
+    errors = np.sum((sampled(name, stagger, num_workers, calls)[0] - g) ** 2, axis=2)
+    errors = Samples(errors.mean(axis=1))
+    expected = {"lockstep": between + within / num_workers, "burn_in": within / num_workers}
+    for way, value in expected.items():
+        if way == stagger:
+            assert errors.error_in_se(value) < 5
+            assert errors.relative_se(value) < 0.02
+        else:
+            assert errors.error_in_se(value) > 10
+
+
 @pytest.mark.parametrize("stagger", ["lockstep", "burn_in"])
 def test_expectation_over_an_episode_of_calls(stagger):
     """3 workers cannot cover eight windows evenly in one call, but all calls together do."""

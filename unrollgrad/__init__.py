@@ -11,7 +11,8 @@ one worker            bptt(problem), tbptt(problem, truncation=10): backpropagat
                       pes_analytic, pes_analytic_replacement, reparameterized_es: with gradients
                       forward_mode, uoro, dodge: forward through time
                       REGISTRY: a table of all of them, with bias, variance, time and memory
-many workers          average(estimator, 64); curriculum: stages; make_worker_mesh: many devices
+many workers          average(estimator, 64); make_worker_mesh: many devices; curriculum: stages;
+                      scheduled: a setting, such as sigma, that changes over a run
 the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key=...) -> FitResult
 which one is best     diagnostics.compare(problem, theta, estimators, reference=..., ...)
                       episode_loss(problem, key, theta): the objective of one episode
@@ -28,11 +29,13 @@ from types import ModuleType
 
 from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
 from unrollgrad._core.unroll import episode_loss
-from unrollgrad._fit.fit import FitResult, fit
+from unrollgrad._fit.fit import fit
+from unrollgrad._fit.result import FitResult
 from unrollgrad._training.training_problem import TrainingState, final_loss, training_problem
 from unrollgrad._workers.average import average
 from unrollgrad._workers.curriculum import curriculum
 from unrollgrad._workers.mesh import make_worker_mesh
+from unrollgrad._workers.scheduled import scheduled
 from unrollgrad.estimators import (
     REGISTRY,
     bptt,
@@ -94,6 +97,7 @@ __all__ = [
     "pes_analytic_replacement",
     "problems",
     "reparameterized_es",
+    "scheduled",
     "tbptt",
     "training_problem",
     "truncated_es",

@@ -5,6 +5,7 @@ Everything here is a ``NamedTuple``: a pytree (or a bundle of pure functions) th
 """
 
 import dataclasses
+import html
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -78,6 +79,15 @@ class UnrolledProblem(NamedTuple):
     step: Callable[..., tuple[Any, Numeric]]
     horizon: int | Callable[[Key], Numeric]
     evaluate: Callable[..., Numeric] | None = None
+
+    def __repr__(self):
+        def name(function):
+            return getattr(function, "__name__", type(function).__name__)
+
+        horizon = name(self.horizon) if callable(self.horizon) else self.horizon
+        end = "" if self.evaluate is None else f", evaluate={name(self.evaluate)}"
+        functions = f"{name(self.init)}, {name(self.step)}"
+        return f"UnrolledProblem({functions}, horizon={horizon}{end})"
 
 
 class Info(NamedTuple):
@@ -191,7 +201,7 @@ class MadeBy:
     Attributes:
         estimator: The estimator's name.
         settings: Settings that fix the meaning of the state, as (name, value). Sigma is not
-            included: it may change between calls.
+            included: it may change between episodes.
     """
 
     estimator: str
@@ -243,3 +253,8 @@ class GradientEstimator(NamedTuple):
     def __repr__(self):
         made = getattr(self.init, "about", None)
         return f"GradientEstimator(truncation={self.truncation})" if made is None else made.text
+
+    def _repr_html_(self):
+        made = getattr(self.init, "about", None)
+        text = f"<code>{html.escape(repr(self))}</code>"
+        return text if made is None else made.html(self.truncation)

@@ -330,6 +330,23 @@ def test_missing_extras_are_named(monkeypatch):
         comparison.plot()
 
 
+def test_a_comparison_in_a_notebook():
+    """Short as text; as a table it explains its columns, and its texts are escaped."""
+    row = {**ROW, "name": "<b>", "reference_norm": 2.0, "bias": 0.5, "bias_se": 0.1, "nmse": 0.06}
+    comparison = ug.diagnostics.Comparison([row], {}, np.ones((1, 2)), {"num_samples": 16})
+    assert repr(comparison) == (
+        "Comparison, 16 samples each, in units of |g|:\n"
+        "  <b>: bias 0.25 ± 0.05, variance 0, NMSE 0.06"
+    )
+    table = comparison._repr_html_()
+    assert "<caption>|g| = 2</caption>" in table
+    assert "&lt;b&gt;</th><td>0.25 ± 0.05</td>" in table
+    assert f'<th title="{report.COLUMNS["cosine"][1]}">cosine</th>' in table
+    assert "left out" not in table  # nothing was left out
+    assert "<b>" not in table
+    assert "color" not in table
+
+
 def test_a_reference_of_zero_and_samples_of_nan_still_save(tmp_path):
     for norm in [0.0, 1.0]:
         rows = [{**ROW, "reference_norm": norm}]

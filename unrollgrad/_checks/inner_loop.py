@@ -14,9 +14,12 @@ from unrollgrad.types import ArrayTree, Key, State, Theta, UnrolledProblem
 if TYPE_CHECKING:
     from jax.extend.core import ClosedJaxpr  # takes long to import
 
+DEFAULT_HORIZON = 1000
+"""The horizon of ``training_problem``, for messages."""
+
 
 def check_problem(problem: object) -> None:
-    """Raises TypeError if ``problem`` is not an ``UnrolledProblem``."""
+    """Raises TypeError unless ``problem`` is an ``UnrolledProblem``, with functions that fit."""
     if not isinstance(problem, UnrolledProblem):
         hint = ""
         if hasattr(problem, "problem") and hasattr(problem, "theta"):
@@ -25,6 +28,10 @@ def check_problem(problem: object) -> None:
             f"`problem` must be an UnrolledProblem(init, step, horizon); got a "
             f"{type(problem).__name__}.{hint}"
         )
+    if callable(problem.horizon):
+        check_call("horizon", problem.horizon, key=None)
+    if problem.evaluate is not None:
+        check_call("evaluate", problem.evaluate, key=None, theta=None, state=None)
 
 
 def static_horizon(problem: UnrolledProblem, needed_by: str) -> int:
@@ -62,11 +69,18 @@ def check_truncation(problem: UnrolledProblem, truncation: int) -> int:
         return truncation
     horizon = arguments.positive_int("problem.horizon", problem.horizon)
     if horizon % truncation:
+        default = " (training_problem's default)" if _is_default(problem) else ""
         raise ValueError(
             f"`truncation` must divide `problem.horizon`; got truncation={truncation} and "
-            f"problem.horizon={horizon}. Use one of {divisors(horizon)}."
+            f"problem.horizon={horizon}{default}. Use one of {divisors(horizon)}."
         )
     return truncation
+
+
+def _is_default(problem: UnrolledProblem) -> bool:
+    """Whether the horizon may be the one that ``training_problem`` has if none is passed."""
+    by_us = getattr(problem.step, "__qualname__", "").startswith("training_problem.")
+    return by_us and problem.horizon == DEFAULT_HORIZON
 
 
 def divisors(number: int) -> str:
@@ -144,12 +158,15 @@ def takes(function: Callable, *arguments: object) -> bool:
     return _refusal(function, arguments) is None
 
 
-def check_call(name: str, function: Callable, hint: str = "", /, **arguments: object) -> None:
+def check_call(name: str, function: Callable, hint: str = "", /, **given: object) -> None:
     """Raises TypeError unless ``function`` can be called with the arguments, by position."""
-    if error := _refusal(function, tuple(arguments.values())):
+    call = f"{name}({', '.join(given)})"
+    if not callable(function):
+        got = arguments.describe(function)
+        raise TypeError(f"`{name}` must be a function, called as {call}; got {got}.{hint}")
+    if error := _refusal(function, tuple(given.values())):
         raise TypeError(
-            f"`{name}{inspect.signature(function)}` cannot be called as "
-            f"{name}({', '.join(arguments)}): {error}.{hint}"
+            f"`{name}{inspect.signature(function)}` cannot be called as {call}: {error}.{hint}"
         ) from error
 
 

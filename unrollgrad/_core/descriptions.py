@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, ParamSpec
 import jax
 import numpy as np
 
+from unrollgrad._core import html
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 P = ParamSpec("P")
@@ -25,6 +26,20 @@ class About(NamedTuple):
     text: str
     problem: UnrolledProblem | None = None
     explain: Callable[[dict[str, Any]], str] | None = None
+
+    def html(self, truncation: int | None) -> str:
+        """A table for notebooks: the call, and how an episode is cut into calls."""
+        rows: list[tuple[str, object]] = [("estimator", self.text)]
+        horizon = None if self.problem is None else self.problem.horizon
+        if callable(horizon):
+            rows.append(("inner steps of an episode", "sampled"))
+        elif horizon is not None:
+            rows.append(("inner steps of an episode", horizon))
+        if truncation is not None:
+            rows.append(("inner steps of a call", truncation))
+        elif self.problem is not None:
+            rows.append(("inner steps of a call", "those of an episode"))
+        return html.table(rows)
 
 
 def about(estimator: GradientEstimator) -> About:

@@ -15,69 +15,20 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unrollgrad._checks import arguments
+from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import descriptions
 from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.progress import progress_bar
-from unrollgrad._fit import checkpoints, files
+from unrollgrad._fit import checkpoints
 from unrollgrad._fit.data_thread import prefetched
 from unrollgrad._fit.interrupts import stop_requests
+from unrollgrad._fit.result import FitResult
 from unrollgrad._training import inner_optimizers
 from unrollgrad._workers.mesh import on_any_process, placed
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric, Theta, WorkerState
 
 _INIT, _EVALUATE = 0x696E6974, 0x6576616C  # folded into the key; no step has these numbers
-
-
-class FitResult(NamedTuple):
-    """The result of ``fit``.
-
-    Attributes:
-        theta: Outer parameters after the last step.
-        opt_state: The state of the outer optimizer.
-        worker_state: The state of the estimator.
-        history: Arrays by name. With one number per outer step: ``loss`` (the estimate before the
-            update), ``grad_norm`` and the fields of the estimator's ``info``. With one per
-            evaluation: ``evaluated_at``, the number of steps done, and the values of ``evaluate``.
-    """
-
-    theta: Any
-    opt_state: optax.OptState
-    worker_state: WorkerState
-    history: dict[str, np.ndarray]
-
-    def __repr__(self):
-        losses = self.history.get("loss", np.zeros(0))
-        told = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) else ""
-        shapes = jax.tree.map(arguments.describe, self.theta)
-        return f"FitResult({len(losses)} steps{told}, theta={shapes})"
-
-    def save(self, path: str | Path) -> Path:
-        """Writes everything to one file, such as ``run.npz``; an existing file is replaced."""
-        return files.save(path, self._asdict())
-
-    @classmethod
-    def load(cls, path: str | Path, like: Any) -> "FitResult":
-        """Reads a file that ``save`` wrote.
-
-        Args:
-            path: Path of the file.
-            like: A FitResult with the same structures, or theta alone, of which only the
-                structure, shapes and dtypes matter: then the states are None.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If ``save`` did not write it, or it holds another result than ``like``.
-        """
-        wanted: dict[str, Any] = {"theta": like, "opt_state": None, "worker_state": None}
-        if isinstance(like, cls):
-            wanted = {name: getattr(like, name) for name in wanted}
-        leaves = files.load(path)
-        states = {name: files.like(x, leaves, f"['{name}']") for name, x in wanted.items()}
-        begins = "['history']['"
-        history = {k[len(begins) : -2]: x for k, x in leaves.items() if k.startswith(begins)}
-        return cls(**states, history=history)
 
 
 class _Carry(NamedTuple):
@@ -111,8 +62,11 @@ class _Run:
         }
 
     def result(self) -> FitResult:
-        """The result so far."""
-        flat = {k: x for rows in self.history().values() for k, x in rows.items()}
+        """The result so far; the names after ``evaluated_at`` are those of ``evaluate``."""
+        history = self.history()
+        flat, evaluations = (dict(history.get(kind, {})) for kind in ("steps", "evaluations"))
+        if evaluations:
+            flat |= {"evaluated_at": evaluations.pop("evaluated_at"), **evaluations}
         return FitResult(*self.carry, flat)
 
 
@@ -126,7 +80,7 @@ def fit(
     data: Callable[..., object] | Iterator[object] | None = None,
     steps_per_dispatch: int = 100,
     evaluate: Callable[..., dict[str, Any]] | None = None,
-    callback: Callable[..., None] | None = None,
+    callback: Callable[..., object] | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int | None = None,
     config: object = None,
@@ -165,7 +119,9 @@ def fit(
             The names and shapes stay the same; no name is in the history already. ``jit`` it
             yourself.
         callback: ``callback(s, theta, metrics)``, called after every dispatch with the number of
-            steps done, and the last step's record joined with the values of ``evaluate``.
+            steps done, and the last step's record joined with the values of ``evaluate``. If it
+            returns True, ``fit`` stops there, as after a signal: it saves, and returns the result
+            so far. (The same call on the same folder would go on from there.)
         checkpoint_dir: Folder in which checkpoints are written and found. It keeps the last two and
             the one whose last dispatch had the lowest mean loss. Needs orbax.
         checkpoint_every: Outer steps between checkpoints, rounded up to dispatches (by default ten
@@ -193,6 +149,7 @@ def fit(
         (200,)
     """
     _check(estimator, optimizer, data)
+    _check_calls(data, evaluate, callback)
     num_steps = arguments.positive_int("num_steps", num_steps)
     size = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
     every = 10 * size if checkpoint_every is None else checkpoint_every
@@ -201,7 +158,8 @@ def fit(
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
     config = _as_json(config)
     _check_not_traced((key, theta), "`theta` or `key`")
-    program, stopping = _program(estimator, optimizer, size), False
+    program = _program(estimator, optimizer, size)
+    stopping = asked = False
     with checkpoints.opened(checkpoint_dir) as store, stop_requests() as stop:
         carry = _begin(estimator, theta, optimizer, key)
         about = {} if store is None else checkpoints.about(carry, key, config)
@@ -217,8 +175,8 @@ def fit(
                     number = np.int32(min(size, num_steps - run.done))
                     steps = _Steps(key, np.int32(run.done), number, next(batches))
                     _advance(run, program, steps)
-                    _observe(run, key, evaluate, callback)
-                    stopping = on_any_process(bool(stop))
+                    asked = _observe(run, key, evaluate, callback)
+                    stopping = on_any_process(bool(stop) or asked)
                     ends = run.done == num_steps or stopping
                     losses = run.records["steps"][-1]["loss"]
                     if store is not None and (ends or run.done - saved >= every):
@@ -234,7 +192,7 @@ def fit(
             if explain and isinstance(error, FloatingPointError) and "steps" in run.records:
                 error.add_note(f"fit: {explain(run.history()['steps'])}")
             raise
-    if stopping:
+    if stopping and not asked:
         by = stop[0] if stop else "another process"
         print(f"fit: stopped by {by} after step {run.done} of {num_steps}", file=sys.stderr)
     return run.result()
@@ -264,10 +222,10 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     )
 
 
-def _observe(run: _Run, key: Key, evaluate, callback) -> None:
-    """Evaluates theta, records the values, and calls the callback."""
+def _observe(run: _Run, key: Key, evaluate, callback) -> bool:
+    """Evaluates theta, records the values, and calls the callback; whether that asks to stop."""
     if evaluate is None and callback is None:
-        return
+        return False
     # A copy, which the user may keep: the next dispatch takes over the buffers.
     theta = jax.tree.map(jnp.copy, run.carry.theta)
     metrics = {k: x[-1] for k, x in run.records["steps"][-1].items()}
@@ -278,15 +236,17 @@ def _observe(run: _Run, key: Key, evaluate, callback) -> None:
         row = {"evaluated_at": np.asarray(run.done), **found}
         run.records.setdefault("evaluations", []).append({k: x[None] for k, x in row.items()})
         metrics |= found
-    if callback is not None:
-        callback(run.done, theta, metrics)
+    said = None if callback is None else callback(run.done, theta, metrics)
+    # Other values than True and False do not count: a lambda may return what it logged.
+    return arguments.dtype_of(said) == np.bool_ and bool(said)
 
 
 def _explain(error: BaseException, run: _Run, store: checkpoints.Checkpoints | None) -> None:
     """Adds the result so far to an exception, and says where the last checkpoint is."""
     if not any(x.is_deleted() for x in jax.tree.leaves(run.carry)):
         error.result = run.result()  # type: ignore[attr-defined]
-        error.add_note(f"fit: the result of the {run.done} steps so far is this error's `result`.")
+        if run.done:
+            error.add_note(f"fit: the result of the {run.done} steps so far is its `result`.")
     if store is not None and (saved := store.newest()) is not None:
         error.add_note(f"fit: the last checkpoint is that of step {saved}, in {store.folder}.")
 
@@ -316,6 +276,16 @@ def _check(estimator: object, optimizer: object, data: object) -> None:
             "`data` must be a function of the step or an iterator, of one step's batches each; got "
             f"a {type(data).__name__}. For a list of batches: `lambda step: batches[step]`."
         )
+
+
+def _check_calls(data: object, evaluate: Any, callback: Any) -> None:
+    """Raises TypeError unless the functions of the user can be called as ``fit`` calls them."""
+    if callable(data):
+        inner_loop.check_call("data", data, step=0)
+    if evaluate is not None:
+        inner_loop.check_call("evaluate", evaluate, key=None, theta=None)
+    if callback is not None:
+        inner_loop.check_call("callback", callback, s=0, theta=None, metrics=None)
 
 
 def _as_json(config: object) -> object:

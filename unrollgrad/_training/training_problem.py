@@ -68,11 +68,13 @@ def training_problem(
             ``loss`` or ``init_params`` uses theta, step t then depends on theta through the updates
             before it alone, so that windows of one step have a gradient of zero with ``tbptt`` and
             ``truncated_es``.
-        horizon: Inner steps in an episode, or a sampler ``horizon(key)``.
+        horizon: Inner steps in an episode, or a sampler ``horizon(key)``. Pass the length of your
+            training: the default is arbitrary. ``print(problem)`` shows it.
 
     Raises:
-        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function, or ``meta_loss``
-            is neither a function nor "before".
+        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function, ``optimizer`` is
+            one of optax's own, a function cannot be called with its arguments, or ``meta_loss`` is
+            neither a function nor "before".
         ValueError: When stepping, if the loss is not a scalar, or neither ``sample_batch`` nor
             ``data`` gives a batch; in ``init``, if ``optax.inject_hyperparams`` keeps
             hyperparameters in 16 bits.
@@ -95,6 +97,14 @@ def training_problem(
                 f"`{name}` must be a function; got a {type(function).__name__}. For a fixed "
                 "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
             )
+    if str(getattr(optimizer, "__module__", "")).startswith("optax."):
+        raise TypeError(
+            "`optimizer` is called as optimizer(theta, t), but optax."
+            f"{getattr(optimizer, '__name__', '...')} takes its settings. Write, for example, "
+            "`optimizer=lambda theta, t: optax.sgd(jnp.exp(theta))`."
+        )
+    if sample_batch is not None:
+        inner_loop.check_call("sample_batch", sample_batch, key=None)
     named = isinstance(meta_loss, str) and meta_loss == "before"
     if not (meta_loss is None or named or callable(meta_loss)):
         raise TypeError(
@@ -109,8 +119,11 @@ def training_problem(
     )
 
     def init(key, theta):
-        given = {"key": key} if inner_loop.takes(init_params, key) else {"key": key, "theta": theta}
-        inner_loop.check_call("init_params", init_params, **given)
+        with_theta = not inner_loop.takes(init_params, key)
+        with_theta = with_theta and inner_loop.takes(init_params, key, theta)
+        given = {"key": key, "theta": theta} if with_theta else {"key": key}
+        hint = " It may also take (key, theta)."
+        inner_loop.check_call("init_params", init_params, hint, **given)
         inner_loop.check_call("optimizer", optimizer, theta=theta, t=0)
         params = arguments.strong_state(init_params(*given.values()), made_by="init_params")
         trained = _trained(params)
@@ -191,6 +204,7 @@ def final_loss(problem: UnrolledProblem, evaluate: Callable[..., Numeric]) -> Un
         8.0
     """
     inner_loop.static_horizon(problem, "final_loss")
+    inner_loop.check_call("evaluate", evaluate, key=None, theta=None, state=None)
 
     def step(key, theta, state, t, *data):
         result = problem.step(key, theta, state, t, *data)

@@ -60,7 +60,12 @@ def average(
     at its theta, up to T/K - 1 calls of work that ``info`` does not count. With a static horizon
     every call then estimates the gradient of J, without bias where T/K divides num_workers; with a
     sampled horizon longer episodes are rarer at first than later on. Either one turns ``es_single``
-    into NRES. Staggering does not change the long-run variance.
+    into NRES. Staggering does not change the long-run variance, only single updates: with N workers
+    their squared error is B + V/N in lockstep and V/N after burn_in, B being how far the windows'
+    gradients are from that of J, and V a window's noise. "lockstep" is the default since the mean
+    over an episode is as good, nothing is spent before the first update, and it fits every
+    estimator, ``data`` and curricula; take "burn_in" where B is larger than V/N and the outer
+    optimizer's memory is shorter than an episode.
 
     **Bad workers.** With ``nonfinite="drop"`` a worker whose loss or gradient is not finite is left
     out of the mean, begins a new episode in the next call, and is counted in

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from unrollgrad._core import optional_packages
+from unrollgrad._core import html, optional_packages
 from unrollgrad.diagnostics.picture import draw
 from unrollgrad.diagnostics.statistics import Row
 
@@ -74,6 +74,16 @@ class Comparison(NamedTuple):
     samples: dict[str, np.ndarray]
     reference: np.ndarray
     settings: dict[str, int | str | None]
+
+    def __repr__(self):
+        top = f"Comparison, {self.settings.get('num_samples')} samples each, in units of |g|:"
+        return "\n  ".join([top, *map(line, self.rows)])
+
+    def _repr_html_(self):
+        rows = _complete(self.rows)
+        columns = _columns(rows)
+        lines = [[cell(column, row) for column in columns] for row in rows]
+        return html.table(lines, list(columns.values()), caption=_size(rows))
 
     def table(self) -> None:
         """Prints the rows and, below them, what each column means.
@@ -184,13 +194,10 @@ def environment() -> dict[str, object]:
 def print_tables(groups: dict[str, list[Row]]) -> None:
     """Prints a table for each named group of rows, then what the columns mean."""
     console = optional_packages.console()
-    found = {
-        title: [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
-        for title, rows in groups.items()
-    }
+    found = {title: _complete(rows) for title, rows in groups.items()}
     columns = _columns([row for rows in found.values() for row in rows])
     for title, rows in found.items():
-        size = f"|g| = {rows[0]['reference_norm']:.3g}" if rows else ""
+        size = _size(rows)
         table = optional_packages.need("rich.table", "rich").Table(
             box=optional_packages.need("rich.box", "rich").SIMPLE_HEAD,
             show_edge=False,
@@ -207,6 +214,16 @@ def print_tables(groups: dict[str, list[Row]]) -> None:
     width = max(len(heading) for heading, _ in columns.values())
     for heading, meaning in columns.values():
         console.print(f"{heading:>{width}}  {meaning}", style="dim", highlight=False)
+
+
+def _complete(rows: list[Row]) -> list[Row]:
+    """The rows with the entries of all columns of the table."""
+    return [{**row, "long_run": long_run(row)} for row in at_equal_steps(rows)]
+
+
+def _size(rows: list[Row]) -> str:
+    """The norm of the reference, in whose units the table is."""
+    return f"|g| = {rows[0]['reference_norm']:.3g}" if rows else ""
 
 
 def _columns(rows: list[Row]) -> dict[str, tuple[str, str]]:

@@ -142,7 +142,8 @@ def gpes(
         problem: The inner loop.
         truncation: Inner steps per call (K); divides a static horizon.
         sigma: Standard deviation in theta's units: float, traced scalar or pytree prefix of theta.
-            It may change between calls: the accumulator holds unit-variance sums.
+            It may change between episodes: see ``scheduled``, which says what a change inside one
+            would do.
         noise_period: Inner steps between draws, a multiple of K; None: one draw per episode.
         num_pairs: Number of antithetic pairs; they share the episode.
         noise: The perturbation law; ``ug.noise.gaussian()`` by default.
