@@ -61,7 +61,7 @@ def test_random_directions_give_the_norm():
 
 
 def lorenz_from_random_starts(horizon):
-    problem, theta = ug.problems.lorenz(horizon)
+    problem, _ = ug.problems.lorenz(horizon)
 
     def init(key, theta):
         start = problem.init(key, theta)
