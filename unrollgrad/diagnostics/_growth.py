@@ -52,7 +52,7 @@ def measure(
             f"it changed:\n{differences}\nCast or reshape in `step`, or begin with the final form."
         )
     floats = floats_of(state)
-    dim = sum(_vector([x]).size for x in floats)
+    dim = sum(vector([x]).size for x in floats)
     k = arguments.positive_int("num_exponents", num_exponents)
     if not 1 <= k <= dim:
         raise ValueError(
@@ -112,7 +112,7 @@ def by_derivatives(step: Map, state: State, frame: jax.Array) -> tuple[State, ja
     def one(column):
         tangents = _leaves(column, floats)
         _, image, new = jax.jvp(after, (floats,), (tangents,), has_aux=True)
-        return new, _vector(image)
+        return new, vector(image)
 
     # The new state is the same for all columns; XLA keeps one.
     new, images = jax.vmap(one, in_axes=1, out_axes=(0, 1))(frame)
@@ -124,15 +124,15 @@ def by_differences(distance: float | None) -> Push:
 
     def push(step, state, frame):
         floats, rebuild = split(state)
-        here, new = _vector(floats), step(state)
+        here, new = vector(floats), step(state)
         relative = distance or max(float(jnp.finfo(x.dtype).eps) for x in floats) ** 0.57
         size = jnp.linalg.norm(here)
         length = relative * jnp.where(size > 0, size, 1)
 
         def one(column):
             neighbour = _leaves(here + length * column, floats)
-            image = _vector(floats_of(step(rebuild(neighbour)))) - _vector(floats_of(new))
-            return image / jnp.linalg.norm(_vector(neighbour) - here)  # as far as it really was
+            image = vector(floats_of(step(rebuild(neighbour)))) - vector(floats_of(new))
+            return image / jnp.linalg.norm(vector(neighbour) - here)  # as far as it really was
 
         return new, jax.vmap(one, in_axes=1, out_axes=1)(frame)
 
@@ -143,7 +143,7 @@ def _dtype(floats: list[jax.Array]) -> ArrayDType:
     return wide(*[jnp.finfo(x.dtype).dtype for x in floats])  # of a complex leaf: its real part's
 
 
-def _vector(floats: list[jax.Array]) -> jax.Array:
+def vector(floats: list[jax.Array]) -> jax.Array:
     """All floats in one vector; a complex leaf is its real, then its imaginary part."""
     parts = [y for x in floats for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     return jnp.concatenate([y.ravel().astype(_dtype(floats)) for y in parts])

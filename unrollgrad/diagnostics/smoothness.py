@@ -12,7 +12,7 @@ from unrollgrad._core import eager, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of
 from unrollgrad._training.training_problem import TrainingState
-from unrollgrad.diagnostics import _table
+from unrollgrad.diagnostics import _growth, _table
 from unrollgrad.types import Key, Segment, Theta, UnrolledProblem
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def metasmoothness(
             state = unroll.initial_state(problem, episode, moved)
             state, _ = unroll.unroll(Segment(problem, episode, horizon), moved, state)
             weights = state.params if isinstance(state, TrainingState) else state
-            parts = [y for x in floats_of(weights) for y in (x.real, x.imag) if y.size]
-            return jnp.concatenate([y.ravel().astype(wide(y.dtype)) for y in parts])
+            return _growth.vector(floats_of(weights))
 
         def one(h):
             first, second, third = jax.vmap(final)(h * jnp.arange(3, dtype=h.dtype))
