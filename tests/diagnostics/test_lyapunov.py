@@ -81,7 +81,7 @@ def test_two_trajectories(name):
     """The distance of two trajectories gives the same."""
     exponent, se, near, near_se = lines()[name]
     if name == "logistic 2":
-        assert near < -10
+        assert -18 < near < -14  # ln(eps / (2 distance)) is all that differences can see
     else:
         assert abs(near - exponent) < 4 * (se + near_se) + 1e-5
 

@@ -71,13 +71,13 @@ def lorenz_from_random_starts(horizon):
 
 
 def learned_optimizer(horizon):
-    """A small network, far from its start, as the optimizer of a small regression."""
-    small = ug.learned_optimizers.mlp(hidden=(8,), decays=(0.9,), times=(10.0,), step=0.3)
-    theta = jax.tree.map(lambda x: 4 * x, small.init(jax.random.key(3)))
+    """A small network with steps of a size of 2 as the optimizer of a small regression."""
+    small = ug.learned_optimizers.mlp(hidden=(8,), decays=(0.9,), times=(10.0,), step=2.0)
+    theta = small.init(jax.random.key(3))
     inputs = jax.random.normal(jax.random.key(1), (8, 3))
 
     def loss(theta, params, batch, key):
-        return jnp.mean((jnp.tanh(inputs @ params["w"]) - 0.5) ** 2)
+        return jnp.mean((jnp.sin(inputs @ params["w"]) - 0.5) ** 2)
 
     problem = ug.training_problem(
         loss=loss,
@@ -94,7 +94,7 @@ def learned_optimizer(horizon):
     [
         (ug.problems.chaotic_map, 400, 0.45),
         (lorenz_from_random_starts, 4000, 0.004),
-        (learned_optimizer, 400, 0.01),
+        (learned_optimizer, 400, 0.1),
     ],
 )
 def test_gradients_grow_at_the_rate_of_the_exponent(make, horizon, least):
@@ -265,7 +265,7 @@ def test_tables_and_pictures(capsys):
             assert len(sweep.plot().axes) in (1, 2)
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
-    for words in ("e-folds per step", "Suggestion", "roughness", "smoothness", "Two machines"):
+    for words in ("e-folds per step", "uggestion", "roughness", "smoothness", "Two machines"):
         assert words in text
 
 

@@ -15,8 +15,9 @@ from unrollgrad.types import ArrayDType, State
 Map = Callable[[State], State]
 """One step of a dynamical system: ``step(state) -> state``, with equal shapes and dtypes."""
 
-Push = Callable[[Map, State, jax.Array], tuple[State, jax.Array]]
-"""``push(step, state, frame)``: the state, and the small changes in the frame, one step later."""
+Push = Callable[[Map, State, jax.Array], tuple[State, jax.Array, jax.Array | float]]
+"""``push(step, state, frame)``: the state, and the small changes in the frame, one step later, and
+the size below which those are rounding."""
 
 BLOCKS = 20
 """The number of blocks whose means give the standard errors."""
@@ -63,8 +64,9 @@ def measure(
 
     def body(carry, _):
         state, frame = carry
-        state, image = push(moved, state, frame)
-        frame, growth = _orthonormal(image, frame)
+        state, image, least = push(moved, state, frame)
+        frame, sizes = _orthonormal(image, frame)
+        growth = jnp.log(jnp.maximum(sizes, least))
         return (state, frame), growth
 
     carry = state, _orthonormal(start, start)[0]
@@ -87,21 +89,21 @@ def _exponents(growth: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _orthonormal(image: jax.Array, frame: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The orthonormal columns that span the image, and the logarithms of the image's lengths.
+    """The orthonormal columns that span the image, and the lengths |R_ii|.
 
     ``frame`` is kept where a single column vanishes.
     """
     if image.shape[1] > 1:
         frame, triangle = jnp.linalg.qr(image)
-        return frame, jnp.log(jnp.abs(jnp.diagonal(triangle)))
+        return frame, jnp.abs(jnp.diagonal(triangle))
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(image)))  # its square may overflow
     scale = jnp.where(scale > 0, scale, 1)
     size = jnp.linalg.norm(image / scale) * scale
     gone = size == 0
-    return jnp.where(gone, frame, image / jnp.where(gone, 1, size)), jnp.log(size)[None]
+    return jnp.where(gone, frame, image / jnp.where(gone, 1, size)), size[None]
 
 
-def by_derivatives(step: Map, state: State, frame: jax.Array) -> tuple[State, jax.Array]:
+def by_derivatives(step: Map, state: State, frame: jax.Array) -> tuple[State, jax.Array, float]:
     """Moves the state, and the small changes by the step's derivative."""
     floats, rebuild = split(state)
 
@@ -116,7 +118,7 @@ def by_derivatives(step: Map, state: State, frame: jax.Array) -> tuple[State, ja
 
     # The new state is the same for all columns; XLA keeps one.
     new, images = jax.vmap(one, in_axes=1, out_axes=(0, 1))(frame)
-    return jax.tree.map(lambda x: x[0], new), images
+    return jax.tree.map(lambda x: x[0], new), images, 0.0
 
 
 def by_differences(distance: float | None) -> Push:
@@ -125,7 +127,8 @@ def by_differences(distance: float | None) -> Push:
     def push(step, state, frame):
         floats, rebuild = split(state)
         here, new = vector(floats), step(state)
-        relative = distance or max(float(jnp.finfo(x.dtype).eps) for x in floats) ** 0.57
+        eps = max(float(jnp.finfo(x.dtype).eps) for x in floats)
+        relative = distance or eps**0.57
         size = jnp.linalg.norm(here)
         length = relative * jnp.where(size > 0, size, 1)
 
@@ -134,7 +137,8 @@ def by_differences(distance: float | None) -> Push:
             image = vector(floats_of(step(rebuild(neighbour)))) - vector(floats_of(new))
             return image / jnp.linalg.norm(vector(neighbour) - here)  # as far as it really was
 
-        return new, jax.vmap(one, in_axes=1, out_axes=1)(frame)
+        least = eps / 2 * jnp.linalg.norm(vector(floats_of(new))) / length
+        return new, jax.vmap(one, in_axes=1, out_axes=1)(frame), least
 
     return push
 
