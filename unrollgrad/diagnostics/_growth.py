@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.types import ArrayDType, State
 
-Map = Callable[[State], State]
+Map = Callable[[Any], Any]
 """One step of a dynamical system: ``step(state) -> state``, with equal shapes and dtypes."""
 
 Push = Callable[[Map, State, jax.Array], tuple[State, jax.Array, jax.Array | float]]

@@ -91,9 +91,10 @@ def estimate_cost(problem: UnrolledProblem, theta: Theta, estimator: GradientEst
     begun = time.perf_counter()
     compiled = jax.jit(estimator.estimate).lower(key, theta, state).compile()
     seconds = time.perf_counter() - begun
-    parts = _bytes(compiled)
+    peak, temporary, argument, output = _bytes(compiled)
     program = jax.make_jaxpr(estimator.estimate)(key, theta, state)
-    return Cost(*parts, _seconds(problem, key, theta, _work(program.jaxpr)), seconds)
+    model = _seconds(problem, key, theta, _work(program.jaxpr))
+    return Cost(peak, temporary, argument, output, model, seconds)
 
 
 def _bytes(compiled: jax.stages.Compiled) -> tuple[int | None, ...]:

@@ -177,8 +177,8 @@ def check_grad(
         _worst(of_estimator, of_leaf)
         for of_estimator, of_leaf in zip(np.moveaxis(estimates, 0, 2), slopes, strict=True)
     ]
-    *numbers, verdicts = zip(*rows, strict=True)
-    return GradientCheck(names, *map(np.array, numbers), verdicts)
+    estimated, expected, error, size = np.array([row[:4] for row in rows]).T
+    return GradientCheck(names, estimated, expected, error, size, tuple(row[4] for row in rows))
 
 
 def _losses(problem: UnrolledProblem, key: Key, theta: Theta) -> jax.Array:

@@ -1,7 +1,7 @@
 """How the gradient of an episode and its spread grow with the episode's length."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,8 +179,8 @@ def horizon_sweep(
 
         return jax.vmap(one)(jax.random.split(for_episodes, num_episodes))
 
-    found = [np.asarray(x, np.float64) for x in run(key, theta)]
-    return _summary(*found, exact)
+    total, evaluated, log_scale = (np.asarray(x, np.float64) for x in run(key, theta))
+    return _summary(total, evaluated, log_scale, exact)
 
 
 def _sensitivities(
@@ -204,7 +204,7 @@ def _sensitivities(
         _, tangent, state = jax.jvp(first, (theta,), (direction,), has_aux=True)
         return state, tangent
 
-    def step(carry, key, t, batch):
+    def step(carry, key, t, batch) -> Any:
         state, *scaled = carry
         floats, rebuild = split(state)
 
@@ -238,7 +238,8 @@ def _sensitivities(
     states, tangents = jax.vmap(begin)(directions)
     zero = jnp.zeros(len(jax.tree.leaves(directions)[0]), dtype)
     carry = jax.tree.map(lambda x: x[0], states), tangents, zero, zero
-    return unroll.scan(Segment(problem, episode, horizon), step, carry)[1]
+    found: Any = unroll.scan(Segment(problem, episode, horizon), step, carry)[1]
+    return found
 
 
 def _summary(

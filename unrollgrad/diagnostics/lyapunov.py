@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import eager, unroll
 from unrollgrad.diagnostics import _growth, _table
 from unrollgrad.diagnostics._growth import BLOCKS, Map, Push
-from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
+from unrollgrad.types import Episode, Key, Numeric, State, Theta, UnrolledProblem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,7 +213,7 @@ def lyapunov(
 
 
 def lyapunov_of_map(
-    step: Map, state: State, num_steps: int, *, num_exponents: int = 1, discard: int = 0
+    step: Map, state: State | Numeric, num_steps: int, *, num_exponents: int = 1, discard: int = 0
 ) -> Lyapunov:
     """Lyapunov exponents of any map, along the trajectory that starts at ``state``.
 
@@ -248,7 +248,7 @@ def lyapunov_of_map(
 
 def lyapunov_by_distance(
     step: Map,
-    state: State,
+    state: State | Numeric,
     num_steps: int,
     *,
     num_exponents: int = 1,
@@ -298,7 +298,9 @@ def lyapunov_by_distance(
     return _run_map(push, step, state, num_exponents, _steps(num_steps, discard))
 
 
-def episode_map(problem: UnrolledProblem, theta: Theta, *, key: Key) -> tuple[Map, State]:
+def episode_map(
+    problem: UnrolledProblem, theta: Theta, *, key: Key
+) -> tuple[Map, tuple[State, jax.Array]]:
     """An episode of a problem as a map and its first state, which contains the step's number.
 
     Args:
@@ -322,7 +324,9 @@ def episode_map(problem: UnrolledProblem, theta: Theta, *, key: Key) -> tuple[Ma
     return _map_of(problem, theta, unroll.new_episode(problem.horizon, key, 1))
 
 
-def _map_of(problem: UnrolledProblem, theta: Theta, episode: Episode) -> tuple[Map, State]:
+def _map_of(
+    problem: UnrolledProblem, theta: Theta, episode: Episode
+) -> tuple[Map, tuple[State, jax.Array]]:
     keys = unroll.step_keys(episode)
 
     def step(state):
@@ -357,7 +361,7 @@ def _steps(num_steps: int, discard: int) -> _growth.Steps:
 
 
 def _run_map(
-    push: Push, step: Map, state: State, num_exponents: int, steps: _growth.Steps
+    push: Push, step: Map, state: Any, num_exponents: int, steps: _growth.Steps
 ) -> Lyapunov:
     state = arguments.strong_state(state, "state")
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,9 +121,9 @@ def locate_nonfinite(problem: UnrolledProblem, theta: Theta, key: Key) -> NonFin
 class _Report(NamedTuple):
     """For every number of interest whether it has a NaN, an infinity, and its largest magnitude."""
 
-    nan: jax.Array
-    inf: jax.Array
-    largest: jax.Array
+    nan: jax.Array | np.ndarray
+    inf: jax.Array | np.ndarray
+    largest: jax.Array | np.ndarray
 
 
 class _Forward(NamedTuple):
@@ -147,7 +147,7 @@ def _report(leaves: list[jax.Array]) -> _Report:
 def _forward(problem: UnrolledProblem, episode: Episode, theta: Theta) -> _Forward:
     horizon = int(problem.horizon)  # type: ignore[arg-type]
 
-    def step(state, key, t, batch):
+    def step(state, key, t, batch) -> Any:
         new, loss = unroll.one_step(problem, key, theta, state, t, None)
         return new, (state, _report([loss]))
 
@@ -205,7 +205,7 @@ def _first_forward(forward: _Forward, names: list[str]) -> NonFinite:
     if first == 0:
         return NonFinite("forward", None, *_which(states, 0, ["", *names]), math.nan)
     if first_loss + 1 < first:  # a loss that is made together with such a state is not named
-        value = "nan" if losses.nan[first_loss, 0] else "inf"
+        value = "nan" if losses.nan[int(first_loss), 0] else "inf"
         before = float(states.largest[int(first_loss)].max())
         return NonFinite("forward", int(first_loss), "loss", value, before)
     if first < math.inf:

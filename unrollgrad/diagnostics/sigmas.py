@@ -211,7 +211,7 @@ def sigma_sweep(
     theta: Theta,
     *,
     key: Key,
-    sigmas: Sequence[float] | None = None,
+    sigmas: Sequence[float] | np.ndarray | None = None,
     unit: Sigma = 1.0,
     num_pairs: int = 64,
 ) -> SigmaSweep:
@@ -332,8 +332,11 @@ def _summary(
     steepness = np.ones(len(sigmas))
     if len(sigmas) > 1:
         steepness = np.gradient(logs, np.log(sigmas))
+    loss, loss_se, norm, norm_se, variance, change, change_se = np.array(rows).T
+    lost, num_pairs = 1 - finite.mean(axis=1), half.shape[1]
     return SigmaSweep(
-        sigmas, *np.array(rows).T, steepness, 1 - finite.mean(axis=1), rounded, half.shape[1]
+        *(sigmas, loss, loss_se, norm, norm_se, variance),
+        *(change, change_se, steepness, lost, rounded, num_pairs),
     )
 
 

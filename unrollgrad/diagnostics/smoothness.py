@@ -13,7 +13,7 @@ from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of
 from unrollgrad._training.training_problem import TrainingState
 from unrollgrad.diagnostics import _growth, _table
-from unrollgrad.types import Key, Segment, Theta, UnrolledProblem
+from unrollgrad.types import Key, Numeric, Segment, Theta, UnrolledProblem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ class Metasmoothness(NamedTuple):
 def metasmoothness(
     problem: UnrolledProblem,
     theta: Theta,
-    direction: Theta,
+    direction: Theta | Numeric,
     step: float | Sequence[float],
     *,
     key: Key,
@@ -187,8 +187,11 @@ class LossSlice(NamedTuple):
             for i, horizon in enumerate(self.horizons):
                 axis.plot(self.offsets, values[i], f"C{i}", lw=1, label=f"{horizon} steps")
             finite = values[np.isfinite(values)]
-            if len(finite) and (finite > 0).all() and finite.max() > 100 * np.median(finite):
-                axis.set_yscale("log")
+            if len(finite):  # a few huge values would flatten the rest
+                low, high = np.quantile(finite, [0.1, 0.9])
+                low, high = low - 2 * (high - low), high + 2 * (high - low)
+                if low < high and (finite.min() < low or finite.max() > high):
+                    axis.set_ylim(max(low, finite.min()), min(high, finite.max()))
             axis.axvline(0, color="0.6", lw=0.8)
             axis.set(xlabel="offset along the direction (0: the given theta)")
             axis.set_title(title, loc="left")
@@ -203,7 +206,7 @@ _TITLES = ("J of one episode", "loss of the last step")
 def loss_slice(
     problem: UnrolledProblem,
     theta: Theta,
-    direction: Theta | None = None,
+    direction: Theta | Numeric | None = None,
     *,
     key: Key,
     offsets: Sequence[float] | np.ndarray | None = None,
@@ -281,7 +284,7 @@ def loss_slice(
     return LossSlice(places, horizons, loss.T, last.T, _size(direction))
 
 
-def _direction(direction: Theta, theta: Theta) -> Theta:
+def _direction(direction: Theta | Numeric, theta: Theta) -> Theta:
     """The direction as a tree like theta; numbers are for whole leaves.
 
     Raises:
