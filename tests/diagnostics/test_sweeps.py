@@ -73,7 +73,7 @@ def lorenz_from_random_starts(horizon):
 def learned_optimizer(horizon):
     """A small network with steps of a size of 2 as the optimizer of a small regression."""
     small = ug.learned_optimizers.mlp(hidden=(8,), decays=(0.9,), times=(10.0,), step=2.0)
-    theta = small.init(jax.random.key(3))
+    theta = jax.jit(small.init)(jax.random.key(3))
     inputs = jax.random.normal(jax.random.key(1), (8, 3))
 
     def loss(theta, params, batch, key):
