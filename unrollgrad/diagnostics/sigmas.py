@@ -91,12 +91,18 @@ class SigmaSweep(NamedTuple):
 
     @property
     def suggestion(self) -> float | None:
-        """``plateau``; without one the smallest safe sigma beyond the noise wall; else None."""
+        """``plateau``; without one a safe sigma at which the gradient is seen, or None.
+
+        That is the smallest one beyond the noise wall, or if there is none the one with the best
+        signal to noise ratio.
+        """
         if self.plateau is not None:
             return self.plateau
-        beyond = self.sigmas > (self.noise_wall or 0)
-        fit = np.flatnonzero(self._safe() & self._seen() & beyond)
-        return float(self.sigmas[fit[0]]) if len(fit) else None
+        fit = np.flatnonzero(self._safe() & self._seen())
+        beyond = fit[self.sigmas[fit] > (self.noise_wall or 0)]
+        if len(beyond):
+            return float(self.sigmas[beyond[0]])
+        return float(self.sigmas[fit[np.argmax(self.snr[fit])]]) if len(fit) else None
 
     def _safe(self) -> np.ndarray:
         return (self.lost == 0) & (self.rounded < _ROUNDED)
@@ -143,9 +149,10 @@ class SigmaSweep(NamedTuple):
         if best is None:
             said.append("No suggestion: " + self._obstacle())
         elif best != self.plateau:
+            where = "the smallest beyond the noise" if best > (wall or 0) else "with the best SNR"
             said.append(
-                f"Suggestion: sigma = {best:.3g}, the smallest beyond the noise. There is no "
-                "plateau: at every scale the gradient depends on sigma."
+                f"Suggestion: sigma = {best:.3g}, {where}. No plateau was seen: the gradient "
+                "depends on sigma at every scale, or needs more `num_pairs`."
             )
         else:
             i = int(np.flatnonzero(self.sigmas == best)[0])
