@@ -46,6 +46,11 @@ def noise_key(episode: Episode, period: Numeric) -> Key:
     return jax.random.fold_in(jax.random.fold_in(episode.key, _NOISE), period)
 
 
+def step_keys(episode: Episode) -> Key:
+    """Returns the key from which ``fold_in(key, t)`` makes the key of step t."""
+    return jax.random.fold_in(episode.key, _STEP)
+
+
 def new_episode(horizon: Horizon, key: Key, truncation: int) -> Episode:
     """Makes an episode at t = 0; a sampled horizon is rounded up to a multiple of ``truncation``.
 
@@ -145,7 +150,7 @@ def scan(
 ) -> tuple[_Carry, jax.Array]:
     """Scans ``step(carry, key, t, batch) -> (carry, out)`` over the segment's inner steps."""
     episode, num_steps = segment.episode, segment.num_steps
-    keys = jax.random.fold_in(episode.key, _STEP)
+    keys = step_keys(episode)
 
     def body(carry, inputs):
         i, batch = inputs

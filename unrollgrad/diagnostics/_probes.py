@@ -19,7 +19,14 @@ from unrollgrad._core.float_leaves import split
 from unrollgrad.noise import rademacher, sample
 from unrollgrad.types import Key, Segment, State, Theta, UnrolledProblem
 
-__all__ = ["Schedule", "Slopes", "backprop_gradients", "schedule", "window_slopes"]
+__all__ = [
+    "Gradients",
+    "Schedule",
+    "Slopes",
+    "backprop_gradients",
+    "schedule",
+    "window_slopes",
+]
 
 
 class Schedule(NamedTuple):
@@ -188,16 +195,29 @@ def _gated(state: State, gate: jax.Array) -> State:
     return rebuild([jnp.where(gate, x, jax.lax.stop_gradient(x)) for x in floats])
 
 
-def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Callable:
-    """Makes ``gradients(theta, keys, gates) -> (loss, gradient)``, compiled.
+class Gradients(NamedTuple):
+    """Gradients of episodes by backpropagation; every array has a leading axis of episodes.
 
-    Keys and gates have a leading axis, and so have the results. An open gate is ``bptt``, a closed
-    one ``tbptt``: it lets the derivative cross from one window to the next. Both take the same time
-    here, that of backpropagation through the whole episode.
+    Attributes:
+        whole: The gradient of ``bptt``, a tree like theta.
+        truncated: The gradient of ``tbptt``, averaged over the windows.
+        along: The derivative of the former along the episode's direction.
+    """
+
+    whole: Theta
+    truncated: Theta
+    along: jax.Array
+
+
+def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Callable[..., Gradients]:
+    """Makes ``gradients(theta, episode_keys, direction_keys) -> Gradients``, compiled.
+
+    An open gate lets the derivative cross from one window to the next, as ``bptt`` does; a closed
+    one is ``tbptt``. Both take the same time here: backpropagation through the whole episode.
     """
     horizon = problem.horizon
 
-    def loss(theta, key, gate):
+    def loss(theta, gate, key):
         episode = unroll.new_episode(horizon, key, truncation)
 
         def window(state, k):
@@ -210,4 +230,12 @@ def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Callable:
         steps = jnp.arange(horizon // truncation, dtype=jnp.int32)
         return jnp.mean(jax.lax.scan(window, state, steps)[1])
 
-    return jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0)))
+    def one(theta, episode_key, direction_key):
+        gates = jnp.array([True, False])
+        both = jax.vmap(jax.grad(loss), in_axes=(None, 0, None))(theta, gates, episode_key)
+        whole, truncated = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
+        unit = sample(rademacher(), jax.random.fold_in(direction_key, 0), theta, 1)
+        products = jax.tree.map(lambda g, u: jnp.sum(g * u[0].astype(g.dtype)), whole, unit)
+        return Gradients(whole, truncated, sum(jax.tree.leaves(products)))
+
+    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
