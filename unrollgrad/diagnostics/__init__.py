@@ -1,6 +1,8 @@
 """What is wrong with an unroll, and which estimator to use for it."""
 
 from unrollgrad.diagnostics.compare import Comparison, compare
+from unrollgrad.diagnostics.diagnose import diagnose
+from unrollgrad.diagnostics.diagnosis import Diagnosis
 from unrollgrad.diagnostics.lyapunov import (
     Lyapunov,
     episode_map,
@@ -16,11 +18,13 @@ __all__ = [
     "Comparison",
     "Cost",
     "Derivatives",
+    "Diagnosis",
     "Lyapunov",
     "Measurements",
     "RankedEstimator",
     "Windows",
     "compare",
+    "diagnose",
     "episode_map",
     "exact_windows",
     "lyapunov",

@@ -129,7 +129,7 @@ def _obstacle(m: Measurements, c: Candidate, error: np.ndarray) -> str:
         return "it needs a static horizon, and this one is sampled"
     total = None if c.bytes is None else c.bytes * m.num_workers
     if m.memory_limit is not None and total is not None and total > m.memory_limit:
-        return f"{_size(total)} for {m.num_workers} workers exceed the limit of " + _size(
+        return f"{size(total)} for {m.num_workers} workers exceed the limit of " + size(
             m.memory_limit
         )
     if not np.isfinite(error[0]):
@@ -192,7 +192,7 @@ def what_would_change(measurements: Measurements, ranking: list[RankedEstimator]
     limit = [r for r in ranking if "exceed the limit" in r.reason and r.bytes is not None]
     free = recommend(m._replace(memory_limit=None))[0] if limit else first
     if (free.name, free.settings) != (first.name, first.settings) and free.bytes is not None:
-        needed = _size(free.bytes * m.num_workers)
+        needed = size(free.bytes * m.num_workers)
         lines.append(f"With {needed} of memory, {label(free)} would be ahead.")
     second = next((r for r in ranking[1:] if r.admissible and not r.tied), None)
     if second is not None and first.nmse > 0:
@@ -209,7 +209,7 @@ def label(row: RankedEstimator) -> str:
     return f"{row.name}({settings})" if settings else row.name
 
 
-def _size(number: float) -> str:
+def size(number: float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.3g} {unit}"
