@@ -18,6 +18,9 @@ __all__ = ["Candidate", "Cost", "Derivatives", "Measurements", "candidates"]
 HEAVY_TAIL = 1e4
 """Squared gradients of single episodes that reach so many medians have no usable mean."""
 
+AGREEMENT = 0.1
+"""Derivatives stand for the smoothed gradient if it differs by less of E|g_e|^2, surely."""
+
 
 class Derivatives(NamedTuple):
     """What backpropagation gives, as measured numbers.
@@ -96,8 +99,8 @@ class Measurements(NamedTuple):
         d = self.derivatives
         if d is None or d.nonfinite or d.tail > HEAVY_TAIL:
             return False
-        near = 0.1 * d.squared_norm[0] + 2 * standard_error(d.squared_bias)
-        return bool(d.squared_bias[0] <= near)
+        away = d.squared_bias[0] + 2 * standard_error(d.squared_bias)
+        return bool(away <= AGREEMENT * d.episode_norm[0])
 
     def episode_norm(self) -> np.ndarray:
         """E|g_e|^2, a measured number."""

@@ -23,6 +23,9 @@ _REVERSE = ("bptt", "tbptt", "pes_analytic", "pes_analytic_replacement")
 _DERIVATIVES = (*_REVERSE, "forward_mode", "dodge")
 _WHOLE_EPISODES = ("bptt", "full_es")
 
+FAR = 100
+"""A verdict that holds up to such a factor in workers or in time needs no warning."""
+
 
 class RankedEstimator(NamedTuple):
     """A row of the ranking.
@@ -181,13 +184,14 @@ def what_would_change(measurements: Measurements, ranking: list[RankedEstimator]
         other = found[row.name, str(row.settings)]
         noise = best.variance[0] * best.seconds - other.variance[0] * other.seconds
         bias = max(other.squared_bias[0], 0.0) - max(best.squared_bias[0], 0.0)
-        if noise * bias > 0:  # one has less noise, and the other less bias
+        if row.name != "full_es" and noise * bias > 0:  # one has less noise, the other less bias
             workers = m.num_workers * noise / bias / budget
             side = "fewer" if workers < m.num_workers else "more"
             said.append((abs(np.log(workers / m.num_workers)), side, workers, row))
     lines = [
         f"With {workers:.2g} workers or {side}, {label(row)} would be ahead."
-        for _, side, workers, row in sorted(said, key=lambda x: x[0])[:2]
+        for far, side, workers, row in sorted(said, key=lambda x: x[0])[:2]
+        if far < np.log(FAR)
     ]
     limit = [r for r in ranking if "exceed the limit" in r.reason and r.bytes is not None]
     free = recommend(m._replace(memory_limit=None))[0] if limit else first
@@ -195,7 +199,7 @@ def what_would_change(measurements: Measurements, ranking: list[RankedEstimator]
         needed = size(free.bytes * m.num_workers)
         lines.append(f"With {needed} of memory, {label(free)} would be ahead.")
     second = next((r for r in ranking[1:] if r.admissible and not r.tied), None)
-    if second is not None and first.nmse > 0:
+    if second is not None and 0 < first.nmse and second.nmse < FAR * first.nmse:
         lines.append(
             f"{label(second)} would be ahead if it were {second.nmse / first.nmse:.2g} times "
             "faster or less noisy."
