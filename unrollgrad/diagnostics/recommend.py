@@ -34,7 +34,8 @@ class RankedEstimator(NamedTuple):
         name: The estimator, as in ``ug.REGISTRY``.
         settings: What its factory takes besides truncation and sigma.
         nmse: The predicted mean squared error over |g|^2, at the cost of ``num_workers`` antithetic
-            pairs for an episode; NaN if the estimator is not admissible.
+            pairs for an episode; NaN if the estimator is not admissible. A |g|^2 that the noise
+            hides counts as its standard error.
         nmse_se: Its standard error.
         reason: Why it is where it is, in words.
         admissible: Whether it can be used at all.
@@ -85,7 +86,7 @@ def recommend(measurements: Measurements) -> list[RankedEstimator]:
     """
     m = measurements
     budget = m.num_workers * 2 * m.horizon * m.cost.forward
-    norm = m.squared_norm()
+    norm = _norm(m)
     found = candidates(m)
     errors = [_error(c, budget) for c in found]
     obstacles = [_obstacle(m, c, error) for c, error in zip(found, errors, strict=True)]
@@ -97,7 +98,7 @@ def recommend(measurements: Measurements) -> list[RankedEstimator]:
         c, admissible = found[i], not obstacles[i]
         gap = values[i] - values[best]
         tied = admissible and (i == best or _within(gap, errors[i], errors[best]))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(over="ignore"):
             nmse = errors[i] / norm
             workers = float(c.variance[0] / norm[0])
         reason = obstacles[i] or _reason(m, c, {x.name: x for x in found})
@@ -108,6 +109,12 @@ def recommend(measurements: Measurements) -> list[RankedEstimator]:
             )
         )
     return rows
+
+
+def _norm(m: Measurements) -> np.ndarray:
+    """|g|^2, but at least its standard error: what the episodes' noise hides is not taken for 0."""
+    norm = m.squared_norm()
+    return np.maximum(norm, max(standard_error(norm), 1e-30))
 
 
 def _error(c: Candidate, budget: float) -> np.ndarray:
@@ -142,8 +149,7 @@ def _obstacle(m: Measurements, c: Candidate, error: np.ndarray) -> str:
 
 def _reason(m: Measurements, c: Candidate, others: dict[str, Candidate]) -> str:
     """The number that decides, in words."""
-    norm = max(float(m.squared_norm()[0]), np.finfo(float).tiny)
-    es = others["es_single"].variance[0]
+    norm, es = _norm(m)[0], others["es_single"].variance[0]
     noise = f"variance {c.variance[0] / norm:.2g} |g|² per worker"
     if c.name in ("tbptt", "truncated_es"):
         bias = np.sqrt(max(c.squared_bias[0], 0.0) / norm)
