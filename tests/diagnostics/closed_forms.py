@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unrollgrad.diagnostics import Cost, Derivatives, Measurements, Windows, exact_windows
-from unrollgrad.diagnostics.jackknife import leave_one_out, squared_norm_of_mean
+from unrollgrad.diagnostics.measurements import derivatives_of
 from unrollgrad.problems import theory
 
 DIRECTIONS = 16
@@ -124,7 +124,9 @@ def exact(p: Problem) -> Measurements:
     if p.differentiable:
         forgotten, norm = np.array([own @ own]), np.array([g @ g])
         bias = np.array([np.sum((own - g) ** 2)])
-        derivatives = Derivatives(0 * norm, norm, norm, bias, forgotten, forgotten)
+        derivatives = Derivatives(
+            0 * norm, norm, norm, bias, bias, 0 * norm, forgotten, forgotten
+        )
     windows = exact_windows(p.influence, 1)
     return Measurements(number, 1, p.num_workers, windows, derivatives, p.cost(), "a while_loop")
 
@@ -142,17 +144,7 @@ def simulated(p: Problem, seed: int) -> Measurements:
     derivatives = None
     if p.differentiable:
         of = [theory.gradient(p.influence), theory.truncated_gradient(p.influence, 1)]
-        whole, short = (factors[..., None] * g for g in of)
-        norms = [
-            x
-            for v in (whole, short)
-            for x in (
-                leave_one_out(np.sum(v**2, axis=2).mean(axis=1)),
-                squared_norm_of_mean(v),
-            )
-        ]
-        zero = np.zeros(1 + DIRECTIONS)
-        derivatives = Derivatives(
-            zero, norms[0], norms[1], squared_norm_of_mean(short - whole), norms[2], norms[3]
-        )
+        whole, truncated = (factors[..., None] * g for g in of)
+        along = np.stack([windows.slope(), own.sum(axis=2)])
+        derivatives = derivatives_of(whole, truncated, along, windows)
     return Measurements(number, 1, p.num_workers, windows, derivatives, p.cost(), "a while_loop")

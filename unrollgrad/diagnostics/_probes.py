@@ -201,7 +201,7 @@ class Gradients(NamedTuple):
     Attributes:
         whole: The gradient of ``bptt``, a tree like theta.
         truncated: The gradient of ``tbptt``, averaged over the windows.
-        along: The derivative of the former along the episode's direction.
+        along: The derivatives of both along the episode's direction, (2,).
     """
 
     whole: Theta
@@ -235,7 +235,9 @@ def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Callable[..
         both = jax.vmap(jax.grad(loss), in_axes=(None, 0, None))(theta, gates, episode_key)
         whole, truncated = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
         unit = sample(rademacher(), jax.random.fold_in(direction_key, 0), theta, 1)
-        products = jax.tree.map(lambda g, u: jnp.sum(g * u[0].astype(g.dtype)), whole, unit)
+        products = jax.tree.map(
+            lambda g, u: jnp.sum((g * u[0].astype(g.dtype)).reshape(2, -1), axis=1), both, unit
+        )
         return Gradients(whole, truncated, sum(jax.tree.leaves(products)))
 
     return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))

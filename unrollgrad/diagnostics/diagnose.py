@@ -12,14 +12,12 @@ from unrollgrad._checks import arguments, inner_loop, rounding
 from unrollgrad._core.dtypes import wide
 from unrollgrad.diagnostics import _probes
 from unrollgrad.diagnostics.diagnosis import Details, Diagnosis, Sweep
-from unrollgrad.diagnostics.jackknife import leave_one_out, squared_norm_of_mean, standard_error
 from unrollgrad.diagnostics.lyapunov import lyapunov
-from unrollgrad.diagnostics.measurements import Cost, Derivatives, Measurements
+from unrollgrad.diagnostics.measurements import Cost, Derivatives, Measurements, derivatives_of
 from unrollgrad.diagnostics.recommend import recommend
 from unrollgrad.diagnostics.windows import (
     EPISODES,
     Windows,
-    of_different_episodes,
     probe_keys,
     stretch_length,
     window_lanes,
@@ -298,26 +296,8 @@ def _by_backprop(setup: _Setup, probes: _Probes) -> _Backprop:
 
 
 def _derived(flat: list[np.ndarray], probes: _Probes) -> Derivatives:
-    """Biases and norms from gradients of every episode, and their derivatives along directions."""
-    whole, truncated, along = flat
-    norms = np.sum(whole**2, axis=1)
-    good = np.isfinite(norms) & np.isfinite(np.sum(truncated**2, axis=1))
-    nonfinite = float(1 - good.mean())
-    middle = np.median(norms[good]) if good.any() else np.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        tail = float(norms[good].max() / middle) if middle > 0 else 1.0
-    kept = probes.kept & good.reshape(-1, EPISODES).all(axis=1)
-    if kept.sum() < 3 or nonfinite:
-        nothing = np.full(1 + int(probes.kept.sum()), np.nan)
-        return Derivatives(*[nothing] * 6, tail=tail, nonfinite=max(nonfinite, 1e-9))
-    grouped = [x.reshape(-1, EPISODES, x.shape[1])[kept] for x in (whole, truncated)]
-    whole, truncated = grouped
-    away = along.reshape(-1, EPISODES)[kept] - probes.windows.slope()
-    moments = [leave_one_out(np.sum(x**2, axis=2).mean(axis=1)) for x in grouped]
-    means = [squared_norm_of_mean(x) for x in grouped]
-    bias = leave_one_out(of_different_episodes(away, away))
-    lost = squared_norm_of_mean(truncated - whole)
-    return Derivatives(bias, moments[0], means[0], lost, moments[1], means[1], tail)
+    whole, truncated, along = (x.reshape(-1, EPISODES, x.shape[1])[probes.kept] for x in flat)
+    return derivatives_of(whole, truncated, np.moveaxis(along, -1, 0), probes.windows)
 
 
 class _Exponent(NamedTuple):

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unrollgrad.diagnostics.jackknife import standard_error
+from unrollgrad.diagnostics.jackknife import leave_one_out, squared_norm_of_mean, standard_error
 from unrollgrad.diagnostics.windows import Windows, of_different_episodes
 
-__all__ = ["Candidate", "Cost", "Derivatives", "Measurements", "candidates"]
+__all__ = ["Candidate", "Cost", "Derivatives", "Measurements", "candidates", "derivatives_of"]
 
 HEAVY_TAIL = 1e4
 """Squared gradients of single episodes that reach so many medians have no usable mean."""
@@ -30,7 +30,10 @@ class Derivatives(NamedTuple):
             or of jumps that a derivative does not see, or of chaos.
         episode_norm: E|g_e|^2.
         squared_norm: |E g_e|^2.
-        truncated_bias: |E (g_e of ``tbptt`` - g_e)|^2.
+        truncated_bias: |E g_e - g|^2 with the g_e of ``tbptt``, along the directions.
+        truncated_loss: |E (g_e of ``tbptt`` - g_e)|^2, what truncation loses; it is known better.
+        truncated_error: E|g_e - h_e|^2 with the g_e of ``tbptt`` and the smoothed h_e of
+            ``truncated_es``: the effect of smoothing, or of chaos, within windows.
         truncated_norm: E|g_e|^2 of ``tbptt``.
         truncated_squared_norm: |E g_e|^2 of ``tbptt``.
         tail: The largest |g_e|^2 over the median one; a plain number.
@@ -41,10 +44,46 @@ class Derivatives(NamedTuple):
     episode_norm: np.ndarray
     squared_norm: np.ndarray
     truncated_bias: np.ndarray
+    truncated_loss: np.ndarray
+    truncated_error: np.ndarray
     truncated_norm: np.ndarray
     truncated_squared_norm: np.ndarray
     tail: float = 1.0
     nonfinite: float = 0.0
+
+
+def derivatives_of(
+    whole: np.ndarray, truncated: np.ndarray, along: np.ndarray, windows: Windows
+) -> Derivatives:
+    """Makes ``Derivatives`` from the gradients of all episodes.
+
+    Args:
+        whole: (D, E, P), of ``bptt``: E episodes for each of D random directions.
+        truncated: (D, E, P), of ``tbptt``.
+        along: (2, D, E), the derivatives of both along the directions.
+        windows: The slopes of antithetic pairs along them, in the same episodes.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.sum(whole**2, axis=2)
+        good = np.isfinite(norms) & np.isfinite(np.sum(truncated**2, axis=2))
+    if not good.all():
+        unknown = np.full(1 + len(good), np.nan)
+        return Derivatives(*[unknown] * 8, nonfinite=float(1 - good.mean()))
+    middle = np.median(norms)
+    tail = float(norms.max() / middle) if middle > 0 else 1.0
+    away, forgetful = along - windows.slope()
+    own = along[1] - windows.own.sum(axis=2)
+    return Derivatives(
+        leave_one_out(of_different_episodes(away, away)),
+        leave_one_out(norms.mean(axis=1)),
+        squared_norm_of_mean(whole),
+        leave_one_out(of_different_episodes(forgetful, forgetful)),
+        squared_norm_of_mean(truncated - whole),
+        leave_one_out(np.mean(own**2, axis=1)),
+        leave_one_out(np.sum(truncated**2, axis=2).mean(axis=1)),
+        squared_norm_of_mean(truncated),
+        tail,
+    )
 
 
 class Cost(NamedTuple):
@@ -210,8 +249,10 @@ def _mixed(m: Measurements) -> list[Candidate]:
     for name, replacement in (("pes_analytic", False), ("pes_analytic_replacement", True)):
         variance = m.windows.variance_with_backprop(replacement)
         variance = _given_episode(m, variance) + spread
-        zero = np.zeros_like(variance)
-        found.append(Candidate(name, {}, zero, variance, seconds, window_bytes))
+        wrong = m.derivatives.truncated_error
+        bias = wrong if replacement else np.zeros_like(wrong)
+        variance = variance + (m.windows.dim + 2) * wrong  # weighed by noise
+        found.append(Candidate(name, {}, bias, variance, seconds, window_bytes))
     return found
 
 
@@ -223,6 +264,7 @@ def _derivatives(m: Measurements) -> list[Candidate]:
     spread = np.maximum(d.episode_norm - d.squared_norm, 0.0)
     truncated = np.maximum(d.truncated_norm - d.truncated_squared_norm, 0.0)
     bias = np.maximum(d.squared_bias, 0.0)
+    forgotten = bias + d.truncated_loss if m.calibrated() else d.truncated_bias
     held = cost.backprop_bytes
     window = None if held is None else held * m.truncation // horizon
     along = 2 * (cost.state_bytes + cost.theta_bytes)
@@ -232,7 +274,7 @@ def _derivatives(m: Measurements) -> list[Candidate]:
     dodge = (dim - 1) * d.episode_norm + spread
     return [
         Candidate("bptt", {}, bias, spread, backwards, held),
-        Candidate("tbptt", {}, bias + d.truncated_bias, truncated, backwards, window),
+        Candidate("tbptt", {}, forgotten, truncated, backwards, window),
         Candidate("forward_mode", {}, bias, spread, every, all_along),
         Candidate("dodge", {}, bias, dodge, one, along),
     ]
