@@ -118,15 +118,13 @@ def analytic_variance(influence: np.ndarray, later: bool) -> float:
 
 def exact(p: Problem) -> Measurements:
     """Exact measurements; episodes do not differ."""
-    number, dim = p.sizes()
+    number, _ = p.sizes()
     g, own = theory.gradient(p.influence), theory.truncated_gradient(p.influence, 1)
     derivatives = None
     if p.differentiable:
         forgotten, norm = np.array([own @ own]), np.array([g @ g])
         bias = np.array([np.sum((own - g) ** 2)])
-        derivatives = Derivatives(
-            0 * norm, norm, norm, bias, bias, 0 * norm, forgotten, forgotten
-        )
+        derivatives = Derivatives(0 * norm, norm, norm, bias, bias, 0 * norm, forgotten, forgotten)
     windows = exact_windows(p.influence, 1)
     return Measurements(number, 1, p.num_workers, windows, derivatives, p.cost(), "a while_loop")
 

@@ -82,7 +82,7 @@ def test_ratios_are_known_better_than_variances():
 
 def test_gram_matrix():
     """Its entries are inner products; squares of one estimate are P times too large."""
-    problem, theta, influence = example()
+    _, _, influence = example()
     windows, parts = measured(0.1), influence.reshape(N, TRUNCATION, HORIZON, DIM)
     g = parts.sum(axis=(1, 2)) / HORIZON
     gram = windows.gram()
@@ -125,7 +125,8 @@ def test_predicted_equals_measured():
     windows = measure_windows(
         problem, theta, key=jax.random.key(2), truncation=1, sigma=0.1, num_directions=500
     )
-    assert windows.windows_per_stretch > 1 and windows.fresh is not None
+    assert windows.windows_per_stretch > 1
+    assert windows.fresh is not None
     estimators = {
         "es_single": ug.es_single(problem, truncation=1, sigma=0.1),
         "pes": ug.pes(problem, truncation=1, sigma=0.1),
@@ -160,7 +161,7 @@ def test_predicted_equals_measured():
 
 
 def test_jackknife():
-    draws = np.random.default_rng(0).normal(size=(40, 2, 3)) + [1.0, 2.0, 0.0]
+    draws = np.random.default_rng(0).normal(size=(40, 2, 3)) + np.array([1.0, 2.0, 0.0])
     found = squared_norm_of_mean(draws)
     flat = draws.reshape(-1, 3)
     expected = np.sum(flat.mean(axis=0) ** 2) - flat.var(axis=0, ddof=1).sum() / len(flat)

@@ -271,9 +271,7 @@ def _draw_sweep(axis: "Axes", diagnosis: Diagnosis) -> None:
     for s in sweep.sigmas[~finite]:
         axis.axvline(s, color="C3", ls=":", lw=1.5)
     axis.axvline(sigma, color="k", lw=1)
-    axis.annotate(
-        f" {sigma:.2g}", (sigma, 0.02), xycoords=("data", "axes fraction"), fontsize=9
-    )
+    axis.annotate(f" {sigma:.2g}", (sigma, 0.02), xycoords=("data", "axes fraction"), fontsize=9)
     lost = ", dotted: not finite" if not finite.all() else ""
     axis.set(xscale="log", yscale="log", xlabel=f"sigma (line: used{lost})")
     axis.set_ylabel("derivative of J along a direction, root mean square")
