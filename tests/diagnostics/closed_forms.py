@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unrollgrad.diagnostics import Cost, Derivatives, Measurements, Windows, exact_windows
+from unrollgrad.diagnostics import Derivatives, Measurements, StepCost, Windows, exact_windows
 from unrollgrad.diagnostics.measurements import derivatives_of
 from unrollgrad.problems import theory
 
@@ -28,9 +28,9 @@ class Problem(NamedTuple):
     num_workers: int
     backward: float
 
-    def cost(self) -> Cost:
+    def cost(self) -> StepCost:
         backward = self.backward if self.differentiable else float("nan")
-        return Cost(1.0, backward, 1.5)
+        return StepCost(1.0, backward, 1.5)
 
     def sizes(self) -> tuple[int, int]:
         return len(self.influence), self.influence.shape[-1]

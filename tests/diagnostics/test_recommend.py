@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from tests.diagnostics import closed_forms
-from unrollgrad.diagnostics import Cost, Measurements, exact_windows, recommend, what_would_change
+from unrollgrad.diagnostics import (
+    Measurements,
+    StepCost,
+    exact_windows,
+    recommend,
+    what_would_change,
+)
 from unrollgrad.diagnostics.windows import Windows
 
 SEEDS = (1, 2)
@@ -131,7 +137,7 @@ def agreeing(dim, number, cosine):
 @pytest.mark.parametrize("dim", [17, 50, 500])
 def test_the_switch_between_pes_and_es_single(dim):
     """At the window cosine P / (2 (P + 1)), within 5 %."""
-    number, cost = 16, Cost(1.0, np.nan, np.nan)
+    number, cost = 16, StepCost(1.0, np.nan, np.nan)
 
     def prefers_pes(cosine):
         windows = exact_windows(agreeing(dim, number, cosine), 1)

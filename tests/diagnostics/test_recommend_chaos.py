@@ -9,7 +9,7 @@ import functools
 import numpy as np
 import pytest
 
-from unrollgrad.diagnostics import Cost, Measurements, Windows, recommend
+from unrollgrad.diagnostics import Measurements, StepCost, Windows, recommend
 from unrollgrad.diagnostics.measurements import derivatives_of
 
 SIGMA, WORKERS, BACK = 0.01, 64, 3.0
@@ -57,7 +57,7 @@ def recommended(rate, horizon, seed):
     windows = Windows(slope[..., None, None], slope[..., None], None, 1, 1)
     both = np.stack([derivative, derivative])
     derivatives = derivatives_of(*both[..., None], both, windows)
-    cost = Cost(1.0, BACK, BACK)
+    cost = StepCost(1.0, BACK, BACK)
     return recommend(Measurements(horizon, horizon, WORKERS, windows, derivatives, cost))[0].name
 
 

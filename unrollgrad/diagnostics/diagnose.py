@@ -13,7 +13,7 @@ from unrollgrad._core.dtypes import wide
 from unrollgrad.diagnostics import _probes
 from unrollgrad.diagnostics.diagnosis import Details, Diagnosis, Sweep
 from unrollgrad.diagnostics.lyapunov import lyapunov
-from unrollgrad.diagnostics.measurements import Cost, Derivatives, Measurements, derivatives_of
+from unrollgrad.diagnostics.measurements import Derivatives, Measurements, StepCost, derivatives_of
 from unrollgrad.diagnostics.recommend import recommend
 from unrollgrad.diagnostics.windows import (
     EPISODES,
@@ -105,7 +105,7 @@ def diagnose(
     probes = _probe(setup, sigma)
     found = _by_backprop(setup, probes)
     exponent = _exponent(setup, probes)
-    cost = Cost(
+    cost = StepCost(
         probes.seconds,
         found.seconds,
         max(exponent.seconds - probes.seconds, 0.1 * probes.seconds),

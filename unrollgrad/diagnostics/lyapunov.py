@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -11,10 +11,9 @@ import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import eager, unroll
-from unrollgrad._core.dtypes import wide
-from unrollgrad._core.float_leaves import floats_of, split
-from unrollgrad.diagnostics import _table
-from unrollgrad.types import ArrayDType, Episode, Key, State, Theta, UnrolledProblem
+from unrollgrad.diagnostics import _growth, _table
+from unrollgrad.diagnostics._growth import BLOCKS, Map, Push
+from unrollgrad.types import Episode, Key, State, Theta, UnrolledProblem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,12 +28,6 @@ __all__ = [
     "lyapunov_by_distance",
     "lyapunov_of_map",
 ]
-
-Map = Callable[[State], State]
-"""One step of a dynamical system: ``step(state) -> state``, with equal shapes and dtypes."""
-
-BLOCKS = 20
-"""The number of blocks whose means give the standard errors."""
 
 DIGITS = {"float64": 53, "float32": 24, "tf32": 11, "bfloat16": 8}
 """The binary digits of a number; rounding errs by at most 2^-digits."""
@@ -204,7 +197,7 @@ def lyapunov(
         Benettin et al., Meccanica 15, 1980. On gradients: Metz et al., 2021, arXiv:2111.05803.
     """
     inner_loop.check_problem(problem)
-    num_steps, discard = _lengths(problem, num_steps, discard)
+    steps = _steps_of(problem, num_steps, discard)
     key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
     inner_loop.check_step(problem, key, theta)
 
@@ -212,9 +205,8 @@ def lyapunov(
     def run(key, theta):
         episode = unroll.new_episode(problem.horizon, key, 1)
         step, state = _map_of(problem, theta, episode)
-        found = _measure(_derivatives, step, state, num_steps, num_exponents, discard)
-        efolds = episode.horizon.astype(found.exponents.dtype) * found.exponents[0]
-        return found._replace(horizon_efolds=efolds)
+        found = _growth.measure(_growth.by_derivatives, step, state, num_exponents, steps)
+        return Lyapunov(*found, episode.horizon.astype(found[0].dtype) * found[0][0])
 
     with _derivatives_needed():
         return run(key, theta)
@@ -250,7 +242,8 @@ def lyapunov_of_map(
         [0.9624, -0.9624]
     """
     with _derivatives_needed():
-        return _run_map(_derivatives, step, state, num_steps, num_exponents, discard)
+        steps = _steps(num_steps, discard)
+        return _run_map(_growth.by_derivatives, step, state, num_exponents, steps)
 
 
 def lyapunov_by_distance(
@@ -299,8 +292,8 @@ def lyapunov_by_distance(
     """
     if distance is not None and not (0 < distance < 1):
         raise ValueError(f"`distance` must be between 0 and 1; got {distance}.")
-    push = _differences(distance)
-    return _run_map(push, step, state, num_steps, num_exponents, discard)
+    push = _growth.by_differences(distance)
+    return _run_map(push, step, state, num_exponents, _steps(num_steps, discard))
 
 
 def episode_map(problem: UnrolledProblem, theta: Theta, *, key: Key) -> tuple[Map, State]:
@@ -338,165 +331,40 @@ def _map_of(problem: UnrolledProblem, theta: Theta, episode: Episode) -> tuple[M
     return step, (unroll.initial_state(problem, episode, theta), episode.t)
 
 
-def _lengths(problem: UnrolledProblem, num_steps: int | None, discard: int) -> tuple[int, int]:
-    discard = _not_negative("discard", discard)
+def _steps_of(problem: UnrolledProblem, num_steps: int | None, discard: int) -> _growth.Steps:
     if num_steps is not None:
-        return arguments.positive_int("num_steps", num_steps), discard
+        return _steps(num_steps, discard)
     if callable(problem.horizon):
         raise ValueError("`num_steps` is needed: the problem's horizon is sampled. Pass a number.")
     horizon = arguments.positive_int("problem.horizon", problem.horizon)
-    if discard >= horizon:
+    if _not_negative("discard", discard) >= horizon:
         raise ValueError(
             f"`discard`={discard} leaves nothing of the horizon of {horizon} steps. Lower it, or "
             "pass `num_steps`."
         )
-    return horizon - discard, discard
+    return _growth.Steps(horizon - discard, discard)
 
 
 def _not_negative(name: str, value: object) -> int:
     return 0 if isinstance(value, int) and value == 0 else arguments.positive_int(name, value)
 
 
-def _run_map(
-    push: Callable, step: Map, state: State, num_steps: int, num_exponents: int, discard: int
-) -> Lyapunov:
+def _steps(num_steps: int, discard: int) -> _growth.Steps:
     num_steps = arguments.positive_int("num_steps", num_steps)
-    discard = _not_negative("discard", discard)
+    return _growth.Steps(num_steps, _not_negative("discard", discard))
+
+
+def _run_map(
+    push: Push, step: Map, state: State, num_exponents: int, steps: _growth.Steps
+) -> Lyapunov:
     state = arguments.strong_state(state, "state")
 
     @eager.compiled
     def run(state):
-        return _measure(push, step, state, num_steps, num_exponents, discard)
+        found = _growth.measure(push, step, state, num_exponents, steps)
+        return Lyapunov(*found, steps.measured * found[0][0])
 
     return run(state)
-
-
-def _measure(
-    push: Callable, step: Map, state: State, num_steps: int, num_exponents: int, discard: int
-) -> Lyapunov:
-    """Runs the map; ``push(step, state, frame)`` moves a state and the small changes in ``frame``.
-
-    ``frame`` has one orthonormal column of floats for each exponent.
-    """
-
-    def moved(state):
-        return arguments.strong_state(step(state), "step")
-
-    differences = arguments.state_differences(state, jax.eval_shape(moved, state))
-    if differences:
-        raise TypeError(
-            "`step` must return a state with the structure, shapes and dtypes that it was given; "
-            f"it changed:\n{differences}\nCast or reshape in `step`, or begin with the final form."
-        )
-    floats = floats_of(state)
-    dim = sum(_vector([x]).size for x in floats)
-    k = arguments.positive_int("num_exponents", num_exponents)
-    if not 1 <= k <= dim:
-        raise ValueError(
-            f"`num_exponents` must be at most the number of floats in the state; got {k} for {dim} "
-            f"in {jax.tree.map(arguments.describe, state)}."
-        )
-    start = jax.random.normal(jax.random.key(0), (dim, k), _dtype(floats))
-
-    def body(carry, _):
-        state, frame = carry
-        state, image = push(moved, state, frame)
-        frame, growth = _orthonormal(image, frame)
-        return (state, frame), growth
-
-    carry = state, _orthonormal(start, start)[0]
-    _, growth = jax.lax.scan(body, carry, length=discard + num_steps)
-    return _exponents(growth[discard:])
-
-
-def _exponents(growth: jax.Array) -> Lyapunov:
-    """The means of the growth per step, sorted, with their errors from the means of blocks."""
-    means = jnp.mean(growth, axis=0)
-    blocks = min(BLOCKS, len(growth))
-    rest = len(growth) % blocks
-    of_blocks = jnp.mean(growth[rest:].reshape(blocks, -1, growth.shape[1]), axis=1)
-    se = jnp.full_like(means, jnp.inf)
-    if blocks > 1:
-        spread = jnp.std(of_blocks, axis=0, ddof=1) / math.sqrt(blocks)
-        se = jnp.where(jnp.isfinite(means), spread, jnp.inf)
-    order = jnp.argsort(-means)
-    means, growth = means[order], growth[:, order]
-    return Lyapunov(means, se[order], growth, len(growth) * means[0])
-
-
-def _orthonormal(image: jax.Array, frame: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The orthonormal columns that span the image, and the logarithms of the image's lengths.
-
-    ``frame`` is kept where a single column vanishes.
-    """
-    if image.shape[1] > 1:
-        frame, triangle = jnp.linalg.qr(image)
-        return frame, jnp.log(jnp.abs(jnp.diagonal(triangle)))
-    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(image)))  # its square may overflow
-    scale = jnp.where(scale > 0, scale, 1)
-    size = jnp.linalg.norm(image / scale) * scale
-    gone = size == 0
-    return jnp.where(gone, frame, image / jnp.where(gone, 1, size)), jnp.log(size)[None]
-
-
-def _derivatives(step: Map, state: State, frame: jax.Array) -> tuple[State, jax.Array]:
-    floats, rebuild = split(state)
-
-    def after(leaves):
-        new = step(rebuild(leaves))
-        return floats_of(new), new
-
-    def one(column):
-        tangents = _leaves(column, floats)
-        _, image, new = jax.jvp(after, (floats,), (tangents,), has_aux=True)
-        return new, _vector(image)
-
-    # The new state is the same for all columns; XLA keeps one.
-    new, images = jax.vmap(one, in_axes=1, out_axes=(0, 1))(frame)
-    return jax.tree.map(lambda x: x[0], new), images
-
-
-def _differences(distance: float | None) -> Callable:
-    def push(step, state, frame):
-        floats, rebuild = split(state)
-        here, new = _vector(floats), step(state)
-        relative = distance or max(float(jnp.finfo(x.dtype).eps) for x in floats) ** 0.57
-        size = jnp.linalg.norm(here)
-        length = relative * jnp.where(size > 0, size, 1)
-
-        def one(column):
-            neighbour = _leaves(here + length * column, floats)
-            image = _vector(floats_of(step(rebuild(neighbour)))) - _vector(floats_of(new))
-            return image / jnp.linalg.norm(_vector(neighbour) - here)  # as far as it really was
-
-        return new, jax.vmap(one, in_axes=1, out_axes=1)(frame)
-
-    return push
-
-
-def _dtype(floats: list[jax.Array]) -> ArrayDType:
-    return wide(*[jnp.finfo(x.dtype).dtype for x in floats])  # of a complex leaf: its real part's
-
-
-def _vector(floats: list[jax.Array]) -> jax.Array:
-    """All floats in one vector; a complex leaf is its real, then its imaginary part."""
-    parts = [y for x in floats for y in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-    return jnp.concatenate([y.ravel().astype(_dtype(floats)) for y in parts])
-
-
-def _leaves(vector: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
-    """The inverse of ``_vector``."""
-    out, place = [], 0
-
-    def take(x):
-        nonlocal place
-        place += x.size
-        return vector[place - x.size : place].reshape(x.shape)
-
-    for x in like:
-        part = jax.lax.complex(take(x), take(x)) if jnp.iscomplexobj(x) else take(x)
-        out.append(part.astype(x.dtype))
-    return out
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from unrollgrad.diagnostics.jackknife import leave_one_out, squared_norm_of_mean, standard_error
 from unrollgrad.diagnostics.windows import Windows, of_different_episodes
 
-__all__ = ["Candidate", "Cost", "Derivatives", "Measurements", "candidates", "derivatives_of"]
+__all__ = ["Candidate", "Derivatives", "Measurements", "StepCost", "candidates", "derivatives_of"]
 
 HEAVY_TAIL = 1e4
 """Squared gradients of single episodes that reach so many medians have no usable mean."""
@@ -86,7 +86,7 @@ def derivatives_of(
     )
 
 
-class Cost(NamedTuple):
+class StepCost(NamedTuple):
     """Seconds and bytes, measured on this device.
 
     Attributes:
@@ -127,7 +127,7 @@ class Measurements(NamedTuple):
     num_workers: int
     windows: Windows
     derivatives: Derivatives | None
-    cost: Cost
+    cost: StepCost
     obstacle: str = ""
     static_horizon: bool = True
     memory_limit: int | None = None
