@@ -64,10 +64,13 @@ def traps():
         state = rate * state + 0.1
         return state, state**2
 
+    def rare(key, theta):
+        return jnp.float32(1.0), jax.random.bernoulli(key, 0.15)
+
     def spikes(key, theta, state, t):
-        width = jnp.where(jax.random.uniform(key) < 0.02, 1e-4, 1.0)
-        state = 0.5 * state + theta["rate"]
-        return state, state**2 + width * jnp.sin(theta["rate"] / width)
+        value, spiky = state
+        value = 0.5 * value + theta["rate"]
+        return (value, spiky), value**2 + jnp.where(spiky, jnp.sin(1e4 * theta["rate"]), 0.0)
 
     return {
         "plain": (problem(plain), theta, {}),
@@ -76,8 +79,8 @@ def traps():
         "jumps": (problem(jumps), theta, {"sigma": 0.05}),
         "theta in init alone": (problem(fading, init=from_init), theta, {}),
         "not finite beyond a threshold": (problem(fragile), theta, {}),
-        "heavy tail": (problem(spikes, horizon=40), theta, {"sigma": 0.05}),
-        "influence balancing": (*ug.problems.influence_balancing(horizon=40), {"truncation": 10}),
+        "heavy tail": (problem(spikes, init=rare), theta, {"sigma": 0.05}),
+        "influence balancing": (*ug.problems.influence_balancing(horizon=100), {"truncation": 10}),
     }
 
 
@@ -100,7 +103,7 @@ def test_smooth_problems_are_differentiated():
 @pytest.mark.filterwarnings("ignore:.*cannot influence the loss")
 def test_a_dead_leaf_costs_evolution_strategies_and_not_backpropagation():
     plain, dead = found("plain"), found("dead leaf")
-    assert dead.recommendation.name == "bptt"
+    assert dead.recommendation.name in ("bptt", "forward_mode")
     ratio = row(dead, "es_single").nmse / row(plain, "es_single").nmse
     assert 1.5 < ratio < 4  # P + 1 = 5 in place of 2
 
@@ -134,7 +137,8 @@ def test_sigma_stays_where_losses_are_finite():
 def test_a_heavy_tail_with_a_finite_median():
     """Gradients of rare episodes are 10^4 times the median."""
     diagnosis = found("heavy tail")
-    assert not row(diagnosis, "bptt").admissible or row(diagnosis, "bptt").nmse > 1
+    assert diagnosis.measurements.derivatives.tail > 1e4
+    assert "heavy tail" in row(diagnosis, "bptt").reason
     assert diagnosis.recommendation.name in {"es_single", "full_es", "gpes", "pes", "truncated_es"}
 
 

@@ -97,7 +97,7 @@ def recommend(measurements: Measurements) -> list[RankedEstimator]:
     for i in order:
         c, admissible = found[i], not obstacles[i]
         gap = values[i] - values[best]
-        tied = admissible and (i == best or _within(gap, errors[i], errors[best]))
+        tied = admissible and bool(i == best or _within(gap, errors[i], errors[best]))
         with np.errstate(over="ignore"):
             nmse = errors[i] / norm
             workers = float(c.variance[0] / norm[0])
