@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Details", "Diagnosis", "Sweep"]
 
+OFF_SCALE = 1e4
+"""An error so many times as large as the gradient is written at the picture's edge."""
+
 SMOOTHED = 0.05
 """The change of the gradient by smoothing that the choice of sigma allows."""
 
@@ -233,24 +236,25 @@ def _draw_errors(axis: "Axes", diagnosis: Diagnosis) -> None:
     """One line for each estimator, the best on top."""
     rows = _best_of_each(diagnosis.ranking)
     look = styles([row.name for row in rows])
-    names = [label(row) for row in rows]
+    said = ["best", *("tied" if row.tied else "" for row in rows[1:])]
+    names = [f"{label(r)} ({s})" if s else label(r) for r, s in zip(rows, said, strict=True)]
     axis.set_yticks(range(len(rows)), names)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     shown = [row.nmse for row in rows if row.admissible and row.nmse > 0]
     low = min(shown) / 3 if shown else 0.1
-    high = max([*shown, 1.0]) * 5
+    high = min(max([*shown, 1.0]) * 5, OFF_SCALE * max(1.0, low))
     for i, row in enumerate(rows):
         color, marker, _ = look[row.name]
-        if not row.admissible:
-            axis.annotate(row.reason, (low, i), (4, 0), textcoords="offset points", va="center")
-            axis.texts[-1].set(color="0.4", fontsize=8)
+        if row.admissible and row.nmse < high:
+            x = max(row.nmse, low)
+            error = [[min(row.nmse_se, 0.9 * x)], [row.nmse_se]]
+            axis.errorbar(x, i, xerr=error, color=color, marker=marker, capsize=3)
             continue
-        x = max(row.nmse, low)
-        error = min(row.nmse_se, 0.9 * x)
-        axis.errorbar(x, i, xerr=[[error], [row.nmse_se]], color=color, marker=marker, capsize=3)
-        if row.tied:
-            axis.annotate("tied" if i else "best", (x, i), (0, 7), textcoords="offset points")
-            axis.texts[-1].set(color=color, fontsize=8, ha="center")
+        text = f"{row.nmse:.0e} →" if row.admissible else row.reason
+        place = (high, i) if row.admissible else (low, i)
+        offset, side = ((-4, 0), "right") if row.admissible else ((4, 0), "left")
+        axis.annotate(text, place, offset, textcoords="offset points", va="center", ha=side)
+        axis.texts[-1].set(color=color if row.admissible else "0.4", fontsize=8)
     axis.axvline(1, color="grey", lw=0.8)
     title = f"predicted error at the cost of {diagnosis.measurements.num_workers} workers"
     axis.set(xscale="log", xlim=(low / 1.5, high), title=title)
@@ -274,7 +278,7 @@ def _draw_sweep(axis: "Axes", diagnosis: Diagnosis) -> None:
     axis.annotate(f" {sigma:.2g}", (sigma, 0.02), xycoords=("data", "axes fraction"), fontsize=9)
     lost = ", dotted: not finite" if not finite.all() else ""
     axis.set(xscale="log", yscale="log", xlabel=f"sigma (line: used{lost})")
-    axis.set_ylabel("derivative of J along a direction, root mean square")
+    axis.set_ylabel("slope of J along a direction (rms)")
     axis.set_title("does sigma change the gradient?")
     axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.3)
@@ -285,8 +289,8 @@ def _draw_periods(axis: "Axes", diagnosis: Diagnosis) -> None:
     m = diagnosis.measurements
     stretches = m.windows.influence.shape[-1]
     one = m.windows.variance(None)
-    periods = [r for r in range(stretches, 0, -1)]
-    found = [(-(-stretches // r), m.windows.variance(r) / one) for r in periods]
+    periods = {-(-stretches // r): r for r in range(stretches, 0, -1)}
+    found = [(number, m.windows.variance(r) / one) for number, r in periods.items()]
     if m.windows.fresh is not None:
         found.append((m.horizon // m.truncation, m.windows.variance(0) / one))
     number, values = zip(*found, strict=True)
@@ -294,7 +298,7 @@ def _draw_periods(axis: "Axes", diagnosis: Diagnosis) -> None:
     axis.errorbar(number, ratio, [standard_error(v) for v in values], marker="o", capsize=3)
     axis.axhline(1, color="grey", lw=0.8)
     cosine, se = m.windows.cosine()
-    axis.set(xlabel="noise periods in an episode (1: es_single; most: pes)", yscale="log")
+    axis.set(xlabel="noise periods in an episode\n(1: es_single; most: pes)", yscale="log")
     axis.set_ylabel("variance / variance of es_single")
     axis.set_title(f"do windows agree? cosine {cosine:.2f} ± {se:.2f}")
     axis.grid(alpha=0.3)
