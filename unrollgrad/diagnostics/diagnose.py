@@ -157,10 +157,13 @@ class _Setup(NamedTuple):
 
     @property
     def num_directions(self) -> int:
-        """As many as the budget allows: the probes, the sweep, and backpropagation at 4 steps."""
+        """As many as the budget allows, in trajectories: the sweep and the exponent come first.
+
+        Backpropagation counts as five steps forwards, in both ways for each episode.
+        """
         budget = SHARE * 100 * 2 * self.num_workers
-        each = EPISODES * (2 * self.num_lanes + 1 + 2 * 4)
-        number = int(budget / each) - AT_ONCE // EPISODES
+        each = 2 * self.num_lanes + 1
+        number = (budget - 2 * AT_ONCE * (each + 10)) / (EPISODES * (each + 2 * 5))
         step = AT_ONCE // EPISODES
         return int(np.clip(number, FEWEST, MOST)) // step * step
 
