@@ -76,7 +76,7 @@ def truth(p: Problem) -> dict[tuple[str, str], float]:
     budget = p.num_workers * 2
     more = 1 + p.data
 
-    def key(name, **settings):
+    def key(name: str, **settings: int) -> tuple[str, str]:
         return name, str(settings)
 
     def pair(period):
@@ -100,7 +100,7 @@ def truth(p: Problem) -> dict[tuple[str, str], float]:
         for name, later in (("pes_analytic", False), ("pes_analytic_replacement", True)):
             analytic = more * analytic_variance(p.influence, later) + p.data * norm
             found[key(name)] = analytic * (2 + back) / budget
-    return {k: v / norm for k, v in found.items()}
+    return {k: float(v / norm) for k, v in found.items()}
 
 
 def analytic_variance(influence: np.ndarray, later: bool) -> float:

@@ -6,13 +6,13 @@ So one compilation serves all estimators, all noise periods and all values of si
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unrollgrad._checks.inner_loop import static_horizon
 from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import split
@@ -66,10 +66,10 @@ class Slopes(NamedTuple):
         loss: The episode's loss under theta itself, a scalar.
     """
 
-    losses: jax.Array
-    starts: jax.Array
-    ends: jax.Array
-    loss: jax.Array
+    losses: jax.Array | np.ndarray
+    starts: jax.Array | np.ndarray
+    ends: jax.Array | np.ndarray
+    loss: jax.Array | np.ndarray
 
     def persistent(self) -> np.ndarray:
         """The windows' slopes where states persist; the final evaluation is the last window's.
@@ -88,9 +88,7 @@ class Slopes(NamedTuple):
         return losses + ends - starts
 
 
-def window_slopes(
-    problem: UnrolledProblem, truncation: int, exact: bool = False
-) -> Callable[..., Slopes]:
+def window_slopes(problem: UnrolledProblem, truncation: int, exact: bool = False) -> Any:
     """Makes ``slopes(schedule, sigma, theta, episode_keys, direction_keys) -> Slopes``, compiled.
 
     The keys have a leading axis, and so have the results: one episode and one direction of random
@@ -125,7 +123,7 @@ def _starts_and_ends(window: unroll.Window) -> tuple[jax.Array, jax.Array]:
 
 def _paired(problem, truncation, schedule, sigma, theta, episode_key, direction_key):
     """The slopes of one episode from antithetic pairs, a pair for each lane of the schedule."""
-    horizon = problem.horizon
+    horizon = static_horizon(problem, "diagnose")
     episode = unroll.new_episode(horizon, episode_key, truncation)
     lanes = len(schedule.scale)
     signs = jnp.concatenate([jnp.ones(lanes), -jnp.ones(lanes), jnp.zeros(1)])
@@ -147,7 +145,7 @@ def _paired(problem, truncation, schedule, sigma, theta, episode_key, direction_
             perturbed = _perturbed(theta, direction_key, draw, sign * sigma * scale)
             return unroll.window(segment, perturbed, state)
 
-        out = jax.vmap(one)(states, *map(everyone, (scale, draw, restart)), signs)
+        out = jax.vmap(one)(states, everyone(scale), everyone(draw), everyone(restart), signs)
         starts, ends = jax.vmap(_starts_and_ends)(out)
         mean_losses = jnp.mean(out.losses, axis=1)
         half = jnp.mean((out.losses[:lanes] - out.losses[lanes:-1]) / 2, axis=1)
@@ -155,8 +153,8 @@ def _paired(problem, truncation, schedule, sigma, theta, episode_key, direction_
         loss = mean_losses[-1] + ends[-1] - starts[-1]
         return out.state, (*slopes, loss)
 
-    first = [everyone(x[:, 0]) for x in schedule[:2]]
-    states = jax.vmap(initial)(*first, signs)
+    scale, draw = (everyone(x[:, 0]) for x in schedule[:2])
+    states = jax.vmap(initial)(scale, draw, signs)
     steps = jnp.arange(horizon // truncation, dtype=jnp.int32)
     columns = (jnp.asarray(x).T for x in schedule)
     _, (losses, starts, ends, loss) = jax.lax.scan(window, states, (steps, *columns))
@@ -165,7 +163,7 @@ def _paired(problem, truncation, schedule, sigma, theta, episode_key, direction_
 
 def _exact(problem, truncation, schedule, sigma, theta, episode_key, direction_key):
     """The limit of ``_paired`` for sigma to 0, in forward mode: one tangent for each lane."""
-    horizon = problem.horizon
+    horizon = static_horizon(problem, "diagnose")
     episode = unroll.new_episode(horizon, episode_key, truncation)
 
     def lane(scale, draw, restart):
@@ -186,7 +184,7 @@ def _exact(problem, truncation, schedule, sigma, theta, episode_key, direction_k
         return jax.jvp(run, (jnp.zeros_like(sigma),), (jnp.ones_like(sigma),))
 
     (losses, starts, ends), slopes = jax.vmap(lane)(*map(jnp.asarray, schedule))
-    return Slopes(*slopes, jnp.mean((losses + ends - starts)[0]))
+    return Slopes(slopes[0], slopes[1], slopes[2], jnp.mean((losses + ends - starts)[0]))
 
 
 def _gated(state: State, gate: jax.Array) -> State:
@@ -209,13 +207,13 @@ class Gradients(NamedTuple):
     along: jax.Array
 
 
-def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Callable[..., Gradients]:
+def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Any:
     """Makes ``gradients(theta, episode_keys, direction_keys) -> Gradients``, compiled.
 
     An open gate lets the derivative cross from one window to the next, as ``bptt`` does; a closed
     one is ``tbptt``. Both take the same time here: backpropagation through the whole episode.
     """
-    horizon = problem.horizon
+    horizon = static_horizon(problem, "diagnose")
 
     def loss(theta, gate, key):
         episode = unroll.new_episode(horizon, key, truncation)
@@ -238,6 +236,6 @@ def backprop_gradients(problem: UnrolledProblem, truncation: int) -> Callable[..
         products = jax.tree.map(
             lambda g, u: jnp.sum((g * u[0].astype(g.dtype)).reshape(2, -1), axis=1), both, unit
         )
-        return Gradients(whole, truncated, sum(jax.tree.leaves(products)))
+        return Gradients(whole, truncated, sum(jax.tree.leaves(products), jnp.zeros(2)))
 
     return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))

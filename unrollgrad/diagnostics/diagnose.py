@@ -101,7 +101,8 @@ def diagnose(
     if sigma is not None:
         arguments.check_sigma(sigma)
         rounding.check(sigma, theta)
-    setup = _Setup(problem, theta, key, truncation, num_workers)
+    horizon = inner_loop.static_horizon(problem, "diagnose")
+    setup = _Setup(problem, theta, key, horizon, truncation, num_workers)
     probes = _probe(setup, sigma)
     found = _by_backprop(setup, probes)
     exponent = _exponent(setup, probes)
@@ -114,7 +115,7 @@ def diagnose(
         found.bytes,
     )
     spent = probes.spent + found.spent + exponent.spent
-    update = 2 * num_workers * problem.horizon * probes.seconds
+    update = 2 * num_workers * horizon * probes.seconds
     details = Details(
         sigma=probes.sigma,
         sweep=probes.sweep,
@@ -125,7 +126,7 @@ def diagnose(
         seconds=time.perf_counter() - begun,
     )
     measurements = Measurements(
-        problem.horizon,
+        horizon,
         truncation,
         num_workers,
         probes.windows,
@@ -143,12 +144,13 @@ class _Setup(NamedTuple):
     problem: UnrolledProblem
     theta: Theta
     key: Key
+    horizon: int
     truncation: int
     num_workers: int
 
     @property
     def num_windows(self) -> int:
-        return self.problem.horizon // self.truncation
+        return self.horizon // self.truncation
 
     @property
     def num_lanes(self) -> int:
@@ -172,14 +174,15 @@ def _with_windows(
     problem: UnrolledProblem, truncation: int | None, key: Key
 ) -> tuple[UnrolledProblem, int, bool]:
     """The problem with a static horizon, the truncation, and whether the horizon was static."""
-    static = not callable(problem.horizon)
-    if not static:
+    sampler = problem.horizon
+    static = not callable(sampler)
+    if callable(sampler):
         if truncation is None:
             raise ValueError(
                 "`truncation` is needed: problem.horizon is sampled, so that it has no divisors. "
                 "Pass the number of inner steps in a window."
             )
-        drawn = [int(problem.horizon(jax.random.fold_in(key, i))) for i in range(31)]
+        drawn = [int(sampler(jax.random.fold_in(key, i))) for i in range(31)]
         windows = max(1, round(float(np.median(drawn)) / truncation))
         problem = problem._replace(horizon=windows * truncation)
     horizon = inner_loop.static_horizon(problem, "diagnose")
@@ -224,19 +227,19 @@ def _probe(setup: _Setup, sigma: float | None) -> _Probes:
     sweep = _sweep(sigmas, swept)
     chosen = sweep.suggestion()
     found = [run(lanes, chosen, keys, i) for i in range(0, EPISODES * number, AT_ONCE)]
-    joined = _probes.Slopes(*(np.concatenate(x) for x in zip(*found, strict=True)))
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
     good = np.isfinite(joined.losses + joined.ends + joined.starts).all(axis=(1, 2))
-    kept = good.reshape(number, EPISODES).all(axis=1)
+    kept = np.asarray(good.reshape(number, EPISODES).all(axis=1))
     if kept.sum() < 3:
         raise ValueError(
             f"losses are not finite along {np.mean(~kept):.0%} of the directions at sigma="
             f"{chosen:.3g}. Lower `sigma`, or find the step: "
             "ug.diagnostics.lyapunov(problem, theta, ...)."
         )
-    joined = _probes.Slopes(*(x[np.repeat(kept, EPISODES)] for x in joined))
+    joined = jax.tree.map(lambda x: x[np.repeat(kept, EPISODES)], joined)
     dim = sum(x.size for x in jax.tree.leaves(theta))
     windows = windows_from(joined, int(kept.sum()), dim, STRETCHES)
-    per_step = min(times) / (AT_ONCE * (2 * setup.num_lanes + 1) * problem.horizon)
+    per_step = min(times) / (AT_ONCE * (2 * setup.num_lanes + 1) * setup.horizon)
     loss = float(np.mean(joined.loss))
     nonfinite = float(1 - good.mean())
     return _Probes(chosen, sweep, windows, kept, nonfinite, loss, per_step, sum(times), keys)
@@ -288,7 +291,7 @@ def _by_backprop(setup: _Setup, probes: _Probes) -> _Backprop:
         here = [k[i : i + number] for k in probes.keys]
         found.append(_timed(times, program, setup.theta, *here))
     lanes = 2 * number
-    seconds = min(times) / (lanes * setup.problem.horizon)
+    seconds = min(times) / (lanes * setup.horizon)
     held = _temporary(program)
     each = None if held is None else held // lanes
     flat = [
@@ -324,7 +327,7 @@ def _exponent(setup: _Setup, probes: _Probes) -> _Exponent:
     times = []
     for _ in range(2):
         values = _timed(times, program, keys, setup.theta)
-    seconds = min(times) / (len(keys) * setup.problem.horizon)
+    seconds = min(times) / (len(keys) * setup.horizon)
     return _Exponent(np.asarray(values, np.float64), seconds, sum(times))
 
 

@@ -41,7 +41,7 @@ class Sweep(NamedTuple):
 
     def finite(self) -> np.ndarray:
         """For every sigma, whether all losses were finite."""
-        return np.isfinite(self.slopes).all(axis=(0, 1))
+        return np.asarray(np.isfinite(self.slopes).all(axis=(0, 1)))
 
     def suggestion(self) -> float:
         """The largest sigma whose smoothing is not seen.
@@ -52,7 +52,7 @@ class Sweep(NamedTuple):
         Raises:
             ValueError: If losses are not finite whatever sigma.
         """
-        finite = np.flatnonzero(self.finite())
+        finite = np.flatnonzero(self.finite()).tolist()
         if len(finite) == 0:
             raise ValueError(
                 "losses are not finite for any sigma from "

@@ -67,8 +67,8 @@ def derivatives_of(
         norms = np.sum(whole**2, axis=2)
         good = np.isfinite(norms) & np.isfinite(np.sum(truncated**2, axis=2))
     if not good.all():
-        unknown = np.full(1 + len(good), np.nan)
-        return Derivatives(*[unknown] * 8, nonfinite=float(1 - good.mean()))
+        x = np.full(1 + len(good), np.nan)
+        return Derivatives(x, x, x, x, x, x, x, x, nonfinite=float(1 - good.mean()))
     middle = np.median(norms)
     tail = float(norms.max() / middle) if middle > 0 else 1.0
     away, forgetful = along - windows.slope()
@@ -247,8 +247,9 @@ def _mixed(m: Measurements) -> list[Candidate]:
         window_bytes = cost.backprop_bytes * m.truncation // m.horizon
         window_bytes += 3 * cost.state_bytes + 5 * cost.theta_bytes
     for name, replacement in (("pes_analytic", False), ("pes_analytic_replacement", True)):
-        variance = m.windows.variance_with_backprop(replacement)
-        variance = _given_episode(m, variance) + spread
+        given = m.windows.variance_with_backprop(replacement)
+        assert given is not None
+        variance = _given_episode(m, given) + spread
         wrong = m.derivatives.truncated_error
         bias = wrong if replacement else np.zeros_like(wrong)
         variance = variance + (m.windows.dim + 2) * wrong  # weighed by noise

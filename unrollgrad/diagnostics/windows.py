@@ -226,7 +226,7 @@ def measure_windows(
         >>> round(windows.cosine()[0], 3)
         1.0
     """
-    inner_loop.static_horizon(problem, "measure_windows")
+    horizon = inner_loop.static_horizon(problem, "measure_windows")
     truncation = inner_loop.check_truncation(problem, truncation)
     theta, key = arguments.floating_theta(theta), arguments.typed_key(key)
     if arguments.positive_int("num_directions", num_directions) < 3:
@@ -236,7 +236,7 @@ def measure_windows(
         rounding.check(sigma, theta)
     slopes = _probes.window_slopes(problem, truncation, exact=sigma is None)
     size = jnp.float32(1.0 if sigma is None else sigma)
-    lanes = window_lanes(problem.horizon // truncation)
+    lanes = window_lanes(horizon // truncation)
     found = slopes(lanes, size, theta, *probe_keys(key, num_directions))
     dim = sum(x.size for x in jax.tree.leaves(theta))
     return windows_from(jax.device_get(found), num_directions, dim)
