@@ -80,7 +80,7 @@ def recommend(measurements: Measurements) -> list[RankedEstimator]:
         >>> found = ug.problems.linear_recurrence(dim=20, horizon=8, memory=0.9)
         >>> windows = ug.diagnostics.exact_windows(found.influence(found.theta), truncation=1)
         >>> cost = ug.diagnostics.StepCost(forward=1e-6, backward=3e-6, tangent=1e-6)
-        >>> known = ug.diagnostics.Measurements(8, 1, 10, windows, None, cost, "a while_loop")
+        >>> known = ug.diagnostics.Measurements(8, 1, 100, windows, None, cost, "a while_loop")
         >>> ug.diagnostics.recommend(known)[0].name  # all windows agree
         'pes'
     """
