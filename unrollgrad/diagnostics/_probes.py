@@ -89,13 +89,13 @@ class Slopes(NamedTuple):
 
 
 def window_slopes(problem: UnrolledProblem, truncation: int, exact: bool = False) -> Any:
-    """Makes ``slopes(schedule, sigma, theta, episode_keys, direction_keys) -> Slopes``, compiled.
+    """Makes ``slopes(schedule, sigma, theta, keys) -> Slopes``, compiled.
 
-    The keys have a leading axis, and so have the results: one episode and one direction of random
-    signs for each. ``exact``: derivatives in forward mode in place of differences at sigma.
+    The keys, of episodes and of directions of random signs, have a leading axis, and so have the
+    results. ``exact``: derivatives in forward mode in place of differences at sigma.
     """
     one = functools.partial(_exact if exact else _paired, problem, truncation)
-    return jax.jit(jax.vmap(one, in_axes=(None, None, None, 0, 0)))
+    return jax.jit(jax.vmap(one, in_axes=(None, None, None, 0)))
 
 
 def _perturbed(theta: Theta, key: Key, draw: jax.Array, size: jax.Array) -> Theta:
@@ -121,9 +121,9 @@ def _starts_and_ends(window: unroll.Window) -> tuple[jax.Array, jax.Array]:
     return start, end
 
 
-def _paired(problem, truncation, schedule, sigma, theta, episode_key, direction_key):
+def _paired(problem, truncation, schedule, sigma, theta, keys):
     """The slopes of one episode from antithetic pairs, a pair for each lane of the schedule."""
-    horizon = static_horizon(problem, "diagnose")
+    horizon, (episode_key, direction_key) = static_horizon(problem, "diagnose"), keys
     episode = unroll.new_episode(horizon, episode_key, truncation)
     lanes = len(schedule.scale)
     signs = jnp.concatenate([jnp.ones(lanes), -jnp.ones(lanes), jnp.zeros(1)])
@@ -161,9 +161,9 @@ def _paired(problem, truncation, schedule, sigma, theta, episode_key, direction_
     return Slopes(losses.T, starts.T, ends.T, jnp.mean(loss))
 
 
-def _exact(problem, truncation, schedule, sigma, theta, episode_key, direction_key):
+def _exact(problem, truncation, schedule, sigma, theta, keys):
     """The limit of ``_paired`` for sigma to 0, in forward mode: one tangent for each lane."""
-    horizon = static_horizon(problem, "diagnose")
+    horizon, (episode_key, direction_key) = static_horizon(problem, "diagnose"), keys
     episode = unroll.new_episode(horizon, episode_key, truncation)
 
     def lane(scale, draw, restart):

@@ -211,13 +211,13 @@ def _probe(setup: _Setup, sigma: float | None) -> _Probes:
     keys = probe_keys(setup.key, number)
     slopes = _probes.window_slopes(problem, setup.truncation)
     lanes = window_lanes(setup.num_windows, STRETCHES).padded(setup.num_lanes)
-    some = [k[:AT_ONCE] for k in keys]
-    program = slopes.lower(lanes, jnp.ones((), dtype), theta, *some).compile()
+    some = tuple(k[:AT_ONCE] for k in keys)
+    program = slopes.lower(lanes, jnp.ones((), dtype), theta, some).compile()
     times = []
 
     def run(lanes, sigma, keys, first):
-        here = [k[first : first + AT_ONCE] for k in keys]
-        return _timed(times, program, lanes, jnp.asarray(sigma, dtype), theta, *here)
+        here = tuple(k[first : first + AT_ONCE] for k in keys)
+        return _timed(times, program, lanes, jnp.asarray(sigma, dtype), theta, here)
 
     sigmas = np.array([sigma]) if sigma is not None else _sigmas(theta)
     sweep_lanes = _probes.schedule(

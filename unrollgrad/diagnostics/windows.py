@@ -237,7 +237,7 @@ def measure_windows(
     slopes = _probes.window_slopes(problem, truncation, exact=sigma is None)
     size = jnp.float32(1.0 if sigma is None else sigma)
     lanes = window_lanes(horizon // truncation)
-    found = slopes(lanes, size, theta, *probe_keys(key, num_directions))
+    found = slopes(lanes, size, theta, probe_keys(key, num_directions))
     dim = sum(x.size for x in jax.tree.leaves(theta))
     return windows_from(jax.device_get(found), num_directions, dim)
 
