@@ -19,7 +19,7 @@ BUDGET = {
     "tests": 2430,
     "tests/apo": 235,
     "tests/bilevel": 495,
-    "tests/diagnostics": 102,
+    "tests/diagnostics": 196,
     "tests/estimators": 480,
     "tests/experiments": 110,
     "tests/implicit": 330,
