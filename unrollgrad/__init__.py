@@ -14,7 +14,7 @@ one worker            bptt(problem), tbptt(problem, truncation=10): backpropagat
 many workers          average(estimator, 64); make_worker_mesh: many devices; curriculum: stages;
                       scheduled: a setting, such as sigma, that changes over a run
 the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key=...) -> FitResult
-which one is best     diagnostics.compare(problem, theta, estimators, reference=..., ...)
+which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diagnostics.compare
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
 optimizers            apo: learning rates and preconditioners that adapt during one training run
