@@ -28,8 +28,11 @@ from unrollgrad.types import (
     UnrolledProblem,
 )
 
-Remat = Literal["step", "sqrt"] | int | None
-"""The states that backpropagation keeps: all values (None), every step's state, or some states."""
+Remat = Literal["step", "sqrt", "reverse"] | int | None
+"""The states that backpropagation keeps: all values (None), every step's state, some, or the last.
+
+``scan`` takes all of them but "reverse", which ``bptt`` alone knows.
+"""
 
 _Data = ArrayTree | None
 _Carry = TypeVar("_Carry")
@@ -126,6 +129,11 @@ def unroll(
         return one_step(segment.problem, key, theta, state, t, batch)
 
     return scan(segment, step, state, remat)
+
+
+def step_key(episode: Episode, t: Numeric) -> Key:
+    """Returns the key of the episode's step ``t``."""
+    return jax.random.fold_in(jax.random.fold_in(episode.key, _STEP), t)
 
 
 def one_step(
