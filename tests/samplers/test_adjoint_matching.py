@@ -9,10 +9,11 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import raises
+from tests.helpers import mistyped, raises
 from tests.samplers import gaussian
 from tests.statistics import Samples
 from unrollgrad import samplers
+from unrollgrad.samplers import _step
 
 pytestmark = pytest.mark.optimized
 KEY = jax.random.key(0)
@@ -28,7 +29,7 @@ def controlled(noise, num_steps=T):
         sample_shape=(),
         noise=noise,
     )
-    rule = exact.step.coefficients
+    rule = _step.step_of("test", exact).coefficients
 
     def network(theta, x, t):
         k = jnp.round(t * num_steps).astype(jnp.int32)
@@ -77,7 +78,7 @@ def gradient(estimator, key, theta):
     return estimator.estimate(key, theta, estimator.init(KEY, theta))[0]
 
 
-def nonlinear(noise="memoryless"):
+def nonlinear(noise: samplers.flows.Noise = "memoryless"):
     """A small network on two coordinates, with a curved reward."""
 
     def network(theta, x, t):
@@ -100,11 +101,12 @@ def nonlinear(noise="memoryless"):
 
 def regularised(problem, base, scale):
     """The problem whose loss is -scale reward + 1/2 sum |u|^2, written with step losses."""
+    parts = _step.step_of("test", problem)
 
     def step(key, theta, state, t):
         after, _ = problem.step(key, theta, state, t)
-        c = problem.step.coefficients(t, state.x.dtype)
-        moved = problem.step.output(theta, state, c) - problem.step.output(base, state, c)
+        c = parts.coefficients(t, state.x.dtype)
+        moved = parts.output(theta, state, c) - parts.output(base, state, c)
         return after, 4.0 * jnp.sum((c.move / c.noise * moved) ** 2)  # J is the mean of 8 steps
 
     return problem._replace(
@@ -160,7 +162,7 @@ def test_errors():
     with raises(ValueError, "`adjoint_matching` needs a sampler with noise", "memoryless"):
         samplers.adjoint_matching(nonlinear("none")[0], base, 1.0)
     with raises(ValueError, '`adjoint` must be "lean" or "basic"', "'full'"):
-        samplers.adjoint_matching(problem, base, 1.0, adjoint="full")
+        samplers.adjoint_matching(problem, base, 1.0, adjoint=mistyped("full"))
     with raises(ValueError, "`regression_steps`=9", "8 steps"):
         samplers.adjoint_matching(problem, base, 1.0, regression_steps=9)
     with raises(ValueError, "`base` must have theta's structure", "base['in']"):

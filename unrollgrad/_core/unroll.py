@@ -9,7 +9,7 @@ truncated run sees the data of the untruncated run, and a saved state continues 
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,8 @@ from unrollgrad.types import (
     UnrolledProblem,
 )
 
-Remat = Literal["step", "sqrt", "reverse"] | int | None
-"""The states that backpropagation keeps: all values (None), every step's state, some, or the last.
-
-``scan`` takes all of them but "reverse", which ``bptt`` alone knows.
-"""
+Remat = Literal["step", "sqrt"] | int | None
+"""The states that backpropagation keeps: all values (None), every step's state, or some states."""
 
 _Data = ArrayTree | None
 _Carry = TypeVar("_Carry")
@@ -147,11 +144,14 @@ def one_step(
 
 def scan(
     segment: Segment,
-    step: Callable[..., tuple[_Carry, jax.Array]],
+    step: Callable[..., tuple[_Carry, Any]],
     carry: _Carry,
     remat: Remat = None,
-) -> tuple[_Carry, jax.Array]:
-    """Scans ``step(carry, key, t, batch) -> (carry, out)`` over the segment's inner steps."""
+) -> tuple[_Carry, Any]:
+    """Scans ``step(carry, key, t, batch) -> (carry, out)`` over the segment's inner steps.
+
+    ``out`` is a scalar; without ``remat`` any tree.
+    """
     episode, num_steps = segment.episode, segment.num_steps
     keys = jax.random.fold_in(episode.key, _STEP)
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def bptt(
     *,
     last: Last = None,
     unbiased: bool = False,
-    remat: Remat = None,
+    remat: Remat | Literal["reverse"] = None,
     inverse: Callable[..., State] | None = None,
 ) -> GradientEstimator:
     """Backpropagation through a whole episode: the exact gradient of its loss.

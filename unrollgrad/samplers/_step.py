@@ -14,7 +14,7 @@ import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
-from unrollgrad.types import Key, Numeric, Theta, UnrolledProblem
+from unrollgrad.types import Key, Numeric, Segment, Theta, UnrolledProblem
 
 
 class SamplerState(NamedTuple):
@@ -142,7 +142,7 @@ def sampler(step: SamplerStep, goal: Target, scale: Callable[[Any], Numeric]) ->
         drawn = goal.condition
         if callable(drawn):
             drawn = drawn(for_condition)
-        return SamplerState(scale(x.dtype) * x, drawn)
+        return SamplerState(jnp.asarray(scale(x.dtype) * x), drawn)
 
     def evaluate(key, theta, state):
         reward = goal.reward(state.x, state.condition)
@@ -172,12 +172,23 @@ def step_of(name: str, problem: UnrolledProblem) -> SamplerStep:
     return problem.step
 
 
-def trajectory(segment: Any, theta: Theta) -> tuple[SamplerState, jax.Array]:
+def begin(segment: Segment, theta: Theta) -> SamplerState:
+    """The state before an episode's first step."""
+    state: Any = unroll.initial_state(segment.problem, segment.episode, theta)
+    return state
+
+
+def finish(segment: Segment, theta: Theta, state: SamplerState) -> SamplerState:
+    """The state after the segment's steps, of which there may be none."""
+    after: Any = unroll.unroll(segment, theta, state)[0] if segment.num_steps else state
+    return after
+
+
+def trajectory(segment: Segment, theta: Theta) -> tuple[SamplerState, jax.Array]:
     """Runs a whole episode: the last state, and the latents before each step."""
 
     def step(state, key, t, batch):
         after, _ = unroll.one_step(segment.problem, key, theta, state, t, batch)
         return after, state.x
 
-    start = unroll.initial_state(segment.problem, segment.episode, theta)
-    return unroll.scan(segment, step, start)
+    return unroll.scan(segment, step, begin(segment, theta))

@@ -42,8 +42,7 @@ def sample(problem: UnrolledProblem, key: Key, theta: Theta) -> jax.Array:
     key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
     horizon = inner_loop.static_horizon(problem, "sample")
     segment = Segment(problem, unroll.new_episode(horizon, key, horizon), horizon)
-    start = unroll.initial_state(problem, segment.episode, theta)
-    return unroll.unroll(segment, theta, start)[0].x
+    return _step.finish(segment, theta, _step.begin(segment, theta)).x
 
 
 def inverse(problem: UnrolledProblem, iterations: int = 1) -> Callable[..., Any]:

@@ -60,10 +60,8 @@ def draft_lv(
 
     def run(segment, theta, carried):
         head, tail = backprop.cut(segment, horizon - 1)
-        latent = unroll.initial_state(problem, segment.episode, theta)
-        if head.num_steps:
-            latent, _ = unroll.unroll(head, theta, latent)
-        fixed, _ = unroll.unroll(tail, theta, latent)
+        latent = _step.finish(head, theta, _step.begin(segment, theta))
+        fixed = _step.finish(tail, theta, latent)
         c = step.coefficients(horizon - 1, latent.x.dtype)
         z = jax.random.normal(
             unroll.noise_key(segment.episode, 0), (num_noised, *latent.x.shape), latent.x.dtype
@@ -80,7 +78,7 @@ def draft_lv(
             terms = jax.vmap(noised)(z)
             if not include_base:
                 return jnp.mean(terms), value(theta, fixed)
-            base = value(theta, unroll.unroll(tail, theta, latent)[0])
+            base = value(theta, _step.finish(tail, theta, latent))
             return (base + jnp.sum(terms)) / (1 + num_noised), base
 
         with backprop.no_while_loop("draft_lv"):
