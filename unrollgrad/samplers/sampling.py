@@ -52,7 +52,7 @@ def inverse(problem: UnrolledProblem, iterations: int = 1) -> Callable[..., Any]
     begin at x'. With one iteration it is DDIM inversion, the Euler step of the probability-flow ODE
     backwards, and the gradient is AdjointDPM's: that of the continuous process, which differs from
     the gradient of the sampler by O(h) with steps of size h. With n iterations the difference is
-    O(h^n), for deterministic and for noisy steps, whose noise is drawn again.
+    O(h^n), and with noise in the steps, which is drawn again, O(h^(n - 1/2)).
 
     Costs ``iterations`` evaluations of the network per step.
 
