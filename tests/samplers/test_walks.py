@@ -219,7 +219,6 @@ def test_the_memory_of_a_backward_solve_does_not_grow(optimized):
         temporary(ug.bptt(problem, remat="reverse", inverse=samplers.inverse(problem)), theta)
         for problem, theta in (deep(5), deep(50))
     )
-    print(few / LATENT, many / LATENT)
     assert many < 1.02 * few
     assert few < 2 * ACTIVATIONS + 4 * LATENT
 
@@ -227,7 +226,6 @@ def test_the_memory_of_a_backward_solve_does_not_grow(optimized):
 def test_a_law_keeps_a_latent_for_each_step(optimized):
     problem, theta = deep(50)
     kept = temporary(ug.bptt(problem, last=samplers.alignprop_cutoff(50)), theta)
-    print(kept / LATENT)
     assert kept < 50 * LATENT + 2 * ACTIVATIONS + 4 * LATENT
 
 

@@ -106,7 +106,7 @@ def lora(
         Hu et al., LoRA: Low-rank adaptation of large language models, ICLR 2022, arXiv:2106.09685.
     """
     rank, key = arguments.positive_int("rank", rank), arguments.typed_key(key)
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: x is None)
     thetas = [_factors(jax.random.fold_in(key, i), x, rank) for i, x in enumerate(leaves)]
     if all(x is None for x in thetas):
         raise ValueError(
@@ -115,7 +115,7 @@ def lora(
         )
 
     def merge(theta):
-        # None stands for a leaf without an update, and is no leaf of theta by itself.
+        # None stands for a leaf without an update; by itself JAX takes it for an empty tree.
         updates = jax.tree.leaves(theta, is_leaf=lambda x: x is None or isinstance(x, LowRank))
         if len(updates) != len(leaves):
             raise ValueError(
