@@ -92,6 +92,29 @@ def test_a_mean_over_workers_is_the_mean_of_their_estimates():
     np.testing.assert_allclose(mean, np.mean(alone, axis=0), rtol=1e-4, atol=1e-6)
 
 
+def test_many_devices_compute_what_one_does():
+    """Theta is replicated and the workers' keys are not; a summed gradient would be 4 times it."""
+    names = ("alignprop", "adjoint dpm", "draft_lv", "skip_path", "adjoint_matching")
+    mesh = ug.make_worker_mesh(4)
+
+    def estimates(**where):
+        workers = {name: ug.average(ESTIMATORS[name], 4, **where) for name in names}
+        states = {name: w.init(KEY, weights()) for name, w in workers.items()}
+
+        @jax.jit
+        def run(theta, states):
+            return {
+                name: w.estimate(OTHER, theta, states[name])[0].grad for name, w in workers.items()
+            }
+
+        return numbers(run(weights(), states))
+
+    one, many = estimates(), estimates(mesh=mesh)
+    for name in names:
+        for a, b in zip(jax.tree.leaves(one[name]), jax.tree.leaves(many[name]), strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-4 * np.abs(a).max(), err_msg=name)
+
+
 def by_hand(problem, trained, stop, theta):
     """DRTune as its code has it: every input of the network is a constant."""
     episode_key = OTHER
