@@ -229,6 +229,19 @@ def test_the_dtypes_in_and_out_of_x64(dtype):
         assert grad["in"].dtype == np.float32
 
 
+def test_strict_promotion():
+    """Tracing is enough: no dtypes are mixed without a cast."""
+    theta = weights()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), theta)
+    low_rank, merge = samplers.lora(params, 2, KEY)
+    with jax.numpy_dtype_promotion("strict"):
+        for name, estimator in ESTIMATORS.items():
+            state = jax.eval_shape(estimator.init, KEY, theta)
+            out, _ = jax.eval_shape(estimator.estimate, KEY, theta, state)
+            assert out.grad["in"].dtype == jnp.float32, name
+        assert jax.eval_shape(merge, low_rank)["in"].dtype == jnp.bfloat16
+
+
 def test_a_table_of_noise_levels():
     table = np.cumprod(1 - np.linspace(1e-4, 0.02, 100))
     alpha, sigma = samplers.tabulated(table)(jnp.array([0.0, 0.01, 0.5, 1.0]))

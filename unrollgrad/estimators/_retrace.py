@@ -15,11 +15,15 @@ import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import eager, mesh_axes, unroll
+from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.estimators._window import estimate_of
 from unrollgrad.types import ArrayTree, Estimate, Key, Numeric, Segment, State, Theta
 
-Last = int | Callable[[Key], Numeric] | None
+Law = Callable[[Key], Numeric]
+"""A law of the number of differentiated steps: draws it."""
+
+Last = int | Law | None
 """The number of differentiated steps, a law of it, or None for all."""
 
 _DRAWS = 2**20
@@ -53,25 +57,19 @@ def check(last: Last, unbiased: bool, remat: Any, inverse: Any) -> None:
 
 
 def window(
-    horizon: int, last: Last, unbiased: bool, inverse: Callable[..., State] | None
+    horizon: int, last: int | Law, unbiased: bool, inverse: Callable[..., State] | None
 ) -> Callable[[Segment, Theta], Estimate]:
     """Makes ``(segment, theta) -> Estimate`` that walks back from the end of an episode."""
-    weights = _weights(last, horizon) if unbiased else None
-    if not callable(last) and last is not None:
-        last = arguments.positive_int("last", last)
-        if last > horizon:
-            raise ValueError(
-                f"`last`={last} steps are more than the horizon of {horizon}. Leave it out to "
-                "differentiate the whole episode."
-            )
+    weights = _weights(last, horizon) if unbiased and callable(last) else np.ones(horizon)
 
     def run(segment, theta):
-        steps = horizon if last is None else last
+        steps: Numeric
         if callable(last):
             drawn = last(unroll.noise_key(segment.episode, 0))
             steps = jnp.clip(jnp.asarray(drawn, jnp.int32), 1, horizon)
-        weight = jnp.ones(horizon) if weights is None else jnp.asarray(weights)
-        return _walk(segment, theta, inverse, steps, weight)
+        else:
+            steps = last
+        return _walk(segment, theta, inverse, steps, jnp.asarray(weights))
 
     return run
 
@@ -103,7 +101,7 @@ def _walk(segment, theta, inverse, steps, weight) -> Estimate:
 
     def back(k, carry):
         """Takes step ``horizon - 1 - k`` back."""
-        t = horizon - 1 - k
+        t = jnp.asarray(horizon - 1 - k, jnp.int32)
         key, batch = unroll.step_key(episode, t), _slice(segment.data, t)
         if inverse is None:
             before = jax.tree.map(lambda x: x[t], kept)
@@ -119,20 +117,25 @@ def _walk(segment, theta, inverse, steps, weight) -> Estimate:
 
         (_, loss), pull = jax.vjp(step, theta, floats)
         part, slope = pull((carry.slope, jnp.asarray(1 / horizon, loss.dtype)))
-        grad = jax.tree.map(lambda g, x: g + (weight[k] * x).astype(g.dtype), carry.grad, part)
+        grad = jax.tree.map(lambda g, x: g + _times(weight[k], x), carry.grad, part)
         return mesh_axes.over(names, _Back(before, slope, grad))
 
     start = mesh_axes.over(names, _Back(after, slope, grad))
     end = jax.lax.fori_loop(0, steps, back, start)
     from_init = through_init(end.slope)[0]
     # A zero times a slope that is not finite would be NaN.
-    whole = steps == horizon
-    grad = jax.tree.map(
-        lambda g, x: g + jnp.where(whole, (weight[-1] * x).astype(g.dtype), 0).astype(g.dtype),
-        end.grad,
-        from_init,
+    from_init = jax.tree.map(
+        lambda x: jnp.where(steps == horizon, _times(weight[-1], x), jnp.zeros_like(x)), from_init
     )
-    return estimate_of(grad, jnp.mean(losses) + value, horizon)
+    with standard_promotion():
+        loss = jnp.mean(losses) + value
+    return estimate_of(jax.tree.map(jnp.add, end.grad, from_init), loss, horizon)
+
+
+def _times(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """The product, in x's dtype but no narrower than the weight while it is computed."""
+    with standard_promotion():
+        return (weight * x).astype(x.dtype)
 
 
 def _at_the_end(segment, theta, state):
@@ -165,18 +168,17 @@ def _like(before: State, after: State) -> State:
     return before
 
 
-def _weights(last: Last, horizon: int) -> np.ndarray:
+def _weights(law: Law, horizon: int) -> np.ndarray:
     """1 / P(m >= k) for k = 1, ..., horizon.
 
     Raises:
         ValueError: If the law never differentiates all steps.
     """
-    chances = getattr(last, "probabilities", None)
+    chances = getattr(law, "probabilities", None)
     if chances is None:
-        assert callable(last)
 
         def count(key):
-            drawn = jax.vmap(last)(jax.random.split(key, _DRAWS))
+            drawn = jax.vmap(law)(jax.random.split(key, _DRAWS))
             return jnp.bincount(jnp.clip(drawn, 1, horizon) - 1, length=horizon)
 
         with jax.ensure_compile_time_eval():

@@ -97,8 +97,10 @@ def bptt(
     """
     horizon = inner_loop.static_horizon(problem, "bptt")
     _retrace.check(last, unbiased, remat, inverse)
-    if callable(last) or remat == "reverse":
+    if callable(last):
         run = _retrace.window(horizon, last, unbiased, inverse)
+    elif remat == "reverse":
+        run = _retrace.window(horizon, _steps(last, horizon), False, inverse)
     else:
         run = _differentiated(horizon, _steps(last, horizon), remat)
 

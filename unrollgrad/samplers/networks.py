@@ -141,4 +141,4 @@ def _merged(x: Any, update: LowRank | None, scale: Numeric) -> Any:
     if update is None:
         return x
     added = scale * (update.down @ update.up)
-    return (x + added.reshape(np.shape(x))).astype(x.dtype)
+    return (jnp.asarray(x, added.dtype) + added.reshape(np.shape(x))).astype(x.dtype)
