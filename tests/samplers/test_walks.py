@@ -229,6 +229,35 @@ def test_a_law_keeps_a_latent_for_each_step(optimized):
     assert kept < 50 * LATENT + 2 * ACTIVATIONS + 4 * LATENT
 
 
+def test_a_sampler_computes_what_the_loop_by_hand_does(optimized):
+    """Operations and bytes of one gradient, by XLA's count, within 3 %."""
+    problem, theta = deep(50)
+    (network, _), (init, _, _, evaluate) = problem.step, problem
+
+    def by_hand(key, theta):
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def step(x, k):
+            (alpha, sigma), (alpha_next, sigma_next) = (
+                gaussian.VP(k / 50),
+                gaussian.VP((k - 1) / 50),
+            )
+            noise = network(theta, x, k / 50, None)
+            return alpha_next * (x - sigma * noise) / alpha + sigma_next * noise, None
+
+        start = init(key, theta)
+        x, _ = jax.lax.scan(step, start.x, jnp.arange(50.0, 0.0, -1.0))
+        return evaluate(key, theta, start._replace(x=x))
+
+    def cost(compiled):
+        counts = compiled.cost_analysis()
+        return np.array([counts["flops"], counts["bytes accessed"]])
+
+    estimator = ug.bptt(problem, remat="step")
+    state = jax.eval_shape(estimator.init, KEY, theta)
+    ours = cost(estimator.estimate.lower(KEY, theta, state).compile())
+    assert np.all(ours < 1.03 * cost(jax.jit(jax.grad(by_hand, 1)).lower(KEY, theta).compile()))
+
+
 def test_errors():
     problem, _ = quadratic()
     law = samplers.cutoff([1, 1])
