@@ -300,6 +300,8 @@ def test_errors_of_estimators():
     ):
         with raises(TypeError, "needs the problem of a sampler", "_replace(evaluate=...)"):
             factory(other)
+    with raises(ValueError, "problem.horizon=3", "made for 4 steps", "`num_steps`"):
+        samplers.draft_lv(problem._replace(horizon=3), 2)
     with raises(ValueError, "the earliest stop leaves 3 evaluations", "steps=4"):
         samplers.skip_path(problem, 4)
     with raises(ValueError, "`early_stop` must be in [0, 1)"):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import mistyped, numbers, quadratic, raises
+from tests.helpers import mistyped, numbers, present, quadratic, raises
 from tests.samplers import gaussian
 from unrollgrad import samplers
+from unrollgrad.samplers import _step
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 
@@ -175,11 +176,15 @@ def test_the_inverse_of_a_sampler_has_the_order_of_its_iterations(iterations, et
     assert errors[-1] < 0.03
 
 
+def compiled(estimator, theta):
+    """The program of one call."""
+    state = jax.eval_shape(estimator.init, KEY, theta)
+    return estimator.estimate.lower(KEY, theta, state).compile()
+
+
 def temporary(estimator, theta):
     """The bytes of temporaries that XLA plans."""
-    state = jax.eval_shape(estimator.init, KEY, theta)
-    compiled = estimator.estimate.lower(KEY, theta, state).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return compiled(estimator, theta).memory_analysis().temp_size_in_bytes
 
 
 ROWS, WIDTH, LAYERS = 256, 64, 6
@@ -232,7 +237,7 @@ def test_a_law_keeps_a_latent_for_each_step(optimized):
 def test_a_sampler_computes_what_the_loop_by_hand_does(optimized):
     """Operations and bytes of one gradient, by XLA's count, within 3 %."""
     problem, theta = deep(50)
-    (network, _), (init, _, _, evaluate) = problem.step, problem
+    network, evaluate = _step.step_of("test", problem).network, present(problem.evaluate)
 
     def by_hand(key, theta):
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -244,17 +249,15 @@ def test_a_sampler_computes_what_the_loop_by_hand_does(optimized):
             noise = network(theta, x, k / 50, None)
             return alpha_next * (x - sigma * noise) / alpha + sigma_next * noise, None
 
-        start = init(key, theta)
+        start = problem.init(key, theta)
         x, _ = jax.lax.scan(step, start.x, jnp.arange(50.0, 0.0, -1.0))
         return evaluate(key, theta, start._replace(x=x))
 
-    def cost(compiled):
-        counts = compiled.cost_analysis()
+    def cost(program):
+        counts = program.cost_analysis()
         return np.array([counts["flops"], counts["bytes accessed"]])
 
-    estimator = ug.bptt(problem, remat="step")
-    state = jax.eval_shape(estimator.init, KEY, theta)
-    ours = cost(estimator.estimate.lower(KEY, theta, state).compile())
+    ours = cost(compiled(ug.bptt(problem, remat="step"), theta))
     assert np.all(ours < 1.03 * cost(jax.jit(jax.grad(by_hand, 1)).lower(KEY, theta).compile()))
 
 

@@ -59,10 +59,12 @@ class SamplerStep(NamedTuple):
     Attributes:
         network: ``network(theta, x, time, condition) -> output`` of x's shape.
         coefficients: ``coefficients(t, dtype) -> Coefficients`` of step t = 0, ..., num_steps - 1.
+        num_steps: The steps for which the coefficients are made.
     """
 
     network: Callable[..., Any]
     coefficients: Callable[[Numeric, Any], Coefficients]
+    num_steps: int
 
     def __call__(
         self, key: Key, theta: Theta, state: SamplerState, t: jax.Array
@@ -161,6 +163,7 @@ def step_of(name: str, problem: UnrolledProblem) -> SamplerStep:
 
     Raises:
         TypeError: If the problem was not made by a sampler.
+        ValueError: If its horizon is no longer the sampler's number of steps.
     """
     inner_loop.check_problem(problem)
     if not isinstance(problem.step, SamplerStep) or problem.evaluate is None:
@@ -168,6 +171,12 @@ def step_of(name: str, problem: UnrolledProblem) -> SamplerStep:
             f"`{name}` needs the problem of a sampler, made by samplers.ddim or samplers.flow; got "
             f"a problem with step={problem.step!r} and evaluate={problem.evaluate!r}. For another "
             "reward use problem._replace(evaluate=...), which keeps the sampler."
+        )
+    if problem.horizon != problem.step.num_steps:
+        raise ValueError(
+            f"problem.horizon={problem.horizon}, but the sampler was made for "
+            f"{problem.step.num_steps} steps, and would stop with noise in x. Make it again with "
+            "another `num_steps`."
         )
     return problem.step
 

@@ -104,7 +104,7 @@ def ddim(
         alpha, sigma = schedules.at(schedule, jnp.ones((), dtype), dtype)
         return jnp.sqrt(alpha**2 + sigma**2)
 
-    return _step.sampler(_step.SamplerStep(network, coefficients), goal, scale)
+    return _step.sampler(_step.SamplerStep(network, coefficients, goal.num_steps), goal, scale)
 
 
 def _check_end(schedule: schedules.Schedule) -> None:

@@ -85,7 +85,9 @@ def flow(
             sigma=1 - time,
         )
 
-    return _step.sampler(_step.SamplerStep(network, coefficients), goal, lambda dtype: 1)
+    return _step.sampler(
+        _step.SamplerStep(network, coefficients, goal.num_steps), goal, lambda dtype: 1
+    )
 
 
 def _rule(noise: Noise) -> Callable[[jax.Array, jax.Array], tuple[Numeric, Numeric, Any]]:

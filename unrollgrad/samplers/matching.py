@@ -90,7 +90,9 @@ def adjoint_matching(
             loss, slope = jax.value_and_grad(terminal)(last.x)
             slope = mesh_axes.over(names, jnp.asarray(reward_scale, slope.dtype) * slope)
             walk = functools.partial(_ADJOINTS[adjoint], step, (theta, base), last)
-            _, matched = jax.lax.scan(walk, slope, (jnp.arange(horizon), latents), reverse=True)
+            _, matched = jax.lax.scan(
+                walk, slope, (jnp.arange(horizon, dtype=jnp.int32), latents), reverse=True
+            )
             if chosen < horizon:
                 key = unroll.noise_key(segment.episode, 0)
                 places = jax.random.choice(key, horizon, (chosen,), replace=False)
