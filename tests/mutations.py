@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 CONTRACT, STATISTICS = "tests/estimators/test_contract.py", "tests/estimators/test_statistics.py"
+SAMPLERS = "tests/samplers/test_closed_forms.py"
 LIBRARY = Path("unrollgrad")
 
 
@@ -241,6 +242,34 @@ MUTATIONS = [
         "+ wide_p - _pairs.weighted_mean(expected, w)).astype",
         "+ wide_p).astype",
         "tests/estimators/test_analytic.py",
+    ),
+    Mutation(
+        "a law of the last steps without its weights",
+        "estimators/_retrace.py",
+        "return 1 / survival",
+        "return 0 * survival + 1",
+        SAMPLERS,
+    ),
+    Mutation(
+        "noised copies of DRaFT-LV with too little noise",
+        "samplers/truncated.py",
+        "c.alpha * fixed.x + c.sigma * z",
+        "c.alpha * fixed.x + 0.8 * c.sigma * z",
+        SAMPLERS,
+    ),
+    Mutation(
+        "a skip path without the factors of the later steps",
+        "samplers/truncated.py",
+        "c.data_keep[stop] * c.move * later",
+        "c.data_keep[stop] * c.move",
+        SAMPLERS,
+    ),
+    Mutation(
+        "adjoint matching without the factor of x in a step",
+        "samplers/matching.py",
+        "return c.keep * after + back(c.move * after)[0]",
+        "return after + back(c.move * after)[0]",
+        "tests/samplers/test_adjoint_matching.py",
     ),
 ]
 

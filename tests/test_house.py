@@ -13,8 +13,9 @@ from tests.helpers import present
 
 ROOT = Path(__file__).parents[1]
 ORDER: list[str] = [
-    *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
-    *("_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems", "diagnostics"),
+    *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "samplers"),
+    *("_workers", "_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems"),
+    "diagnostics",
     "running",
 ]
 """The rooms of ``unrollgrad``: each imports only from earlier rooms."""
@@ -27,6 +28,7 @@ PUBLIC_FACTORIES = {
     "bsvrb",
     "compare",
     "diagnose",
+    "ddim",
     "f2sa",
     "fit",
     "fsla",

@@ -17,6 +17,7 @@ the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key
 which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diagnostics.compare
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
+through samplers      samplers: diffusion and flow models as problems, rewards of their samples
 optimizers            apo: learning rates and preconditioners that adapt during one training run
                       learned_optimizers: load("scheduled_adam"), or train your own
 the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
@@ -27,7 +28,7 @@ Start with ``help(unrollgrad.pes)`` or the README; every function's help has an 
 import importlib
 from types import ModuleType
 
-from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
+from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems, samplers
 from unrollgrad._core.unroll import episode_loss
 from unrollgrad._fit.fit import fit
 from unrollgrad._fit.result import FitResult
@@ -97,6 +98,7 @@ __all__ = [
     "pes_analytic_replacement",
     "problems",
     "reparameterized_es",
+    "samplers",
     "scheduled",
     "tbptt",
     "training_problem",

@@ -89,14 +89,17 @@ def divisors(number: int) -> str:
     return ", ".join(found if len(found) <= 24 else [*found[:12], "...", *found[-12:]])
 
 
-def check_remat(remat: object) -> None:
-    """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number."""
+def check_remat(remat: object, more: str = "") -> None:
+    """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number.
+
+    ``more`` is what else the caller takes, for the message.
+    """
     whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
     named = remat is None or (isinstance(remat, str) and remat in ("step", "sqrt"))
     if not whole and not named:
         raise ValueError(
-            '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1; got '
-            f"{remat!r}."
+            '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1'
+            f"{more and ', '}{more}; got {remat!r}."
         )
 
 

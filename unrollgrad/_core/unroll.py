@@ -9,7 +9,7 @@ truncated run sees the data of the untruncated run, and a saved state continues 
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +133,11 @@ def unroll(
     return scan(segment, step, state, remat)
 
 
+def step_key(episode: Episode, t: Numeric) -> Key:
+    """Returns the key of the episode's step ``t``."""
+    return jax.random.fold_in(jax.random.fold_in(episode.key, _STEP), t)
+
+
 def one_step(
     problem: UnrolledProblem, key: Key, theta: Theta, state: State, t: jax.Array, batch: _Data
 ) -> tuple[State, jax.Array]:
@@ -144,11 +149,14 @@ def one_step(
 
 def scan(
     segment: Segment,
-    step: Callable[..., tuple[_Carry, jax.Array]],
+    step: Callable[..., tuple[_Carry, Any]],
     carry: _Carry,
     remat: Remat = None,
-) -> tuple[_Carry, jax.Array]:
-    """Scans ``step(carry, key, t, batch) -> (carry, out)`` over the segment's inner steps."""
+) -> tuple[_Carry, Any]:
+    """Scans ``step(carry, key, t, batch) -> (carry, out)`` over the segment's inner steps.
+
+    ``out`` is a scalar; without ``remat`` any tree.
+    """
     episode, num_steps = segment.episode, segment.num_steps
     keys = step_keys(episode)
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from unrollgrad._core import unroll
 from unrollgrad._core.descriptions import described
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad._core.unroll import Remat
+from unrollgrad.estimators import _retrace
+from unrollgrad.estimators._retrace import Last
 from unrollgrad.estimators._window import estimate_of, inner_state, made_by, nothing, windowed
 from unrollgrad.types import Estimate, GradientEstimator, Segment, State, Theta, UnrolledProblem
 
@@ -19,6 +22,7 @@ __all__ = [
     "FORWARD_ONLY",
     "bptt",
     "continued",
+    "cut",
     "gradient",
     "no_while_loop",
     "tbptt",
@@ -28,7 +32,12 @@ __all__ = [
 
 @described
 def bptt(
-    problem: UnrolledProblem, *, last: int | None = None, remat: Remat = None
+    problem: UnrolledProblem,
+    *,
+    last: Last = None,
+    unbiased: bool = False,
+    remat: Remat | Literal["reverse"] = None,
+    inverse: Callable[..., State] | None = None,
 ) -> GradientEstimator:
     """Backpropagation through a whole episode: the exact gradient of its loss.
 
@@ -41,21 +50,36 @@ def bptt(
     bias is the influence of earlier steps; it falls exponentially in m for a final loss and inner
     descent on a strongly convex loss (Shaban et al.).
 
+    ``last`` may be a law of m, a function of a key, from which each episode draws (AlignProp): the
+    k-th step from the end then counts P(m >= k) times. ``unbiased=True`` divides its contribution
+    by P(m >= k), which makes ``grad`` unbiased again (Russian roulette) at a variance that grows
+    with the influence of early steps. The probabilities are exact for ``samplers.cutoff``; for
+    another function they are the shares of 2^20 draws, of relative error 2^-10 sqrt(1/P - 1).
+
     Time: T steps forwards and T (or m) back. Memory: what T (or m) steps compute. ``remat`` trades
     one more forward pass for less memory: with ``"step"`` T states and what one step computes, with
     ``"sqrt"`` sqrt(T) states and what sqrt(T) steps compute, with a number n likewise n and T/n.
+    With ``"reverse"`` it is what one step computes, whatever T is: ``inverse`` makes the states
+    again, last to first, and the error of its states is the error of ``grad``. A law keeps T states
+    (``remat="step"``), and with ``"reverse"`` one.
 
     Args:
         problem: The inner loop; its horizon must be static and its step differentiable.
-        last: The number of steps, at the end, that are differentiated. Default: all.
-        remat: None, ``"step"``, ``"sqrt"`` or the number of states that are kept.
+        last: The number of steps, at the end, that are differentiated, or ``last(key)``, a law of
+            it; what it draws is clipped to 1 to T. Default: all.
+        unbiased: Whether to weight the steps by 1/P(m >= k); for a law only.
+        remat: None, ``"step"``, ``"sqrt"``, the number of states that are kept, or ``"reverse"``.
+        inverse: For ``"reverse"``: ``inverse(key, theta, state, t)`` returns the state before step
+            t from the state after it, with the step's key (and its batch, if data is streamed).
+            ``samplers.inverse`` makes the inverses of samplers.
 
     Returns:
         An estimator with ``truncation=None``; streaming ``data`` has leading axis ``horizon``.
 
     Raises:
-        ValueError: If the horizon is sampled, ``last`` is outside 1 to T, ``remat`` is not one of
-            these or, in ``estimate``, the step contains a ``while_loop``.
+        ValueError: If the horizon is sampled, ``last`` is outside 1 to T, ``unbiased`` meets a
+            ``last`` that is no law or never draws T, ``remat`` is not one of these or does not fit
+            ``last`` or ``inverse``, or, in ``estimate``, the step contains a ``while_loop``.
 
     Example:
         >>> import jax, unrollgrad as ug
@@ -67,36 +91,58 @@ def bptt(
 
     References:
         Werbos, Backpropagation through time: what it does and how to do it, Proc. IEEE, 1990.
-        ``last``: Shaban et al., AISTATS 2019. ``"sqrt"``: Chen et al., 2016, arXiv:1604.06174.
+        ``last``: Shaban et al., AISTATS 2019; a law: Prabhudesai et al., 2023, arXiv:2310.03739;
+        ``unbiased``: Tallec and Ollivier, 2017, arXiv:1705.08209. ``"sqrt"``: Chen et al., 2016,
+        arXiv:1604.06174. ``"reverse"``: Maclaurin et al., ICML 2015, arXiv:1502.03492.
     """
     horizon = inner_loop.static_horizon(problem, "bptt")
+    _retrace.check(last, unbiased, remat, inverse)
+    if callable(last):
+        run = _retrace.window(horizon, last, unbiased, inverse)
+    elif remat == "reverse":
+        run = _retrace.window(horizon, _steps(last, horizon), False, inverse)
+    else:
+        run = _differentiated(horizon, _steps(last, horizon), remat)
+
+    def explained(segment, theta, carried):
+        with no_while_loop("bptt"):
+            return run(segment, theta), None
+
+    return windowed(problem, made_by("bptt", problem), None, nothing, explained)
+
+
+def _steps(last: int | None, horizon: int) -> int:
+    """The number of differentiated steps."""
     last = horizon if last is None else arguments.positive_int("last", last)
     if last > horizon:
         raise ValueError(
             f"`last`={last} steps are more than the horizon of {horizon}. Leave it out to "
             "differentiate the whole episode."
         )
-    inner_loop.check_remat(remat)
+    return last
 
-    def whole(segment, theta, carried):
-        return gradient("bptt", whole_episode(segment, remat), theta, horizon), None
 
-    def ending(segment, theta, carried):
-        head, tail = _cut(segment, horizon - last)
-        state = unroll.initial_state(problem, segment.episode, theta)
+def _differentiated(horizon: int, last: int, remat: Remat) -> Callable[[Segment, Theta], Estimate]:
+    """The gradient of an episode's last steps, by JAX's own reverse mode."""
+
+    def whole(segment, theta):
+        return gradient("bptt", whole_episode(segment, remat), theta, horizon)
+
+    def ending(segment, theta):
+        head, tail = cut(segment, horizon - last)
+        state = unroll.initial_state(segment.problem, segment.episode, theta)
         state, losses = unroll.unroll(head, theta, state)
         run = functools.partial(unroll.window, tail, state=state, start=0.0, remat=remat)
         out = gradient("bptt", run, theta, last)
         share = last / horizon
         grad = jax.tree.map(lambda g: (share * g).astype(g.dtype), out.grad)
         loss = share * out.loss + (1 - share) * jnp.mean(losses)
-        return estimate_of(grad, loss, horizon), None
+        return estimate_of(grad, loss, horizon)
 
-    run = whole if last == horizon else ending
-    return windowed(problem, made_by("bptt", problem), None, nothing, run)
+    return whole if last == horizon else ending
 
 
-def _cut(segment: Segment, place: int) -> tuple[Segment, Segment]:
+def cut(segment: Segment, place: int) -> tuple[Segment, Segment]:
     """Cuts a segment into the steps before ``place`` and the rest."""
     later = segment.episode._replace(t=segment.episode.t + place)
     head = jax.tree.map(lambda x: x[:place], segment.data)
