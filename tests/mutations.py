@@ -144,10 +144,9 @@ MUTATIONS = [
     ),
     Mutation(
         "swapped coordinates of theta's leaves",
-        "estimators/_pairs.py",
-        "    def leaf(x, s, w, b):\n        g = weighted_mean(ends, w)",
-        "    def leaf(x, s, w, b):\n"
-        "        g = weighted_mean(ends, w[..., ::-1] if w.ndim > 1 else w)",
+        "noise/_laws.py",
+        "    def leaf(u):\n        # Full",
+        "    def leaf(u):\n        u = u[..., ::-1] if u.ndim > 1 else u\n        # Full",
         CONTRACT,
     ),
     Mutation(
@@ -159,7 +158,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rounding removed: XLA drops the cast to bfloat16",
-        "estimators/_pairs.py",
+        "_core/dtypes.py",
         "return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)",
         "return x",
         CONTRACT,
@@ -174,8 +173,8 @@ MUTATIONS = [
     Mutation(
         "evaluation at the window's start forgotten",
         "estimators/_pairs.py",
-        "        if window.start is not None:\n            g = g - weighted",
-        "        if False:\n            g = g - weighted",
+        "            if starts is None:\n",
+        "            if True:\n",
         STATISTICS,
     ),
     Mutation(
@@ -238,8 +237,8 @@ MUTATIONS = [
     Mutation(
         "control variate of pes_analytic dropped",
         "estimators/hybrid.py",
-        "+ wide_p - _pairs.weighted_mean(expected, w)).astype",
-        "+ wide_p).astype",
+        "+ p.astype(e.dtype) - e).astype",
+        "+ p.astype(e.dtype)).astype",
         "tests/estimators/test_analytic.py",
     ),
 ]
