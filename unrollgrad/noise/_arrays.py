@@ -67,13 +67,14 @@ def added_up(leaf: Any) -> jax.Array:
 
 
 def materialised(leaf: Any, by: str) -> jax.Array:
-    """Computes w + scale a b', and warns about the memory."""
-    mebibytes = leaf.w.size * leaf.w.dtype.itemsize / 2**20
-    warnings.warn(
-        f"theta{leaf.name} is materialised for every perturbed theta, {mebibytes:.3g} MiB each "
-        f"({leaf.w.dtype}[{','.join(map(str, leaf.w.shape))}]): {by} does not understand low-rank "
-        "noise. Matrix products, convolutions, row lookups and scans over layers do; or raise "
-        "`dense_below`, so that the leaf gets dense noise.",
-        stacklevel=2,
-    )
+    """Computes w + scale a b', and warns about the memory if that is larger than the factors."""
+    if leaf.w.size > leaf.a.size + leaf.b.size:
+        mebibytes = leaf.w.size * leaf.w.dtype.itemsize / 2**20
+        warnings.warn(
+            f"theta{leaf.name} is materialised for every perturbed theta, {mebibytes:.3g} MiB each "
+            f"({leaf.w.dtype}[{','.join(map(str, leaf.w.shape))}]): {by} does not understand "
+            "low-rank noise. Matrix products, convolutions, row lookups and scans over layers do; "
+            "or raise `dense_below`, so that the leaf has dense noise.",
+            stacklevel=2,
+        )
     return added_up(leaf)

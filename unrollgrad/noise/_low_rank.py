@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unrollgrad._checks import arguments
+from unrollgrad._core import mesh_axes
 from unrollgrad._core.dtypes import rounded, wide
 from unrollgrad.noise._arrays import low_rank_type
 from unrollgrad.noise._dense import in_blocks, orthogonal_rows
@@ -81,8 +82,8 @@ def low_rank(
             2 rank + 3, below which thin factors save little and Gaussian ones cost variance.
         stacked: How many leading axes of a leaf count stacked layers, which have factors of their
             own: a number, or a pytree prefix of theta with numbers. By default 1 for a leaf with
-            three axes, 0 otherwise. Of the other axes the first or last ones are the rows, such
-            that the factors are smallest: a convolution's channels out against all others.
+            three axes, 0 otherwise. Of more than two other axes the first or the last is set
+            against the rest, such that the factors are small: a convolution's channels out.
 
     Returns:
         A law for ``noise=``. bfloat16 matrices are perturbed without rounding.
@@ -136,9 +137,9 @@ def _stacked(theta: Theta, stacked: int | ArrayTree | None) -> list[tuple[jax.Ar
 def _divided(shape: tuple[int, ...], stacked: int, least: int) -> _Shape | None:
     """Divides a leaf's axes such that the factors are smallest; None: its noise is dense."""
     layers, rest = shape[:stacked], shape[stacked:]
-    cuts = range(1, len(rest))
-    if not cuts:
+    if len(rest) < 2:
         return None
+    cuts = (1, len(rest) - 1)
     cut = min(cuts, key=lambda k: math.prod(rest[:k]) + math.prod(rest[k:]))
     rows, columns = rest[:cut], rest[cut:]
     if min(math.prod(rows), math.prod(columns)) < least:
@@ -170,20 +171,22 @@ def _signs(
     key: Key, num_pairs: int, sizes: list[tuple[int, ...]], leaves: list[jax.Array]
 ) -> list[list[jax.Array]]:
     """Draws signs, 32 of them from each word of one draw."""
-    words = [[-(-n // 32) for n in of_leaf] for of_leaf in sizes]
-    flat = list(itertools.chain.from_iterable(words))
-    drawn = jax.random.bits(key, (num_pairs, sum(flat)), jnp.uint32)
-    ends = list(itertools.accumulate(flat))[:-1]
-    parts = iter(jnp.split(drawn, ends, axis=1))
+    words = [-(-n // 32) for of_leaf in sizes for n in of_leaf]
+    drawn = jax.random.bits(key, (num_pairs, sum(words)), jnp.uint32)
 
-    def unpacked(word, size, dtype):
-        bits = (word[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        return 1 - 2 * bits.reshape(num_pairs, -1)[:, :size].astype(dtype)
+    def make(drawn):
+        parts = iter(_split(drawn, words))
 
-    return [
-        [unpacked(next(parts), n, wide(x.dtype)) for n in of_leaf]
-        for of_leaf, x in zip(sizes, leaves, strict=True)
-    ]
+        def unpacked(word, size, dtype):
+            bits = (word[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+            return 1 - 2 * bits.reshape(len(word), -1)[:, :size].astype(dtype)
+
+        return [
+            [unpacked(next(parts), n, wide(x.dtype)) for n in of_leaf]
+            for of_leaf, x in zip(sizes, leaves, strict=True)
+        ]
+
+    return _held(make, drawn)
 
 
 def _normals(
@@ -197,12 +200,38 @@ def _normals(
         flat = [n for i in some for n in sizes[i]]
         own = jax.random.fold_in(key, index) if len(dtypes) > 1 else key
         numbers = in_blocks(jax.random.normal, own, (num_pairs, sum(flat)), dtype)
-        parts = iter(jnp.split(numbers, list(itertools.accumulate(flat))[:-1], axis=1))
+        parts = iter(_held(lambda x, flat=flat: _split(x, flat), numbers))
         for i in some:
             drawn[i] = [next(parts) for _ in sizes[i]]
             if len(sizes[i]) > 1 and leaves[i].dtype != dtype:
                 drawn[i] = [rounded(x, leaves[i].dtype) for x in drawn[i]]
     return drawn
+
+
+def _split(x: jax.Array, lengths: list[int]) -> list[jax.Array]:
+    return jnp.split(x, list(itertools.accumulate(lengths))[:-1], axis=1)
+
+
+def _held(make: Callable[[jax.Array], ArrayTree], drawn: jax.Array) -> ArrayTree:
+    """Computes ``make(drawn)``, both with a leading axis ``num_pairs``, in two halves of the pairs.
+
+    XLA fuses what it can into its uses, and would unpack a factor again for every row of every
+    product that it is in. It does not fuse a loop.
+    """
+    num_pairs = len(drawn)
+    if num_pairs == 1:
+        return make(drawn)
+    half = -(-num_pairs // 2)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, drawn))
+
+    def body(i, held):  # with an odd number of pairs, the middle one is in both halves
+        first = i * (num_pairs - half)
+        part = make(jax.lax.dynamic_slice_in_dim(drawn, first, half))
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0), held, part
+        )
+
+    return jax.lax.fori_loop(0, 2, body, mesh_axes.over(mesh_axes.axes(drawn), zeros))
 
 
 def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array | Factors]:

@@ -37,6 +37,14 @@ def _moves(primitive, values, params):
     return _each(lambda x, _: primitive.bind(x, **params), values[0])
 
 
+def _summed(primitive, values, params):
+    """A sum over rows or columns; over stacked layers the sum is not of low rank."""
+    (leaf,) = values
+    if any(leaf.scale.shape[i] != 1 for i in params["axes"]):
+        return None
+    return _moves(primitive, values, params)
+
+
 def _convert(primitive, values, params):
     (leaf,) = values
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
@@ -268,6 +276,7 @@ RULES: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "stop_gradient": _moves,
     "pvary": _moves,
     "pcast": _moves,
+    "reduce_sum": _summed,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
