@@ -1,6 +1,7 @@
 """Low-rank noise: its moments, its estimators against dense noise, and its size in memory."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,9 @@ def formula(factors, rank):
     return (dim - 1) * total + sum(2 * (1 - 1 / rank) * squares[k] for k in "uw")
 
 
-CASES = [(factors, rank) for factors in ("sign", "gaussian") for rank in (1, 2, 4)]
+CASES: list[tuple[Any, int]] = [
+    (factors, rank) for factors in ("sign", "gaussian") for rank in (1, 2, 4)
+]
 
 
 def controls(theta, g):
@@ -72,9 +75,10 @@ def controls(theta, g):
         return e | {k: e[k] * jnp.sqrt(2.0) for k in "uw"}
 
     def symmetric(key):  # the left factor again in place of the right one
-        drawn = square.sample(key, (), {"w": jnp.zeros((4, 4))}, 1)["w"]
-        e = square.contract({"w": drawn._replace(b=drawn.a.reshape(drawn.b.shape))}, jnp.ones(1))
-        return jnp.sum(e["w"] * g["w"][:, :4]) * e["w"].ravel()
+        drawn: Any = square.sample(key, (), jnp.zeros((4, 4)), 1)
+        mistaken = drawn._replace(b=drawn.a.reshape(drawn.b.shape))
+        e = jnp.asarray(square.contract(mistaken, jnp.ones(1)))
+        return jnp.sum(e * g["w"][:, :4]) * e.ravel()
 
     def shared(e):  # one key for two leaves
         return e | {"u": e["w"][:, :3, :5]}

@@ -3,6 +3,7 @@
 quax is needed only where such leaves are, and whoever makes them imports it.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +21,23 @@ def understood(problem: UnrolledProblem, theta: Theta) -> UnrolledProblem:
     quax = sys.modules.get("quax")
     if quax is None or not any(isinstance(x, quax.Value) for x in _leaves(quax, theta)):
         return problem
-
-    def plain(function: Callable) -> Callable:
-        through = quax.quaxify(function)
-
-        def call(*args):
-            return jax.tree.map(
-                lambda x: x.materialise() if isinstance(x, quax.Value) else x,
-                through(*args),
-                is_leaf=lambda x: isinstance(x, quax.Value),
-            )
-
-        return call
-
+    plain = functools.partial(_plain, quax)
     evaluate = problem.evaluate and plain(problem.evaluate)
     return problem._replace(init=plain(problem.init), step=plain(problem.step), evaluate=evaluate)
+
+
+def _plain(quax: Any, function: Callable) -> Callable:
+    through = quax.quaxify(function)
+
+    def call(*args):
+        leaves, structure = jax.tree.flatten(
+            through(*args), is_leaf=lambda x: isinstance(x, quax.Value)
+        )
+        return structure.unflatten(
+            x.materialise() if isinstance(x, quax.Value) else x for x in leaves
+        )
+
+    return call
 
 
 def _leaves(quax: Any, tree: Theta) -> list[Any]:

@@ -5,7 +5,7 @@ own for the sign, XLA's loops over small states take twice as long.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,11 +184,10 @@ def _realised_factors(members: Factored) -> ArrayTree:
 
         return jax.vmap(one)(factors)
 
-    both = jax.tree.map(lambda *x: jnp.concatenate(x), some(sigma), some(_negative(sigma)))
+    up, down = some(sigma), some(_negative(sigma))
     scales = jax.tree.leaves(arguments.broadcast_sigma(sigma, theta))
-    units = difference(both, [scales[i] for i in coarse])
-    for i, unit in zip(coarse, units, strict=True):
-        drawn[i] = unit
+    for i, plus, minus in zip(coarse, up, down, strict=True):
+        drawn[i] = difference(jnp.concatenate([plus, minus]), scales[i])
     return structure.unflatten(drawn)
 
 
@@ -208,7 +207,7 @@ def run(
     return _of_everyone(one, thetas, states, starts)
 
 
-def _of_everyone(one: Callable[..., unroll.Window], thetas: Theta | Factored, *args: ArrayTree):
+def _of_everyone(one: Callable[..., unroll.Window], thetas: Theta | Factored, *args: Any):
     """Maps ``one`` over perturbed thetas and arguments; leading axis ``2 num_pairs``.
 
     Of factors, both signs of a pair share theirs and all pairs share theta: a product with an

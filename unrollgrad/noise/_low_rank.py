@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from unrollgrad.types import ArrayTree, Key, Numeric, Sigma, Theta
 
 Law = Literal["sign", "gaussian", "orthogonal"]
 """What the factors are made of."""
+
+
+_Tree = TypeVar("_Tree")
 
 
 class Factors(NamedTuple):
@@ -212,7 +215,7 @@ def _split(x: jax.Array, lengths: list[int]) -> list[jax.Array]:
     return jnp.split(x, list(itertools.accumulate(lengths))[:-1], axis=1)
 
 
-def _held(make: Callable[[jax.Array], ArrayTree], drawn: jax.Array) -> ArrayTree:
+def _held(make: Callable[[jax.Array], _Tree], drawn: jax.Array) -> _Tree:
     """Computes ``make(drawn)``, both with a leading axis ``num_pairs``, in two halves of the pairs.
 
     XLA fuses what it can into its uses, and would unpack a factor again for every row of every
@@ -222,7 +225,7 @@ def _held(make: Callable[[jax.Array], ArrayTree], drawn: jax.Array) -> ArrayTree
     if num_pairs == 1:
         return make(drawn)
     half = -(-num_pairs // 2)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, drawn))
+    zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, drawn))
 
     def body(i, held):  # with an odd number of pairs, the middle one is in both halves
         first = i * (num_pairs - half)
@@ -254,9 +257,7 @@ def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array
 def contract(factors: ArrayTree, weights: jax.Array) -> Theta:
     """Sums weight times perturbation over the pairs; equal shapes in one product."""
     leaves, structure = jax.tree.flatten(factors, is_leaf=lambda x: isinstance(x, Factors))
-    out: list[jax.Array] = [
-        x if isinstance(x, Factors) else weighted_sum(x, weights) for x in leaves
-    ]
+    out: list[Any] = [x if isinstance(x, Factors) else weighted_sum(x, weights) for x in leaves]
     for (num_pairs, layers, m, n, rank), some in _alike(leaves).items():
         own = [_factors(leaves[i]) for i in some]
         a = _together([x.a.reshape(num_pairs, layers, m, rank) for x in own])

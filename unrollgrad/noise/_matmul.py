@@ -1,14 +1,15 @@
 """Matrix products with leaves that may have low-rank noise."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._core.optional_packages import need
 from unrollgrad.noise._arrays import is_low_rank
-from unrollgrad.types import ArrayTree
 
 
-def matmul(x: jax.Array, w: ArrayTree) -> jax.Array:
+def matmul(x: Any, w: Any) -> jax.Array:
     """Computes ``x @ w``, where w is an array or what a law's ``perturb`` made of one.
 
     Inside ``init``, ``step`` and ``evaluate`` of a problem every ``x @ w`` does this by itself.

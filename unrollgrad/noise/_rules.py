@@ -25,11 +25,11 @@ def apply(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
 
 def _each(change: Callable[[jax.Array, Any], jax.Array], leaf: Any) -> Any:
     """Changes each array; the rank's axis of the factors is carried along."""
-    factors = [
+    a, b = (
         jax.vmap(lambda x: change(x, leaf.w.shape), in_axes=-1, out_axes=-1)(x)
         for x in (leaf.a, leaf.b)
-    ]
-    return of(leaf, change(leaf.w, leaf.w.shape), *factors, change(leaf.scale, leaf.w.shape))
+    )
+    return of(leaf, change(leaf.w, leaf.w.shape), a, b, change(leaf.scale, leaf.w.shape))
 
 
 def _moves(primitive, values, params):
