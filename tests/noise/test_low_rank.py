@@ -227,7 +227,7 @@ def test_estimators_with_factors_are_those_with_arrays():
     for name, expected in by_arrays.items():
         scale = np.abs(expected).max()
         np.testing.assert_allclose(
-            by_factors[name], expected, rtol=0, atol=2e-6 * scale, err_msg=name
+            by_factors[name], expected, rtol=0, atol=1e-6 * scale, err_msg=name
         )
         assert np.ptp(np.asarray(expected)) > 0.1 * scale
     # Noise of the present period alone, or of one more, would be far off.

@@ -112,18 +112,18 @@ def low_rank(
         raise ValueError(f'`factors` must be "sign", "gaussian" or "orthogonal"; got {factors!r}.')
     least = 2 * rank + 3 if dense_below is None else dense_below
 
-    def shapes(theta):
-        return [_divided(x.shape, n, least) for x, n in _stacked(theta, stacked)]
-
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
-        divided = shapes(theta)
+        divided = [_divided(x.shape, n, least) for x, n in _stacked(theta, stacked)]
         draw = _normals if factors == "gaussian" else _signs
+        own, longer = key, key
+        if factors == "orthogonal":
+            own, longer = jax.random.split(key)
         sizes = [_sizes(x, d, rank) for x, d in zip(leaves, divided, strict=True)]
-        parts = draw(key, num_pairs, sizes, leaves)
+        parts = draw(own, num_pairs, sizes, leaves)
         made = [_shaped(*each, rank) for each in zip(leaves, divided, parts, strict=True)]
         if factors == "orthogonal":
-            made = _orthogonalised(key, made)
+            made = _orthogonalised(longer, made)
         return structure.unflatten(made)
 
     return Noise(lambda theta: (), sample, _perturb, contract)
@@ -181,7 +181,7 @@ def _signs(
         parts = iter(_split(drawn, words))
 
         def unpacked(word, size, dtype):
-            bits = (word[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+            bits = (word[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
             return 1 - 2 * bits.reshape(len(word), -1)[:, :size].astype(dtype)
 
         return [
