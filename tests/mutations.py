@@ -106,11 +106,11 @@ MUTATIONS = [
     Mutation(
         "missing init gradient of pairs",
         "estimators/_pairs.py",
-        "state = unroll.enter(segment, theta, state)",
+        "state = unroll.enter(own, theta, state)",
         "mean = jax.tree.map(lambda x: x.mean(0).astype(x.dtype), thetas)\n"
         "        init = segment.problem.init\n"
         "        fixed = segment.problem._replace(init=lambda key, _: init(key, mean))\n"
-        "        here = segment._replace(problem=fixed)\n"
+        "        here = own._replace(problem=fixed)\n"
         "        state = unroll.enter(here, theta, state)",
         STATISTICS,
     ),
@@ -240,6 +240,20 @@ MUTATIONS = [
         "+ p.astype(e.dtype) - e).astype",
         "+ p.astype(e.dtype)).astype",
         "tests/estimators/test_analytic.py",
+    ),
+    Mutation(
+        "low-rank noise without 1 / sqrt(rank) in the gradient",
+        "noise/_low_rank.py",
+        "(weights.astype(a.dtype) / math.sqrt(rank))",
+        "weights.astype(a.dtype)",
+        "tests/noise/test_low_rank.py",
+    ),
+    Mutation(
+        "factors of earlier periods dropped",
+        "estimators/_persistence.py",
+        "return jax.lax.fori_loop(0, t // period, earlier, present)",
+        "return present",
+        "tests/noise/test_low_rank.py",
     ),
 ]
 
