@@ -24,8 +24,9 @@ BUDGET = {
     "tests/experiments": 110,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
-    "unrollgrad": 342,
+    "tests/noise": 140,
     "tests/samplers": 332,
+    "unrollgrad": 342,
 }
 """The number of programs that the tests of a folder may compile in one default run.
 

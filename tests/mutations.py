@@ -107,11 +107,11 @@ MUTATIONS = [
     Mutation(
         "missing init gradient of pairs",
         "estimators/_pairs.py",
-        "state = unroll.enter(segment, theta, state)",
+        "state = unroll.enter(own, theta, state)",
         "mean = jax.tree.map(lambda x: x.mean(0).astype(x.dtype), thetas)\n"
         "        init = segment.problem.init\n"
         "        fixed = segment.problem._replace(init=lambda key, _: init(key, mean))\n"
-        "        here = segment._replace(problem=fixed)\n"
+        "        here = own._replace(problem=fixed)\n"
         "        state = unroll.enter(here, theta, state)",
         STATISTICS,
     ),
@@ -145,10 +145,9 @@ MUTATIONS = [
     ),
     Mutation(
         "swapped coordinates of theta's leaves",
-        "estimators/_pairs.py",
-        "    def leaf(x, s, w, b):\n        g = weighted_mean(ends, w)",
-        "    def leaf(x, s, w, b):\n"
-        "        g = weighted_mean(ends, w[..., ::-1] if w.ndim > 1 else w)",
+        "noise/_laws.py",
+        "    def leaf(u):\n        # Full",
+        "    def leaf(u):\n        u = u[..., ::-1] if u.ndim > 1 else u\n        # Full",
         CONTRACT,
     ),
     Mutation(
@@ -160,7 +159,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rounding removed: XLA drops the cast to bfloat16",
-        "estimators/_pairs.py",
+        "_core/dtypes.py",
         "return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)",
         "return x",
         CONTRACT,
@@ -175,8 +174,8 @@ MUTATIONS = [
     Mutation(
         "evaluation at the window's start forgotten",
         "estimators/_pairs.py",
-        "        if window.start is not None:\n            g = g - weighted",
-        "        if False:\n            g = g - weighted",
+        "            if starts is None:\n",
+        "            if True:\n",
         STATISTICS,
     ),
     Mutation(
@@ -239,8 +238,8 @@ MUTATIONS = [
     Mutation(
         "control variate of pes_analytic dropped",
         "estimators/hybrid.py",
-        "+ wide_p - _pairs.weighted_mean(expected, w)).astype",
-        "+ wide_p).astype",
+        "+ p.astype(e.dtype) - e).astype",
+        "+ p.astype(e.dtype)).astype",
         "tests/estimators/test_analytic.py",
     ),
     Mutation(
@@ -270,6 +269,18 @@ MUTATIONS = [
         "return c.keep * after + back(c.move * after)[0]",
         "return after + back(c.move * after)[0]",
         "tests/samplers/test_adjoint_matching.py",
+        "low-rank noise without 1 / sqrt(rank) in the gradient",
+        "noise/_low_rank.py",
+        "(weights.astype(a.dtype) / math.sqrt(rank))",
+        "weights.astype(a.dtype)",
+        "tests/noise/test_low_rank.py",
+    ),
+    Mutation(
+        "factors of earlier periods dropped",
+        "estimators/_persistence.py",
+        "return jax.lax.fori_loop(0, t // period, earlier, present)",
+        "return present",
+        "tests/noise/test_low_rank.py",
     ),
 ]
 

@@ -11,7 +11,8 @@ import pytest
 import unrollgrad as ug
 from tests.helpers import build, present, raises
 from unrollgrad._checks.rounding import fraction_lost
-from unrollgrad.estimators import REGISTRY, _pairs
+from unrollgrad._core.dtypes import rounded
+from unrollgrad.estimators import REGISTRY
 
 KEY = jax.random.key(0)
 PROBLEM = ug.UnrolledProblem(
@@ -30,7 +31,7 @@ def begin(theta, sigma, name="pes"):
 def measured(sigma, x, dtype):
     """The fraction of the perturbation that the estimators' rounding loses."""
     eps = sigma * jax.random.normal(jax.random.key(1), x.shape)
-    return jnp.mean(_pairs._round(x.astype(jnp.float32) + eps, dtype).astype(dtype) == x)
+    return jnp.mean(rounded(x.astype(jnp.float32) + eps, dtype).astype(dtype) == x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -52,7 +53,7 @@ def test_subnormal_numbers_are_rounded_to_zero():
     @jax.jit
     def zeros(sigma):
         eps = sigma * jax.random.normal(KEY, x.shape)
-        return jnp.mean(_pairs._round(x.astype(jnp.float32) + eps, jnp.float16) == 0)
+        return jnp.mean(rounded(x.astype(jnp.float32) + eps, jnp.float16) == 0)
 
     for sigma in [3e-5, 1e-4]:
         assert abs(fraction_lost(sigma, x) - float(zeros(sigma))) < 0.05

@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 
-EXTRAS = ("experiments", "flax", "matplotlib", "orbax", "rich", "sklearn", "tyro")
+EXTRAS = ("experiments", "flax", "matplotlib", "orbax", "quax", "rich", "sklearn", "tyro")
 
 
 class Refuse:

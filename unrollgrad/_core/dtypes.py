@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unrollgrad.types import ArrayDType
+
 
 def wide(*of: object) -> np.dtype:
     """The common dtype of arrays or dtypes, at least float32.
@@ -16,6 +18,12 @@ def wide(*of: object) -> np.dtype:
     """
     with standard_promotion():
         return jnp.result_type(jnp.float32, *of)
+
+
+def rounded(x: jax.Array, dtype: ArrayDType) -> jax.Array:
+    """Rounds to the precision of ``dtype``; XLA may drop a cast there and back, but not this."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
 @contextlib.contextmanager

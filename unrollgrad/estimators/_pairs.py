@@ -4,17 +4,38 @@ One leading axis holds theta + eps of all pairs, then theta - eps of all pairs: 
 own for the sign, XLA's loops over small states take twice as long.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, rounding
-from unrollgrad._core import unroll
+from unrollgrad._core import array_types, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators._window import estimate_of
 from unrollgrad.noise import Noise, gaussian, sample
-from unrollgrad.types import ArrayDType, Estimate, Key, Segment, Sigma, State, Theta
+from unrollgrad.noise._laws import add
+from unrollgrad.types import ArrayTree, Estimate, Key, Segment, Sigma, State, Theta
+
+Weigh = Callable[[jax.Array, jax.Array | None], Theta]
+"""``weigh(ends, starts) -> theta``: the pairs' mean of noise times the differences of losses."""
+
+
+class Factored(NamedTuple):
+    """The perturbed thetas of a law that draws factors: each is made where it is used.
+
+    Attributes:
+        law: The perturbation law.
+        theta: Outer parameters; the members of the population share their arrays.
+        factors: What the law drew, leading axis ``num_pairs``.
+        sigma: The standard deviation of the perturbations.
+    """
+
+    law: Noise
+    theta: Theta
+    factors: ArrayTree
+    sigma: Sigma
 
 
 class Pairs(NamedTuple):
@@ -30,8 +51,18 @@ class Pairs(NamedTuple):
     sigma: Sigma
     num_pairs: int
 
+    @property
+    def factored(self) -> bool:
+        """Whether the law draws factors, and not arrays like theta."""
+        return self.law.perturb is not add
+
     def check(self, theta: Theta) -> None:
         """Raises ValueError if sigma does not fit theta, or would not move it."""
+        if self.factored:  # a leaf that is never added up is not rounded
+            draw = jax.eval_shape(lambda: sample(self.law, jax.random.key(0), theta, 1))
+            theta = jax.tree.map(
+                lambda x, f: x if hasattr(f, "shape") else jnp.zeros_like(x), theta, draw
+            )
         rounding.check(self.sigma, theta)
 
     def whole_episode(self, segment: Segment, theta: Theta, _: None) -> tuple[Estimate, None]:
@@ -39,7 +70,7 @@ class Pairs(NamedTuple):
         thetas = draw(self, theta, unroll.noise_key(segment.episode, 0))
         window = run(segment, thetas, None)
         unit = realised(thetas, self.sigma, window.losses)
-        return estimate(window, self.sigma, theta, unit, unit), None
+        return estimate(window, self.sigma, theta, self.weigh(unit, unit)), None
 
     def from_mean(self, segment: Segment, theta: Theta, state: State) -> tuple[Estimate, State]:
         """Runs the window of ``truncated_es``: every pair starts from the state under theta."""
@@ -47,7 +78,23 @@ class Pairs(NamedTuple):
         thetas = draw(self, theta, unroll.noise_key(segment.episode, period))
         window, thetas, state = run_from_mean(segment, thetas, theta, state)
         unit = difference(thetas, self.sigma)
-        return estimate(window, self.sigma, theta, unit, unit, mean_pass=True), state
+        return estimate(window, self.sigma, theta, self.weigh(unit, unit), mean_pass=True), state
+
+    def mean(self, noise: ArrayTree, differences: jax.Array) -> Theta:
+        """Averages difference times noise over the pairs."""
+        total = self.law.contract(noise, differences)
+        return jax.tree.map(lambda x: x / len(differences), total)
+
+    def weigh(self, now: ArrayTree, before: ArrayTree) -> Weigh:
+        """Makes ``weigh(ends, starts)``: ``now`` weighs the ends and ``before`` the starts."""
+
+        def weigh(ends, starts):
+            mean = self.mean(now, ends)
+            if starts is None:
+                return mean
+            return jax.tree.map(jnp.subtract, mean, self.mean(before, starts))
+
+        return weigh
 
 
 def pairs(sigma: Sigma, num_pairs: int, noise: Noise | None = None) -> Pairs:
@@ -62,7 +109,7 @@ def pairs(sigma: Sigma, num_pairs: int, noise: Noise | None = None) -> Pairs:
     arguments.positive_int("num_pairs", num_pairs, note)
     if noise is None:
         return Pairs(gaussian(), sigma, num_pairs)
-    if isinstance(noise, tuple) and len(noise) == 2 and all(map(callable, noise)):
+    if isinstance(noise, tuple) and len(noise) in (2, 4) and all(map(callable, noise)):
         return Pairs(Noise(*noise), sigma, num_pairs)
     raise TypeError(
         "`noise` must be a law, a pair of functions (init, sample) such as ug.noise.gaussian(); "
@@ -70,34 +117,45 @@ def pairs(sigma: Sigma, num_pairs: int, noise: Noise | None = None) -> Pairs:
     )
 
 
-def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta:
-    """Draws the pairs' perturbed thetas, in theta's dtypes, leading axis ``2 num_pairs``."""
+def draw(pairs: Pairs, theta: Theta, key: Key) -> Theta | Factored:
+    """Draws the pairs' perturbed thetas, in theta's dtypes, leading axis ``2 num_pairs``.
+
+    Of a law that draws factors it returns these; see ``run``.
+    """
     unit = sample(pairs.law, key, theta, pairs.num_pairs)
+    if pairs.factored:
+        return Factored(pairs.law, theta, unit, pairs.sigma)
 
-    def perturb(x, s, u):
-        eps = jnp.asarray(s, wide(x.dtype)) * u
-        center = x.astype(eps.dtype)[None]
-        both = [_round(center + eps, x.dtype), _round(center - eps, x.dtype)]
-        return jnp.concatenate(both).astype(x.dtype)
+    def perturbed(scale):
+        return jax.vmap(lambda u: pairs.law.perturb(theta, u, scale))(unit)
 
-    return jax.tree.map(perturb, theta, arguments.broadcast_sigma(pairs.sigma, theta), unit)
+    both = perturbed(pairs.sigma), perturbed(_negative(pairs.sigma))
+    return jax.tree.map(lambda *signs: jnp.concatenate(signs), *both)
 
 
-def realised(thetas: Theta, sigma: Sigma, losses: jax.Array) -> Theta:
+def _negative(sigma: Sigma) -> Sigma:
+    return jax.tree.map(jnp.negative, sigma)
+
+
+def realised(thetas: Theta | Factored, sigma: Sigma, losses: jax.Array) -> ArrayTree:
     """Computes ``difference(thetas, sigma)`` only after ``losses``.
 
     While the pairs' windows run, no copy of their perturbations is held in memory.
     """
-    thetas, _ = jax.lax.optimization_barrier((thetas, losses))
+    if not isinstance(thetas, Factored):
+        thetas, _ = jax.lax.optimization_barrier((thetas, losses))
     return difference(thetas, sigma)
 
 
-def difference(thetas: Theta, sigma: Sigma) -> Theta:
+def difference(thetas: Theta | Factored, sigma: Sigma) -> ArrayTree:
     """(theta_plus - theta_minus) / (2 sigma): unit-variance noise, leading axis ``num_pairs``.
 
     The thetas are those after rounding to theta's dtype, and the result is in at least float32. In
     bfloat16 rounding loses much of a small eps; weighing with the rest keeps the estimate unbiased.
+    Of factors it is the factors: only leaves of noise that is added are rounded.
     """
+    if isinstance(thetas, Factored):
+        return _realised_factors(thetas)
 
     def leaf(s, both):
         both = both.astype(wide(both.dtype))
@@ -106,27 +164,73 @@ def difference(thetas: Theta, sigma: Sigma) -> Theta:
     return jax.tree.map(leaf, arguments.broadcast_sigma(sigma, thetas), thetas)
 
 
-def _round(x: jax.Array, dtype: ArrayDType) -> jax.Array:
-    """Rounds to the precision of ``dtype``; XLA may drop a cast there and back, but not this."""
-    info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+def _realised_factors(members: Factored) -> ArrayTree:
+    """Replaces the noise that is added to leaves of low precision with what rounding leaves."""
+    law, theta, factors, sigma = members
+    leaves, structure = jax.tree.flatten(theta)
+    drawn = structure.flatten_up_to(factors)
+    coarse = [
+        i
+        for i, (x, f) in enumerate(zip(leaves, drawn, strict=True))
+        if hasattr(f, "shape") and x.dtype != wide(x.dtype)
+    ]
+    if not coarse:
+        return factors
+
+    def some(scale):
+        def one(f):
+            perturbed = structure.flatten_up_to(law.perturb(theta, f, scale))
+            return [perturbed[i] for i in coarse]
+
+        return jax.vmap(one)(factors)
+
+    up, down = some(sigma), some(_negative(sigma))
+    scales = jax.tree.leaves(arguments.broadcast_sigma(sigma, theta))
+    for i, plus, minus in zip(coarse, up, down, strict=True):
+        drawn[i] = difference(jnp.concatenate([plus, minus]), scales[i])
+    return structure.unflatten(drawn)
 
 
 def run(
-    segment: Segment, thetas: Theta, states: State | None, starts: jax.Array | None = None
+    segment: Segment,
+    thetas: Theta | Factored,
+    states: State | None,
+    starts: jax.Array | None = None,
 ) -> unroll.Window:
     """Runs one window of every pair; leading axis ``2 num_pairs`` in and out."""
 
     def one(theta, state, start):
-        state = unroll.enter(segment, theta, state)
-        return unroll.window(segment, theta, state, start)
+        own = segment._replace(problem=array_types.understood(segment.problem, theta))
+        state = unroll.enter(own, theta, state)
+        return unroll.window(own, theta, state, start)
 
-    return jax.vmap(one)(thetas, states, starts)
+    return _of_everyone(one, thetas, states, starts)
+
+
+def _of_everyone(one: Callable[..., unroll.Window], thetas: Theta | Factored, *args: Any):
+    """Maps ``one`` over perturbed thetas and arguments; leading axis ``2 num_pairs``.
+
+    Of factors, both signs of a pair share theirs and all pairs share theta: a product with an
+    array of theta is then one product for the whole population.
+    """
+    if not isinstance(thetas, Factored):
+        return jax.vmap(one)(thetas, *args)
+    law, theta, factors, sigma = thetas
+
+    def pair(scale, drawn, *args):
+        return one(law.perturb(theta, drawn, scale), *args)
+
+    rest = (0,) * len(args)
+    both = jax.vmap(jax.vmap(pair, in_axes=(None, 0, *rest)), in_axes=(0, None, *rest))
+    scales = jax.tree.map(lambda s: jnp.stack([jnp.asarray(s), -jnp.asarray(s)]), sigma)
+    apart = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), args)
+    out = both(scales, factors, *apart)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
 def run_from_mean(
-    segment: Segment, thetas: Theta, theta: Theta, state: State
-) -> tuple[unroll.Window, Theta, State]:
+    segment: Segment, thetas: Theta | Factored, theta: Theta, state: State
+) -> tuple[unroll.Window, Theta | Factored, State]:
     """Runs one window of every pair, and of theta itself, side by side from one state.
 
     Returns:
@@ -141,8 +245,11 @@ def run_from_mean(
         return x[:-1]
 
     def one(theta):
-        return unroll.window(segment, theta, unroll.enter(segment, theta, state))
+        own = segment._replace(problem=array_types.understood(segment.problem, theta))
+        return unroll.window(own, theta, unroll.enter(own, theta, state))
 
+    if isinstance(thetas, Factored):
+        return _of_everyone(one, thetas)._replace(state=()), thetas, one(theta).state
     everyone = jax.tree.map(join, thetas, theta)
     windows = jax.vmap(one)(everyone)
     # The pairs' thetas are cut out after the run: no second copy of them is held during the run.
@@ -153,39 +260,33 @@ def run_from_mean(
 
 
 def estimate(
-    window: unroll.Window,
-    sigma: Sigma,
-    theta: Theta,
-    weight: Theta,
-    before: Theta,
-    mean_pass: bool = False,
+    window: unroll.Window, sigma: Sigma, theta: Theta, weigh: Weigh, mean_pass: bool = False
 ) -> Estimate:
     """Weighs the pairs' loss differences with their noise.
 
-    ``grad`` = mean over pairs of (weight (D + D_end) - before D_start) / sigma, where D, D_end and
+    ``grad`` = mean over pairs of (now (D + D_end) - before D_start) / sigma, where D, D_end and
     D_start are half the difference between the signs of the window's mean loss and of
-    (T/K) ``evaluate`` at its end and start. The losses are subtracted step by step, before they
-    are averaged, so that small differences keep their digits.
+    (T/K) ``evaluate`` at its end and start; now and before are the noise accumulated up to this
+    window and up to the previous one. The losses are subtracted step by step, before they are
+    averaged, so that small differences keep their digits.
 
     Args:
         window: The pairs' window.
         sigma: The standard deviation of the perturbations.
         theta: Outer parameters; only their structure and dtypes are used.
-        weight: Unit-variance noise accumulated up to this window, leading axis ``num_pairs``.
-        before: Noise accumulated up to the previous window; it weighs the evaluation at the start.
+        weigh: Averages unit-variance noise times D + D_end, less noise times D_start.
         mean_pass: Whether the window was also run once with theta itself.
     """
     ends = jnp.mean(half_difference(window.losses), axis=1)
     if window.end is not None:
         ends = ends + half_difference(window.end)
+    starts = None if window.start is None else half_difference(window.start)
 
-    def leaf(x, s, w, b):
-        g = weighted_mean(ends, w)
-        if window.start is not None:
-            g = g - weighted_mean(half_difference(window.start), b)
+    def leaf(x, s, g):
         return (g / jnp.asarray(s, g.dtype)).astype(x.dtype)
 
-    grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), weight, before)
+    mean = weigh(ends, starts)
+    grad = jax.tree.map(leaf, theta, arguments.broadcast_sigma(sigma, theta), mean)
     loss = jnp.mean(jax.vmap(unroll.Window.loss)(window))
     inner_steps = window.losses.size + (window.losses.shape[-1] if mean_pass else 0)
     return estimate_of(grad, loss, inner_steps)
@@ -207,10 +308,3 @@ def _plus(x: jax.Array) -> jax.Array:
 
 def _minus(x: jax.Array) -> jax.Array:
     return x[len(x) // 2 :]
-
-
-def weighted_mean(differences: jax.Array, noise: jax.Array) -> jax.Array:
-    """Averages difference times noise over the pairs."""
-    # Full precision: TF32 or bfloat16 products would cost digits where the differences are small.
-    differences, precision = differences.astype(noise.dtype), jax.lax.Precision.HIGHEST
-    return jnp.tensordot(differences, noise, axes=1, precision=precision) / len(differences)

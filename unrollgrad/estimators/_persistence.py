@@ -10,7 +10,16 @@ from unrollgrad._core import unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators import _pairs
 from unrollgrad.estimators._window import made_by, windowed
-from unrollgrad.types import Episode, GradientEstimator, Key, Segment, State, Theta, UnrolledProblem
+from unrollgrad.types import (
+    ArrayTree,
+    Episode,
+    GradientEstimator,
+    Key,
+    Segment,
+    State,
+    Theta,
+    UnrolledProblem,
+)
 
 
 class Weights(NamedTuple):
@@ -25,10 +34,10 @@ class Weights(NamedTuple):
         unit: This window's own noise.
     """
 
-    now: Theta
-    before: Theta
-    accumulated: Theta | None
-    unit: Theta
+    now: ArrayTree
+    before: ArrayTree
+    accumulated: ArrayTree | None
+    unit: ArrayTree
 
 
 def check_period(noise_period: int | None, truncation: int) -> int | None:
@@ -56,7 +65,11 @@ def noise_key(episode: Episode, noise_period: int | None) -> Key:
 
 
 def accumulate(
-    t: jax.Array, truncation: int, noise_period: int | None, accumulated: Theta | None, unit: Theta
+    t: jax.Array,
+    truncation: int,
+    noise_period: int | None,
+    accumulated: ArrayTree | None,
+    unit: ArrayTree,
 ) -> Weights:
     """Adds a window's noise to the sum.
 
@@ -84,7 +97,7 @@ class Persistent(NamedTuple):
     Attributes:
         states: Inner states, leading axis ``2 num_pairs``: under all theta + eps, then theta - eps.
         accumulated: The sum of the finished periods' unit-variance noise, leading axis
-            ``num_pairs``; None if a period is a whole episode.
+            ``num_pairs``; None if a period is a whole episode, or if the law draws factors.
         evaluated: (T/K) ``evaluate`` at the end of the last window, shape ``(2 num_pairs,)``; None
             without ``evaluate``.
     """
@@ -112,7 +125,7 @@ class Persistence(NamedTuple):
         num_pairs, accumulated, evaluated = self.pairs.num_pairs, None, None
         state = unroll.initial_state(self.problem, episode, theta)
         states = jax.tree.map(lambda x: jnp.broadcast_to(x, (2 * num_pairs, *x.shape)), state)
-        if self.noise_period is not None:
+        if self.noise_period is not None and not self.pairs.factored:
             accumulated = jax.tree.map(
                 lambda x: jnp.zeros((num_pairs, *x.shape), wide(x.dtype)), theta
             )
@@ -130,8 +143,32 @@ class Persistence(NamedTuple):
         thetas = _pairs.draw(self.pairs, theta, key)
         window = _pairs.run(segment, thetas, carried.states, carried.evaluated)
         unit = _pairs.realised(thetas, sigma, window.losses)
-        noise = accumulate(t, segment.num_steps, self.noise_period, carried.accumulated, unit)
+        period = None if self.pairs.factored else self.noise_period
+        noise = accumulate(t, segment.num_steps, period, carried.accumulated, unit)
         return window, noise, Persistent(window.state, noise.accumulated, window.end)
+
+    def weigh(self, segment: Segment, theta: Theta, noise: Weights) -> _pairs.Weigh:
+        """Makes ``weigh(ends, starts)``, in which the noise of all periods so far weighs the ends.
+
+        Factors are not summed but drawn again, period by period: no state holds them.
+        """
+        t, period = segment.episode.t, self.noise_period
+        if period is None or not self.pairs.factored:
+            return self.pairs.weigh(noise.now, noise.before)
+
+        def weigh(ends, starts):
+            def earlier(j, total):
+                key = unroll.noise_key(segment.episode, j)
+                unit = _pairs.difference(_pairs.draw(self.pairs, theta, key), self.pairs.sigma)
+                mean = self.pairs.mean(unit, ends if starts is None else ends - starts)
+                return jax.tree.map(jnp.add, total, mean)
+
+            # The present period's noise weighs the start of a window only if it was there before.
+            old = None if starts is None else jnp.where(t % period == 0, 0, starts)
+            present = self.pairs.mean(noise.unit, ends if old is None else ends - old)
+            return jax.lax.fori_loop(0, t // period, earlier, present)
+
+        return weigh
 
 
 def persistent_es(
@@ -143,7 +180,8 @@ def persistent_es(
 
     def window(segment, theta, carried):
         result, noise, carried = persistence.run(segment, theta, carried)
-        return _pairs.estimate(result, pairs.sigma, theta, noise.now, noise.before), carried
+        weigh = persistence.weigh(segment, theta, noise)
+        return _pairs.estimate(result, pairs.sigma, theta, weigh), carried
 
     # `gpes` with the settings of `pes` or `es_single` has its name: they take each other's states.
     name = {truncation: "pes", None: "es_single"}.get(persistence.noise_period, "gpes")

@@ -147,6 +147,7 @@ def gpes(
         noise_period: Inner steps between draws, a multiple of K; None: one draw per episode.
         num_pairs: Number of antithetic pairs; they share the episode.
         noise: The perturbation law; ``ug.noise.gaussian()`` by default.
+            Factors of earlier periods (``ug.noise.low_rank``) are drawn again, and none is kept.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
@@ -198,6 +199,7 @@ def pes(
         sigma: Standard deviation in theta's units: float, traced scalar or pytree prefix of theta.
         num_pairs: Number of antithetic pairs; they share the episode.
         noise: The perturbation law; ``ug.noise.gaussian()`` by default.
+            Factors of earlier windows (``ug.noise.low_rank``) are drawn again, and none is kept.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.

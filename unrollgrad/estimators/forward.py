@@ -18,7 +18,8 @@ from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.estimators import _persistence
 from unrollgrad.estimators._window import estimate_of, made_by, windowed
-from unrollgrad.noise import cut, rademacher, sample
+from unrollgrad.noise import rademacher, sample
+from unrollgrad.noise._dense import cut
 from unrollgrad.types import GradientEstimator, Segment, State, Theta, UnrolledProblem
 
 __all__ = ["Tangents", "dodge", "forward_mode"]

@@ -148,15 +148,15 @@ def _analytic(
         # Only earlier noise influences the evaluation at the window's start: it is not part of p.
         run = functools.partial(unroll.window, segment, start=0.0)
         own, state = backprop.continued(name, segment, theta, carried.state, run)
-        weight, sigma = weigh(noise), pairs.sigma
-        out = _pairs.estimate(result, sigma, theta, weight, noise.before, mean_pass=True)
-        expected = _products(noise.unit, own.grad)
+        weight = weigh(noise)
+        by_noise = pairs.weigh(weight, noise.before)
+        out = _pairs.estimate(result, pairs.sigma, theta, by_noise, mean_pass=True)
+        expected = pairs.mean(weight, _products(noise.unit, own.grad))
 
-        def leaf(g, p, w):
-            wide_p = p.astype(w.dtype)
-            return (g.astype(w.dtype) + wide_p - _pairs.weighted_mean(expected, w)).astype(g.dtype)
+        def leaf(g, p, e):
+            return (g.astype(e.dtype) + p.astype(e.dtype) - e).astype(g.dtype)
 
-        grad = jax.tree.map(leaf, out.grad, own.grad, weight)
+        grad = jax.tree.map(leaf, out.grad, own.grad, expected)
         return out._replace(grad=grad), Analytic(persistent, state)
 
     fingerprint = made_by(name, problem, truncation=truncation, num_pairs=pairs.num_pairs)

@@ -1,51 +1,14 @@
-"""Perturbation laws for the evolution-strategies family.
-
-A law is a pair of pure functions. ``init(theta) -> law_state`` prepares the law for theta;
-``sample(key, law_state, theta, num_pairs) -> unit`` draws unit-variance perturbations: a tree like
-theta, each leaf with a leading axis ``num_pairs``, at least float32. The estimator multiplies them
-by sigma, so that the same draw serves every sigma.
-"""
+"""Laws whose perturbations are arrays like theta: Gaussian, signs, orthogonal directions."""
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from unrollgrad._checks import arguments
 from unrollgrad._core.dtypes import wide
-from unrollgrad.types import Key, Theta
-
-__all__ = ["Noise", "gaussian", "orthogonal", "rademacher", "sample"]
-
-
-class Noise(NamedTuple):
-    """A perturbation law: zero mean, identity covariance.
-
-    Attributes:
-        init: ``init(theta) -> law_state``.
-        sample: ``sample(key, law_state, theta, num_pairs) -> unit``, a pure function of its key.
-    """
-
-    init: Callable[..., object]
-    sample: Callable[..., Theta]
-
-
-def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> Theta:
-    """Draws the law's perturbations.
-
-    Raises:
-        TypeError: If they are not like theta with a leading axis ``num_pairs``.
-    """
-    unit = law.sample(key, law.init(theta), theta, num_pairs)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_pairs, *x.shape), x.dtype), theta)
-    if difference := arguments.shape_difference(like, unit):
-        raise TypeError(
-            f"`noise` must draw a tree like theta with a leading axis num_pairs={num_pairs}; its "
-            f"sample differs at theta{difference}."
-        )
-    return unit
+from unrollgrad.noise._laws import Noise
+from unrollgrad.types import Key
 
 
 def gaussian() -> Noise:
@@ -107,21 +70,25 @@ def orthogonal() -> Noise:
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
         dim = sum(x.size for x in leaves)
-        dtype = wide(*leaves)
-
-        def block(index, count):
-            normal = jax.random.normal(jax.random.fold_in(key, index), (dim, count), dtype)
-            q, r = jnp.linalg.qr(normal)
-            # With r's signs the directions are uniform, whatever signs the decomposition chose.
-            signs = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
-            return (q * signs[None]).T * jnp.sqrt(jnp.asarray(dim, dtype))
-
-        counts = [min(dim, num_pairs - first) for first in range(0, num_pairs, dim)]
-        rows = jnp.concatenate([block(i, count) for i, count in enumerate(counts)])
+        rows = orthogonal_rows(key, num_pairs, dim, wide(*leaves))
         parts = zip(cut(rows, leaves), leaves, strict=True)
         return structure.unflatten(part.astype(wide(x.dtype)) for part, x in parts)
 
     return Noise(init=lambda theta: (), sample=sample)
+
+
+def orthogonal_rows(key: Key, count: int, dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Draws vectors of length sqrt(dim), orthogonal in blocks of ``dim``; shape (count, dim)."""
+
+    def block(index, count):
+        normal = jax.random.normal(jax.random.fold_in(key, index), (dim, count), dtype)
+        q, r = jnp.linalg.qr(normal)
+        # With r's signs the directions are uniform, whatever signs the decomposition chose.
+        signs = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
+        return (q * signs[None]).T * jnp.sqrt(jnp.asarray(dim, dtype))
+
+    counts = [min(dim, count - first) for first in range(0, count, dim)]
+    return jnp.concatenate([block(i, count) for i, count in enumerate(counts)])
 
 
 def _independent(draw: Callable[..., jax.Array]) -> Noise:
@@ -136,7 +103,7 @@ def _independent(draw: Callable[..., jax.Array]) -> Noise:
 
         def together(key, group):
             size, dtype = sum(x.size for x in group), wide(group[0].dtype)
-            return cut(_in_blocks(draw, key, (num_pairs, size), dtype), group)
+            return cut(in_blocks(draw, key, (num_pairs, size), dtype), group)
 
         drawn = [together(k, g) for k, g in zip(keys, groups, strict=True)]
         return structure.unflatten(itertools.chain.from_iterable(drawn))
@@ -165,7 +132,7 @@ def _drawn_together(leaves: list[jax.Array]) -> list[list[jax.Array]]:
     return groups
 
 
-def _in_blocks(
+def in_blocks(
     draw: Callable, key: Key, shape: tuple[int, int], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Draws numbers of the shape (rows, columns), block of columns by block of columns.
