@@ -269,6 +269,8 @@ MUTATIONS = [
         "return c.keep * after + back(c.move * after)[0]",
         "return after + back(c.move * after)[0]",
         "tests/samplers/test_adjoint_matching.py",
+    ),
+    Mutation(
         "low-rank noise without 1 / sqrt(rank) in the gradient",
         "noise/_low_rank.py",
         "(weights.astype(a.dtype) / math.sqrt(rank))",
