@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -83,15 +84,17 @@ def ours(name: str, problem: by_hand.Problem, num_steps: int) -> Callable[..., A
     optimizer = optax.sgd(problem.outer_rate)
 
     def run(key):
-        def step(carry, i):
+        def step(carry, own):
             theta, opt_state, state = carry
-            estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
+            estimate, state = estimator.estimate(own, theta, state)
             updates, opt_state = optimizer.update(estimate.grad, opt_state, theta)
             return (optax.apply_updates(theta, updates), opt_state, state), None
 
         theta = problem.theta
         carry = theta, optimizer.init(theta), estimator.init(key, theta)
-        (theta, _, state), _ = jax.lax.scan(step, carry, jax.numpy.arange(num_steps))
+        # As in `fit`, the keys of a dispatch are made together.
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_steps))
+        (theta, _, state), _ = jax.lax.scan(step, carry, keys)
         return state.carried.params, state.carried.v, theta
 
     return run

@@ -139,11 +139,15 @@ def start(source: Source) -> Place:
     return Place(zero - 1, zero + source.num_batches, order)
 
 
-def draw(source: Source, key: Key, place: Place) -> tuple[Any, Place]:
-    """Returns what names the next batch (its number, or its key), and the place after it."""
+def draw(source: Source, key: Key, place: Place, stream: int = 0) -> tuple[Any, Place]:
+    """Returns what names the next batch (its number, or its key), and the place after it.
+
+    Readers that share ``key`` have streams of their own.
+    """
     if not isinstance(source, FiniteSum):
-        return jax.random.fold_in(key, place.position), place._replace(position=place.position + 1)
-    place = _turned(source, key, place)
+        own = jax.random.fold_in(jax.random.fold_in(key, stream), place.position)
+        return own, place._replace(position=place.position + 1)
+    place = _turned(source, key, place, stream)
     token = place.position if place.order is None else place.order[place.position]
     return token, place._replace(position=place.position + 1)
 
@@ -152,22 +156,26 @@ def _shuffled(source: FiniteSum) -> bool:
     return source.shuffle and source.num_batches > 1
 
 
-def _turned(source: FiniteSum, key: Key, place: Place) -> Place:
+def _turned(source: FiniteSum, key: Key, place: Place, stream: int) -> Place:
     """The place in the next epoch, if this one is over.
 
     The order is drawn in a loop that runs zero or one time: drawing it in every step would sort all
-    batches every time, and a ``cond`` under ``vmap`` does. It depends on the epoch, which the loop
-    changes, so that XLA does not move it out of the loop.
+    batches every time, and a ``cond`` under ``vmap`` does. The key takes part in the loop through a
+    barrier, so that XLA does not move what depends on it alone, the stream's key, out of the loop
+    and into every step.
     """
     over = place.position >= source.num_batches
     if place.order is None:
         epoch = jnp.where(over, place.epoch + 1, place.epoch)
         return Place(epoch, jnp.where(over, 0, place.position), None)
-    names = mesh_axes.axes((key, place))
+    names, impl = mesh_axes.axes((key, place)), jax.random.key_impl(key)
+    given = jax.random.key_data(key)
 
     def turn(carry):
         waiting, epoch, _ = carry
-        own = jax.random.fold_in(key, epoch + 1)
+        waiting, words = jax.lax.optimization_barrier((waiting, given))
+        own = jax.random.fold_in(jax.random.wrap_key_data(words, impl=impl), stream)
+        own = jax.random.fold_in(own, epoch + 1)
         order = jnp.arange(source.num_batches, dtype=jnp.int32)
         order = mesh_axes.over(names, jax.random.permutation(own, order))
         return jnp.zeros_like(waiting), epoch + 1, order
