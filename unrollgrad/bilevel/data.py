@@ -15,6 +15,7 @@ from unrollgrad.types import ArrayTree, Key, Numeric
 __all__ = [
     "FiniteSum",
     "Place",
+    "bad_rows",
     "check_source",
     "draw",
     "example",
@@ -88,7 +89,9 @@ def finite_sum(arrays: ArrayTree, batch_size: int, shuffle: bool = True) -> Fini
             order.
 
     Raises:
-        ValueError: If there are no arrays, their leading axes differ, or batch_size is not in 1..n.
+        TypeError: If a leaf does not consist of numbers.
+        ValueError: If there are no arrays or no rows, the leading axes differ, or batch_size is not
+            in 1..n.
 
     Example:
         >>> import jax.numpy as jnp, unrollgrad as ug
@@ -109,16 +112,54 @@ def finite_sum(arrays: ArrayTree, batch_size: int, shuffle: bool = True) -> Fini
             ]
             raise ValueError(
                 "all `arrays` must have the same leading axis, one row per example; "
-                f"{' and '.join(dict.fromkeys(names))}. Cut them to the same rows."
+                f"{' and '.join(dict.fromkeys(names))}. "
+                + ("Cut them to the same rows." if np.ndim(leaf) else _NO_AXIS)
             )
+    if size == 0:
+        raise ValueError(f"`arrays` has no rows; got {arguments.describe(leading)}.")
     batch_size = arguments.positive_int("batch_size", batch_size)
     if batch_size > size:
         raise ValueError(
             f"`batch_size`={batch_size} is more than the {size} rows of `arrays`; use at most "
             f"{size}."
         )
-    arrays = jax.tree.map(jnp.asarray, arrays)
+    arrays = jax.tree_util.tree_map_with_path(_numbers, arrays)
     return FiniteSum(arrays, int(size), batch_size, bool(shuffle))
+
+
+_NO_AXIS = (
+    "A number has no rows: pass arrays in place of lists of numbers, and let the losses close over "
+    "what is not per example."
+)
+
+
+def _numbers(path: Any, leaf: Any) -> jax.Array:
+    """The array on the device; raises TypeError if it is not one of numbers."""
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"`arrays`{jax.tree_util.keystr(path)} must be an array of numbers; got "
+            f"{arguments.describe(leaf)}."
+        ) from error
+
+
+def bad_rows(name: str, source: Source) -> str:
+    """Says which rows of a finite sum are not finite; an empty text if none is."""
+    if not isinstance(source, FiniteSum):
+        return ""
+    told = []
+    for path, x in jax.tree_util.tree_leaves_with_path(source.arrays):
+        if not jnp.issubdtype(x.dtype, jnp.inexact) or not getattr(x, "is_fully_addressable", True):
+            continue
+        rows = np.flatnonzero(~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1))
+        if len(rows):
+            first = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+            where = f"arrays{jax.tree_util.keystr(path)}"
+            told.append(f"{len(rows)} of the {len(x)} rows in {where}, number {first}")
+    if not told:
+        return ""
+    return f"`{name}` has rows with NaN or infinity: {'; '.join(told)}. Take them out."
 
 
 def check_source(name: str, source: object) -> None:
