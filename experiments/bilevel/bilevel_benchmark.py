@@ -261,7 +261,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: f"bilevel_benchmark-{settings.task}",
+    title=lambda settings: (
+        f"bilevel_benchmark-{settings.task}{'-original' if settings.data else ''}"
+    ),
     would_change=(
         "On the real ijcnn1 and covtype, with ten seeds and a finer grid of rates, another solver "
         "reaches the same suboptimality in fewer gradient-equivalents (p < 0.05)."

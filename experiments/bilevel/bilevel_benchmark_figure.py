@@ -88,7 +88,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.legend(handles, names, loc="outside lower center", ncols=6, fontsize="small")
     seeds = len({r.seed for r in records})
     says = "median and range" if seeds > 1 else "one run"
-    left.suptitle(f"{config['task']}: {says} of {seeds} seed(s), each solver at its best cell")
+    task = config["task"] + (", original files" if config.get("data") else "")
+    left.suptitle(f"{task}: {says} of {seeds} seed(s), each solver at its best cell")
     start = next(r.value for r in records if r.metric == "start_excess")
     _heat_maps(right, grid_of(records), main, start)
     return figure
