@@ -129,6 +129,9 @@ def saba(problem: Problem, key: Key, num_steps: int) -> tuple[jax.Array, jax.Arr
         x = x - problem.outer_rate * (b - mixed)
         return ((z, q, x), (first, second), (of_inner, of_outer)), None
 
-    memories = tuple((t, zero, (zero, jnp.int32(0))) for t, zero in zip(tables, zeros, strict=True))
+    memories = tuple(
+        (table, zero, (zero, reader.order[0]))
+        for table, zero, reader in zip(tables, zeros, readers, strict=True)
+    )
     (end, _, _), _ = jax.lax.scan(step, (start, readers, memories), length=num_steps)
     return end
