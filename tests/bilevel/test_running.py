@@ -185,7 +185,9 @@ def test_help_explains_every_argument():
         assert "As in" not in text, name
         for argument in inspect.signature(row.factory).parameters:
             assert f"\n    {argument}: " in text, (name, argument)
-    assert "    linear_optimizer: v's optimizer; by default the same.\n" in bilevel.saba.__doc__
+    assert "    linear_optimizer: v's optimizer; by default the same.\n" in (
+        inspect.getdoc(bilevel.saba) or ""
+    )
 
     def other(rate):
         """Some algorithm.
@@ -208,7 +210,7 @@ def test_bad_arguments():
     with raises(ValueError, "`arrays` has no rows", "float32[0,3]"):
         bilevel.finite_sum(ROWS[:0], 1)
     with raises(ValueError, "arrays[0][1] is 2.0", "in place of lists of numbers"):
-        bilevel.finite_sum([[jnp.ones(2), 2.0]], 1)
+        bilevel.finite_sum(mistyped([[jnp.ones(2), 2.0]]), 1)
     with raises(TypeError, "`arrays`['y'] must be an array of numbers", "<U1[2]"):
         bilevel.finite_sum({"y": np.array(["a", "b"])}, 1)
     with raises(TypeError, "`batch_size` must be a whole number", "2.5"):
