@@ -143,7 +143,7 @@ def _by_solver(records: list[Record], metric: str) -> dict[str, list[float]]:
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """The ratio of every repeat."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(6, 4), layout="constrained")
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(6, 4.5), layout="constrained")
     axis = figure.subplots()
     for metric, fill, says in (("ratio", "full", ""), ("history_ratio", "none", " and history")):
         for i, (name, values) in enumerate(_by_solver(records, metric).items()):
@@ -152,7 +152,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axis.axhline(MOST, color="k", linestyle=":", label="5 % more")
     axis.set(xlabel="repeat", ylabel="time of a step / time by hand", ylim=(0, None))
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
