@@ -326,12 +326,12 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 def _draw_times(axis: Any, records: list[Record]) -> None:
     """The time of a step by the number of blocks that there are, a line for each form."""
     times = series(records, "step_microseconds")
+    axis.set(xscale="log", yscale="log", xlabel="10 of so many per step", ylabel="CPU µs per step")
     for tracks, marker in zip(TIMED, "os", strict=True):
         mine = {int(n.split()[-1]): v for n, v in times.items() if n.startswith(tracks)}
         micros = [float(np.median(v)) for v in mine.values()]
         axis.plot(list(mine), micros, marker + "-", color="k", label=tracks)
         axis.set_xticks(list(mine), [str(n) for n in mine])
-    axis.set(xscale="log", yscale="log", xlabel="10 of so many per step", ylabel="CPU µs per step")
     axis.xaxis.set_minor_formatter("")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
