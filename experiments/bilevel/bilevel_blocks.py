@@ -332,8 +332,11 @@ def _draw_times(axis: Any, records: list[Record]) -> None:
         micros = [float(np.median(v)) for v in mine.values()]
         axis.plot(list(mine), micros, marker + "-", color="k", label=tracks)
         axis.set_xticks(list(mine), [str(n) for n in mine])
+        for number, height in zip(mine, micros, strict=True):
+            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(_timed(tracks, number), (number, height), fontsize=6, **place)
+    axis.margins(x=0.25, y=0.15)
     axis.xaxis.set_minor_formatter("")
-    axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
 
 
