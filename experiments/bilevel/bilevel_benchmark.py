@@ -33,7 +33,7 @@ class Settings(CommonSettings):
     task: tasks.Name = "ijcnn1"
     """The task: twins of ijcnn1 and covtype, hyper-cleaning of digits, or quadratics."""
     data: Path | None = None
-    """A folder with the LIBSVM files of ijcnn1 or covtype, in place of the twin."""
+    """A folder with the LIBSVM files of ijcnn1 (and ijcnn1.t) or covtype, in place of the twin."""
     solvers: tuple[str, ...] = solvers.names()
     """The solvers."""
     budget: int = 20_000
@@ -261,7 +261,9 @@ EXPERIMENT = Experiment(
     draw=draw,
     show=show,
     claims=claims,
-    title=lambda settings: f"bilevel_benchmark-{settings.task}",
+    title=lambda settings: (
+        f"bilevel_benchmark-{settings.task}{'-original' if settings.data else ''}"
+    ),
     would_change=(
         "On the real ijcnn1 and covtype, with ten seeds and a finer grid of rates, another solver "
         "reaches the same suboptimality in fewer gradient-equivalents (p < 0.05)."

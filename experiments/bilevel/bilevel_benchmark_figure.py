@@ -88,7 +88,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.legend(handles, names, loc="outside lower center", ncols=6, fontsize="small")
     seeds = len({r.seed for r in records})
     says = "median and range" if seeds > 1 else "one run"
-    left.suptitle(f"{config['task']}: {says} of {seeds} seed(s), each solver at its best cell")
+    task = config["task"] + (", original files" if config.get("data") else "")
+    left.suptitle(f"{task}: {says} of {seeds} seed(s), each solver at its best cell")
     start = next(r.value for r in records if r.metric == "start_excess")
     _heat_maps(right, grid_of(records), main, start)
     return figure
@@ -140,7 +141,7 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str, start: float) -> 
             axis.plot(column + 0.5, row + 0.5, "*", color="w", mec="k", ms=10)
         axis.set_title(name, fontsize=9)
         below, beside = i >= len(grids) - columns, i % columns == 0
-        _ticks(axis.xaxis, ratios if below else [])
+        _ticks(axis.xaxis, ratios if below else [], rotation=90)
         _ticks(axis.yaxis, rates if beside else [])
     figure.supxlabel("inner rate / outer rate", fontsize=9)
     figure.supylabel("inner rate", fontsize=9)
@@ -154,5 +155,6 @@ def _heat_maps(figure: Any, grids: dict[str, Grid], main: str, start: float) -> 
     figure.suptitle("darkest: not below the start; grey: not finite; star: best")
 
 
-def _ticks(axis: Any, values: list[float]) -> None:
-    axis.set_ticks(np.arange(len(values)) + 0.5, [f"{v:g}" for v in values], fontsize=7)
+def _ticks(axis: Any, values: list[float], rotation: float = 0) -> None:
+    labels = [f"{v:g}" for v in values]
+    axis.set_ticks(np.arange(len(values)) + 0.5, labels, fontsize=7, rotation=rotation)

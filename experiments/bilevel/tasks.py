@@ -14,7 +14,8 @@ data sets, not their content:
   uniform ones.
 
 With files of the originals in a folder (``ijcnn1``, ``ijcnn1.t``, ``covtype`` in LIBSVM's format,
-or with ``.bz2``), these are read instead, and permuted.
+or with ``.bz2``), these are read instead, and permuted; the inner loss of ijcnn1 has rows of the
+first file, the outer loss rows of the second.
 """
 
 import bz2
@@ -93,12 +94,18 @@ def make(name: Name, seed: int, sizes: Sizes, folder: Path | None = None) -> Tas
         seed: The seed of the data.
         sizes: Rows to use.
         folder: Where the original files are; None: generated data.
+
+    Raises:
+        ValueError: If a folder is given for a task without files, or a file has too few rows.
+        FileNotFoundError: If a file is missing.
     """
+    if folder and name not in ("ijcnn1", "covtype"):
+        raise ValueError(f"`data` is for the tasks ijcnn1 and covtype; got {folder} for {name}.")
     if name == "quadratics":
         return _quadratics(seed, sizes)
     rng = np.random.default_rng(seed)
     x, y, num_classes = {"ijcnn1": _ijcnn1, "covtype": _covtype, "cleaning": _digits}[name](
-        rng, sum(sizes), folder
+        rng, sizes, folder
     )
     parts = np.split(np.arange(len(x)), np.cumsum(sizes))[:3]
     rows = [Rows(x[i], y[i], np.arange(len(i))) for i in parts]
@@ -110,10 +117,13 @@ def make(name: Name, seed: int, sizes: Sizes, folder: Path | None = None) -> Tas
     return _classifier(rows, num_classes, cleaning=False)
 
 
-def _ijcnn1(rng: np.random.Generator, num: int, folder: Path | None) -> tuple[Any, Any, int]:
+def _ijcnn1(rng: np.random.Generator, sizes: Sizes, folder: Path | None) -> tuple[Any, Any, int]:
     if folder:
-        (x, y), (x_test, y_test) = (_libsvm(folder, f, 22) for f in ("ijcnn1", "ijcnn1.t"))
-        return np.concatenate([x, x_test])[:num], np.concatenate([y, y_test])[:num] > 0, 1
+        files = {"ijcnn1": sizes.inner, "ijcnn1.t": sizes.outer}
+        parts = [_libsvm(rng, folder / file, 22, num) for file, num in files.items()]
+        x, y = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return x, y > 0, 1
+    num = sum(sizes)
     mixing = np.eye(22) + 0.3 * rng.standard_normal((22, 22)) / 22**0.5
     x = rng.standard_normal((num, 22)) @ mixing
     slope = x @ rng.standard_normal(22) / 2
@@ -125,12 +135,11 @@ def _ijcnn1(rng: np.random.Generator, num: int, folder: Path | None) -> tuple[An
     return x, rng.random(num) < 1 / (1 + np.exp(-slope - shift)), 1
 
 
-def _covtype(rng: np.random.Generator, num: int, folder: Path | None) -> tuple[Any, Any, int]:
+def _covtype(rng: np.random.Generator, sizes: Sizes, folder: Path | None) -> tuple[Any, Any, int]:
+    num = sum(sizes)
     if folder:
-        x, y = _libsvm(folder, "covtype", 54)
-        order = rng.permutation(len(x))[:num]
-        x = x[order]
-        return (x - x.mean(0)) / np.maximum(x.std(0), 1e-9), y[order].astype(int) - 1, 7
+        x, y = _libsvm(rng, folder / "covtype", 54, num)
+        return (x - x.mean(0)) / np.maximum(x.std(0), 1e-9), y.astype(int) - 1, 7
     parts = [rng.standard_normal((num, 10))]
     for size in (4, 40):
         shares = 1 / np.arange(1, size + 1)
@@ -141,30 +150,46 @@ def _covtype(rng: np.random.Generator, num: int, folder: Path | None) -> tuple[A
     return x, np.argmax(logits + rng.gumbel(size=logits.shape), 1), 7
 
 
-def _digits(rng: np.random.Generator, num: int, folder: Path | None) -> tuple[Any, Any, int]:
+def _digits(rng: np.random.Generator, sizes: Sizes, folder: Path | None) -> tuple[Any, Any, int]:
     x, y = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
-    order = rng.permutation(len(x))[:num]
+    order = rng.permutation(len(x))[: sum(sizes)]
     x = x[order]
     return (x - x.mean(0)) / np.maximum(x.std(0), 1e-9), y[order], 10
 
 
-def _libsvm(folder: Path, file: str, num_features: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads rows ``label index:value ...``, indices from 1; the file may be compressed.
+def _libsvm(
+    rng: np.random.Generator, path: Path, num_features: int, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads rows ``label index:value ...``, indices from 1, and returns some in a random order.
+
+    Args:
+        rng: Draws the order.
+        path: The file, which may be compressed: then its name has ``.bz2`` behind it.
+        num_features: The largest index.
+        num_rows: The rows to return.
 
     Raises:
         FileNotFoundError: If neither form of the file exists.
+        ValueError: If it has fewer rows, or an index beyond the last feature.
     """
-    plain, packed = folder / file, folder / f"{file}.bz2"
-    if not plain.is_file() and not packed.is_file():
-        raise FileNotFoundError(f"{folder} has neither {plain.name} nor {packed.name}.")
-    content = plain.read_text() if plain.is_file() else bz2.decompress(packed.read_bytes()).decode()
+    packed = path.with_name(f"{path.name}.bz2")
+    if not path.is_file() and not packed.is_file():
+        raise FileNotFoundError(f"{path.parent} has neither {path.name} nor {packed.name}.")
+    content = path.read_text() if path.is_file() else bz2.decompress(packed.read_bytes()).decode()
     lines = [line.split() for line in content.splitlines() if line.strip()]
+    if len(lines) < num_rows:
+        raise ValueError(f"{path} has {len(lines)} rows; the task needs {num_rows} at this scale.")
     x = np.zeros((len(lines), num_features))
     for row, (_, *entries) in enumerate(lines):
         for entry in entries:
             index, value = entry.split(":")
+            if not 1 <= int(index) <= num_features:
+                raise ValueError(
+                    f"{path}, row {row + 1}: the index {index} is not in 1..{num_features}."
+                )
             x[row, int(index) - 1] = float(value)
-    return x, np.array([float(line[0]) for line in lines])
+    order = rng.permutation(len(x))[:num_rows]
+    return x[order], np.array([float(line[0]) for line in lines])[order]
 
 
 def _losses_of(params: jax.Array, rows: Rows) -> jax.Array:

@@ -104,14 +104,18 @@ def saba(problem: Problem, key: Key, num_steps: int) -> tuple[jax.Array, jax.Arr
     )
 
     def through(memory, new, slot):
-        """The SAGA estimate, and the memory with the new part in its slot."""
-        table, mean = memory
+        """The SAGA estimate, and the memory with the new part in its slot.
+
+        The last step's part is written now: reading first would make XLA copy the tables.
+        """
+        table, mean, (waiting, place) = memory
+        put = jax.lax.dynamic_update_index_in_dim
+        table = jax.tree.map(lambda t, n: put(t, n, place, 0), table, waiting)
         old = jax.tree.map(lambda t: jax.lax.dynamic_index_in_dim(t, slot, 0, False), table)
         count = len(jax.tree.leaves(table)[0])
         found = jax.tree.map(lambda n, o, m: n - o + m, new, old, mean)
         mean = jax.tree.map(lambda n, o, m: m + (n - o) / count, new, old, mean)
-        put = jax.lax.dynamic_update_index_in_dim
-        return found, (jax.tree.map(lambda t, n: put(t, n, slot, 0), table, new), mean)
+        return found, (table, mean, (new, slot))
 
     def step(carry, _):
         (z, q, x), (first, second), (of_inner, of_outer) = carry
@@ -125,6 +129,9 @@ def saba(problem: Problem, key: Key, num_steps: int) -> tuple[jax.Array, jax.Arr
         x = x - problem.outer_rate * (b - mixed)
         return ((z, q, x), (first, second), (of_inner, of_outer)), None
 
-    memories = tuple(zip(tables, zeros, strict=True))
+    memories = tuple(
+        (table, zero, (zero, reader.order[0]))
+        for table, zero, reader in zip(tables, zeros, readers, strict=True)
+    )
     (end, _, _), _ = jax.lax.scan(step, (start, readers, memories), length=num_steps)
     return end

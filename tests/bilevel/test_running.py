@@ -1,5 +1,6 @@
 """Stochastic bilevel algorithms in ``fit`` and ``average``: data, bad arguments, divergence."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 
 import unrollgrad as ug
 from tests.helpers import mistyped, numbers, over_workers, raises
 from unrollgrad import bilevel
+from unrollgrad._core.descriptions import explained_by
 from unrollgrad.bilevel import data as reading
 
 KEY = jax.random.key(0)
@@ -126,6 +129,77 @@ def test_a_run_that_diverges_says_which_rate_to_lower(rates, which):
     assert bilevel.advice(good.history).startswith("nothing grows")
 
 
+def test_rows_that_are_not_finite_are_named():
+    """Also where only ``outer`` reads them; and infinities that the data do not explain."""
+    bad = bilevel.finite_sum({"x": ROWS.at[7, 1].set(jnp.nan).at[9].set(jnp.inf)}, 4)
+    losses: dict[str, Any] = {"outer": lambda w, t, batch: outer(w, t, batch["x"])}
+    with pytest.raises(FloatingPointError) as error:
+        ug.fit(soba(outer_data=bad, **losses), jnp.ones(3), optax.sgd(0.1), num_steps=9, key=KEY)
+    says = "2 of the 10 rows in arrays['x'], number 7, 9"
+    notes = "\n".join(error.value.__notes__)
+    assert f"`outer_data` has rows with NaN or infinity: {says}" in notes
+    assert "lower" not in notes
+    assert "inner_data" not in notes
+    history = {name: np.ones(5) for name in ("v_norm", "curvature", "loss")}
+    history |= {name: np.full(5, 0.1) for name in ("inner_rate", "linear_rate", "outer_rate")}
+    history["loss"][4] = np.nan
+    assert bilevel.advice(history).startswith("a batch whose loss or gradient is not finite")
+
+
+def primitives(program, in_loop=False):
+    """(whether it is in a ``while`` loop, the name) of every operation of a program."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        name = equation.primitive.name
+        yield in_loop, name
+        for inside in core.jaxprs_in_params(equation.params):
+            yield from primitives(inside, in_loop or name == "while")
+
+
+@pytest.mark.parametrize("name", ["soba", "saba", "spaba"])
+def test_a_batch_of_a_finite_sum_costs_no_key(name):
+    """Folding a key takes a microsecond, a quarter of a small step: only a new epoch does it.
+
+    The barrier keeps XLA from moving it out of the loop of the new epoch. SPABA tosses a coin.
+    """
+
+    def found(data):
+        given = {"init_params": lambda key: jnp.zeros(3), "inner_optimizer": optax.sgd(0.1)}
+        settings = {"outer_data": data, "inner_data": data, "batches": 2}
+        estimator = bilevel.REGISTRY[name].build(outer, inner, **given, **settings, probability=0.5)
+        args = KEY, jnp.zeros(3)
+        state = jax.eval_shape(estimator.init, *args)
+        return list(primitives(jax.make_jaxpr(estimator.estimate)(*args, state)))
+
+    rows = found(bilevel.finite_sum(ROWS, 5))
+    keys = [in_loop for in_loop, made in rows if made == "random_fold_in"]
+    assert len(keys) - sum(keys) == (2 if name == "spaba" else 0)
+    assert sum(made == "optimization_barrier" for in_loop, made in rows if in_loop) >= 2
+    if name != "saba":
+        endless = [in_loop for in_loop, made in found(lambda key: ROWS[:5]) if "fold_in" in made]
+        assert len(endless) - sum(endless) >= 4
+
+
+def test_help_explains_every_argument():
+    for name, row in bilevel.REGISTRY.items():
+        text = inspect.getdoc(row.factory) or ""
+        assert "As in" not in text, name
+        for argument in inspect.signature(row.factory).parameters:
+            assert f"\n    {argument}: " in text, (name, argument)
+    assert "    linear_optimizer: v's optimizer; by default the same.\n" in (
+        inspect.getdoc(bilevel.saba) or ""
+    )
+
+    def other(rate):
+        """Some algorithm.
+
+        Args:
+            rate: As in ``soba``.
+        """
+
+    with raises(ValueError, "`soba` does not describe `rate`"):
+        explained_by(bilevel.soba)(other)
+
+
 def test_bad_arguments():
     with raises(ValueError, "`arrays` must have the same leading axis", "[10,3]", "[9,3]"):
         bilevel.finite_sum({"x": ROWS, "y": ROWS[1:]}, 4)
@@ -133,6 +207,12 @@ def test_bad_arguments():
         bilevel.finite_sum(ROWS, 11)
     with raises(ValueError, "no arrays"):
         bilevel.finite_sum({}, 4)
+    with raises(ValueError, "`arrays` has no rows", "float32[0,3]"):
+        bilevel.finite_sum(ROWS[:0], 1)
+    with raises(ValueError, "arrays[0][1] is 2.0", "in place of lists of numbers"):
+        bilevel.finite_sum(mistyped([[jnp.ones(2), 2.0]]), 1)
+    with raises(TypeError, "`arrays`['y'] must be an array of numbers", "<U1[2]"):
+        bilevel.finite_sum({"y": np.array(["a", "b"])}, 1)
     with raises(TypeError, "`batch_size` must be a whole number", "2.5"):
         bilevel.finite_sum(ROWS, mistyped(2.5))
     with raises(TypeError, "`inner_data` must be bilevel.finite_sum", "float32[10,3]"):
@@ -150,6 +230,12 @@ def test_bad_arguments():
         with raises(ValueError, f"`{name}` must be the mean over its batch", "jnp.mean"):
             added = {name: lambda w, t, x, loss=loss: len(x) * loss(w, t, x) + jnp.sum(t**2) + 1}
             soba(**added).init(KEY, theta)
+        with raises(ValueError, f"`{name}` must be the mean over its batch"):
+            ug.average(soba(**added), 2).init(KEY, theta)
+        with raises(ValueError, f"`{name}` must be the mean over its batch"):
+            ug.fit(soba(**added), theta, optax.sgd(0.1), num_steps=1, key=KEY)
+        # Where a value is traced, the sum is not seen, and nothing else goes wrong.
+        jax.eval_shape(soba(**added).init, KEY, theta)
     with raises(TypeError, "init_params(key)", "int32"):
         soba(init_params=lambda key: jnp.zeros(3, int)).init(KEY, theta)
     endless = lambda key: ROWS[:4]  # noqa: E731

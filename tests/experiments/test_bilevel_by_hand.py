@@ -66,5 +66,12 @@ def test_libsvm_files(tmp_path):
     np.testing.assert_array_equal(task.inner_data.y, [False, True])
     assert task.inner_data.x[0, 21] == -2
     assert task.outer_data.x[0, 1] == 4
+    with pytest.raises(ValueError, match=r"ijcnn1.t has 2 rows; the task needs 3"):
+        tasks.make("ijcnn1", 0, tasks.Sizes(2, 3), tmp_path)
+    with pytest.raises(ValueError, match="`data` is for the tasks ijcnn1 and covtype"):
+        tasks.make("cleaning", 0, tasks.Sizes(2, 2), tmp_path)
+    (tmp_path / "ijcnn1").write_text("-1 23:0.5\n1 0:1\n")
+    with pytest.raises(ValueError, match=r"row 1: the index 23 is not in 1..22"):
+        tasks.make("ijcnn1", 0, tasks.Sizes(2, 2), tmp_path)
     with pytest.raises(FileNotFoundError, match="neither covtype nor"):
         tasks.make("covtype", 0, tasks.Sizes(2, 2), tmp_path)

@@ -1,8 +1,11 @@
 """What an estimator remembers of the call that made it: its text, and the problem it is for."""
 
 import functools
+import inspect
+import re
+import textwrap
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +14,8 @@ from unrollgrad._core import html
 from unrollgrad.types import GradientEstimator, UnrolledProblem
 
 P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+_ARGUMENT = r"^    {}: (.*(?:\n {{6,}}.*)*)"
 
 
 class About(NamedTuple):
@@ -65,6 +70,33 @@ def described(factory: Callable[P, GradientEstimator]) -> Callable[P, GradientEs
         return made
 
     return make
+
+
+def explained_by(*others: Callable[..., Any]) -> Callable[[F], F]:
+    """Completes the docstring of a function that shares arguments with others.
+
+    Where it says ``x: As in ``soba``.``, ``help`` shows what the docstring of soba says of x. What
+    follows the reference stays.
+    """
+    texts = {other.__name__: inspect.getdoc(other) or "" for other in others}
+
+    def complete(function: F) -> F:
+        text = inspect.getdoc(function) or ""
+        for name, source in re.findall(r"^    (\w+): As in ``(\w+)``", text, re.M):
+            found = re.search(_ARGUMENT.format(name), texts[source], re.M)
+            if found is None:
+                raise ValueError(f"`{source}` does not describe `{name}`, as {function} says.")
+            told = found[1].removesuffix(".")
+            own = re.search(_ARGUMENT.format(name), text, re.M)
+            assert own is not None
+            words = own[1].replace(f"As in ``{source}``", told, 1)
+            line = f"    {name}: {' '.join(words.split())}"
+            filled = textwrap.fill(line, 96, subsequent_indent=8 * " ", break_long_words=False)
+            text = text.replace(own[0], filled, 1)
+        function.__doc__ = text or None
+        return function
+
+    return complete
 
 
 def _problem_of(estimators: Any) -> UnrolledProblem | None:

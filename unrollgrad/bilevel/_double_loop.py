@@ -99,7 +99,7 @@ def double_loop(
 
     label = solver.label if law is None else f"{solver.label}, {law.label}"
     settings = (("inner_steps", inner_steps), ("linear", label))
-    return _estimator.forever(MadeBy(chosen.name, settings), begin, step)
+    return _estimator.forever(MadeBy(chosen.name, settings), chosen.losses, begin, step)
 
 
 def neumann_field(losses: Losses, solver: Solver) -> Field:

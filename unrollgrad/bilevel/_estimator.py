@@ -92,8 +92,11 @@ def first_params(chosen: Settings, episode: Episode, theta: Theta) -> Any:
     ):
         found = jax.eval_shape(lambda: loss(params, theta, data.example(source, episode.key)))  # noqa: B023
         arguments.check_loss(name, found)
-    if trees.is_concrete((params, theta)):
-        _check_means(chosen.losses, params, theta)
+    if trees.is_concrete(theta):
+        with jax.ensure_compile_time_eval():
+            concrete = trees.is_concrete(params)  # `average` traces the keys of its workers
+            some = params if concrete else chosen.init_params(jax.random.key(0))
+            _check_means(chosen.losses, some, theta)
     return params
 
 
@@ -102,7 +105,7 @@ def _check_means(losses: Losses, params: Any, theta: Theta) -> None:
 
     The loss of a batch, of the batch twice and three times are equal for a mean; a sum grows by the
     same amount each time, whatever is added to it. Losses that do neither pass: contrastive ones,
-    for example.
+    for example. Endless samplers are not checked: their batches need not have rows.
     """
 
     def copies(loss, source):
@@ -118,7 +121,14 @@ def _check_means(losses: Losses, params: Any, theta: Theta) -> None:
         "inner": (losses.inner, losses.inner_data),
     }
     pairs = {k: pair for k, pair in pairs.items() if isinstance(pair[1], data.FiniteSum)}
-    found = jax.device_get(eager.compiled(lambda: {k: copies(*v) for k, v in pairs.items()})())
+
+    def all_copies():
+        return {k: copies(*v) for k, v in pairs.items()}
+
+    _, constants, _ = eager.traced(all_copies)
+    if not trees.is_concrete(constants):  # params, data, or what a loss closes over
+        return
+    found = jax.device_get(eager.compiled(all_copies)())
     for name, (one, two, three) in found.items():
         grows = abs(two - one) > 1e-2 * (abs(one) + abs(two))
         if grows and abs(three - 2 * two + one) < 1e-2 * abs(two - one):
@@ -171,13 +181,15 @@ def before(theta: Theta) -> Before:
 
 def forever(
     fingerprint: MadeBy,
+    losses: Losses,
     begin: Callable[[Episode, Theta], Any],
     step: Callable[[Episode, Theta, Any], tuple[Estimate, Any]],
 ) -> GradientEstimator:
     """Makes an estimator that begins in ``init`` and never ends.
 
     ``episode.t`` is the number of the next call, from 1 on; 0 makes that call begin again, with its
-    own key. Otherwise the keys of calls are not used: all draws come from the key of ``init``.
+    own key. Otherwise the keys of calls are not used: all draws come from the key of ``init``. The
+    data of ``losses`` are looked at if a run of ``fit`` ends with numbers that are not finite.
     """
 
     @own_transfers()
@@ -207,7 +219,12 @@ def forever(
         t = jnp.where(episode.t < _FOREVER, jnp.maximum(episode.t, 1) + 1, episode.t)
         return out, Worker(episode._replace(t=t), carried, fingerprint)
 
-    init.about = About(str(fingerprint), explain=advice)  # type: ignore[attr-defined]
+    def explain(history: dict[str, Any]) -> str:
+        sources = {"outer_data": losses.outer_data, "inner_data": losses.inner_data}
+        bad = [text for pair in sources.items() if (text := data.bad_rows(*pair))]
+        return " ".join(bad) or advice(history)
+
+    init.about = About(str(fingerprint), explain=explain)  # type: ignore[attr-defined]
     return GradientEstimator(init, jax.jit(estimate))
 
 

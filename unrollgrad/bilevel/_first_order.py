@@ -133,7 +133,7 @@ def first_order(
         return _estimator.estimate_of(moved.grad, theta, moved.loss, info), after
 
     settings = (("inner_steps", method.inner_steps), ("kind", method.kind))
-    return _estimator.forever(MadeBy(chosen.name, settings), begin, step)
+    return _estimator.forever(MadeBy(chosen.name, settings), chosen.losses, begin, step)
 
 
 def f2sa_call(call: _Call, carried: FirstOrder) -> tuple[_Moved, FirstOrder]:

@@ -78,7 +78,7 @@ class Places(NamedTuple):
     outer: data.Place
 
 
-_INNER, _OUTER = 1, 2  # folded into an episode's key
+_INNER, _OUTER = 1, 2  # streams of an episode's key
 INNER_COST, OUTER_COST, PRODUCT_COST = 3, 1, 2
 """Gradient-equivalents of ``inner_parts``, ``outer_parts``, and of one product with H or B."""
 
@@ -90,15 +90,13 @@ def start(losses: Losses) -> Places:
 
 def draw_inner(losses: Losses, key: Key, places: Places) -> tuple[Any, Places]:
     """The next batch of inner; ``key`` is the episode's."""
-    key = jax.random.fold_in(key, _INNER)
-    token, place = data.draw(losses.inner_data, key, places.inner)
+    token, place = data.draw(losses.inner_data, key, places.inner, _INNER)
     return token, places._replace(inner=place)
 
 
 def draw_outer(losses: Losses, key: Key, places: Places) -> tuple[Any, Places]:
     """The next batch of outer."""
-    key = jax.random.fold_in(key, _OUTER)
-    token, place = data.draw(losses.outer_data, key, places.outer)
+    token, place = data.draw(losses.outer_data, key, places.outer, _OUTER)
     return token, places._replace(outer=place)
 
 

@@ -16,8 +16,9 @@ def advice(history: Mapping[str, np.ndarray]) -> str:
     c > 2: then the inner or the linear rate is too large for the largest curvature seen. If both
     fit and v grows all the same, theta moves faster than params and v can follow: the outer rate
     must be well below the inner rate times the cube of the least curvature, in units where outer
-    has curvature one. ``fit`` adds this text to the error of a run that ends with numbers that are
-    not finite.
+    has curvature one. A run that ends with numbers that are not finite, without any growth before,
+    met a bad batch. ``fit`` adds this text to the error of such a run, or, if a finite sum has rows
+    that are not finite, their numbers.
 
     The curvature seen is that along v, which a diverging system turns towards the largest one; it
     is an estimate. With another optimizer than ``optax.sgd`` a rate is the length of the step over
@@ -63,10 +64,15 @@ def advice(history: Mapping[str, np.ndarray]) -> str:
     for name, rate in zip(("inner", "linear"), rates[:2], strict=True):
         if rate * top > 2:
             return f"lower the {name} rate: it must be below 2 / curvature = {2 / top:.3g}; {seen}."
-    if growth > 2 or risen > 2 or not finite.all():
+    if growth > 2 or risen > 2:
         ratio = rates[2] / rates[0] if rates[0] else np.inf
         return (
             f"lower the outer rate: it is {ratio:.3g} of the inner one, and theta moves faster "
             f"than params and v follow (outer rate << inner rate * curvature^3); {seen}."
+        )
+    if not finite.all():
+        return (
+            f"a batch whose loss or gradient is not finite: nothing grew before it. Look at the "
+            f"data, and for logarithms and divisions in the losses; {seen}."
         )
     return f"nothing grows: {seen}."

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.descriptions import explained_by
 from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel import _block_parts, _estimator, _losses, data
 from unrollgrad.bilevel._block_parts import Last, Rows, Tracking
 from unrollgrad.bilevel._estimator import Before
 from unrollgrad.bilevel._losses import Losses, Places
+from unrollgrad.bilevel.single_loop import soba
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.implicit import trees
 from unrollgrad.types import (
@@ -55,6 +57,7 @@ class Blocks(NamedTuple):
     before: Before
 
 
+@explained_by(soba)
 def bsvrb(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -161,7 +164,7 @@ def bsvrb(
     )
     skeleton = _Skeleton(chosen, linear, tracking, blocks, sampled, beta)
     settings = (("num_blocks", blocks), ("blocks_per_step", sampled), ("tracks", tracks))
-    return _estimator.forever(MadeBy("bsvrb", settings), skeleton.begin, skeleton.step)
+    return _estimator.forever(MadeBy("bsvrb", settings), losses, skeleton.begin, skeleton.step)
 
 
 def _square(v: ArrayTree) -> jax.Array:

@@ -15,6 +15,7 @@ from unrollgrad.types import ArrayTree, Key, Numeric
 __all__ = [
     "FiniteSum",
     "Place",
+    "bad_rows",
     "check_source",
     "draw",
     "example",
@@ -88,7 +89,9 @@ def finite_sum(arrays: ArrayTree, batch_size: int, shuffle: bool = True) -> Fini
             order.
 
     Raises:
-        ValueError: If there are no arrays, their leading axes differ, or batch_size is not in 1..n.
+        TypeError: If a leaf does not consist of numbers.
+        ValueError: If there are no arrays or no rows, the leading axes differ, or batch_size is not
+            in 1..n.
 
     Example:
         >>> import jax.numpy as jnp, unrollgrad as ug
@@ -109,16 +112,54 @@ def finite_sum(arrays: ArrayTree, batch_size: int, shuffle: bool = True) -> Fini
             ]
             raise ValueError(
                 "all `arrays` must have the same leading axis, one row per example; "
-                f"{' and '.join(dict.fromkeys(names))}. Cut them to the same rows."
+                f"{' and '.join(dict.fromkeys(names))}. "
+                + ("Cut them to the same rows." if np.ndim(leaf) else _NO_AXIS)
             )
+    if size == 0:
+        raise ValueError(f"`arrays` has no rows; got {arguments.describe(leading)}.")
     batch_size = arguments.positive_int("batch_size", batch_size)
     if batch_size > size:
         raise ValueError(
             f"`batch_size`={batch_size} is more than the {size} rows of `arrays`; use at most "
             f"{size}."
         )
-    arrays = jax.tree.map(jnp.asarray, arrays)
+    arrays = jax.tree_util.tree_map_with_path(_numbers, arrays)
     return FiniteSum(arrays, int(size), batch_size, bool(shuffle))
+
+
+_NO_AXIS = (
+    "A number has no rows: pass arrays in place of lists of numbers, and let the losses close over "
+    "what is not per example."
+)
+
+
+def _numbers(path: Any, leaf: Any) -> jax.Array:
+    """The array on the device; raises TypeError if it is not one of numbers."""
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"`arrays`{jax.tree_util.keystr(path)} must be an array of numbers; got "
+            f"{arguments.describe(leaf)}."
+        ) from error
+
+
+def bad_rows(name: str, source: Source) -> str:
+    """Says which rows of a finite sum are not finite; an empty text if none is."""
+    if not isinstance(source, FiniteSum):
+        return ""
+    told = []
+    for path, x in jax.tree_util.tree_leaves_with_path(source.arrays):
+        if not jnp.issubdtype(x.dtype, jnp.inexact) or not getattr(x, "is_fully_addressable", True):
+            continue
+        rows = np.flatnonzero(~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1))
+        if len(rows):
+            first = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+            where = f"arrays{jax.tree_util.keystr(path)}"
+            told.append(f"{len(rows)} of the {len(x)} rows in {where}, number {first}")
+    if not told:
+        return ""
+    return f"`{name}` has rows with NaN or infinity: {'; '.join(told)}. Take them out."
 
 
 def check_source(name: str, source: object) -> None:
@@ -139,11 +180,15 @@ def start(source: Source) -> Place:
     return Place(zero - 1, zero + source.num_batches, order)
 
 
-def draw(source: Source, key: Key, place: Place) -> tuple[Any, Place]:
-    """Returns what names the next batch (its number, or its key), and the place after it."""
+def draw(source: Source, key: Key, place: Place, stream: int = 0) -> tuple[Any, Place]:
+    """Returns what names the next batch (its number, or its key), and the place after it.
+
+    Readers that share ``key`` have streams of their own.
+    """
     if not isinstance(source, FiniteSum):
-        return jax.random.fold_in(key, place.position), place._replace(position=place.position + 1)
-    place = _turned(source, key, place)
+        own = jax.random.fold_in(jax.random.fold_in(key, stream), place.position)
+        return own, place._replace(position=place.position + 1)
+    place = _turned(source, key, place, stream)
     token = place.position if place.order is None else place.order[place.position]
     return token, place._replace(position=place.position + 1)
 
@@ -152,22 +197,26 @@ def _shuffled(source: FiniteSum) -> bool:
     return source.shuffle and source.num_batches > 1
 
 
-def _turned(source: FiniteSum, key: Key, place: Place) -> Place:
+def _turned(source: FiniteSum, key: Key, place: Place, stream: int) -> Place:
     """The place in the next epoch, if this one is over.
 
     The order is drawn in a loop that runs zero or one time: drawing it in every step would sort all
-    batches every time, and a ``cond`` under ``vmap`` does. It depends on the epoch, which the loop
-    changes, so that XLA does not move it out of the loop.
+    batches every time, and a ``cond`` under ``vmap`` does. The key takes part in the loop through a
+    barrier, so that XLA does not move what depends on it alone, the stream's key, out of the loop
+    and into every step.
     """
     over = place.position >= source.num_batches
     if place.order is None:
         epoch = jnp.where(over, place.epoch + 1, place.epoch)
         return Place(epoch, jnp.where(over, 0, place.position), None)
-    names = mesh_axes.axes((key, place))
+    names, impl = mesh_axes.axes((key, place)), jax.random.key_impl(key)
+    given = jax.random.key_data(key)
 
     def turn(carry):
         waiting, epoch, _ = carry
-        own = jax.random.fold_in(key, epoch + 1)
+        waiting, words = jax.lax.optimization_barrier((waiting, given))
+        own = jax.random.fold_in(jax.random.wrap_key_data(words, impl=impl), stream)
+        own = jax.random.fold_in(own, epoch + 1)
         order = jnp.arange(source.num_batches, dtype=jnp.int32)
         order = mesh_axes.over(names, jax.random.permutation(own, order))
         return jnp.zeros_like(waiting), epoch + 1, order

@@ -205,8 +205,11 @@ def storm(
     """STORM: a recursion that forgets, and never begins again.
 
     d = sample(now) + (1 - eta) (d - sample(a step ago)), both on the same batch; it begins with the
-    first sample. With eta = 1 it is ``sgd``, with eta = 0 a difference recursion whose first error
-    stays forever: then begin with a pass (``batches=None``).
+    first sample. With eta = 1 it is ``sgd``. With 0 < eta < 1 fixed, the error has a floor. With
+    eta = 0 it is a difference recursion whose errors stay forever, so begin with a pass
+    (``batches=None``): on a finite sum it then has no floor if the differences have no noise, which
+    takes batches of equal size with equal Hessians and mixed derivatives (``saga``, ``sarah`` and
+    ``page`` do not need that).
 
     Cost per step: two samples. Memory: the last point and its directions.
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 
+from unrollgrad._core.descriptions import explained_by
 from unrollgrad.bilevel import _estimator, _linear, data
 from unrollgrad.bilevel import directions as laws
 from unrollgrad.bilevel._double_loop import double_loop
 from unrollgrad.bilevel._losses import Losses
+from unrollgrad.bilevel.single_loop import soba
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
 __all__ = ["amigo", "bsa", "fsla", "stocbio", "ttsa"]
 
 
+@explained_by(soba)
 def stocbio(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -68,6 +71,7 @@ def stocbio(
     return double_loop(chosen, _linear.neumann(terms, linear_rate), inner_steps)
 
 
+@explained_by(soba)
 def amigo(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -124,6 +128,7 @@ def amigo(
     return double_loop(chosen, _steps(chosen, linear_optimizer, linear_steps), inner_steps)
 
 
+@explained_by(soba)
 def fsla(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -151,7 +156,8 @@ def fsla(
         inner_data: As in ``soba``.
         inner_optimizer: As in ``soba``.
         linear_optimizer: As in ``soba``.
-        eta: As in ``storm``; 0.5 / sqrt(k + 1) by default.
+        eta: How much of the past is forgotten, in [0, 1], or a function of the number of calls k;
+            0.5 / sqrt(k + 1) by default.
 
     Raises:
         TypeError, ValueError: As ``soba`` and ``storm`` do.
@@ -177,6 +183,7 @@ def fsla(
     return double_loop(chosen, _steps(chosen, linear_optimizer, 1), 1, laws.storm(eta))
 
 
+@explained_by(soba)
 def bsa(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -231,6 +238,7 @@ def bsa(
     return double_loop(chosen, _linear.random_neumann(terms, linear_rate), inner_steps)
 
 
+@explained_by(soba)
 def ttsa(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],

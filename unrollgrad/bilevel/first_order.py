@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.descriptions import explained_by
 from unrollgrad.bilevel import _estimator, data
 from unrollgrad.bilevel import directions as laws
 from unrollgrad.bilevel._first_order import (
@@ -22,12 +23,14 @@ from unrollgrad.bilevel._first_order import (
     value_call,
 )
 from unrollgrad.bilevel._losses import Losses
+from unrollgrad.bilevel.single_loop import soba
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
 __all__ = ["bome", "f2sa", "penalty"]
 
 
+@explained_by(soba)
 def f2sa(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -98,6 +101,7 @@ def f2sa(
     return first_order(chosen, method, f2sa_call)
 
 
+@explained_by(soba)
 def penalty(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -167,6 +171,7 @@ def penalty(
     return first_order(chosen, method, value_call if kind == "value" else gradient_call)
 
 
+@explained_by(soba)
 def bome(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],

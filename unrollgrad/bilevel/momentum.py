@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+from unrollgrad._core.descriptions import explained_by
 from unrollgrad.bilevel import _estimator, _linear, data
 from unrollgrad.bilevel import directions as laws
 from unrollgrad.bilevel._double_loop import neumann_field
 from unrollgrad.bilevel._losses import Losses
-from unrollgrad.bilevel.single_loop import single_loop
+from unrollgrad.bilevel.single_loop import single_loop, soba
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
@@ -18,6 +19,7 @@ def _eta(k):
     return 0.5 / (k + 1.0) ** (2 / 3)
 
 
+@explained_by(soba)
 def mrbo(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -47,7 +49,8 @@ def mrbo(
         inner_optimizer: As in ``soba``.
         linear_rate: The step of the series, below 2 over the largest curvature of inner.
         terms: Products with H; the series has one term more.
-        eta: As in ``storm``.
+        eta: How much of the past is forgotten, in [0, 1], or a function of the number of calls k;
+            0.5 / (k + 1)^(2/3) by default.
 
     Raises:
         TypeError, ValueError: As ``soba`` and ``storm`` do.
@@ -74,6 +77,7 @@ def mrbo(
     return single_loop(chosen, field, laws.storm(eta))
 
 
+@explained_by(soba)
 def sustain(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -99,7 +103,8 @@ def sustain(
         inner_optimizer: As in ``soba``.
         linear_rate: The step of the series, below 2 over the largest curvature of inner.
         terms: Terms of the series.
-        eta: As in ``storm``.
+        eta: How much of the past is forgotten, in [0, 1], or a function of the number of calls k;
+            0.5 / (k + 1)^(2/3) by default.
 
     Raises:
         TypeError, ValueError: As ``soba`` and ``storm`` do.

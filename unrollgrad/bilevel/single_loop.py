@@ -93,7 +93,10 @@ def soba(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a loss is not a scalar, or ``directions`` does not fit the data.
+        ValueError: If ``directions`` does not fit the data, or in ``init``, if a loss is not a
+            scalar, or is a sum over the rows: it is tried on the first batch of a finite sum,
+            repeated. ``fit`` and ``average`` run this check, ``jax.jit`` over ``init`` hides theta
+            and thereby the sum.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
@@ -179,4 +182,5 @@ def single_loop(
         after = SingleLoop(params, v, state, linear_state, places, memory, last)
         return _estimator.estimate_of(moves.theta, theta, found.loss, info), after
 
-    return _estimator.forever(MadeBy(chosen.name, (("directions", law.label),)), begin, step)
+    fingerprint = MadeBy(chosen.name, (("directions", law.label),))
+    return _estimator.forever(fingerprint, chosen.losses, begin, step)

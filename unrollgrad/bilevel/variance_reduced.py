@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 
+from unrollgrad._core.descriptions import explained_by
 from unrollgrad.bilevel import _estimator, _field, data
 from unrollgrad.bilevel import directions as laws
 from unrollgrad.bilevel._losses import Losses
 from unrollgrad.bilevel.saga import saga
-from unrollgrad.bilevel.single_loop import single_loop
+from unrollgrad.bilevel.single_loop import single_loop, soba
 from unrollgrad.bilevel.unrolled import InnerOptimizer
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric
 
 __all__ = ["ma_soba", "saba", "spaba", "srba"]
 
 
+@explained_by(soba)
 def ma_soba(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -63,6 +65,7 @@ def ma_soba(
     return single_loop(chosen, _field.single_loop(losses), law, linear_optimizer)
 
 
+@explained_by(soba, saga)
 def saba(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -118,6 +121,7 @@ def saba(
     return single_loop(chosen, _field.single_loop(losses), law, linear_optimizer)
 
 
+@explained_by(soba)
 def srba(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
@@ -173,6 +177,7 @@ def srba(
     return single_loop(chosen, _field.single_loop(losses), law, linear_optimizer)
 
 
+@explained_by(soba)
 def spaba(
     outer: Callable[..., Numeric],
     inner: Callable[..., Numeric],
