@@ -111,17 +111,28 @@ class Engine(NamedTuple):
     advance: Callable[[Any], np.ndarray]
 
 
+HUGE = 1e10
+"""MuJoCo takes controls and states beyond it for broken: it would zero them and warn in a file."""
+
+
 @functools.cache
 def engine(name: str) -> Engine:
-    """The engine for a robot, on the calling thread: two threads gained nothing on two cores."""
+    """The engine for a robot, on the calling thread: two threads gained nothing on two cores.
+
+    A robot whose state or controls are not finite, or huge, stays where it is: all is NaN.
+    """
     mujoco = need("mujoco", "MuJoCo", "control")
     pool = need("mujoco.rollout", "MuJoCo", "control").Rollout(nthread=0)
     model, substeps = _model(mujoco, ROBOTS[name]), ROBOTS[name].substeps
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # a fall into NaN is to be seen
     scratch, lock = mujoco.MjData(model), threading.Lock()
+    at_rest = np.concatenate([model.qpos0, np.zeros(model.nv + model.nu)])
 
     def advance(given: Any) -> np.ndarray:
         given = np.asarray(given)
         flat = given.reshape(-1, given.shape[-1]).astype(np.float64)
+        lost = ~(np.abs(flat) < HUGE).all(axis=1)  # NaN too
+        flat = np.where(lost[:, None], at_rest, flat)
         begin, controls = np.split(flat, [model.nq + model.nv], axis=1)
         timed = np.concatenate([np.zeros((len(flat), 1)), begin], axis=1)
         held = np.repeat(controls[:, None], substeps, axis=1)
@@ -129,6 +140,7 @@ def engine(name: str) -> Engine:
             found, _ = pool.rollout(model, scratch, timed, held, nstep=substeps)
         end = found[:, -1, 1:]
         out = np.concatenate([end, end[:, :1] - begin[:, :1]], axis=1)
+        out[lost] = np.nan
         return out.reshape(*given.shape[:-1], -1).astype(given.dtype)
 
     return Engine(model, advance)

@@ -239,6 +239,22 @@ def test_a_batch_of_robots(name, environment):
     np.testing.assert_array_equal(found[1, 2], advance(given[1, 2]))
 
 
+@robot
+def test_a_lost_robot(name, environment, tmp_path, monkeypatch):
+    """NaN or huge numbers are handed on as NaN; MuJoCo would zero them, and warn in a file."""
+    pytest.importorskip("mujoco", reason="needs the extra `control`")
+    monkeypatch.chdir(tmp_path)
+    model, advance = robots.engine(name)
+    rows = np.full((4, model.nq + model.nv + model.nu), 0.05)
+    lost = rows.copy()
+    lost[1, -1], lost[2, 0] = np.nan, 1e12
+    whole, found = advance(rows), advance(lost)
+    np.testing.assert_array_equal(found[[0, 3]], whole[[0, 3]])
+    assert np.isnan(found[1:3]).all()
+    assert np.isfinite(whole).all()
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_mujoco(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     robots.engine.cache_clear()
