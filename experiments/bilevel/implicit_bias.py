@@ -291,7 +291,8 @@ def claims(summary: Summary) -> list[Claim]:
         gap = float(np.max([abs(ends[s] - formula(x)) for s, x in starts.items()]))
         ours = ", ".join(evidence.shown(end, ".4f") for end in ends.values())
         ours += f"; at most {evidence.shown(gap, '.1e')} from the closed form"
-        out.append(Claim(says_of[method], paper, ours, evidence.told(gap < CLOSE, gap)))
+        source = paper if method == "re-trained" else "our closed form"
+        out.append(Claim(says_of[method], source, ours, evidence.told(gap < CLOSE, gap)))
     angles = {start: _end(summary, "theta", "cold, implicit", start) for start in starts}
     moved = float(np.max([abs(angles[s] - x) for s, x in starts.items()]))
     says = "cold, with the implicit derivative by the pseudo-inverse: theta stays where it began"

@@ -58,8 +58,8 @@ def _draw_plane(axis: Any, found: dict[tuple[str, str], Path]) -> None:
     _draw_line(axis, found.get(("warm", first)))
     axis.plot(*FITTED, "k*", ms=12, label="fits the real points", ls="")
     axis.set(xlabel="first weight", ylabel="second weight", title="the inner weights' plane")
-    axis.set(xlim=(-1.3, 2.6), ylim=(-1.75, 2.5), aspect="equal")
-    axis.legend(fontsize=7.5, loc="upper right", ncols=2)
+    axis.set(xlim=(-1.3, 2.6), ylim=(-1.75, 2.7), aspect="equal")
+    axis.legend(fontsize=7, loc="upper center", ncols=2)
 
 
 def _draw_line(axis: Any, run: Path | None) -> None:
@@ -88,7 +88,7 @@ def _draw_losses(axis: Any, found: dict[tuple[str, str], Path]) -> None:
     axis.set(yscale="log", xlabel="outer steps", ylabel="outer loss")
     axis.set(title="along the way; thin: from other angles")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="center left")
 
 
 def _draw_ends(axis: Any, found: dict[tuple[str, str], Path]) -> None:

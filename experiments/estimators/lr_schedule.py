@@ -224,8 +224,9 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """PES and ES-Single end near the grid's minimum; truncated estimators do not."""
     papers = "Vicol et al. 2021, 2023"
-    config = summary.about.get("config", {})
-    out = _stable(summary) if config.get("also_rates") else []
+    if summary.about.get("config", {}).get("also_rates"):
+        return _stable(summary)
+    out = []
     for objective in ("loss", "accuracy"):
         found = [
             *heat_map.ends_near(summary, "pes", NEAR, papers, objective=objective),
@@ -242,6 +243,7 @@ def claims(summary: Summary) -> list[Claim]:
 
 def _stable(summary: Summary) -> list[Claim]:
     """The claims for several rates: es_single's rate is too high for pes, a lower one slow."""
+    paper = "Vicol et al. 2023"
     config = summary.about["config"]
     rate, windows = config["learning_rate"], f"in windows of {config['truncation']}"
     single = summary.find("J", objective="loss", estimator="es_single")
@@ -250,8 +252,17 @@ def _stable(summary: Summary) -> list[Claim]:
         name = "pes" if other == rate else f"pes, rate {other:g}"
         finding = evidence.less(single, summary.find("J", objective="loss", estimator=name))
         says = f"loss, {windows}: es_single with rate {rate:g} ends below pes with rate {other:g}"
-        out.append(Claim(says, "Vicol et al. 2023", finding.text, finding.holds))
-    return out
+        out.append(Claim(says, paper, finding.text, finding.holds))
+    left = heat_map.ends_far(summary, "pes", FAR, paper, objective="loss")
+    stays = heat_map.ends_far(summary, "es_single", FAR, paper, objective="loss")
+    out += [c._replace(says=f"loss, {windows}, rate {rate:g}: {c.says}") for c in left]
+    return out + [
+        c._replace(
+            says=f"loss, {windows}, rate {rate:g}: es_single ends less than {FAR:.0%} above it",
+            holds=None if c.holds is None else not c.holds,
+        )
+        for c in stays
+    ]
 
 
 def _unmoved(summary: Summary) -> list[Claim]:
