@@ -1,4 +1,11 @@
-"""``lr_schedule``: tunes a learning rate's start and decay during one training run."""
+"""``lr_schedule``: tunes a learning rate's start and decay during one training run.
+
+With ``--also-rates`` several rates of Adam are compared, in windows of one step
+(``--truncation 1``), where PES explodes and ES-Single does not: ``adam_noise`` predicts from the
+noise at a frozen theta how far above its minimum J stays with a rate. J has a cliff near its
+minimum (a theta0 three times as large makes the training diverge), so that a walk of PES's size
+falls off, and nothing leads back from there.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +22,7 @@ from experiments._framework import curves, evidence, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
+from experiments.estimators import adam_noise
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
@@ -64,7 +72,8 @@ class Settings(CommonSettings):
     learning_rate: float = 0.01
     """Adam's learning rate at the beginning."""
     also_rates: tuple[float, ...] = ()
-    """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`."""
+    """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`. Then the
+    noise of the estimators at a frozen theta is measured as well."""
     final_fraction: float = 0.0
     """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
     points: int = 25
@@ -108,11 +117,21 @@ RANGES = ((1e-3, 1.0), (0.3, 100.0))
 """Ranges of theta0 and theta1 on the grid."""
 
 
+FROZEN = (0.074, 3.3)
+"""Theta0 and theta1 at which the noise is measured: near the minimum of J at scale cpu."""
+
+NOISE_WORKERS = 50
+"""Workers with which each seed measures the noise."""
+
 NEAR = 0.05
 """How far above the grid's minimum J may end, as a fraction of it, to be near."""
 
 FAR = 0.3
 """How far above the grid's minimum J must end, as a fraction of it, to be far."""
+
+
+LOUDER = 3.0
+"""How many times es_single's excess pes's must be to count as louder."""
 
 
 class Task(NamedTuple):
@@ -144,7 +163,29 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             axes = heat_map.logarithms(RANGES, settings.cells)
             heat_map.write_grid(task.objective, axes, write_here)
         key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
+        if settings.also_rates:
+            progress_here("noise at a frozen theta", 0.0)
+            _write_noise(shared, task.plan, key, write_here)
         training.side_by_side(task.plan, key, theta, write_here, progress_here)
+
+
+def _write_noise(settings: Settings, plan: training.Plan, key: jax.Array, write: Write) -> None:
+    """Writes how far above its minimum J should stay, for each estimator and rate."""
+    windows, theta = settings.horizon // settings.truncation, jnp.log(jnp.array(FROZEN))
+    for name in settings.estimators:
+        estimator = plan.methods[name].estimator
+        found = adam_noise.noise(
+            estimator, windows, NOISE_WORKERS, jax.random.fold_in(key, 1), theta
+        )
+        for rate in (settings.learning_rate, *settings.also_rates):
+            label = _label(name, rate, settings.learning_rate)
+            numbers = {"variance": found.variance.sum(), "excess": adam_noise.excess(found, rate)}
+            write({"estimator": label, **numbers})
+
+
+def _label(name: str, rate: float, first: float) -> str:
+    """The name of an estimator with a rate."""
+    return name if rate == first else f"{name}, rate {rate:g}"
 
 
 @functools.lru_cache(maxsize=2)
@@ -161,7 +202,7 @@ def _prepare(settings: Settings, objective: str) -> Task:
         estimator = ug.REGISTRY[name].build(problem, **common)
         for rate in (settings.learning_rate, *settings.also_rates):
             decayed = optax.cosine_decay_schedule(rate, settings.num_steps, settings.final_fraction)
-            label = name if rate == settings.learning_rate else f"{name}, rate {rate:g}"
+            label = _label(name, rate, settings.learning_rate)
             methods[label] = training.Method(estimator, optax.adam(decayed), settings.num_steps)
     measured = heat_map.objective(problem, settings.num_episodes)
 
@@ -249,9 +290,17 @@ def _stable(summary: Summary) -> list[Claim]:
     single = summary.find("J", objective="loss", estimator="es_single")
     out = []
     for other in (rate, *config["also_rates"]):
-        name = "pes" if other == rate else f"pes, rate {other:g}"
+        name = _label("pes", other, rate)
         finding = evidence.less(single, summary.find("J", objective="loss", estimator=name))
         says = f"loss, {windows}: es_single with rate {rate:g} ends below pes with rate {other:g}"
+        out.append(Claim(says, paper, finding.text, finding.holds))
+    noise = [
+        summary.find("excess", objective="loss", estimator=name) for name in ("pes", "es_single")
+    ]
+    if all(noise):
+        finding = evidence.more(*noise, factor=LOUDER)
+        says = f"loss, {windows}: at rate {rate:g} pes's noise keeps J further above its minimum "
+        says += f"than es_single's, {LOUDER:g} times or more (predicted at a frozen theta)"
         out.append(Claim(says, paper, finding.text, finding.holds))
     left = heat_map.ends_far(summary, "pes", FAR, paper, objective="loss")
     stays = heat_map.ends_far(summary, "es_single", FAR, paper, objective="loss")
