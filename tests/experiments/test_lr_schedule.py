@@ -107,7 +107,7 @@ def test_further_rates_have_runs_of_their_own():
 )
 def test_claims_of_several_rates(pes, slow, holds):
     ends = {"es_single": (0.2, 0.01), "pes": pes, "pes, rate 0.001": slow}
-    found = [result(name, "J", mean, se) for name, (mean, se) in ends.items()]
+    found = [result(name, lr_schedule.BOUNDED, mean, se) for name, (mean, se) in ends.items()]
     config = {"also_rates": [0.001], "learning_rate": 0.01, "truncation": 1}
     claims = lr_schedule.claims(results.Summary(found, {"config": config}))
     assert [claim.holds for claim in claims[:2]] == holds
@@ -126,7 +126,7 @@ def test_claims_of_several_rates(pes, slow, holds):
 def test_claims_of_windows_of_one_step(pes, single, louder, holds):
     """PES leaves the basin and ES-Single stays, as the noise at a frozen theta predicts."""
     ends = {"es_single": single, "pes": pes, "pes, rate 0.001": 0.3}
-    found = [result(name, "J", mean, 0.001) for name, mean in ends.items()]
+    found = [result(name, lr_schedule.BOUNDED, mean, 0.001) for name, mean in ends.items()]
     found += [result("pes", "excess", 0.02 * louder, 1e-3), result("grid", "minimum", 0.21, None)]
     found += [result("es_single", "excess", 0.02, 1e-3)]
     config = {"also_rates": [0.001], "learning_rate": 0.01, "truncation": 1}
