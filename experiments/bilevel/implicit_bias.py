@@ -207,7 +207,7 @@ def _rows(settings: Settings, method: str, start: float, path: Paths) -> list[di
         return [_numbers(end)]
     every = settings.num_steps // settings.points
     points = [jax.tree.map(lambda x, k=k: x[k], path) for k in range(settings.points)]
-    out = [{"step": 0, **_numbers(_trained(settings, start))}]
+    out: list[dict[str, Any]] = [{"step": 0, **_numbers(_trained(settings, start))}]
     out += [{"step": (k + 1) * every, **_numbers(point)} for k, point in enumerate(points)]
     if method == "warm":
         out.append({"method": "re-trained", **_numbers(_trained(settings, end.theta))})
