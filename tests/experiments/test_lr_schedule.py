@@ -117,15 +117,15 @@ def test_claims_of_several_rates(pes, slow, holds):
 @pytest.mark.parametrize(
     ("pes", "single", "louder", "holds"),
     [
-        (2.0, 0.22, 5.0, [True] * 5),
-        (0.21, 0.22, 5.0, [False, True, True, False, True]),
-        (2.0, 2.2, 1.0, [False, False, False, True, False]),
-        (math.nan, 0.22, 5.0, [None, True, True, None, True]),
+        (2.0, 0.22, 5.0, [True] * 6),
+        (0.21, 0.22, 5.0, [False, True, True, True, False, True]),
+        (2.0, 2.2, 1.0, [False, False, True, False, True, False]),
+        (math.nan, 0.22, 5.0, [None, True, True, True, None, True]),
     ],
 )
 def test_claims_of_windows_of_one_step(pes, single, louder, holds):
     """PES leaves the basin and ES-Single stays, as the noise at a frozen theta predicts."""
-    ends = {"es_single": single, "pes": pes, "pes, rate 0.001": 0.3}
+    ends = {"es_single": single, "pes": pes, "pes, rate 0.001": 0.3, "es_single, rate 0.001": 0.25}
     found = [result(name, lr_schedule.BOUNDED, mean, 0.001) for name, mean in ends.items()]
     found += [result("pes", "excess", 0.02 * louder, 1e-3), result("grid", "minimum", 0.21, None)]
     found += [result("es_single", "excess", 0.02, 1e-3)]
@@ -147,7 +147,7 @@ def test_smoke_of_windows_of_one_step(tmp_path):
     )
     folder = present(framework.execute(lr_schedule.EXPERIMENT, settings))
     summary = results.read_summary(folder)
-    assert len(lr_schedule.claims(summary)) == 5
+    assert len(lr_schedule.claims(summary)) == 6
     fast, slow = (
         summary.find("excess", objective="loss", estimator=name)["mean"]
         for name in ("pes", "pes, rate 0.001")
