@@ -242,7 +242,7 @@ def _trained(settings: Settings, theta: float) -> Paths:
     zero = jnp.zeros(2)
     grad = jax.grad(inner_loss(0.0))(zero, theta)
     step, _ = newton(0.0, settings.damping)(theta).update(grad, optax.EmptyState(), zero)
-    w = optax.apply_updates(zero, step)
+    w = zero + jnp.asarray(step)
     return Paths(theta, np.asarray(w), np.asarray(outer(w, theta)))
 
 

@@ -311,19 +311,19 @@ def _stable(summary: Summary) -> list[Claim]:
         says = f"loss, {windows}: es_single with rate {rate:g} ends below pes with rate {other:g}"
         out.append(Claim(says, paper, finding.text, finding.holds))
     for other in config["also_rates"]:
-        ends = [
+        ours, theirs = (
             summary.find(BOUNDED, objective="loss", estimator=_label(name, other, rate))
             for name in ("es_single", "pes")
-        ]
-        if all(ends):
-            finding, says = evidence.less(*ends), f"loss, {windows}, rate {other:g}"
+        )
+        if ours and theirs:
+            finding, says = evidence.less(ours, theirs), f"loss, {windows}, rate {other:g}"
             says += ": es_single is further than pes after the same updates"
             out.append(Claim(says, paper, finding.text, finding.holds))
-    noise = [
+    loud, quiet = (
         summary.find("excess", objective="loss", estimator=name) for name in ("pes", "es_single")
-    ]
-    if all(noise):
-        finding = evidence.more(*noise, factor=LOUDER)
+    )
+    if loud and quiet:
+        finding = evidence.more(loud, quiet, factor=LOUDER)
         says = f"loss, {windows}: at rate {rate:g} pes's noise keeps J further above its minimum "
         says += f"than es_single's, {LOUDER:g} times or more (predicted at a frozen theta)"
         out.append(Claim(says, paper, finding.text, finding.holds))
