@@ -57,7 +57,7 @@ class Settings(CommonSettings):
     """Number of training steps."""
     points: int = 50
     """Number of points on each curve; it divides the number of steps."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws its initial weights and its batches."""
 
 

@@ -87,7 +87,6 @@ SCALES = {
         learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         num_checks=5000,
         steps_per_check=200_000,
-        seeds=(0, 1, 2, 3, 4),
     ),
 }
 

@@ -60,7 +60,8 @@ class Settings(CommonSettings):
     num_samples_real: int = 20
     """Chains of 20 episodes on the other problems."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each seed draws other noise and other episodes, on the same problems at the same theta."""
+    """Each seed draws other noise and other episodes, on the same problems at the same theta. Three
+    do, since the claims rest on the samples of all seeds together."""
 
 
 SCALES = {

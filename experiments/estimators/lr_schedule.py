@@ -1,7 +1,20 @@
-"""``lr_schedule``: tunes a learning rate's start and decay during one training run."""
+"""``lr_schedule``: tunes a learning rate's start and decay during one training run.
+
+``--also-rates`` compares rates of Adam, for a claim of Vicol et al. 2023: in windows of one step
+(``--truncation 1``) PES explodes with the rate 0.01 and is slow with 0.001, and ES-Single is fine
+with 0.01. The first half is seen here, and follows: ``adam_noise`` predicts from the noise at a
+frozen theta how far above its minimum J stays with a rate. J has a cliff near its minimum (a theta0
+three times as large makes the training diverge), so that a walk of PES's size falls off, and
+nothing leads back from there. The second half does not reproduce at this scale: ES-Single falls
+off as well. It has little noise, so that Adam takes steps of nearly the whole rate along the
+gradient of the window's loss. Its sign changes within an episode (early losses ask for a larger
+theta0, late ones for a smaller), and theta follows it by up to the rate times the number of
+windows, which is many times the basin. Where that is small both stay, and ES-Single is faster.
+"""
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +28,7 @@ from experiments._framework import curves, evidence, heat_map, training
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
+from experiments.estimators import adam_noise
 from experiments.problems import data, image_mlp
 from unrollgrad.running import need
 from unrollgrad.types import UnrolledProblem
@@ -64,7 +78,8 @@ class Settings(CommonSettings):
     learning_rate: float = 0.01
     """Adam's learning rate at the beginning."""
     also_rates: tuple[float, ...] = ()
-    """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`."""
+    """Further learning rates: each estimator runs with them too, as `pes, rate 0.001`. Then the
+    noise of the estimators at a frozen theta is measured as well."""
     final_fraction: float = 0.0
     """The share of the learning rate that a cosine decay leaves; 1: the papers' constant rate."""
     points: int = 25
@@ -108,11 +123,28 @@ RANGES = ((1e-3, 1.0), (0.3, 100.0))
 """Ranges of theta0 and theta1 on the grid."""
 
 
+FROZEN = (0.074, 3.3)
+"""Theta0 and theta1 at which the noise is measured: near the minimum of J at scale cpu."""
+
+NOISE_WORKERS = 10
+"""Workers with which each seed measures the noise."""
+
 NEAR = 0.05
 """How far above the grid's minimum J may end, as a fraction of it, to be near."""
 
 FAR = 0.3
 """How far above the grid's minimum J must end, as a fraction of it, to be far."""
+
+
+GUESS = math.log(10)
+"""The cross-entropy of a guess, which J is at most to count: where theta makes the training
+diverge it is any number, and one seed's 10^8 would hide the others."""
+
+BOUNDED = "J or a guess"
+"""The metric J, but at most that of a guess."""
+
+LOUDER = 3.0
+"""How many times es_single's excess pes's must be to count as louder."""
 
 
 class Task(NamedTuple):
@@ -144,7 +176,29 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             axes = heat_map.logarithms(RANGES, settings.cells)
             heat_map.write_grid(task.objective, axes, write_here)
         key, theta = jax.random.key(seed), jnp.log(jnp.array(settings.start))
+        if settings.also_rates:
+            progress_here("noise at a frozen theta", 0.0)
+            _write_noise(shared, task.plan, key, write_here)
         training.side_by_side(task.plan, key, theta, write_here, progress_here)
+
+
+def _write_noise(settings: Settings, plan: training.Plan, key: jax.Array, write: Write) -> None:
+    """Writes how far above its minimum J should stay, for each estimator and rate."""
+    windows, theta = settings.horizon // settings.truncation, jnp.log(jnp.array(FROZEN))
+    for name in settings.estimators:
+        estimator = plan.methods[name].estimator
+        found = adam_noise.noise(
+            estimator, windows, NOISE_WORKERS, jax.random.fold_in(key, 1), theta
+        )
+        for rate in (settings.learning_rate, *settings.also_rates):
+            label = _label(name, rate, settings.learning_rate)
+            numbers = {"variance": found.variance.sum(), "excess": adam_noise.excess(found, rate)}
+            write({"estimator": label, **numbers})
+
+
+def _label(name: str, rate: float, first: float) -> str:
+    """The name of an estimator with a rate."""
+    return name if rate == first else f"{name}, rate {rate:g}"
 
 
 @functools.lru_cache(maxsize=2)
@@ -161,12 +215,15 @@ def _prepare(settings: Settings, objective: str) -> Task:
         estimator = ug.REGISTRY[name].build(problem, **common)
         for rate in (settings.learning_rate, *settings.also_rates):
             decayed = optax.cosine_decay_schedule(rate, settings.num_steps, settings.final_fraction)
-            label = name if rate == settings.learning_rate else f"{name}, rate {rate:g}"
+            label = _label(name, rate, settings.learning_rate)
             methods[label] = training.Method(estimator, optax.adam(decayed), settings.num_steps)
     measured = heat_map.objective(problem, settings.num_episodes)
+    rates = bool(settings.also_rates)
 
     def evaluate(theta):
-        return {"J": measured.fresh(theta[None])[0], **heat_map.named(theta)}
+        j = measured.fresh(theta[None])[0]
+        bounded = jnp.where(j <= GUESS, j, GUESS)  # also where it is not finite
+        return {"J": j, **heat_map.named(theta), **({BOUNDED: bounded} if rates else {})}
 
     return Task(measured, training.Plan(methods, evaluate, settings.points))
 
@@ -224,8 +281,9 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """PES and ES-Single end near the grid's minimum; truncated estimators do not."""
     papers = "Vicol et al. 2021, 2023"
-    config = summary.about.get("config", {})
-    out = _stable(summary) if config.get("also_rates") else []
+    if summary.about.get("config", {}).get("also_rates"):
+        return _stable(summary)
+    out = []
     for objective in ("loss", "accuracy"):
         found = [
             *heat_map.ends_near(summary, "pes", NEAR, papers, objective=objective),
@@ -242,15 +300,43 @@ def claims(summary: Summary) -> list[Claim]:
 
 def _stable(summary: Summary) -> list[Claim]:
     """The claims for several rates: es_single's rate is too high for pes, a lower one slow."""
+    paper = "Vicol et al. 2023"
     config = summary.about["config"]
     rate, windows = config["learning_rate"], f"in windows of {config['truncation']}"
-    single = summary.find("J", objective="loss", estimator="es_single")
+    single = summary.find(BOUNDED, objective="loss", estimator="es_single")
     out = []
     for other in (rate, *config["also_rates"]):
-        name = "pes" if other == rate else f"pes, rate {other:g}"
-        finding = evidence.less(single, summary.find("J", objective="loss", estimator=name))
+        name = _label("pes", other, rate)
+        finding = evidence.less(single, summary.find(BOUNDED, objective="loss", estimator=name))
         says = f"loss, {windows}: es_single with rate {rate:g} ends below pes with rate {other:g}"
-        out.append(Claim(says, "Vicol et al. 2023", finding.text, finding.holds))
+        out.append(Claim(says, paper, finding.text, finding.holds))
+    for other in config["also_rates"]:
+        ours, theirs = (
+            summary.find(BOUNDED, objective="loss", estimator=_label(name, other, rate))
+            for name in ("es_single", "pes")
+        )
+        if ours and theirs:
+            finding, says = evidence.less(ours, theirs), f"loss, {windows}, rate {other:g}"
+            says += ": es_single is further than pes after the same updates"
+            out.append(Claim(says, paper, finding.text, finding.holds))
+    loud, quiet = (
+        summary.find("excess", objective="loss", estimator=name) for name in ("pes", "es_single")
+    )
+    if loud and quiet:
+        finding = evidence.more(loud, quiet, factor=LOUDER)
+        says = f"loss, {windows}: at rate {rate:g} pes's noise keeps J further above its minimum "
+        says += f"than es_single's, {LOUDER:g} times or more (predicted at a frozen theta)"
+        out.append(Claim(says, paper, finding.text, finding.holds))
+    least = heat_map.minimum(summary, objective="loss")
+    if least is None:
+        return out
+    bound, at = (1 + FAR) * least, f"loss, {windows}, rate {rate:g}"
+    pes = summary.find(BOUNDED, objective="loss", estimator="pes")
+    left, stays = evidence.above(pes, bound), evidence.below(single, bound)
+    says = f"{at}: pes ends at least {FAR:.0%} above the grid's minimum"
+    out.append(Claim(says, paper, f"{left.text} against {evidence.shown(bound)}", left.holds))
+    says = f"{at}: es_single ends less than {FAR:.0%} above it"
+    out.append(Claim(says, paper, f"{stays.text} against {evidence.shown(bound)}", stays.holds))
     return out
 
 

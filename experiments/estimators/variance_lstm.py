@@ -57,7 +57,7 @@ class Settings(CommonSettings):
     """Size of the embedding."""
     hidden: int = 5
     """Units of the LSTM."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws new weights, another place of the corpus, other characters and noise."""
 
 

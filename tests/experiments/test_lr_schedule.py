@@ -107,8 +107,54 @@ def test_further_rates_have_runs_of_their_own():
 )
 def test_claims_of_several_rates(pes, slow, holds):
     ends = {"es_single": (0.2, 0.01), "pes": pes, "pes, rate 0.001": slow}
-    found = [result(name, "J", mean, se) for name, (mean, se) in ends.items()]
+    found = [result(name, lr_schedule.BOUNDED, mean, se) for name, (mean, se) in ends.items()]
     config = {"also_rates": [0.001], "learning_rate": 0.01, "truncation": 1}
     claims = lr_schedule.claims(results.Summary(found, {"config": config}))
     assert [claim.holds for claim in claims[:2]] == holds
     assert "in windows of 1: es_single with rate 0.01 ends below pes" in claims[0].says
+
+
+@pytest.mark.parametrize(
+    ("pes", "single", "louder", "holds"),
+    [
+        (2.0, 0.22, 5.0, [True] * 6),
+        (0.21, 0.22, 5.0, [False, True, True, True, False, True]),
+        (2.0, 2.2, 1.0, [False, False, True, False, True, False]),
+        (math.nan, 0.22, 5.0, [None, True, True, True, None, True]),
+    ],
+)
+def test_claims_of_windows_of_one_step(pes, single, louder, holds):
+    """PES leaves the basin and ES-Single stays, as the noise at a frozen theta predicts."""
+    ends = {"es_single": single, "pes": pes, "pes, rate 0.001": 0.3, "es_single, rate 0.001": 0.25}
+    found = [result(name, lr_schedule.BOUNDED, mean, 0.001) for name, mean in ends.items()]
+    found += [result("pes", "excess", 0.02 * louder, 1e-3), result("grid", "minimum", 0.21, None)]
+    found += [result("es_single", "excess", 0.02, 1e-3)]
+    config = {"also_rates": [0.001], "learning_rate": 0.01, "truncation": 1}
+    claims = lr_schedule.claims(results.Summary(found, {"config": config}))
+    assert [claim.holds for claim in claims] == holds
+
+
+@pytest.mark.experiments
+def test_smoke_of_windows_of_one_step(tmp_path):
+    settings = dataclasses.replace(
+        lr_schedule.SCALES["smoke"],
+        objectives=("loss",),
+        estimators=("pes", "es_single"),
+        truncation=1,
+        also_rates=(0.001,),
+        final_fraction=1.0,
+        out=tmp_path,
+    )
+    folder = present(framework.execute(lr_schedule.EXPERIMENT, settings))
+    summary = results.read_summary(folder)
+    assert len(lr_schedule.claims(summary)) == 6
+    fast, slow = (
+        summary.find("excess", objective="loss", estimator=name)["mean"]
+        for name in ("pes", "pes, rate 0.001")
+    )
+    assert fast == pytest.approx(10 * slow)
+    variances = [
+        summary.find("variance", objective="loss", estimator=name)["mean"]
+        for name in ("pes", "es_single")
+    ]
+    assert variances[0] > 2 * variances[1]  # 40 windows

@@ -14,7 +14,7 @@ import matplotlib.text
 import numpy as np
 import pytest
 
-from experiments.__main__ import EXPERIMENTS
+from experiments.__main__ import EXPERIMENTS, TOPICS
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary, from_json
 from tests.experiments.make_tables import TABLES, find, lines_of
@@ -299,3 +299,20 @@ def test_a_rate_that_diverged_is_not_chosen(name):
     for place in range(len(summary.results)):
         results = with_means(summary.results, [place], lambda mean: math.nan)
         assert [claim.says for claim in verdicts(name, results, summary.about)] == says
+
+
+FEW_SEEDS = {
+    **dict.fromkeys(TOPICS["cost"], "times of one machine; a seed would draw nothing"),
+    **dict.fromkeys(TOPICS["tools"], "a user's own runs; errors are over the samples"),
+    "implicit_bias": "nothing is drawn",
+    "long_run_variance": "errors are over the samples of all seeds together",
+}
+"""Experiments that need no five seeds, and why."""
+
+
+@every_experiment
+def test_claims_rest_on_five_seeds(name):
+    """The seeds of the defaults, and of the published settings, which are four in some papers."""
+    scales = EXPERIMENTS[name].scales
+    assert len(scales["cpu"].seeds) >= (1 if name in FEW_SEEDS else 5)
+    assert len(scales["paper"].seeds) >= (1 if name in FEW_SEEDS else 4)
