@@ -106,11 +106,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 TUNED: dict[str, dict[str, Tuned]] = {
     "swimmer": {
-        "full_es": Tuned(0.3, 1.0),
-        "truncated_es": Tuned(0.3, 30.0),
+        "full_es": Tuned(0.1, 0.1),
+        "truncated_es": Tuned(1.0, 0.3),
         "pes": Tuned(0.3, 1.0),
-        "es_single": Tuned(0.3, 3.0),
-        "nres": Tuned(0.3, 3.0),
+        "es_single": Tuned(0.1, 0.3),
+        "nres": Tuned(0.1, 0.3),
     },
     "half_cheetah": {
         "full_es": Tuned(0.004, 3e-05),
