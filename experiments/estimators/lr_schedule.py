@@ -6,10 +6,10 @@ with 0.01. The first half is seen here, and follows: ``adam_noise`` predicts fro
 frozen theta how far above its minimum J stays with a rate. J has a cliff near its minimum (a theta0
 three times as large makes the training diverge), so that a walk of PES's size falls off, and
 nothing leads back from there. The second half does not reproduce at this scale: ES-Single falls
-off as well. It has little noise, so that Adam takes steps of nearly the whole rate along the
-gradient of the window's loss. Its sign changes within an episode (early losses ask for a larger
-theta0, late ones for a smaller), and theta follows it by up to the rate times the number of
-windows, which is many times the basin. Where that is small both stay, and ES-Single is faster.
+off as well. A likely reason, which no run isolates: it has little noise, so that Adam takes steps
+of nearly the whole rate along the gradient of the window's loss. Its sign changes within an episode
+(early losses ask for a larger theta0, late ones for a smaller), and theta follows it by up to the
+rate times the number of windows, which is many times the basin. Where that is small both stay.
 """
 
 import dataclasses
