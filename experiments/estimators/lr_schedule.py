@@ -260,11 +260,13 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     for (left, right), objective in zip(rows, objectives, strict=True):
         here = [r for r in records if r.labels["objective"] == objective]
         heat_map.draw(left, here, (r"$\theta_0$", r"$\theta_1$"), f"J: {says[objective]}")
-        curves.plot(right, heat_map.runs(here), "J")
+        bounded = any(r.metric == BOUNDED for r in here)  # else one diverged run is all one sees
+        curves.plot(right, heat_map.runs(here), BOUNDED if bounded else "J")
         for r in here:
             if r.metric == "minimum":
                 right.axhline(r.value, color="black", ls=":", label="minimum of the grid")
-        right.set(ylabel="J", title=f"{says[objective]}, truncation {config['truncation']}")
+        says_j = "J, or a guess's loss if that is lower" if bounded else "J"
+        right.set(ylabel=says_j, title=f"{says[objective]}, truncation {config['truncation']}")
         right.legend()
     return figure
 
