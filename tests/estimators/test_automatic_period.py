@@ -1,9 +1,9 @@
-"""Why no estimator chooses its own noise period: the best such rule does not beat both ends.
+"""Why no estimator chooses its own noise period: a fair rule for it does not beat both ends.
 
 The rule, in closed form and without JAX: 32 workers share, for every period, an average of their
 squared episode gradients, whose mean is the variance plus |g|^2. It is unbiased, since the choice
-for an episode depends on earlier episodes alone. An eighth of the workers tries the other periods
-and is left out of the mean, because a single episode of ``pes`` may have 25 times the variance.
+for an episode depends on earlier episodes alone. An eighth of the workers try the other periods
+and are left out of the mean, because a single episode of ``pes`` may have 25 times the variance.
 Statistics that a worker does not share are 32 times as slow.
 """
 

@@ -11,6 +11,7 @@ import numpy as np
 from unrollgrad._checks import arguments, inner_loop, rounding
 from unrollgrad._core.dtypes import wide
 from unrollgrad.diagnostics import _probes
+from unrollgrad.diagnostics._plan import AT_ONCE, SIGMAS, Plan, plan_of
 from unrollgrad.diagnostics.diagnosis import Details, Diagnosis, Sweep
 from unrollgrad.diagnostics.lyapunov import lyapunov
 from unrollgrad.diagnostics.measurements import Derivatives, Measurements, StepCost, derivatives_of
@@ -19,34 +20,12 @@ from unrollgrad.diagnostics.windows import (
     EPISODES,
     Windows,
     probe_keys,
-    stretch_length,
     window_lanes,
     windows_from,
 )
 from unrollgrad.types import Key, Theta, UnrolledProblem
 
 __all__ = ["diagnose"]
-
-SHARE = 0.1
-"""The part of a run of 100 updates that a diagnosis may cost."""
-
-FEWEST, ENOUGH, MOST = 4, 8, 32
-"""Random directions: always, before an episode is cut more finely, and at most."""
-
-STRETCHES = (5, 10)
-"""The fewest and the most stretches into which an episode of many windows is cut."""
-
-SIGMAS = (6, 8)
-"""The fewest and the most values of sigma that are compared."""
-
-ROUNDS = 16
-"""The most episodes for each direction that are differentiated."""
-
-BACKWARD, TANGENT = 5, 3
-"""What counts for a step that is differentiated, in steps forwards: the plan is made unseen."""
-
-AT_ONCE = 4
-"""Episodes that are probed side by side, each with both signs of all lanes."""
 
 
 def diagnose(
@@ -71,7 +50,7 @@ def diagnose(
     Three programs are compiled. Running them costs about a tenth of 100 updates by whole episodes
     with ``num_workers`` antithetic pairs: the budget decides into how many stretches the episode is
     cut, how many directions are probed and how many more episodes are differentiated. The least is
-    four directions with two episodes each, at the cost of up to 350 unrolls, a tenth for 17
+    four directions with two episodes each, at the cost of up to 416 unrolls, a tenth for 21
     workers. Few episodes do not show rare large gradients, and the standard errors do not know what
     was not seen: ``compare`` with many samples does.
 
@@ -115,7 +94,7 @@ def diagnose(
         arguments.check_sigma(sigma)
         rounding.check(sigma, theta)
     horizon = inner_loop.static_horizon(problem, "diagnose")
-    plan = _plan(horizon // truncation, num_workers)
+    plan = plan_of(horizon // truncation, num_workers)
     setup = _Setup(problem, theta, key, horizon, truncation, plan)
     probes = _probe(setup, sigma)
     found = _by_backprop(setup, probes)
@@ -154,50 +133,13 @@ def diagnose(
     return Diagnosis(measurements, recommend(measurements))
 
 
-class _Plan(NamedTuple):
-    """How much is measured: fixed before anything is timed, so that a key gives the same numbers.
-
-    Attributes:
-        stretches: The most stretches into which the episode is cut.
-        lanes: Perturbed copies of an episode; each is a pair.
-        directions: Random directions, an even number.
-        rounds: Episodes for each direction that are differentiated; pairs run in the first two.
-    """
-
-    stretches: int
-    lanes: int
-    directions: int
-    rounds: int
-
-    def unrolls(self) -> int:
-        """What it costs, in unrolls forwards of whole episodes."""
-        paired = 2 * AT_ONCE + EPISODES * self.directions  # the sweep's, and the windows'
-        differentiated = 2 * BACKWARD * self.rounds * self.directions
-        return paired * (2 * self.lanes + 1) + differentiated + 2 * TANGENT * AT_ONCE
-
-
-def _plan(num_windows: int, num_workers: int) -> _Plan:
-    """As many stretches, directions and episodes as the budget allows, in this order."""
-    budget, plan = SHARE * 100 * 2 * num_workers, _Plan(0, 0, 0, 0)
-    for stretches in range(STRETCHES[1], STRETCHES[0] - 1, -1):
-        number = -(-num_windows // stretch_length(num_windows, stretches))
-        plan = _Plan(stretches, max(SIGMAS[0], number + 2), 0, EPISODES)
-        each = plan._replace(directions=1).unrolls() - plan.unrolls()
-        plan = plan._replace(directions=int((budget - plan.unrolls()) // each) // 2 * 2)
-        if plan.directions >= ENOUGH:
-            break
-    plan = plan._replace(directions=int(np.clip(plan.directions, FEWEST, MOST)))
-    more = int(budget - plan.unrolls()) // (2 * BACKWARD * plan.directions)
-    return plan._replace(rounds=int(np.clip(EPISODES + more, EPISODES, ROUNDS)))
-
-
 class _Setup(NamedTuple):
     problem: UnrolledProblem
     theta: Theta
     key: Key
     horizon: int
     truncation: int
-    plan: _Plan
+    plan: Plan
 
     @property
     def num_windows(self) -> int:
