@@ -21,7 +21,13 @@ HORIZONS = {
     "lorenz": 500,
 }
 CANDIDATES = ("es_single", "pes", "gpes", "truncated_es", "bptt", "tbptt")
-WORKERS, SAMPLES = 32, 64
+WORKERS = 32
+SAMPLES = {"digits": 64, "copy_task": 64, "lorenz": 512}
+"""Episodes that make the truth; 2048 where steps are cheap.
+
+With 64, the squared bias of ``tbptt`` on ``control`` was known to half of itself, the variance of
+``es_single`` to a factor of three: a twentieth of its episodes have most of the noise.
+"""
 
 
 @functools.cache
@@ -57,14 +63,15 @@ def errors(name):
         " ".join(k): ug.REGISTRY[r.name].build(made, **common, **r.settings)
         for k, r in rows.items()
     }
+    samples = SAMPLES.get(name, 2048)
     measured = compare(
         made,
         theta,
         estimators,
         reference=ug.REGISTRY[reference].build(made, **common, num_pairs=16),
-        num_samples=SAMPLES,
+        num_samples=samples,
         num_chains=0,
-        batch_size=SAMPLES,
+        batch_size=min(samples, 256),
         key=jax.random.key(7),
     )
     budget = WORKERS * rows["es_single", "{}"].seconds
@@ -86,19 +93,13 @@ def first_of_these(ranking, among):
 
 @pytest.mark.experiments
 def test_regret():
-    """Or the tie is said: 16 episodes of ``control`` do not show its rare large gradients."""
-    regret, missed = {}, []
+    regret = {}
     for name in HORIZONS:
         true, ranking = errors(name), diagnosed(name, 0).ranking
-        chosen, least = first_of_these(ranking, true), min(true.values())
-        regret[name] = true[chosen] / least
-        good = {k for k, error in true.items() if error <= 1.5 * least}
-        print(name, regret[name], chosen, good, flush=True)
-        if not good & {key_of(r) for r in ranking if r.tied}:
-            missed.append(name)
+        regret[name] = true[first_of_these(ranking, true)] / min(true.values())
+        print(name, regret[name], first_of_these(ranking, true), true, flush=True)
     assert np.median(list(regret.values())) <= 1.05, regret
-    assert np.mean([x <= 1.5 for x in regret.values()]) >= 7 / 8, regret
-    assert missed == []
+    assert np.quantile(list(regret.values()), 0.9) <= 1.5, regret
 
 
 @pytest.mark.experiments

@@ -11,6 +11,7 @@ import numpy as np
 from unrollgrad._checks import arguments, inner_loop, rounding
 from unrollgrad._core.dtypes import wide
 from unrollgrad.diagnostics import _probes
+from unrollgrad.diagnostics._plan import AT_ONCE, SIGMAS, Plan, plan_of
 from unrollgrad.diagnostics.diagnosis import Details, Diagnosis, Sweep
 from unrollgrad.diagnostics.lyapunov import lyapunov
 from unrollgrad.diagnostics.measurements import Derivatives, Measurements, StepCost, derivatives_of
@@ -19,25 +20,12 @@ from unrollgrad.diagnostics.windows import (
     EPISODES,
     Windows,
     probe_keys,
-    stretch_length,
     window_lanes,
     windows_from,
 )
 from unrollgrad.types import Key, Theta, UnrolledProblem
 
 __all__ = ["diagnose"]
-
-SHARE = 0.1
-"""The part of a run of 100 updates that a diagnosis may cost."""
-
-FEWEST, MOST = 8, 32
-"""Random directions; with fewer than 8 no verdict has a useful error."""
-
-STRETCHES = 10
-"""The largest number of stretches into which an episode is cut."""
-
-AT_ONCE = 4
-"""Episodes that are probed side by side, each with both signs of all lanes."""
 
 
 def diagnose(
@@ -59,8 +47,12 @@ def diagnose(
     ranking of these numbers alone. What derivatives give is compared with the gradient of the
     smoothed J: a derivative that does not see jumps, or that is lost in chaos, counts as biased.
 
-    Three programs are compiled. Running them costs a tenth of 100 updates by whole episodes with
-    ``num_workers`` antithetic pairs, but at least eight directions with two episodes each.
+    Three programs are compiled. Running them costs about a tenth of 100 updates by whole episodes
+    with ``num_workers`` antithetic pairs: the budget decides into how many stretches the episode is
+    cut, how many directions are probed and how many more episodes are differentiated. The least is
+    four directions with two episodes each, at the cost of up to 416 unrolls, a tenth for 21
+    workers. Few episodes do not show rare large gradients, and the standard errors do not know what
+    was not seen: ``compare`` with many samples does.
 
     Args:
         problem: The inner loop. If its horizon is sampled, a middle one is measured.
@@ -102,7 +94,8 @@ def diagnose(
         arguments.check_sigma(sigma)
         rounding.check(sigma, theta)
     horizon = inner_loop.static_horizon(problem, "diagnose")
-    setup = _Setup(problem, theta, key, horizon, truncation, num_workers)
+    plan = plan_of(horizon // truncation, num_workers)
+    setup = _Setup(problem, theta, key, horizon, truncation, plan)
     probes = _probe(setup, sigma)
     found = _by_backprop(setup, probes)
     exponent = _exponent(setup, probes)
@@ -115,7 +108,7 @@ def diagnose(
         found.bytes,
     )
     spent = probes.spent + found.spent + exponent.spent
-    update = 2 * num_workers * horizon * probes.seconds
+    update = 2 * num_workers * horizon * probes.mean_seconds
     details = Details(
         sigma=probes.sigma,
         sweep=probes.sweep,
@@ -146,28 +139,11 @@ class _Setup(NamedTuple):
     key: Key
     horizon: int
     truncation: int
-    num_workers: int
+    plan: Plan
 
     @property
     def num_windows(self) -> int:
         return self.horizon // self.truncation
-
-    @property
-    def num_lanes(self) -> int:
-        number = self.num_windows
-        return max(8, -(-number // stretch_length(number, STRETCHES)) + 2)
-
-    @property
-    def num_directions(self) -> int:
-        """As many as the budget allows, in trajectories: the sweep and the exponent come first.
-
-        Backpropagation counts as five steps forwards, in both ways for each episode.
-        """
-        budget = SHARE * 100 * 2 * self.num_workers
-        each = 2 * self.num_lanes + 1
-        number = (budget - 2 * AT_ONCE * (each + 10)) / (EPISODES * (each + 2 * 5))
-        step = AT_ONCE // EPISODES
-        return int(np.clip(number, FEWEST, MOST)) // step * step
 
 
 def _with_windows(
@@ -200,17 +176,19 @@ class _Probes(NamedTuple):
     nonfinite: float
     loss: float
     seconds: float  # per inner step of a trajectory
+    mean_seconds: float
     spent: float
     keys: tuple[Key, Key]
 
 
 def _probe(setup: _Setup, sigma: float | None) -> _Probes:
     """Compiles the pairs' program, sweeps sigma, and measures the windows at the chosen one."""
-    problem, theta, number = setup.problem, setup.theta, setup.num_directions
+    problem, theta, plan = setup.problem, setup.theta, setup.plan
+    number, num_lanes = plan.directions, plan.lanes
     dtype = wide(*jax.tree.leaves(theta))
     keys = probe_keys(setup.key, number)
     slopes = _probes.window_slopes(problem, setup.truncation)
-    lanes = window_lanes(setup.num_windows, STRETCHES).padded(setup.num_lanes)
+    lanes = window_lanes(setup.num_windows, plan.stretches).padded(num_lanes)
     some = tuple(k[:AT_ONCE] for k in keys)
     program = slopes.lower(lanes, jnp.ones((), dtype), theta, some).compile()
     times = []
@@ -219,10 +197,10 @@ def _probe(setup: _Setup, sigma: float | None) -> _Probes:
         here = tuple(k[first : first + AT_ONCE] for k in keys)
         return _timed(times, program, lanes, jnp.asarray(sigma, dtype), theta, here)
 
-    sigmas = np.array([sigma]) if sigma is not None else _sigmas(theta)
+    sigmas = np.array([sigma]) if sigma is not None else _sigmas(theta, min(num_lanes, SIGMAS[1]))
     sweep_lanes = _probes.schedule(
         np.broadcast_to((sigmas / sigmas[-1])[:, None], (len(sigmas), setup.num_windows))
-    ).padded(setup.num_lanes)
+    ).padded(num_lanes)
     swept = [run(sweep_lanes, sigmas[-1], keys, i * AT_ONCE) for i in (0, 1)]
     sweep = _sweep(sigmas, swept)
     chosen = sweep.suggestion()
@@ -238,18 +216,19 @@ def _probe(setup: _Setup, sigma: float | None) -> _Probes:
         )
     joined = jax.tree.map(lambda x: x[np.repeat(kept, EPISODES)], joined)
     dim = sum(x.size for x in jax.tree.leaves(theta))
-    windows = windows_from(joined, int(kept.sum()), dim, STRETCHES)
-    per_step = min(times) / (AT_ONCE * (2 * setup.num_lanes + 1) * setup.horizon)
+    windows = windows_from(joined, int(kept.sum()), dim, plan.stretches)
+    steps = AT_ONCE * (2 * num_lanes + 1) * setup.horizon
+    least, mean = min(times) / steps, float(np.mean(times)) / steps
     loss = float(np.mean(joined.loss))
     nonfinite = float(1 - good.mean())
-    return _Probes(chosen, sweep, windows, kept, nonfinite, loss, per_step, sum(times), keys)
+    return _Probes(chosen, sweep, windows, kept, nonfinite, loss, least, mean, sum(times), keys)
 
 
-def _sigmas(theta: Theta) -> np.ndarray:
-    """Eight values over two decades around 1 % of theta's size, above theta's resolution."""
+def _sigmas(theta: Theta, number: int) -> np.ndarray:
+    """Values over two decades around 1 % of theta's size, above theta's resolution."""
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(jax.device_get(theta))]
     size = np.sqrt(np.mean(np.concatenate([x.ravel() for x in leaves]) ** 2)) or 1.0
-    sigmas = 0.01 * size * np.logspace(-1, 1, 8)
+    sigmas = 0.01 * size * np.logspace(-1, 1, number)
     visible = [
         s
         for s in sigmas
@@ -274,36 +253,35 @@ class _Backprop(NamedTuple):
 
 
 def _by_backprop(setup: _Setup, probes: _Probes) -> _Backprop:
-    """Gradients of all episodes by backpropagation, or why there are none."""
+    """Gradients by backpropagation, or why there are none; an episode per direction at a time.
+
+    The first two rounds are the episodes of the pairs.
+    """
     gradients = _probes.backprop_gradients(setup.problem, setup.truncation)
-    number = 2 * AT_ONCE
-    starts = range(0, EPISODES * setup.num_directions, number)
+    number, rounds = setup.plan.directions, setup.plan.rounds
+    episodes, _ = probe_keys(setup.key, number * rounds // 2)
+    each = np.arange(number)
+    at = [EPISODES * each + r if r < EPISODES else number * r + each for r in range(rounds)]
+    along = probes.keys[1][::EPISODES]
     try:
-        some = [k[:number] for k in probes.keys]
-        program = gradients.lower(setup.theta, *some).compile()
+        program = gradients.lower(setup.theta, episodes[at[0]], along).compile()
     except (TypeError, ValueError, NotImplementedError) as error:
         text = str(error)
         loop = "Reverse-mode differentiation does not work" in text
         reason = "a `while_loop` in the step" if loop else text.splitlines()[0][:100]
         return _Backprop(None, f"no derivatives: {reason}", float("nan"), None, 0.0)
-    found, times = [], []
-    for i in starts:
-        here = [k[i : i + number] for k in probes.keys]
-        found.append(_timed(times, program, setup.theta, *here))
+    times: list[float] = []
+    found = [_timed(times, program, setup.theta, episodes[i], along) for i in at]
     lanes = 2 * number
     seconds = min(times) / (lanes * setup.horizon)
     held = _temporary(program)
-    each = None if held is None else held // lanes
+    held = None if held is None else held // lanes
     flat = [
-        np.concatenate([_flat(getattr(out, name), number) for out in found])
+        np.stack([_flat(getattr(out, name), number) for out in found], axis=1)[probes.kept]
         for name in ("whole", "truncated", "along")
     ]
-    return _Backprop(_derived(flat, probes), "", seconds, each, sum(times))
-
-
-def _derived(flat: list[np.ndarray], probes: _Probes) -> Derivatives:
-    whole, truncated, along = (x.reshape(-1, EPISODES, x.shape[1])[probes.kept] for x in flat)
-    return derivatives_of(whole, truncated, np.moveaxis(along, -1, 0), probes.windows)
+    derivatives = derivatives_of(flat[0], flat[1], np.moveaxis(flat[2], -1, 0), probes.windows)
+    return _Backprop(derivatives, "", seconds, held, sum(times))
 
 
 class _Exponent(NamedTuple):
@@ -319,25 +297,25 @@ def _exponent(setup: _Setup, probes: _Probes) -> _Exponent:
     def one(key, theta):
         return lyapunov(setup.problem, theta, key=key).exponents[0]
 
-    keys = probes.keys[0][: 2 * AT_ONCE]
+    keys = probes.keys[0][: 2 * AT_ONCE].reshape(2, AT_ONCE)
     try:
-        program = jax.jit(jax.vmap(one, (0, None))).lower(keys, setup.theta).compile()
+        program = jax.jit(jax.vmap(one, (0, None))).lower(keys[0], setup.theta).compile()
     except (TypeError, ValueError, NotImplementedError):
         return nothing
-    times = []
-    for _ in range(2):
-        values = _timed(times, program, keys, setup.theta)
-    seconds = min(times) / (len(keys) * setup.horizon)
-    return _Exponent(np.asarray(values, np.float64), seconds, sum(times))
+    times: list[float] = []
+    values = [_timed(times, program, some, setup.theta) for some in keys]
+    seconds = min(times) / (AT_ONCE * setup.horizon)
+    return _Exponent(np.concatenate(values).astype(np.float64), seconds, sum(times))
 
 
 def _timed(times: list[float], program: Callable[..., Any], *args: Any) -> Any:
     """Calls the program, adds the seconds to ``times``, and returns the result in numpy.
 
-    Short programs are called up to five times: a single call of theirs says little.
+    At first a short program is called up to ten times within 50 ms: the least time of few calls is
+    that of whatever else the device does.
     """
-    out, enough = None, time.perf_counter() + 0.02
-    for _ in range(5):
+    out, calls, enough = None, 1 if times else 10, time.perf_counter() + 0.05
+    for _ in range(calls):
         begun = time.perf_counter()
         out = jax.block_until_ready(program(*args))
         times.append(time.perf_counter() - begun)

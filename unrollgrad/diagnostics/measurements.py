@@ -61,7 +61,7 @@ def derivatives_of(
         whole: (D, E, P), of ``bptt``: E episodes for each of D random directions.
         truncated: (D, E, P), of ``tbptt``.
         along: (2, D, E), the derivatives of both along the directions.
-        windows: The slopes of antithetic pairs along them, in the same episodes.
+        windows: The slopes of antithetic pairs along them, in the first of these episodes.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sum(whole**2, axis=2)
@@ -71,6 +71,7 @@ def derivatives_of(
         return Derivatives(x, x, x, x, x, x, x, x, nonfinite=float(1 - good.mean()))
     middle = np.median(norms)
     tail = float(norms.max() / middle) if middle > 0 else 1.0
+    along = along[:, :, : windows.own.shape[1]]
     away, forgetful = along - windows.slope()
     own = along[1] - windows.own.sum(axis=2)
     return Derivatives(
