@@ -14,7 +14,8 @@ from tests.helpers import present
 ROOT = Path(__file__).parents[1]
 ORDER: list[str] = [
     *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
-    *("_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems", "diagnostics"),
+    *("_fit", "implicit", "bilevel", "stn", "apo", "learned_optimizers", "problems"),
+    "diagnostics",
     "running",
 ]
 """The rooms of ``unrollgrad``: each imports only from earlier rooms."""
@@ -26,6 +27,7 @@ PUBLIC_FACTORIES = {
     "bsa",
     "bsvrb",
     "compare",
+    "delta_stn",
     "f2sa",
     "fit",
     "fsla",
@@ -41,6 +43,7 @@ PUBLIC_FACTORIES = {
     "solve",
     "spaba",
     "srba",
+    "stn",
     "stocbio",
     "sustain",
     "ttsa",

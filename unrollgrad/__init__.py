@@ -16,6 +16,7 @@ the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key
 which one is best     diagnostics.compare(problem, theta, estimators, reference=..., ...)
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
+hyperparameters       stn: self-tuning networks, which tune them during one training run
 optimizers            apo: learning rates and preconditioners that adapt during one training run
                       learned_optimizers: load("scheduled_adam"), or train your own
 the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
@@ -26,7 +27,7 @@ Start with ``help(unrollgrad.pes)`` or the README; every function's help has an 
 import importlib
 from types import ModuleType
 
-from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
+from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems, stn
 from unrollgrad._core.unroll import episode_loss
 from unrollgrad._fit.fit import FitResult, fit
 from unrollgrad._training.training_problem import TrainingState, final_loss, training_problem
@@ -94,6 +95,7 @@ __all__ = [
     "pes_analytic_replacement",
     "problems",
     "reparameterized_es",
+    "stn",
     "tbptt",
     "training_problem",
     "truncated_es",
