@@ -24,6 +24,7 @@ BUDGET = {
     "tests/experiments": 110,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
+    "tests/stn": 60,
     "unrollgrad": 300,
 }
 """The number of programs that the tests of a folder may compile in one default run.

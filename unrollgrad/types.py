@@ -164,8 +164,8 @@ class Estimate(NamedTuple):
     Attributes:
         grad: A pytree with theta's structure, shapes and dtypes.
         loss: A scalar, at least float32.
-        info: ``Info``, ``BilevelInfo`` from the algorithms of ``bilevel``, ``StnInfo`` from those of
-            ``stn``, or ``AverageInfo`` from ``average``.
+        info: ``Info``; ``BilevelInfo`` from the algorithms of ``bilevel``, ``StnInfo`` from those
+            of ``stn``, or ``AverageInfo`` from ``average``.
     """
 
     grad: Any

@@ -155,7 +155,7 @@ def sigma_of(chosen: Settings, theta: Theta, scales: Any) -> Any:
 
 
 def perturbed(theta: Theta, sigma: Any, unit: Any) -> Theta:
-    """theta + sigma * unit, in theta's dtypes."""
+    """Perturbs theta by sigma * unit, in theta's dtypes."""
     with standard_promotion():
         return jax.tree.map(lambda x, s, u: (x + s * u).astype(x.dtype), theta, sigma, unit)
 

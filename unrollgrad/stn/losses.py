@@ -1,7 +1,8 @@
 """A training loss that is split where the network's outputs are, so that they can be linearised."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from unrollgrad.types import ArrayTree, Key, Numeric, Theta
 __all__ = ["SplitLoss"]
 
 
-class SplitLoss(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SplitLoss:
     """A loss in two parts: the network's outputs, and the loss of these outputs.
 
     It is also the whole loss, ``loss(theta, params, batch, key)``, and can be used wherever such a
