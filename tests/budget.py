@@ -24,7 +24,7 @@ BUDGET = {
     "tests/experiments": 110,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
-    "tests/stn": 60,
+    "tests/stn": 185,
     "unrollgrad": 300,
 }
 """The number of programs that the tests of a folder may compile in one default run.

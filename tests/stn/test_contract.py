@@ -240,7 +240,8 @@ def test_the_cost_of_a_training_step():
 
     def cost(function, carry):
         compiled = jax.jit(function).lower(KEY, theta, carry).compile()
-        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = compiled.memory_analysis()
+        return compiled.cost_analysis()["flops"], memory.temp_size_in_bytes
 
     operations, temporaries = cost(plain, params)
     limits = {("delta_stn", False): 2.2, ("delta_stn", True): 2.8, ("stn", False): 1.3}
@@ -274,9 +275,11 @@ def test_what_a_split_loss_is():
     )
     w, move = jnp.array([0.3, 1.2]), jnp.array([0.5, -0.4])
     linear = 3 * np.sum((np.sin(w) + np.cos(w) * move - 0.1) ** 2)
-    found = ug.stn.losses.moved_loss(loss, 0.1, (w, move), None, KEY)
+    found = ug.stn.losses.moved_loss(loss, jnp.array(0.1), (w, move), None, KEY)
     np.testing.assert_allclose(found, linear, rtol=1e-6)
-    whole = ug.stn.losses.moved_loss(lambda *args: loss(*args), 0.1, (w, move), None, KEY)
+    whole = ug.stn.losses.moved_loss(
+        lambda *args: loss(*args), jnp.array(0.1), (w, move), None, KEY
+    )
     np.testing.assert_allclose(whole, 3 * np.sum((np.sin(w + move) - 0.1) ** 2), rtol=1e-6)
     assert abs(whole - linear) > 1e-2
 
@@ -345,7 +348,7 @@ def test_messages():
     with raises(ValueError, "`delta_stn` draws its own batches", "`sample_batch`"):
         made().estimate(KEY, theta, None, data=data)
     with raises(ValueError, "`history` has no theta"):
-        ug.stn.schedule({"loss": np.zeros(1)}, 0.0)
+        ug.stn.schedule({"loss": np.zeros(1)}, jnp.zeros(()))
     with raises(ValueError, "2 numbers", "(1,)"):
         history = {"theta": np.zeros((3, 1)), "sigma": np.zeros((3, 1))}
         ug.stn.schedule({**history, "loss": np.zeros(3), "inner_steps": np.ones(3)}, jnp.zeros(2))

@@ -138,7 +138,7 @@ def test_the_response_is_the_exact_jacobian(name):
 @pytest.mark.parametrize("name", ["delta_stn", "stn"])
 def test_the_gradient_is_the_hypergradient(name):
     found, exact = converged(name).grad, cf.hypergradient(PROBLEM, THETA)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-4 * np.linalg.norm(exact))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-4 * float(np.linalg.norm(exact)))
     solve = implicit.hypergradient(outer, inner, solver=implicit.dense())
     theirs = solve(as_tree(cf.inner_minimum(PROBLEM, THETA)), split(jnp.asarray(THETA))).grad
     assert np.linalg.norm(found - joined(theirs)) < 0.01 * np.linalg.norm(joined(theirs))
@@ -221,9 +221,9 @@ def test_gating_is_the_best_response_of_a_linear_network():
     loss = linear_network()
 
     def slopes(theta):
-        grad = jax.grad(lambda params: loss(theta, params, None, None))(gated(theta))
+        grad = jax.grad(lambda params: loss(theta, params, None, KEY))(gated(theta))
         other = jax.tree.map(lambda x: 1.1 * x, gated(theta))
-        return grad, jax.grad(lambda params: loss(theta, params, None, None))(other)
+        return grad, jax.grad(lambda params: loss(theta, params, None, KEY))(other)
 
     right, wrong = jax.jit(jax.vmap(slopes))(jnp.linspace(-2, 2, 5))
     assert max(np.max(np.abs(x)) for x in jax.tree.leaves(right)) < 1e-12

@@ -65,7 +65,7 @@ class SelfTuning(NamedTuple):
     scales: Any
     optimizer: optax.OptState
     response_optimizer: optax.OptState
-    sigma_optimizer: optax.OptState
+    sigma_optimizer: optax.OptState | None
 
 
 class Draw(NamedTuple):
@@ -95,7 +95,7 @@ class Method(NamedTuple):
 def self_tuning(chosen: Settings, method: Method) -> GradientEstimator:
     """Makes the estimator: ``train_steps`` training steps, and the gradient for theta."""
     chosen = _checked(chosen)
-    tuned = chosen.sigma_optimizer is not None
+    of_sigma = chosen.sigma_optimizer
 
     def begin(episode: Episode, theta: Theta) -> SelfTuning:
         params = chosen.init_params(jax.random.fold_in(episode.key, _PARAMS))
@@ -104,14 +104,17 @@ def self_tuning(chosen: Settings, method: Method) -> GradientEstimator:
         response = chosen.response.init(jax.random.fold_in(episode.key, _RESPONSE), params, theta)
         response = arguments.floating("response.init(key, params, theta)", response, advice)
         _check_functions(chosen, episode.key, theta, params, response)
-        scales = jax.tree.map(_inverse_softplus, _sigma(chosen, theta)) if tuned else None
+        scales, of_scales = None, None
+        if of_sigma is not None:
+            scales = jax.tree.map(_inverse_softplus, _sigma(chosen, theta))
+            of_scales = _opened(of_sigma, scales)
         return SelfTuning(
             params,
             response,
             scales,
             _opened(chosen.inner_optimizer, params),
             _opened(_of_response(chosen), response),
-            _opened(chosen.sigma_optimizer, scales) if tuned else None,
+            of_scales,
         )
 
     def step(episode: Episode, theta: Theta, carried: SelfTuning):
@@ -128,22 +131,22 @@ def self_tuning(chosen: Settings, method: Method) -> GradientEstimator:
         warm = episode.t > chosen.warm_up
         grad = jax.tree.map(lambda g: jnp.where(warm, g, jnp.zeros_like(g)), grad)
         sigma = sigma_of(chosen, theta, carried.scales)
+        train_loss, perturbed_loss = map(jnp.mean, losses)
         info = StnInfo(
-            jnp.int32(chosen.train_steps),
-            *map(jnp.mean, losses),
-            as_vector(theta),
-            as_vector(sigma),
+            inner_steps=jnp.int32(chosen.train_steps),
+            train_loss=train_loss,
+            perturbed_loss=perturbed_loss,
+            theta=as_vector(theta),
+            sigma=as_vector(sigma),
         )
-        if tuned:
-            moved = _moved(
-                chosen.sigma_optimizer, of_scales, carried.sigma_optimizer, carried.scales
-            )
+        if of_sigma is not None:
+            moved = _moved(of_sigma, of_scales, carried.sigma_optimizer, carried.scales)
             before = (carried.scales, carried.sigma_optimizer)
             scales, state = jax.tree.map(lambda new, old: jnp.where(warm, new, old), moved, before)
             carried = carried._replace(scales=scales, sigma_optimizer=state)
         return Estimate(grad, value, info), carried
 
-    made_by = MadeBy(method.name, (("tune_sigma", tuned),))
+    made_by = MadeBy(method.name, (("tune_sigma", of_sigma is not None),))
     return endless(made_by, begin, step, batches="`sample_batch` and inside `meta_loss`")
 
 
