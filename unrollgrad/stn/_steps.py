@@ -65,7 +65,7 @@ class SelfTuning(NamedTuple):
     scales: Any
     optimizer: optax.OptState
     response_optimizer: optax.OptState
-    sigma_optimizer: optax.OptState | None
+    sigma_optimizer: Any
 
 
 class Draw(NamedTuple):
@@ -249,7 +249,7 @@ def _of_response(chosen: Settings) -> optax.GradientTransformation:
 
 
 def _opened(optimizer: optax.GradientTransformation, variable: Any) -> optax.OptState:
-    state = inner_optimizers.init(lambda theta, t: optimizer, None, variable)
+    state = inner_optimizers.init(lambda theta, t: optimizer, (), variable)
     return jax.tree.map(arguments.strong, state)
 
 
@@ -258,7 +258,7 @@ def _moved(
 ) -> tuple[Any, optax.OptState]:
     """One step of a variable."""
     updates, state = inner_optimizers.update(
-        lambda theta, t: optimizer, None, 0, grad, state, variable
+        lambda theta, t: optimizer, (), 0, grad, state, variable
     )
     with standard_promotion():
         return optax.apply_updates(variable, updates), state
