@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 ORDER: list[str] = [
     *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "samplers"),
     *("_workers", "_fit", "implicit", "bilevel", "apo", "learned_optimizers", "problems"),
+    *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
+    *("_fit", "implicit", "bilevel", "stn", "apo", "learned_optimizers", "problems"),
     "diagnostics",
     "running",
 ]
@@ -29,6 +31,7 @@ PUBLIC_FACTORIES = {
     "compare",
     "diagnose",
     "ddim",
+    "delta_stn",
     "f2sa",
     "fit",
     "fsla",
@@ -44,6 +47,7 @@ PUBLIC_FACTORIES = {
     "solve",
     "spaba",
     "srba",
+    "stn",
     "stocbio",
     "sustain",
     "ttsa",

@@ -18,6 +18,7 @@ which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diag
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
 through samplers      samplers: diffusion and flow models as problems, rewards of their samples
+hyperparameters       stn: self-tuning networks, which tune them during one training run
 optimizers            apo: learning rates and preconditioners that adapt during one training run
                       learned_optimizers: load("scheduled_adam"), or train your own
 the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
@@ -28,7 +29,16 @@ Start with ``help(unrollgrad.pes)`` or the README; every function's help has an 
 import importlib
 from types import ModuleType
 
-from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems, samplers
+from unrollgrad import (
+    apo,
+    constraints,
+    diagnostics,
+    learned_optimizers,
+    noise,
+    problems,
+    samplers,
+    stn,
+)
 from unrollgrad._core.unroll import episode_loss
 from unrollgrad._fit.fit import fit
 from unrollgrad._fit.result import FitResult
@@ -100,6 +110,7 @@ __all__ = [
     "reparameterized_es",
     "samplers",
     "scheduled",
+    "stn",
     "tbptt",
     "training_problem",
     "truncated_es",

@@ -142,6 +142,26 @@ class BilevelInfo(NamedTuple):
     outer_rate: jax.Array
 
 
+class StnInfo(NamedTuple):
+    """The cost of one call of a self-tuning network, and its hyperparameters.
+
+    Attributes:
+        inner_steps: int32, the training steps taken.
+        train_loss: The mean over these steps of the loss of the weights at theta itself
+            (``delta_stn``), or of the response at perturbed hyperparameters (``stn``).
+        perturbed_loss: The mean of the loss of the response at perturbed hyperparameters.
+        theta: The hyperparameters of the call, unconstrained, as one vector in the order of
+            theta's leaves; ``stn.schedule`` makes their values of it.
+        sigma: The standard deviations of their perturbations, in the same order.
+    """
+
+    inner_steps: jax.Array
+    train_loss: jax.Array
+    perturbed_loss: jax.Array
+    theta: jax.Array
+    sigma: jax.Array
+
+
 class Estimate(NamedTuple):
     """An estimate of the outer gradient.
 
@@ -154,13 +174,13 @@ class Estimate(NamedTuple):
     Attributes:
         grad: A pytree with theta's structure, shapes and dtypes.
         loss: A scalar, at least float32.
-        info: ``Info``, ``BilevelInfo`` from the algorithms of ``bilevel``, or ``AverageInfo`` from
-            ``average``.
+        info: ``Info``; ``BilevelInfo`` from the algorithms of ``bilevel``, ``StnInfo`` from those
+            of ``stn``, or ``AverageInfo`` from ``average``.
     """
 
     grad: Any
     loss: jax.Array
-    info: Info | AverageInfo | BilevelInfo
+    info: Info | AverageInfo | BilevelInfo | StnInfo
 
 
 class Episode(NamedTuple):

@@ -99,9 +99,10 @@ def explained_by(*others: Callable[..., Any]) -> Callable[[F], F]:
     return complete
 
 
-def _problem_of(estimators: Any) -> UnrolledProblem | None:
-    one = estimators if isinstance(estimators, GradientEstimator) else next(iter(estimators))
-    return about(one).problem
+def _problem_of(first: Any) -> UnrolledProblem | None:
+    if not isinstance(first, GradientEstimator):  # several estimators, or a loss
+        first = next(iter(first), None) if isinstance(first, list | tuple) else None
+    return about(first).problem if isinstance(first, GradientEstimator) else None
 
 
 def _text(value: object) -> str:

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from unrollgrad._checks import arguments
-from unrollgrad._core import eager, mesh_axes, unroll
-from unrollgrad._core.contexts import own_transfers
-from unrollgrad._core.descriptions import About
+from unrollgrad._core import eager
 from unrollgrad._core.dtypes import standard_promotion
+from unrollgrad._core.endless import endless
 from unrollgrad._training import inner_optimizers
 from unrollgrad.bilevel import data
 from unrollgrad.bilevel._losses import Losses
@@ -31,10 +30,8 @@ from unrollgrad.types import (
     Key,
     MadeBy,
     Theta,
-    Worker,
 )
 
-_FOREVER = 2**31 - 1
 _PARAMS = 0  # folded into an episode's key
 
 
@@ -192,40 +189,13 @@ def forever(
     data of ``losses`` are looked at if a run of ``fit`` ends with numbers that are not finite.
     """
 
-    @own_transfers()
-    def init(key: Key, theta: Theta) -> Worker:
-        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
-        episode = Episode(key, jnp.ones((), jnp.int32), jnp.int32(_FOREVER))
-        names = mesh_axes.axes((key, theta))
-        episode = mesh_axes.over(names, jax.tree.map(arguments.strong, episode))
-        # Copies: a state that is donated must not take theta with it.
-        carried = jax.tree.map(jnp.copy, mesh_axes.over(names, begin(episode, theta)))
-        return Worker(episode, carried, fingerprint)
-
-    def estimate(key: Key, theta: Theta, state: Worker, *, data: ArrayTree | None = None):
-        if data is not None:
-            raise ValueError(
-                f"`{fingerprint.estimator}` draws its own batches; got `data`. Pass them as "
-                "`outer_data` and `inner_data`, finite sums or samplers, and leave `data` out."
-            )
-        key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
-        arguments.check_worker_state(state, jax.eval_shape(init, key, theta))
-        names = mesh_axes.axes((key, theta, state))
-        key, theta, state = mesh_axes.over(names, (key, theta, state))
-        again = state.episode._replace(key=key)
-        episode = unroll.select(state.episode.t == 0, again, state.episode)
-        carried = unroll.reset(episode, theta, begin, state.carried)
-        out, carried = step(episode, theta, carried)
-        t = jnp.where(episode.t < _FOREVER, jnp.maximum(episode.t, 1) + 1, episode.t)
-        return out, Worker(episode._replace(t=t), carried, fingerprint)
-
     def explain(history: dict[str, Any]) -> str:
         sources = {"outer_data": losses.outer_data, "inner_data": losses.inner_data}
         bad = [text for pair in sources.items() if (text := data.bad_rows(*pair))]
         return " ".join(bad) or advice(history)
 
-    init.about = About(str(fingerprint), explain=explain)  # type: ignore[attr-defined]
-    return GradientEstimator(init, jax.jit(estimate))
+    batches = "`outer_data` and `inner_data`, finite sums or samplers"
+    return endless(fingerprint, begin, step, batches=batches, explain=explain)
 
 
 def estimate_of(grad: ArrayTree, theta: Theta, loss: jax.Array, info: BilevelInfo) -> Estimate:
