@@ -6,6 +6,7 @@ what is unrolled      UnrolledProblem(init, step, horizon): any inner loop, as p
                       training_problem(...): from a loss and an optimizer; final_loss, TrainingState
                       problems: small problems with known answers; constraints: for hyperparameters
 one worker            bptt(problem), tbptt(problem, truncation=10): backpropagation, whole or cut
+                      replay(problem, key, theta): bptt of one long episode, in many dispatches
                       full_es, truncated_es: evolution strategies, whole or cut; noise: their laws
                       pes, es_single, gpes: persistent evolution strategies, cut and still right
                       pes_analytic, pes_analytic_replacement, reparameterized_es: with gradients
@@ -29,6 +30,7 @@ from types import ModuleType
 from unrollgrad import apo, constraints, diagnostics, learned_optimizers, noise, problems
 from unrollgrad._core.unroll import episode_loss
 from unrollgrad._fit.fit import FitResult, fit
+from unrollgrad._replay.replay import replay
 from unrollgrad._training.training_problem import TrainingState, final_loss, training_problem
 from unrollgrad._workers.average import average
 from unrollgrad._workers.curriculum import curriculum
@@ -94,6 +96,7 @@ __all__ = [
     "pes_analytic_replacement",
     "problems",
     "reparameterized_es",
+    "replay",
     "tbptt",
     "training_problem",
     "truncated_es",

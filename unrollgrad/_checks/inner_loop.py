@@ -76,13 +76,15 @@ def divisors(number: int) -> str:
 
 
 def check_remat(remat: object) -> None:
-    """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number."""
-    whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
-    named = remat is None or (isinstance(remat, str) and remat in ("step", "sqrt"))
-    if not whole and not named:
+    """Raises ValueError unless ``remat`` is None, "step", "sqrt", "log" or positive numbers."""
+    if remat is None or (isinstance(remat, str) and remat in ("step", "sqrt", "log")):
+        return
+    numbers = remat if isinstance(remat, tuple) else (remat,)
+    whole = (isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
+    if not (numbers and all(whole) and all(n >= 1 for n in numbers)):
         raise ValueError(
-            '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1; got '
-            f"{remat!r}."
+            '`remat` must be None, "step", "sqrt", "log" or how many states to keep, at least 1 '
+            f"(several numbers, one for each level of a tree: a tuple); got {remat!r}."
         )
 
 
