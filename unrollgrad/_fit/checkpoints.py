@@ -54,7 +54,7 @@ class Checkpoints(NamedTuple):
         args = need("orbax.checkpoint", "orbax").args
         items = args.Composite(
             # Copies, since the next dispatch reuses the buffers.
-            run=args.StandardSave([jnp.copy(x) for x in plain(tree)]),
+            run=args.StandardSave([jnp.copy(x) for x in _plain(tree)]),
             history=args.StandardSave(history),
             about=args.JsonSave(about),
         )
@@ -102,11 +102,11 @@ class Checkpoints(NamedTuple):
                 f"`num_steps` is {num_steps}, but the run in {self.folder} has done {step} steps. "
                 "Ask for as many or more, or use another checkpoint_dir."
             )
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in plain(like)]
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in _plain(like)]
         items = args.Composite(run=args.StandardRestore(shapes), history=args.StandardRestore())
         with _read_errors(self.folder):
             found = self.manager.restore(step, args=items)
-        return step, typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
+        return step, _typed(like, found["run"]), jax.tree.map(np.asarray, found["history"])
 
 
 def _steps(folder: Path) -> list[int]:
@@ -228,14 +228,14 @@ def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def plain(tree: object) -> list[jax.Array]:
+def _plain(tree: object) -> list[jax.Array]:
     """The leaves as a file can hold them: keys become their data, empty leaves are left out."""
     leaves = [x for x in jax.tree.leaves(tree) if x.size]
     return [jax.random.key_data(x) if _is_key(x) else x for x in leaves]
 
 
-def typed(like: _Tree, leaves: list[jax.Array]) -> _Tree:
-    """The inverse of ``plain``, for a tree with the structure of ``like``."""
+def _typed(like: _Tree, leaves: list[jax.Array]) -> _Tree:
+    """The inverse of ``_plain``, for a tree with the structure of ``like``."""
     found = iter(leaves)
 
     def typed(x):

@@ -58,9 +58,10 @@ def replay(
         theta: Outer parameters.
         arity: The branches of the tree, at least 2.
         folder: A folder for the states, at most as many as above, and for what has been pulled
-            back. It belongs to this computation; afterwards it holds the result.
-        steps_per_dispatch: The most inner steps in one program. Also the steps that are lost if a
-            run is killed, and those between two writes of a state to the ``folder``.
+            back. It belongs to this computation; afterwards it holds the result. A run that is
+            killed loses at most half a minute, or one dispatch.
+        steps_per_dispatch: The most inner steps in one program. With a ``folder``, what has been
+            pulled back is written after each (about one state and one theta), in the background.
 
     Raises:
         ValueError: If the horizon is sampled, ``arity`` is below 2, the step contains a
@@ -132,11 +133,11 @@ def _replayed(
             total = run.pull(total, leaf, state)
             jax.block_until_ready(total)
             steps = tree.steps_of(leaf)
-            report("backward", schedule.passes(steps, tree.arity) * steps, steps)
             pulled.keep(leaf, total)
-            _forget(states, leaf)
-            # The one before stays, for a process that is killed before it has written this one.
-            _forget(pulled, leaf + 2)
+            _forget(states, leaf, tree.num_leaves)
+            # The one before stays: of several processes, another one may be killed before it has it.
+            _forget(pulled, leaf + 2, tree.num_leaves)
+            report("backward", schedule.passes(steps, tree.arity) * steps, steps)
     return total
 
 
@@ -147,26 +148,31 @@ def _first_state(
     leaf: int,
     report: Callable[[str, int], None],
 ) -> State:
-    """The first state of a leaf, in buffers of its own; those on the way to it are stored."""
+    """The first state of a leaf, in buffers of its own; those on the way to it are stored.
+
+    The first state of the episode is not: ``run`` holds it.
+    """
     origin, stops = schedule.moves(tree, leaf, states.places())
-    if origin is None:
-        origin, state = 0, jax.tree.map(jnp.copy, run.state)
-    else:
-        state = states.find(origin)
+    state = states.find(origin) if origin else jax.tree.map(jnp.copy, run.state)
+    at = origin
     for stop in stops:
-        while origin < stop:
-            state = jax.block_until_ready(run.advance(state, origin))
-            origin += 1
+        while at < stop:
+            state = jax.block_until_ready(run.advance(state, at))
+            at += 1
+            if at < stop:
+                states.note(at, state)
+            elif stop < leaf:
+                states.keep(stop, state)
             report("forward", tree.leaf_steps)
-        if stop < leaf:
-            states.keep(stop, state)
+        _forget(states, origin + 1, stop)
+        origin = stop
     return state
 
 
-def _forget(stored: storage.Storage, first: int) -> None:
-    """Drops what is stored from this place on."""
+def _forget(stored: storage.Storage, first: int, end: int) -> None:
+    """Drops what is stored at these places, the end not included."""
     for place in stored.places():
-        if place >= first:
+        if first <= place < end:
             stored.drop(place)
 
 

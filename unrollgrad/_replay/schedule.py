@@ -75,16 +75,16 @@ def path(tree: Tree, leaf: int) -> Iterator[int]:
         first, size = first + branch * number, min(branch, size - branch * number)
 
 
-def moves(tree: Tree, leaf: int, stored: Iterable[int]) -> tuple[int | None, list[int]]:
+def moves(tree: Tree, leaf: int, stored: Iterable[int]) -> tuple[int, list[int]]:
     """How to get the first state of ``leaf``, given the leaves whose first states are stored.
 
     Returns:
-        The stored leaf to begin at, or None for the beginning of the episode; and the leaves to run
-        to, in order. The first states of all of them but ``leaf`` are to be stored on the way.
+        The stored leaf to begin at, or 0 for the beginning of the episode, whose state is always
+        there; and the leaves to run to, in order. The first states of all of them but ``leaf`` are
+        to be stored on the way.
     """
-    origin = max((place for place in stored if place <= leaf), default=None)
-    stops = [place for place in path(tree, leaf) if origin is None or place > origin]
-    return origin, stops
+    origin = max((place for place in stored if place <= leaf), default=0)
+    return origin, [place for place in path(tree, leaf) if place > origin]
 
 
 def passes(steps: int, arity: int) -> int:
@@ -103,7 +103,7 @@ def forward_steps(
     total, kept = 0, set(stored)
     for leaf in reversed(range(tree.num_leaves if left is None else left)):
         origin, stops = moves(tree, leaf, kept)
-        total += tree.leaf_steps * (leaf - (origin or 0))
+        total += tree.leaf_steps * (leaf - origin)
         total += passes(tree.steps_of(leaf), tree.arity) * tree.steps_of(leaf)
         kept = {place for place in {*kept, *stops} if place < leaf}
     return total

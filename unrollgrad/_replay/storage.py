@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,12 @@ import numpy as np
 
 from unrollgrad._core.contexts import worker_thread
 from unrollgrad._fit import files
-from unrollgrad._fit.checkpoints import lock, plain, typed
+from unrollgrad._fit.checkpoints import lock
 from unrollgrad._workers.mesh import on_all_processes, on_any_process
+
+
+SECONDS = 30.0
+"""After so much work without a file, a state on the way is written too."""
 
 
 class Storage(NamedTuple):
@@ -22,12 +27,14 @@ class Storage(NamedTuple):
 
     Attributes:
         keep: ``keep(place, tree)`` stores a copy.
+        note: ``note(place, tree)`` does so if the way to there took long and a kill would lose it.
         find: ``find(place) -> tree`` makes a copy of what is stored.
         drop: ``drop(place)`` forgets it.
         places: The places at which something is stored.
     """
 
     keep: Callable[[int, Any], None]
+    note: Callable[[int, Any], None]
     find: Callable[[int], Any]
     drop: Callable[[int], None]
     places: Callable[[], set[int]]
@@ -49,12 +56,16 @@ def in_memory(like: Any, number: int) -> Storage:
         found = stored[place]
         return jax.tree.map(jnp.copy, found) if there else unpacked(form, found)
 
-    return Storage(keep, find, stored.pop, lambda: set(stored))
+    return Storage(keep, _nothing, find, stored.pop, lambda: set(stored))
 
 
 def nowhere() -> Storage:
     """Keeps nothing."""
-    return Storage(lambda place, tree: None, lambda place: None, lambda place: None, set)
+    return Storage(_nothing, _nothing, _nothing, _nothing, set)
+
+
+def _nothing(*args: object) -> None:
+    """Does nothing."""
 
 
 def on_disk(folder: Path, name: str, like: Any, queue: "Queue") -> Storage:
@@ -71,10 +82,18 @@ def on_disk(folder: Path, name: str, like: Any, queue: "Queue") -> Storage:
     def path(place):
         return folder / f"{name}-{place}.npz"
 
+    written = time.monotonic()
+
     def keep(place, tree):
+        nonlocal written
         tree = packed(tree)  # now, since the next dispatch takes the buffers over
         queue.put(lambda: files.save(path(place), tree, np.savez))
         stored.add(place)
+        written = time.monotonic()
+
+    def note(place, tree):
+        if time.monotonic() - written > SECONDS:
+            keep(place, tree)
 
     def find(place):
         queue.finish()
@@ -89,7 +108,7 @@ def on_disk(folder: Path, name: str, like: Any, queue: "Queue") -> Storage:
         stored.discard(place)
         queue.put(lambda: path(place).unlink(missing_ok=True))
 
-    return Storage(keep, find, drop, lambda: set(stored))
+    return Storage(keep, note, find, drop, lambda: set(stored))
 
 
 class Queue(NamedTuple):
@@ -144,25 +163,54 @@ def opened(folder: str | Path, about: dict[str, object]) -> Iterator[tuple[Path,
         queue.finish()
 
 
-class Form(NamedTuple):
-    """What is known of a tree without its numbers.
+class Leaf(NamedTuple):
+    """What is known of an array without its numbers.
 
     Attributes:
-        tree: The tree with shapes and dtypes as leaves.
-        leaves: The leaves that hold numbers, likewise; they have layouts.
-        committed: Whether these are bound to their devices.
+        shape: Its shape, with the words of a key as the last axis.
+        dtype: Its dtype; of a key the dtype of the words.
+        sharding: Its layout on the devices.
+        committed: Whether it is bound to them.
+        key_impl: The implementation of keys, or None.
     """
 
-    tree: Any
-    leaves: list[jax.ShapeDtypeStruct]
-    committed: list[bool]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: jax.sharding.Sharding
+    committed: bool
+    key_impl: Any
+
+
+class Form(NamedTuple):
+    """What is known of a tree of arrays without its numbers.
+
+    Attributes:
+        structure: Its structure.
+        leaves: Its leaves.
+    """
+
+    structure: Any
+    leaves: list[Leaf]
 
 
 def form_of(tree: Any) -> Form:
     """The form of a tree of arrays."""
-    leaves = plain(tree)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves]
-    return Form(jax.eval_shape(lambda: tree), shapes, [x.committed for x in leaves])
+
+    def leaf(x):
+        impl = jax.random.key_impl(x) if _is_key(x) else None
+        x = _words(x)
+        return Leaf(x.shape, x.dtype, x.sharding, x.committed, impl)
+
+    leaves, structure = jax.tree.flatten(tree)
+    return Form(structure, [leaf(x) for x in leaves])
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    return jax.random.key_data(x) if _is_key(x) else x
 
 
 def processes() -> dict[str, object]:
@@ -172,7 +220,7 @@ def processes() -> dict[str, object]:
 
 def packed(tree: Any) -> list[list[np.ndarray]]:
     """The tree as arrays of this process: of every leaf its different parts on the devices."""
-    return [[np.array(part) for part in _parts(x)] for x in plain(tree)]
+    return [[np.array(part) for part in _parts(_words(x))] for x in jax.tree.leaves(tree)]
 
 
 def _parts(x: jax.Array) -> list[jax.Array]:
@@ -180,7 +228,7 @@ def _parts(x: jax.Array) -> list[jax.Array]:
     return [shards[devices[0]] for devices in _devices(x).values()]
 
 
-def _devices(x: Any) -> dict[str, list[jax.Device]]:
+def _devices(x: jax.Array | Leaf) -> dict[str, list[jax.Device]]:
     """This process's devices, by the part of the array that they hold."""
     found: dict[str, list[jax.Device]] = {}
     for device, part in x.sharding.addressable_devices_indices_map(x.shape).items():
@@ -190,28 +238,31 @@ def _devices(x: Any) -> dict[str, list[jax.Device]]:
 
 def unpacked(form: Form, packed: list[list[np.ndarray]]) -> Any:
     """The inverse of ``packed``, for a tree of this form."""
-    both = zip(form.leaves, form.committed, packed, strict=True)
-    return typed(form.tree, [_joined(*each) for each in both])
+    both = zip(form.leaves, packed, strict=True)
+    return jax.tree.unflatten(form.structure, [_joined(leaf, parts) for leaf, parts in both])
 
 
-def _joined(like: jax.ShapeDtypeStruct, committed: bool, parts: list[np.ndarray]) -> jax.Array:
-    if not committed:
-        return jnp.asarray(parts[0])
-    assert like.sharding is not None
-    placed = {
-        device: jax.device_put(part, device)
-        for part, devices in zip(parts, _devices(like).values(), strict=True)
-        for device in devices
-    }
-    order = [placed[device] for device in like.sharding.addressable_devices_indices_map(like.shape)]
-    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, order)
+def _joined(leaf: Leaf, parts: list[np.ndarray]) -> jax.Array:
+    if leaf.committed:
+        placed = {
+            device: jax.device_put(part, device)
+            for part, devices in zip(parts, _devices(leaf).values(), strict=True)
+            for device in devices
+        }
+        order = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+        x = jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, [placed[device] for device in order]
+        )
+    else:
+        x = jnp.asarray(parts[0])
+    return x if leaf.key_impl is None else jax.random.wrap_key_data(x, impl=leaf.key_impl)
 
 
 def _fit_on_devices(like: Any, number: int) -> bool:
     """Whether so many trees take less than half of the free memory of every device."""
     needed: dict[jax.Device, int] = {}
-    for x in plain(like):
-        for shard in x.addressable_shards:
+    for x in jax.tree.leaves(like):
+        for shard in _words(x).addressable_shards:
             needed[shard.device] = needed.get(shard.device, 0) + number * shard.data.nbytes
     return all(fits(size, device.memory_stats()) for device, size in needed.items())
 
