@@ -14,7 +14,16 @@ from tests.helpers import present
 ROOT = Path(__file__).parents[1]
 ORDER: list[str] = [
     *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
-    *("_fit", "_replay", "implicit", "bilevel", "apo", "learned_optimizers", "problems", "diagnostics"),
+    *(
+        "_fit",
+        "_replay",
+        "implicit",
+        "bilevel",
+        "apo",
+        "learned_optimizers",
+        "problems",
+        "diagnostics",
+    ),
     "running",
 ]
 """The rooms of ``unrollgrad``: each imports only from earlier rooms."""

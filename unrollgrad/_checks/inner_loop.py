@@ -80,8 +80,10 @@ def check_remat(remat: object) -> None:
     if remat is None or (isinstance(remat, str) and remat in ("step", "sqrt", "log")):
         return
     numbers = remat if isinstance(remat, tuple) else (remat,)
-    whole = (isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
-    if not (numbers and all(whole) and all(n >= 1 for n in numbers)):
+    counts = [
+        isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 1 for n in numbers
+    ]
+    if not counts or not all(counts):
         raise ValueError(
             '`remat` must be None, "step", "sqrt", "log" or how many states to keep, at least 1 '
             f"(several numbers, one for each level of a tree: a tuple); got {remat!r}."

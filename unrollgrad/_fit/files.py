@@ -17,9 +17,7 @@ T = TypeVar("T")
 _ABOUT = "about"
 
 
-def save(
-    path: str | Path, tree: object, write: Callable[..., None] = np.savez_compressed
-) -> Path:
+def save(path: str | Path, tree: object, write: Callable[..., None] = np.savez_compressed) -> Path:
     """Writes the leaves of a tree, by path, into one ``.npz`` file, whole or not at all.
 
     ``write`` is numpy's function for it; ``np.savez`` takes less time and more space.

@@ -167,10 +167,15 @@ def _on_its_mesh(state, pulled, theta, episode):
     theta, episode = jax.tree.map(
         lambda x: x if isinstance(x.sharding, NamedSharding) else placed(x, whole), (theta, episode)
     )
-    slope = [placed(x, s.sharding) for x, s in zip(pulled.slope, floats_of(state), strict=True)]
-    grad = jax.tree.map(lambda x, y: placed(x, y.sharding), pulled.grad, theta)
-    pulled = Pulled(slope, grad, placed(pulled.loss, whole))
+    slope = list(map(_as, pulled.slope, floats_of(state)))
+    grad = jax.tree.map(_as, pulled.grad, theta)
+    pulled = Pulled(slope, grad, jax.tree.map(lambda x: placed(x, whole), pulled.loss))
     return (layouts, [x.sharding for x in jax.tree.leaves(pulled)]), (pulled, theta, episode)
+
+
+def _as(x: jax.Array, other: jax.Array) -> Any:
+    """The array with the layout of another one."""
+    return placed(x, other.sharding) if isinstance(other.sharding, NamedSharding) else x
 
 
 def _laid_out(tree, layouts):

@@ -81,11 +81,12 @@ def replay(
         Engstrom et al., Optimizing ML training with metagradient descent, 2025, arXiv:2503.13751.
     """
     horizon = inner_loop.static_horizon(problem, "replay")
-    if arguments.positive_int("arity", arity) < 2:
+    arity = arguments.positive_int("arity", arity)
+    if arity < 2:
         raise ValueError(f"`arity` must be at least 2; got {arity}. A tree needs branches.")
     most = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
     _check_not_traced(key, theta)
-    tree = schedule.tree(horizon, int(arity), most)
+    tree = schedule.tree(horizon, arity, most)
     with own_transfers():
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
         influence.check_theta(theta, *inner_loop.check_step(problem, key, theta))
@@ -135,7 +136,7 @@ def _replayed(
             steps = tree.steps_of(leaf)
             pulled.keep(leaf, total)
             _forget(states, leaf, tree.num_leaves)
-            # The one before stays: of several processes, another one may be killed before it has it.
+            # The one before stays: another process may be killed before it has written this one.
             _forget(pulled, leaf + 2, tree.num_leaves)
             report("backward", schedule.passes(steps, tree.arity) * steps, steps)
     return total
@@ -181,5 +182,5 @@ def _check_not_traced(*given: object) -> None:
         raise TypeError(
             "`replay` is a loop of compiled programs, which cannot run inside jit, vmap or grad; "
             "got a traced `key` or `theta`. Call it in a Python loop, or use "
-            "`bptt(problem, remat=\"log\")`, the same tree in one program."
+            '`bptt(problem, remat="log")`, the same tree in one program.'
         )

@@ -93,9 +93,7 @@ def passes(steps: int, arity: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def forward_steps(
-    tree: Tree, left: int | None = None, stored: frozenset[int] = frozenset()
-) -> int:
+def forward_steps(tree: Tree, left: int | None = None, stored: frozenset[int] = frozenset()) -> int:
     """The forward steps that pull back the first ``left`` leaves, by default all of them.
 
     ``stored`` are the leaves whose first states are stored already.

@@ -17,7 +17,6 @@ from unrollgrad._fit import files
 from unrollgrad._fit.checkpoints import lock
 from unrollgrad._workers.mesh import on_all_processes, on_any_process
 
-
 SECONDS = 30.0
 """After so much work without a file, a state on the way is written too."""
 
@@ -76,7 +75,7 @@ def on_disk(folder: Path, name: str, like: Any, queue: "Queue") -> Storage:
     """
     found = {int(file.stem.rpartition("-")[2]) for file in folder.glob(f"{name}-*.npz")}
     stored = on_all_processes(found)
-    shapes = [[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in parts] for parts in packed(like)]
+    shapes: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed(like))
     form = form_of(like)
 
     def path(place):
@@ -151,11 +150,11 @@ def opened(folder: str | Path, about: dict[str, object]) -> Iterator[tuple[Path,
             part.write_text(json.dumps(about))
             part.replace(file)
         held = json.loads(file.read_text())
-        differing = [f"  {k}: {held.get(k)} -> {about[k]}" for k in about if held.get(k) != about[k]]
+        differing = [name for name in about if held.get(name) != about[name]]
         if on_any_process(bool(differing)):
             raise ValueError(
                 f"{folder} holds another computation. There -> here:\n"
-                + "\n".join(differing)
+                + "\n".join(f"  {name}: {held.get(name)} -> {about[name]}" for name in differing)
                 + "\nGo on with the same arguments, or use another folder."
             )
         queue = Queue(worker, [])
