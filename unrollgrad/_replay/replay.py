@@ -43,11 +43,12 @@ def replay(
     in the ``folder``.
 
     Time: T steps backwards, and T (1 + d + D (1 - 1/k)) forwards, if T = k^(D + d) and a dispatch
-    runs k^d steps; never more than T (1 + ceil(log_k(T))) if T is a power of k. (A node of the tree
+    runs k^d steps; otherwise at most
+    T (1 + ceil(log_k(T))), and T more if k is above ``steps_per_dispatch``. (A node of the tree
     runs from its beginning to its last branch; the D levels of nodes above the dispatches therefore
     run a share of 1 - 1/k again, the d levels inside of them everything.) A larger arity takes less
-    time and more memory: for T = 4096 arity 2 runs 10 T steps with 20 states, arity 16 runs 4.8 T
-    with 40, arity 64 3 T with 130. ``info.inner_steps`` is the number of forward steps.
+    time and more memory: for T = 4096 arity 2 runs 10 T steps with 20 states, arity 16 3.9 T with
+    48, arity 64 3 T with 129. ``info.inner_steps`` is the number of forward steps.
 
     With several processes every process makes the same call, with a state that is spread over a
     mesh of all devices from ``init`` on.
