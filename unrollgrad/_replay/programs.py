@@ -63,12 +63,12 @@ def programs(problem: UnrolledProblem, episode: Episode, theta: Theta, tree: Tre
     begin = eager.fixed(functools.partial(_begin, problem), None, episode, theta)
     state, pulled = begin(None, episode, theta)
     where, (pulled, theta, episode) = _on_its_mesh(state, pulled, theta, episode)
-    forward = functools.partial(_advance, problem, tree.leaf_steps, where)
+    forward = functools.partial(_advance, problem, tree.leaf_steps, where[0])
     advance = eager.fixed(forward, state, episode, theta)
     back = {}
     for steps in {tree.steps_of(0), tree.steps_of(tree.num_leaves - 1)}:
-        backward = functools.partial(_pull, problem, steps, tree, where)
-        back[steps] = eager.fixed(backward, pulled, episode, theta, state)
+        part = _Part(problem, steps, tree, where[1])
+        back[steps] = eager.fixed(functools.partial(_pull, part), pulled, episode, theta, state)
     end = eager.fixed(functools.partial(_end, problem), None, pulled, episode, theta)
 
     def at(leaf: int) -> Episode:
@@ -103,12 +103,22 @@ def _begin(problem, _, episode, theta):
     return state, Pulled(slope, grad, jnp.zeros((), wide(*dtypes)))
 
 
-def _advance(problem, steps, where, state, episode, theta):
+def _advance(problem, steps, layouts, state, episode, theta):
     state, _ = unroll.unroll(Segment(problem, episode, steps), theta, state)
-    return _laid_out(state, where[0])
+    return _laid_out(state, layouts)
 
 
-def _pull(problem, steps, tree, where, pulled, episode, theta, state):
+class _Part(NamedTuple):
+    """What one program pulls back: so many steps of the tree; its result has these layouts."""
+
+    problem: UnrolledProblem
+    steps: int
+    tree: Tree
+    layouts: list[Any] | None
+
+
+def _pull(part, pulled, episode, theta, state):
+    problem, steps, tree, layouts = part
     segment, horizon = Segment(problem, episode, steps), tree.num_steps
     remat = unroll.branches(steps, tree.arity)
     floats, rebuild = split(state)
@@ -125,7 +135,7 @@ def _pull(problem, steps, tree, where, pulled, episode, theta, state):
     grad, slope = back((jnp.ones_like(loss), pulled.slope))
     with standard_promotion():
         total = (pulled.loss + loss).astype(pulled.loss.dtype)
-    return _laid_out(Pulled(slope, _plus(pulled.grad, grad), total), where[1])
+    return _laid_out(Pulled(slope, _plus(pulled.grad, grad), total), layouts)
 
 
 def _evaluated(problem, episode, theta, state, pulled):
