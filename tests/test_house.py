@@ -18,6 +18,16 @@ ORDER: list[str] = [
     *("types", "_checks", "_core", "noise", "constraints", "_training", "estimators", "_workers"),
     *("_fit", "implicit", "bilevel", "stn", "apo", "learned_optimizers", "problems"),
     "diagnostics",
+    *(
+        "_fit",
+        "_replay",
+        "implicit",
+        "bilevel",
+        "apo",
+        "learned_optimizers",
+        "problems",
+        "diagnostics",
+    ),
     "running",
 ]
 """The rooms of ``unrollgrad``: each imports only from earlier rooms."""

@@ -6,6 +6,7 @@ what is unrolled      UnrolledProblem(init, step, horizon): any inner loop, as p
                       training_problem(...): from a loss and an optimizer; final_loss, TrainingState
                       problems: small problems with known answers; constraints: for hyperparameters
 one worker            bptt(problem), tbptt(problem, truncation=10): backpropagation, whole or cut
+                      replay(problem, key, theta): bptt of one long episode, in many dispatches
                       full_es, truncated_es: evolution strategies, whole or cut; noise: their laws
                       pes, es_single, gpes: persistent evolution strategies, cut and still right
                       pes_analytic, pes_analytic_replacement, reparameterized_es: with gradients
@@ -42,6 +43,7 @@ from unrollgrad import (
 from unrollgrad._core.unroll import episode_loss
 from unrollgrad._fit.fit import fit
 from unrollgrad._fit.result import FitResult
+from unrollgrad._replay.replay import replay
 from unrollgrad._training.training_problem import TrainingState, final_loss, training_problem
 from unrollgrad._workers.average import average
 from unrollgrad._workers.curriculum import curriculum
@@ -108,6 +110,7 @@ __all__ = [
     "pes_analytic_replacement",
     "problems",
     "reparameterized_es",
+    "replay",
     "samplers",
     "scheduled",
     "stn",

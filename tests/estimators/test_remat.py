@@ -37,7 +37,7 @@ WHOLE = ug.bptt(PROBLEM)
 WINDOW = ug.tbptt(PROBLEM, truncation=10)
 
 
-@pytest.mark.parametrize("remat", ["step", "sqrt", 1, 3, 20, 50])
+@pytest.mark.parametrize("remat", ["step", "sqrt", 1, 3, 20, 50, "log", (2, 3), (4, 5), (2, 50)])
 def test_the_same_gradient(remat):
     assert_close(gradient(ug.bptt(PROBLEM, remat=remat), THETA), gradient(WHOLE, THETA))
 
@@ -58,7 +58,7 @@ DATA = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 WHOLE_OF_DATA = ug.bptt(STREAMED)
 
 
-@pytest.mark.parametrize("remat", ["step", "sqrt", 3])
+@pytest.mark.parametrize("remat", ["step", "sqrt", 3, "log"])
 def test_streamed_data(remat):
     remade = ug.bptt(STREAMED, remat=remat)
     assert_close(gradient(remade, THETA, DATA), gradient(WHOLE_OF_DATA, THETA, DATA))
@@ -121,6 +121,30 @@ def test_sqrt_grows_like_the_root():
     assert slope(None, [64, 1024]) > 0.9  # negative control
 
 
+@pytest.mark.parametrize(
+    ("remat", "states"), [("log", 2 * 10), ((4, 4, 4, 4, 4), 20), ((32, 32), 64)]
+)
+def test_a_tree_keeps_few_states(remat, states):
+    """At T = 1024: the numbers of the levels, two for the carry, and what one step computes."""
+    size = 2 * 64 * 64 * 4
+    one_step = temporary(ug.bptt(mlp_problem(1, 64, 2, 8)[0]), np.float32(-2.0))
+    problem, theta = mlp_problem(1024, 64, 2, 8)
+    assert temporary(ug.bptt(problem, remat=remat), theta) < (states + 2) * size + 2 * one_step
+    if remat == "log":
+        kept = temporary(ug.bptt(problem, remat="sqrt"), theta)
+        assert kept > 32 * size  # negative control
+
+
+@pytest.mark.parametrize("horizon", [20, 16])
+def test_a_tree_of_many_workers(horizon):
+    """Under ``average``: with empty leaves (20 steps of 32), and without."""
+    problem, theta = quadratic(horizon)
+    plain, tree = (
+        gradient(ug.average(ug.bptt(problem, remat=remat), 3), theta) for remat in (None, "log")
+    )
+    assert_close(tree, plain)
+
+
 def test_last_is_the_derivative_of_the_last_steps():
     """It is the derivative of step losses and evaluation with respect to the last thetas."""
     problem = PROBLEM._replace(evaluate=lambda key, theta, s: jnp.sum(s["x"] ** 2))
@@ -163,7 +187,7 @@ def test_last_takes_less_memory():
 
 def test_errors():
     problem, _ = quadratic()
-    for bad in ["steps", 0, -1, 1.5, True]:
+    for bad in ["steps", 0, -1, 1.5, True, (), (2, 0), (2, "log")]:
         with raises(ValueError, "`remat` must be None", repr(bad)):
             ug.bptt(problem, remat=mistyped(bad))
         with raises(ValueError, "`remat` must be None", repr(bad)):

@@ -90,15 +90,20 @@ def divisors(number: int) -> str:
 
 
 def check_remat(remat: object, more: str = "") -> None:
-    """Raises ValueError unless ``remat`` is None, "step", "sqrt" or a positive number.
+    """Raises ValueError unless ``remat`` is None, "step", "sqrt", "log" or positive numbers.
 
     ``more`` is what else the caller takes, for the message.
     """
-    whole = isinstance(remat, int | np.integer) and not isinstance(remat, bool) and remat >= 1
-    named = remat is None or (isinstance(remat, str) and remat in ("step", "sqrt"))
-    if not whole and not named:
+    if remat is None or (isinstance(remat, str) and remat in ("step", "sqrt", "log")):
+        return
+    numbers = remat if isinstance(remat, tuple) else (remat,)
+    counts = [
+        isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 1 for n in numbers
+    ]
+    if not counts or not all(counts):
         raise ValueError(
-            '`remat` must be None, "step", "sqrt" or how many states to keep, at least 1'
+            '`remat` must be None, "step", "sqrt", "log" or how many states to keep, at least 1 '
+            "(several numbers, one for each level of a tree: a tuple)"
             f"{more and ', '}{more}; got {remat!r}."
         )
 

@@ -7,7 +7,7 @@ which reads its closure, and is compiled only if the program that comes out is a
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -23,19 +23,20 @@ class Program:
 
     Attributes:
         jaxpr: The program, whose constants are arguments: scalars are printed in it.
+        text: The program as text, and the constants of the programs inside of it.
     """
 
     def __init__(self, jaxpr: Any):
         """Wraps the program of ``jax.make_jaxpr``."""
-        self.jaxpr, self._text = jaxpr, (str(jaxpr), *_inner_constants(jaxpr))
+        self.jaxpr, self.text = jaxpr, (str(jaxpr), *_inner_constants(jaxpr))
 
     def __eq__(self, other: object) -> bool:
         """Whether the other program is the same."""
-        return isinstance(other, Program) and self._text == other._text
+        return isinstance(other, Program) and self.text == other.text
 
     def __hash__(self) -> int:
         """As the text."""
-        return hash(self._text)
+        return hash(self.text)
 
     def __call__(self, constants: list[jax.Array], *leaves: jax.Array) -> list[jax.Array]:
         """The leaves of the function's result."""
@@ -88,3 +89,37 @@ def compiled(function: Callable[..., Out]) -> Callable[..., Out]:
         return jax.tree.unflatten(jax.tree.structure(shape), _run(program, constants, leaves))
 
     return call
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _run_over(
+    program: Program, constants: list[jax.Array], first: list[jax.Array], leaves: list[jax.Array]
+) -> list[jax.Array]:
+    return program(constants, *first, *leaves)
+
+
+class Fixed(NamedTuple):
+    """A traced function: it is called with arguments of the same form, without another trace.
+
+    Attributes:
+        program: The program.
+        constants: The arrays that the function closed over.
+        structure: The structure of the result.
+    """
+
+    program: Program
+    constants: list[jax.Array]
+    structure: Any
+
+    def __call__(self, first: Any, *args: Any) -> Any:
+        """The result; it takes the buffers of ``first`` over."""
+        leaves = _run_over(
+            self.program, self.constants, jax.tree.leaves(first), jax.tree.leaves(args)
+        )
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def fixed(function: Callable[..., Any], *args: Any) -> Fixed:
+    """The function as it is for arguments of the form of ``args``."""
+    program, constants, shape = traced(function, *args)
+    return Fixed(program, constants, jax.tree.structure(shape))

@@ -28,7 +28,7 @@ from unrollgrad.types import (
     UnrolledProblem,
 )
 
-Remat = Literal["step", "sqrt"] | int | None
+Remat = Literal["step", "sqrt", "log"] | int | tuple[int, ...] | None
 """The states that backpropagation keeps: all values (None), every step's state, or some states."""
 
 _Data = ArrayTree | None
@@ -166,13 +166,15 @@ def scan(
         return step(carry, jax.random.fold_in(keys, t), t, batch)
 
     inputs = (jnp.arange(num_steps, dtype=jnp.int32), segment.data)
-    if remat is None:
+    numbers = _numbers_of_states(remat, num_steps)
+    if len(numbers) > 1:
+        return _nested(body, carry, inputs, numbers)
+    if not numbers:
         return jax.lax.scan(body, carry, inputs)
-    if remat == "step":
-        return jax.lax.scan(_remade(body), carry, inputs)
     # Stretches of equal length, and the remaining steps; each keeps its first state.
-    wanted = math.isqrt(num_steps) if remat == "sqrt" else min(remat, num_steps)
-    length = -(-num_steps // wanted)
+    length = -(-num_steps // numbers[0])
+    if length == 1:
+        return jax.lax.scan(_remade(body), carry, inputs)
     stretches = num_steps // length
     whole = stretches * length
 
@@ -186,6 +188,69 @@ def scan(
         return carry, out.ravel()
     carry, rest = stretch(carry, jax.tree.map(lambda x: x[whole:], inputs))
     return carry, jnp.concatenate([out.ravel(), rest])
+
+
+def _numbers_of_states(remat: Remat, num_steps: int) -> tuple[int, ...]:
+    """The numbers of states that are kept: of the whole, of one of its stretches, and so on."""
+    if remat is None:
+        return ()
+    if isinstance(remat, tuple):
+        return remat
+    if remat == "log":
+        return branches(num_steps, 2)
+    if isinstance(remat, str):
+        return (num_steps if remat == "step" else math.isqrt(num_steps),)
+    return (min(remat, num_steps),)
+
+
+def branches(num_steps: int, arity: int) -> tuple[int, ...]:
+    """The branches per level, from the root on, of a tree that has the steps as its leaves.
+
+    They are ``arity``, and at the root as few as are needed; the product is at least ``num_steps``.
+    """
+    if num_steps == 1:
+        return ()
+    levels, leaves = 1, arity
+    while leaves < num_steps:
+        levels, leaves = levels + 1, leaves * arity
+    return (-(-num_steps * arity // leaves), *[arity] * (levels - 1))
+
+
+def _nested(
+    body: Callable, carry: _Carry, inputs: tuple[jax.Array, _Data], numbers: tuple[int, ...]
+) -> tuple[_Carry, jax.Array]:
+    """Scans over a tree: each level keeps its branches' first states and computes the rest again.
+
+    Where the tree has more leaves than there are steps, the last ones do nothing.
+    """
+    num_steps, leaves = len(inputs[0]), math.prod(numbers)
+    length = -(-num_steps // leaves)
+
+    def step(carry, i):
+        def run(carry):
+            now = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), inputs)
+            return body(carry, now)
+
+        if leaves * length == num_steps:
+            return run(carry)
+
+        def skip(carry):
+            out = jax.eval_shape(run, carry)[1]
+            return carry, mesh_axes.like(out, jnp.zeros(out.shape, out.dtype))
+
+        return jax.lax.cond(i < num_steps, run, skip, carry)
+
+    def over(branch, number, steps):
+        def run(carry, first):
+            return jax.lax.scan(branch, carry, first + steps * jnp.arange(number, dtype=jnp.int32))
+
+        return run
+
+    run, steps = (step, 1) if length == 1 else (over(step, length, 1), length)
+    for number in reversed(numbers):
+        run, steps = over(_remade(run), number, steps), steps * number
+    carry, out = run(carry, jnp.int32(0))
+    return carry, out.ravel()[:num_steps]
 
 
 def repeat(step: Callable[[_Carry], _Carry], carry: _Carry, times: int) -> _Carry:

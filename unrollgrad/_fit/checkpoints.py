@@ -216,7 +216,7 @@ def lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise RuntimeError(
                 f"{folder} is in use by {file.read().strip() or 'another process'}. Wait for it, "
-                "stop it, or use another checkpoint_dir."
+                "stop it, or use another folder."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -103,3 +103,14 @@ def on_any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils  # takes long to import
 
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def on_all_processes(numbers: set[int]) -> set[int]:
+    """Returns the numbers, at least 0, that every process has; all processes must call this."""
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental import multihost_utils  # takes long to import
+
+    most = np.max(multihost_utils.process_allgather(np.asarray(max(numbers, default=0))))
+    have = np.asarray([i in numbers for i in range(int(most) + 1)])
+    return {int(i) for i in np.flatnonzero(np.all(multihost_utils.process_allgather(have), axis=0))}
