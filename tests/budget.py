@@ -19,7 +19,7 @@ BUDGET = {
     "tests": 2430,
     "tests/apo": 235,
     "tests/bilevel": 495,
-    "tests/diagnostics": 290,
+    "tests/diagnostics": 384,
     "tests/estimators": 480,
     "tests/experiments": 110,
     "tests/implicit": 330,

@@ -26,6 +26,7 @@ PUBLIC_FACTORIES = {
     "bsa",
     "bsvrb",
     "compare",
+    "diagnose",
     "f2sa",
     "fit",
     "fsla",

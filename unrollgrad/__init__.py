@@ -13,7 +13,7 @@ one worker            bptt(problem), tbptt(problem, truncation=10): backpropagat
                       REGISTRY: a table of all of them, with bias, variance, time and memory
 many workers          average(estimator, 64); curriculum: stages; make_worker_mesh: many devices
 the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key=...) -> FitResult
-which one is best     diagnostics.compare(problem, theta, estimators, reference=..., ...)
+which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diagnostics.compare
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
 optimizers            apo: learning rates and preconditioners that adapt during one training run

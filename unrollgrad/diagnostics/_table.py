@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def print_table(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
 ) -> None:
-    """Prints a table, whose first column is to the left, and below it what it means.
+    """Prints a table, and below it what it means; the first column and words are to the left.
 
     Needs rich (``pip install "unrollgrad[experiments]"``).
     """
@@ -28,7 +28,8 @@ def print_table(
         title_justify="left",
     )
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
+        words = all(" " in row[i] for row in rows)
+        table.add_column(heading, justify="left" if i == 0 or words else "right")
     for row in rows:
         table.add_row(*row)
     console.print(table, highlight=False)
