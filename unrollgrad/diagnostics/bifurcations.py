@@ -1,7 +1,4 @@
-"""Starts next to which a small change decides where a trajectory ends, and the ways that part there.
-
-Generalized ridge rider: climb the first Lyapunov exponent as a function of the start, then branch.
-"""
+"""Starts next to which a small change decides where a trajectory ends, and their branches."""
 
 import math
 from typing import NamedTuple
@@ -60,8 +57,8 @@ def bifurcation(
     ``num_steps`` steps. This holds for any map, also where no function is minimised: gradients of
     the players of a game, an optimizer with momentum.
 
-    A climb finds a local maximum: the nearest ridge, or none. Give several starts by ``vmap``. Where
-    the map itself diverges, the exponent is large as well; keep to starts and rates that do not.
+    A climb finds a local maximum: a ridge nearby, or none. Give several starts by ``vmap``. The
+    exponent is large, too, where the map diverges: begin where it does not.
 
     Time: about 6 num_updates · num_steps steps. Memory: num_steps states.
 
