@@ -124,7 +124,9 @@ def rows(records: list[Record]) -> dict[str, dict[str, float]]:
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws the predicted errors, the best on top."""
     found = rows(records)
-    order = sorted(found, key=lambda name: (not found[name]["admissible"], found[name]["predicted"]))
+    order = sorted(
+        found, key=lambda name: (not found[name]["admissible"], found[name]["predicted"])
+    )
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     values = [found[n]["predicted"] for n in order if found[n]["admissible"] == 1]
@@ -177,7 +179,9 @@ def claims(summary: Summary) -> list[Claim]:
     same = len(chosen) == 1 or all(tied[name] > share for name, share in chosen.items())
     text = ", ".join(f"{name} in {share:.0%} of {seeds} seeds" for name, share in chosen.items())
     holds = evidence.told(same, *chosen.values()) if seeds > 1 else None
-    return [Claim("the verdict does not flip between seeds without a tie", "expectation", text, holds)]
+    return [
+        Claim("the verdict does not flip between seeds without a tie", "expectation", text, holds)
+    ]
 
 
 EXPERIMENT = Experiment(
