@@ -15,10 +15,10 @@
 # %% [markdown]
 # # Is it a bug or is it chaos?
 #
-# A gradient through a long loop is huge, or it differs between two machines, or evolution strategies
-# do not learn. It may be a wrong line of code. It may also be the problem itself: in a chaotic
-# system the exact gradient is huge and useless. This notebook tells the two apart on the smallest
-# chaotic system there is, and then asks which estimator still works.
+# A gradient through a long loop is huge, or it differs between two machines, or evolution
+# strategies do not learn. It may be a wrong line of code. It may also be the problem itself: in a
+# chaotic system the exact gradient is huge and useless. This notebook tells the two apart on the
+# smallest chaotic system there is, and then asks which estimator still works.
 #
 # It runs in about a minute on two CPU cores. To install, run `pip install -e ".[experiments]"` in a
 # checkout.
@@ -61,9 +61,9 @@ for i in range(4):
 # %% [markdown]
 # ## Is there a NaN, or a wrong derivative?
 #
-# `locate_nonfinite` looks for the first number that is not finite. `check_grad` compares the gradient
-# with finite differences. It does so on a short episode, since finite differences of the long one do
-# not settle (its third verdict is "cannot tell").
+# `locate_nonfinite` looks for the first number that is not finite. `check_grad` compares the
+# gradient with finite differences. It does so on a short episode, since finite differences of the
+# long one do not settle (its third verdict is "cannot tell").
 
 # %%
 nonfinite = diagnostics.locate_nonfinite(problem, theta, key)
@@ -73,7 +73,8 @@ check = diagnostics.check_grad(short, theta, ug.bptt(short), key)
 check.table()
 
 # %% [markdown]
-# The code is right. This is what a bug would look like: somebody left a `stop_gradient` in the step.
+# The code is right. This is what a bug would look like: somebody left a `stop_gradient` in the
+# step.
 
 
 # %%
@@ -133,8 +134,8 @@ smoothing.plot()
 # %% [markdown]
 # ## Which estimator, then?
 #
-# `diagnose` measures all that decides, and ranks the estimators by the error that they would have at
-# the same cost. Read the first row, and the sentences below the table.
+# `diagnose` measures all that decides, and ranks the estimators by the error that they would have
+# at the same cost. Read the first row, and the sentences below the table.
 
 # %%
 verdict = diagnostics.diagnose(
@@ -154,9 +155,9 @@ verdict.plot()
 #
 # | what you see | what it means |
 # |---|---|
-# | `locate_nonfinite` names a step, and numbers were of usual size before | a bug in that step |
-# | `check_grad` says "differs" for an exact estimator | a bug, or a `stop_gradient`, a jump, an integer |
-# | the exponent is positive, and the gradient grows at its rate | chaos: take evolution strategies |
+# | `locate_nonfinite` names a step, and numbers were small before | a bug in that step |
+# | `check_grad` says "differs" for an exact estimator | a bug, or a jump in the loss |
+# | the exponent is positive, the gradient grows at its rate | chaos: evolution strategies |
 # | the exponent is negative, and the gradient grows for ever | a bug |
 # | runs differ after about 17 / exponent steps in float32 | rounding, not a bug |
 #

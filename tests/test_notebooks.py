@@ -156,4 +156,6 @@ def test_the_notebook_is_the_script(script):
 
 
 def test_each_notebook_is_run():
-    assert [script.stem[:2] for script in SCRIPTS] == [f"{i:02}" for i in (1, 2, 3, 4, *range(8, 14))]
+    assert [script.stem[:2] for script in SCRIPTS] == [
+        f"{i:02}" for i in (1, 2, 3, 4, *range(8, 14))
+    ]
