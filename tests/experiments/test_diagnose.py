@@ -17,7 +17,8 @@ def test_diagnose(tmp_path, capsys):
     settings = dataclasses.replace(diagnose.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(diagnose.EXPERIMENT, settings))
     printed = capsys.readouterr().out
-    assert "Use " in printed and "predicted error" in printed
+    assert "Use " in printed
+    assert "predicted error" in printed
     found = diagnose.rows(results.read(folder))
     (chosen,) = (name for name, row in found.items() if row["recommended"])
     saved = json.loads((folder / "diagnosis-0" / "summary.json").read_text())
