@@ -122,7 +122,7 @@ DYNAMICS = {
         distance=0.01,
     ),
     "mixed game": Dynamics(
-        "nine tenths prisoner's dilemma, a tenth matching pennies",
+        "a tenth is matching pennies",
         step=learners(mixture, 1.0),
         start=_logits(2.0, ()),
         outcome=lambda s: _outcome(jnp.maximum(*s) < -0.8, jnp.minimum(*s) > 0.8),
@@ -132,7 +132,7 @@ DYNAMICS = {
         distance=1.0,
     ),
     "iterated dilemma": Dynamics(
-        "the iterated prisoner's dilemma, policies that react to the other's last move",
+        "players react to the other's last move",
         step=learners(iterated, 5.0),
         start=_logits(1.0, (3,)),
         outcome=_cooperate,

@@ -232,14 +232,16 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             mean = np.array([methods[method][n].mean() for n in runs])
             axis.plot(runs, mean, dash, color=color, marker=marker, label=method)
         axis.set(
-            xlabel="runs (of equal steps: what as many branches cost)",
-            ylabel=f"share with both outcomes, {curves.seeds_of(records, 'mean of')}",
+            xlabel="runs (equal steps: what as many branches cost)",
+            ylabel=f"share with both outcomes ({curves.seeds_of(records, 'mean of')})",
             title=f"{problem}: {DYNAMICS[problem].about}",
             ylim=(-0.03, 1.05),
         )
         axis.title.set_fontsize(8)
         axis.grid(alpha=0.3)
-    bottom[0].legend(loc="best")
+    lines, names = bottom[0].get_legend_handles_labels()
+    place = top[2] if len(top) > 2 else bottom[0]
+    place.legend(lines, names, loc="center", title="runs" if len(top) > 2 else None)
     return figure
 
 
@@ -266,7 +268,7 @@ def _draw_square(figure: Any, axis: Any, records: list[Record]) -> None:
     landscape = list(_at(records, "mixed game", LANDSCAPE).values())
     x, y, value = (np.array([p[k] for p in landscape]) for k in ("x", "y", "exponent"))
     axis.set_axis_on()
-    points = axis.scatter(x, y, c=value, cmap="Greys", marker="s", s=9000 / max(len(x), 90))
+    points = axis.scatter(x, y, c=value, cmap="Greys", marker="s", s=6e4 / max(len(x), 400))
     starts = _at(records, "mixed game", "branches").values()
     axis.plot([p["x"] for p in starts], [p["y"] for p in starts], "C3+", ms=7)
     axis.set(
@@ -303,7 +305,7 @@ def claims(summary: Summary) -> list[Claim]:
     if highest is not None:
         exact = math.log(1 + RATE)
         off = abs(highest["mean"] - exact)
-        text = f"{highest['mean']:.7f} against {exact:.7f}"
+        text = f"{evidence.shown(highest['mean'], '.7f')} against {exact:.7f}"
         says = "the exponent is largest at the barrier's top: log(1 + rate · |curvature|)"
         out.append(Claim(says, "theory", text, evidence.told(off < 1e-5, off)))
     for problem in summary.about["config"]["problems"]:

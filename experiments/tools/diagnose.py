@@ -1,6 +1,7 @@
 """``diagnose``: which gradient estimator to use on a problem, predicted and said in words."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,18 +171,19 @@ def show(records: list[Record]) -> None:
 def claims(summary: Summary) -> list[Claim]:
     """The verdict is the same in every seed, or its rivals are said to be tied."""
     seeds = len(summary.about["config"]["seeds"])
-    chosen = {
-        r["estimator"]: r["mean"]
-        for r in summary.results
-        if r["metric"] == "recommended" and r["mean"] > 0
+    found = {
+        metric: {r["estimator"]: r["mean"] for r in summary.results if r["metric"] == metric}
+        for metric in ("recommended", "tied")
     }
-    tied = {r["estimator"]: r["mean"] for r in summary.results if r["metric"] == "tied"}
-    same = len(chosen) == 1 or all(tied[name] > share for name, share in chosen.items())
-    text = ", ".join(f"{name} in {share:.0%} of {seeds} seeds" for name, share in chosen.items())
-    holds = evidence.told(same, *chosen.values()) if seeds > 1 else None
-    return [
-        Claim("the verdict does not flip between seeds without a tie", "expectation", text, holds)
-    ]
+    chosen = {name: share for name, share in found["recommended"].items() if share != 0}
+    sure = all(found["tied"][name] >= 1 for name in chosen)
+    text = ", ".join(f"{name} in {evidence.shown(x, '.0%')}" for name, x in chosen.items())
+    values = [*found["recommended"].values(), *found["tied"].values()]
+    if not all(map(math.isfinite, values)):
+        text += "; not finite"
+    holds = evidence.told(sure, *values) if seeds > 1 else None
+    says = "the verdict does not flip between seeds without a tie"
+    return [Claim(says, "expectation", f"of {seeds} seeds: {text}", holds)]
 
 
 EXPERIMENT = Experiment(

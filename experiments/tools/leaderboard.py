@@ -261,24 +261,28 @@ def claims(summary: Summary) -> list[Claim]:
     ]
     found = board(records)
     ratio = list(regrets(found).values())
-    if len(ratio) < 2:
-        return []
+    known = [
+        r[k] for rows in found.values() for r in rows.values() for k in ("seconds", "recommended")
+    ]
+    unknown = "" if all(map(math.isfinite, known)) else "; a number is not finite"
     middle, ninth = float(np.median(ratio)), float(np.quantile(ratio, 0.9))
-    text = f"median {middle:.3g}, ninth decile {ninth:.3g} of {len(ratio)} problems"
+    text = f"median {evidence.shown(middle)}, ninth decile {evidence.shown(ninth)} of {len(ratio)}"
     says = "diagnose's choice has at most 1.05 times the least error (median), 1.5 times (90 %)"
-    holds = evidence.told(middle <= 1.05 and ninth <= 1.5, middle, ninth)
-    out = [Claim(says, "expectation", text, holds)]
-    fixed = {
-        name: _always(found, name) for name in dict.fromkeys(n for r in found.values() for n in r)
-    }
+    holds = evidence.told(middle <= 1.05 and ninth <= 1.5, middle, ninth, *known)
+    out = [Claim(says, "expectation", f"{text} problems{unknown}", holds)]
+    names = dict.fromkeys(name for rows in found.values() for name in rows)
+    fixed = {name: _always(found, name) for name in names}
     usable = {name: x for name, x in fixed.items() if math.isfinite(x)}
-    if usable:
-        best = min(usable, key=lambda name: usable[name])
-        mine = float(np.mean(np.log(ratio)))
-        text = f"geometric means {math.exp(mine):.3g} against {math.exp(usable[best]):.3g} ({best})"
-        says = "diagnose's choices have less error than the best single estimator for all problems"
-        out.append(Claim(says, "expectation", text, evidence.told(mine < usable[best], mine)))
-    return out
+    best = min(usable, key=lambda name: usable[name], default="none")
+    mine, others = float(np.mean(np.log(ratio))), usable.get(best, math.nan)
+    text = f"geometric means {_exp(mine)} against {_exp(others)} ({best}){unknown}"
+    says = "diagnose's choices have no more error than the best single estimator for all problems"
+    holds = evidence.told(mine <= others, mine, others, *known)
+    return [*out, Claim(says, "expectation", text, holds)]
+
+
+def _exp(x: float) -> str:
+    return evidence.shown(math.exp(x) if x < 700 else math.inf)
 
 
 def _always(found: Board, name: str) -> float:
