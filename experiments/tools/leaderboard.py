@@ -147,34 +147,32 @@ def _measured(
     steps = 2 * settings.num_workers * it.horizon
     pairs = [settings.num_workers * r["seconds"] for r in rows if r["name"] == "es_single"]
     spend = {"inner_steps": steps, "seconds": [*pairs, budget_seconds][0]}
-    return [_row(row, predicted.get(row["name"]), found, spend) for row in rows]
+    chosen = next((name for name in predicted if name in estimators), None)
+    return [
+        {
+            **_errors(row, spend),
+            "predicted": predicted[name].nmse if name in predicted else math.nan,
+            "recommended": float(name == chosen),
+            "tied": float(name in predicted and predicted[name].tied),
+        }
+        for row in rows
+        for name in [row["name"]]
+    ]
 
 
 def _needs_derivatives(name: str) -> bool:
     return ug.REGISTRY[name].reverse_mode or name in ("forward_mode", "dodge", "uoro")
 
 
-def _row(
-    row: dict[str, Any],
-    predicted: ug.diagnostics.RankedEstimator | None,
-    found: ug.diagnostics.Diagnosis,
-    budget: dict[str, float],
-) -> dict[str, Any]:
-    """The measured errors at both budgets, and what was predicted (NaN if nothing was)."""
+def _errors(row: dict[str, Any], budget: dict[str, float]) -> dict[str, Any]:
+    """The measured errors at both budgets: bias^2, and the variance that so many workers leave."""
     norm = row["reference_norm"] ** 2
     bias = max(row["squared_bias"], 0.0) + EQUAL * norm
-
-    def error(cost: str) -> float:
-        return (bias + row["variance"] * row[cost] / budget[cost]) / norm
-
-    return {
-        "estimator": row["name"],
-        "steps": error("inner_steps"),
-        "seconds": error("seconds"),
-        "predicted": math.nan if predicted is None else predicted.nmse,
-        "recommended": float(predicted is found.recommendation),
-        "tied": float(predicted is not None and predicted.tied),
-    }
+    steps, seconds = (
+        (bias + row["variance"] * row[cost] / budget[cost]) / norm
+        for cost in ("inner_steps", "seconds")
+    )
+    return {"estimator": row["name"], "steps": steps, "seconds": seconds}
 
 
 Board = dict[str, dict[str, dict[str, float]]]

@@ -166,7 +166,7 @@ class _Setup(NamedTuple):
         budget = SHARE * 100 * 2 * self.num_workers
         each = 2 * self.num_lanes + 1
         number = (budget - 2 * AT_ONCE * (each + 10)) / (EPISODES * (each + 2 * 5))
-        step = AT_ONCE // EPISODES
+        step = 2 * AT_ONCE // EPISODES  # whole calls, also of backpropagation
         return int(np.clip(number, FEWEST, MOST)) // step * step
 
 
