@@ -69,7 +69,7 @@ for i in range(4):
 nonfinite = diagnostics.locate_nonfinite(problem, theta, key)
 print(nonfinite.reason)
 short = problem._replace(horizon=8)
-check = diagnostics.check_grad(short, theta, ug.bptt(short), key)
+check = diagnostics.check_grad(short, theta, ug.bptt(short), key, num_samples=200)
 check.table()
 
 # %% [markdown]
@@ -84,7 +84,7 @@ def wrong_step(key, theta, s, t):
 
 
 wrong = ug.UnrolledProblem(init, wrong_step, horizon=8)
-caught = diagnostics.check_grad(wrong, theta, ug.bptt(wrong), key)
+caught = diagnostics.check_grad(wrong, theta, ug.bptt(wrong), key, num_samples=200)
 caught.table()
 
 # %% [markdown]
