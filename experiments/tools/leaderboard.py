@@ -222,7 +222,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.axvline(1, color="grey", lw=0.8)
         axis.set(
             xscale="log",
-            xlabel="mean squared error / |g|² (left is better; 1: as large as the gradient)",
+            xlabel="mean squared error / |g|² (left is better)",
             title=f"measured at equal {'inner ' * (cost == 'steps')}{cost}, those of "
             f"{config['num_workers']} antithetic pairs",
         )
