@@ -34,7 +34,10 @@ def listing() -> None:
     console = running.console()
     topics = {topic: {n: e.about for n, e in found.items()} for topic, found in TOPICS.items()}
     problems = {name: case.about for name, case in PROBLEMS.items()}
-    for title, lines in {**topics, "problems (variance, train --problem NAME)": problems}.items():
+    for title, lines in {
+        **topics,
+        "problems (diagnose, variance, train --problem NAME)": problems,
+    }.items():
         table = running.need("rich.table", "rich").Table(
             title=title, title_justify="left", box=None
         )
@@ -173,6 +176,7 @@ PROGRAM = "python -m experiments"
 def main(arguments: list[str]) -> None:
     """Runs the command; several values may also be given as 1,2,4 or pes,es_single."""
     arguments = [part for given in arguments for part in _parts(given)]
+    arguments = _of_all_problems(arguments)
     asked = arguments[0].replace("-", "_") if arguments else ""
     if asked in EXPERIMENTS:
         experiment = EXPERIMENTS[asked]
@@ -191,6 +195,19 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"there is no command {asked!r}.{meant} `{PROGRAM} list` shows them all.")
     else:
         _print_commands()
+
+
+def _of_all_problems(arguments: list[str]) -> list[str]:
+    """``variance --problem all`` is the leaderboard, which has a table for every problem."""
+    if arguments[:1] != ["variance"] or _last(arguments, "--problem") != "all":
+        return arguments
+    rest, given = [], iter(arguments[1:])
+    for argument in given:
+        if argument == "--problem":
+            next(given)
+        elif not argument.startswith("--problem="):
+            rest.append(argument)
+    return ["leaderboard", *rest]
 
 
 def _parts(given: str) -> list[str]:

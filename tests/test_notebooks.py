@@ -53,6 +53,22 @@ def test_a_learned_optimizer():
 
 
 @pytest.mark.experiments
+def test_bug_or_chaos(capsys):
+    names = run("04")
+    assert "exponent" in capsys.readouterr().out
+    # The statements of the text.
+    assert all(0.4 < x < 0.8 for x in names["losses"])
+    assert max(map(abs, names["gradients"])) > 1e12
+    assert names["nonfinite"].direction is None
+    assert names["check"].verdicts == ["agrees"]
+    assert names["caught"].verdicts == ["differs"]
+    assert names["sweep"].growth == pytest.approx(names["exponent"], abs=0.1)
+    assert 30 < float(names["chaos"].reproducible_steps["float32"]) < 40
+    assert float(names["calm"].exponents[0]) < -0.5
+    assert names["verdict"].recommendation.name not in ("bptt", "forward_mode", "dodge", "tbptt")
+
+
+@pytest.mark.experiments
 @pytest.mark.usefixtures("shown")
 def test_rnn_and_streaming():
     losses = {name: x[-10:].mean() for name, x in run("08")["losses"].items()}
@@ -140,4 +156,6 @@ def test_the_notebook_is_the_script(script):
 
 
 def test_each_notebook_is_run():
-    assert [script.stem[:2] for script in SCRIPTS] == [f"{i:02}" for i in (1, 2, 3, *range(8, 14))]
+    assert [script.stem[:2] for script in SCRIPTS] == [
+        f"{i:02}" for i in (1, 2, 3, 4, *range(8, 14))
+    ]

@@ -44,7 +44,8 @@ class Settings(CommonSettings):
     problem: Literal[tuple(PROBLEMS)] = "lorenz"  # type: ignore[valid-type]
     """What is unrolled. lorenz: theta is two constants of a chaotic system, so that backpropagation
     explodes and a short window sees too little; digits: the learning-rate and momentum schedule of
-    an MLP, on which backpropagation is best. `python -m experiments list` describes them all."""
+    an MLP, on which backpropagation is best. `python -m experiments list` describes them all. With
+    `all`, every problem and every estimator: the command `leaderboard`."""
     estimators: tuple[Literal[tuple(ug.REGISTRY)], ...] = USUAL  # type: ignore[valid-type]
     """The estimators, in the order of the table. Default: those that are compared most often."""
     thetas: tuple[Literal[tuple(PLACES)], ...] = ("start",)  # type: ignore[valid-type]

@@ -1,5 +1,6 @@
 """What is wrong with an unroll, and which estimator to use: bias, variance and cost."""
 
+from unrollgrad.diagnostics.bifurcations import Bifurcation, bifurcation
 from unrollgrad.diagnostics.compare import Comparison, compare
 from unrollgrad.diagnostics.costs import Cost, estimate_cost
 from unrollgrad.diagnostics.diagnose import diagnose
@@ -26,6 +27,7 @@ from unrollgrad.diagnostics.smoothness import (
 from unrollgrad.diagnostics.windows import Windows, exact_windows, measure_windows
 
 __all__ = [
+    "Bifurcation",
     "Comparison",
     "Cost",
     "Derivatives",
@@ -41,6 +43,7 @@ __all__ = [
     "SigmaSweep",
     "StepCost",
     "Windows",
+    "bifurcation",
     "check_grad",
     "compare",
     "diagnose",

@@ -112,7 +112,7 @@ def by_derivatives(step: Map, state: State, frame: jax.Array) -> tuple[State, ja
         return floats_of(new), new
 
     def one(column):
-        tangents = _leaves(column, floats)
+        tangents = from_vector(column, floats)
         _, image, new = jax.jvp(after, (floats,), (tangents,), has_aux=True)
         return new, vector(image)
 
@@ -133,7 +133,7 @@ def by_differences(distance: float | None) -> Push:
         length = relative * jnp.where(size > 0, size, 1)
 
         def one(column):
-            neighbour = _leaves(here + length * column, floats)
+            neighbour = from_vector(here + length * column, floats)
             image = vector(floats_of(step(rebuild(neighbour)))) - vector(floats_of(new))
             return image / jnp.linalg.norm(vector(neighbour) - here)  # as far as it really was
 
@@ -153,8 +153,8 @@ def vector(floats: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([y.ravel().astype(_dtype(floats)) for y in parts])
 
 
-def _leaves(vector: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
-    """The inverse of ``_vector``."""
+def from_vector(vector: jax.Array, like: list[jax.Array]) -> list[jax.Array]:
+    """The inverse of ``vector``: leaves with the shapes and dtypes of ``like``."""
     out, place = [], 0
 
     def take(x):

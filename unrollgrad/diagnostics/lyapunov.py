@@ -88,9 +88,10 @@ class Lyapunov(NamedTuple):
             for i, (x, e) in enumerate(zip(values, errors, strict=True))
         ]
         steps = {name: float(x) for name, x in self.reproducible_steps.items()}
+        peak, measured = _g(self.peak_efolds), len(self.per_step)
         notes = [
             f"Over an episode a small change of the state grows by exp({_g(self.horizon_efolds)}); "
-            f"at most by exp({_g(self.peak_efolds)}) on the way.",
+            f"at most by exp({peak}) within the {measured} steps measured.",
             "Two machines agree for about "
             + ", ".join(f"{x:.0f} steps in {name}" for name, x in steps.items())
             + "."

@@ -1,0 +1,1 @@
+"""What is measured about an unroll itself: exponents, bifurcations."""
