@@ -131,7 +131,7 @@ def engine(name: str) -> Engine:
     def advance(given: Any) -> np.ndarray:
         given = np.asarray(given)
         flat = given.reshape(-1, given.shape[-1]).astype(np.float64)
-        lost = ~(np.abs(flat) < HUGE).all(axis=1)  # NaN too
+        lost = np.logical_not(np.all(np.abs(flat) < HUGE, axis=1))  # NaN too
         flat = np.where(lost[:, None], at_rest, flat)
         begin, controls = np.split(flat, [model.nq + model.nv], axis=1)
         timed = np.concatenate([np.zeros((len(flat), 1)), begin], axis=1)

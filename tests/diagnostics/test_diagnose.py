@@ -13,8 +13,6 @@ import pytest
 import unrollgrad as ug
 from tests.helpers import counted, present, raises
 from unrollgrad.diagnostics import diagnose
-from unrollgrad.diagnostics.diagnose import AT_ONCE, FEWEST, MOST, _Setup
-from unrollgrad.diagnostics.windows import EPISODES
 
 KEY = jax.random.key(0)
 DERIVATIVES = {"bptt", "tbptt", "forward_mode", "dodge", "pes_analytic", "pes_analytic_replacement"}
@@ -221,14 +219,3 @@ def test_table_and_files(capsys, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ranking"][0]["name"] == diagnosis.recommendation.name
     assert re.match(r"Use \w+", summary["verdict"][0])
-
-
-@pytest.mark.parametrize("horizon", [4, 20, 100])
-def test_directions_fill_whole_calls(horizon):
-    """A call with fewer episodes than it was compiled for would fail."""
-    of, theta = ug.problems.chaotic_map(horizon=horizon)
-    for workers in range(1, 300):
-        setup = _Setup(of, theta, KEY, horizon, 2, workers)
-        episodes = EPISODES * setup.num_directions
-        assert episodes % (2 * AT_ONCE) == 0
-        assert FEWEST <= setup.num_directions <= MOST

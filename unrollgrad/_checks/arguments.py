@@ -100,7 +100,7 @@ def floating_leaves(name: str, tree: object, advice: str, what: str = "they") ->
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def strong_state(state: State, made_by: str) -> State:
+def strong_state(state: State | Numeric, made_by: str) -> State:
     """Returns the inner state with every leaf a strongly typed array.
 
     Raises:

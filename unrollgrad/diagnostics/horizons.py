@@ -14,6 +14,7 @@ from unrollgrad._core.dtypes import wide
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.diagnostics import _table
 from unrollgrad.diagnostics.lyapunov import BLOCKS
+from unrollgrad.noise._dense import cut
 from unrollgrad.types import Episode, Key, Segment, Theta, UnrolledProblem
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def horizon_sweep(
     def run(key, theta):
         for_directions, for_episodes = jax.random.split(key)
         if exact:
-            rows = noise.cut(jnp.eye(dim), jax.tree.leaves(theta))
+            rows = cut(jnp.eye(dim), jax.tree.leaves(theta))
             directions = jax.tree.unflatten(jax.tree.structure(theta), rows)
         else:
             law = noise.rademacher()
