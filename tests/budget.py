@@ -19,7 +19,7 @@ BUDGET = {
     "tests": 2575,
     "tests/apo": 235,
     "tests/bilevel": 495,
-    "tests/diagnostics": 390,
+    "tests/diagnostics": 405,
     "tests/estimators": 500,
     "tests/experiments": 110,
     "tests/implicit": 330,

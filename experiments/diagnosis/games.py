@@ -98,7 +98,8 @@ def _outcome(low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _cooperate(players: State) -> jax.Array:
     """Whether both cooperate (1) or defect (0) in the end, by the mean of both rewards."""
-    reward = jnp.add(*iterated(*players)) / 2
+    one, two = iterated(*players)
+    reward = (one + two) / 2
     return _outcome(reward < -1.7, reward > -1.4)
 
 

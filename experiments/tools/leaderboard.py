@@ -290,7 +290,7 @@ def _always(found: Board, name: str) -> float:
         least = min(
             (r["seconds"] for r in rows.values() if math.isfinite(r["seconds"])), default=math.nan
         )
-        logs.append(math.log(rows[name]["seconds"] / least) if name in rows else math.nan)
+        logs.append(np.log(rows[name]["seconds"] / least) if name in rows else math.nan)
     return float(np.mean(logs))
 
 

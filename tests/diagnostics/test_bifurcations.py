@@ -1,6 +1,7 @@
 """Climbs end on the ridge whose exponent is known, and the branches leave on both sides of it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def test_the_direction_is_the_first_right_singular_vector():
         return {"x": jnp.float32(matrix) @ state["x"], "count": state["count"] + 1}
 
     state = {"x": jnp.ones(3), "count": jnp.int32(7)}
-    found = bifurcation(step, state, 6, num_updates=1, distance=0.5)
+    found: Any = bifurcation(step, state, 6, num_updates=1, distance=0.5)
     _, sizes, ways = np.linalg.svd(np.linalg.matrix_power(matrix, 6))
     assert sizes[0] > 1.5 * sizes[1]
     assert abs(found.direction["x"] @ ways[0]) == pytest.approx(1, abs=1e-4)

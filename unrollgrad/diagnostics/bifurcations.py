@@ -1,7 +1,7 @@
 """Starts next to which a small change decides where a trajectory ends, and their branches."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from unrollgrad._core import eager
 from unrollgrad._core.float_leaves import floats_of, split
 from unrollgrad.diagnostics._growth import Map, from_vector, vector
 from unrollgrad.diagnostics.lyapunov import lyapunov_of_map
-from unrollgrad.types import Numeric, State
+from unrollgrad.types import State
 
 __all__ = ["Bifurcation", "bifurcation"]
 
@@ -42,7 +42,7 @@ class Bifurcation(NamedTuple):
 
 def bifurcation(
     step: Map,
-    state: State | Numeric,
+    state: Any,
     num_steps: int,
     *,
     num_updates: int = 100,
