@@ -81,6 +81,8 @@ def on_disk(folder: Path, name: str, like: Any, queue: "Queue") -> Storage:
     def path(place):
         return folder / f"{name}-{place}.npz"
 
+    for place in found - stored:  # one that another process lacks
+        path(place).unlink()
     written = time.monotonic()
 
     def keep(place, tree):
