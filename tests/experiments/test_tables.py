@@ -304,6 +304,7 @@ def test_a_rate_that_diverged_is_not_chosen(name):
 FEW_SEEDS = {
     **dict.fromkeys(TOPICS["cost"], "times of one machine; a seed would draw nothing"),
     **dict.fromkeys(TOPICS["tools"], "a user's own runs; errors are over the samples"),
+    "control_tuning": "it chooses settings and makes no claim",
     "implicit_bias": "nothing is drawn",
     "long_run_variance": "errors are over the samples of all seeds together",
 }
