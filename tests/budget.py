@@ -26,7 +26,7 @@ BUDGET = {
     "tests/learned_optimizers": 190,
     "tests/noise": 140,
     "tests/samplers": 332,
-    "tests/stn": 185,
+    "tests/stn": 205,
     "unrollgrad": 342,
 }
 """The number of programs that the tests of a folder may compile in one default run.

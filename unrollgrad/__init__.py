@@ -18,10 +18,8 @@ the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key
 which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diagnostics.compare
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
-through samplers      samplers: diffusion and flow models as problems, rewards of their samples
-hyperparameters       stn: self-tuning networks, which tune them during one training run
-optimizers            apo: learning rates and preconditioners that adapt during one training run
-                      learned_optimizers: load("scheduled_adam"), or train your own
+of one kind           samplers: rewards of diffusion and flow models; stn: self-tuning networks
+optimizers            apo: adapt during one run; learned_optimizers: load("scheduled_adam"), or train
 the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
 
 Start with ``help(unrollgrad.pes)`` or the README; every function's help has an example.
