@@ -15,19 +15,19 @@ from tests.helpers import COMPILED
 
 BUDGET = {
     "README.md": 35,
-    "docs": 397,
+    "docs": 458,
     "tests": 2575,
     "tests/apo": 235,
-    "tests/bilevel": 495,
-    "tests/diagnostics": 405,
+    "tests/bilevel": 648,
+    "tests/diagnostics": 368,
     "tests/estimators": 500,
-    "tests/experiments": 110,
+    "tests/experiments": 145,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
-    "tests/noise": 140,
-    "tests/samplers": 332,
+    "tests/noise": 90,
+    "tests/samplers": 302,
     "tests/stn": 205,
-    "unrollgrad": 342,
+    "unrollgrad": 438,
 }
 """The number of programs that the tests of a folder may compile in one default run.
 

@@ -181,7 +181,7 @@ def stn(
         >>> network = ug.stn.stn(
         ...     loss=lambda theta, w, batch, key: (w - 1) ** 2 + (w - theta) ** 2,
         ...     meta_loss=lambda theta, w, key: (w - 2) ** 2, init_params=lambda key: jnp.zeros(()),
-        ...     sample_batch=lambda key: None, inner_optimizer=optax.sgd(0.05), tune_sigma=False)
+        ...     sample_batch=lambda key: None, inner_optimizer=optax.sgd(0.01), tune_sigma=False)
         >>> run = ug.fit(network, 0.0, optax.sgd(0.1), num_steps=2000, key=jax.random.key(0))
         >>> print(f"{run.theta:.2f}")
         3.00
