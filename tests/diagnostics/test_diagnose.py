@@ -130,7 +130,7 @@ def test_theta_through_init_alone():
 
 def test_sigma_stays_where_losses_are_finite():
     diagnosis = found("not finite beyond a threshold")
-    assert diagnosis.measurements.details.sigma < 0.005
+    assert diagnosis.measurements.details.sigma < 0.005 / 4  # Gaussian noise is larger than sigma
     assert not diagnosis.measurements.details.sweep.finite().all()
     assert np.isfinite(diagnosis.recommendation.nmse)
 

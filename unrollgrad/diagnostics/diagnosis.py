@@ -23,6 +23,9 @@ __all__ = ["Details", "Diagnosis", "Sweep"]
 OFF_SCALE = 1e4
 """An error so many times as large as the gradient is written at the picture's edge."""
 
+TAIL = 5
+"""Losses have to be finite at so many sigma, which a Gaussian number hardly exceeds."""
+
 SMOOTHED = 0.05
 """The change of the gradient by smoothing that the choice of sigma allows."""
 
@@ -47,7 +50,8 @@ class Sweep(NamedTuple):
         """The largest sigma whose smoothing is not seen.
 
         Its gradient differs from that at every smaller sigma by less than two standard errors of
-        the squared difference, or by less than 5 %.
+        the squared difference, or by less than 5 %. Where losses of larger ones are not finite, it
+        is at most a fifth of the largest that is: the directions are signs, but noise is Gaussian.
 
         Raises:
             ValueError: If losses are not finite whatever sigma.
@@ -59,6 +63,9 @@ class Sweep(NamedTuple):
                 f"{self.sigmas[0]:.3g} to {self.sigmas[-1]:.3g}. Pass a smaller `sigma`, or look "
                 "for the step at which the loss leaves its domain."
             )
+        if not self.finite().all():
+            inside = [i for i in finite if TAIL * self.sigmas[i] <= self.sigmas[finite[-1]]]
+            finite = inside or finite[:1]
         for i in finite[::-1]:
             if all(self._same(i, j) for j in finite if j < i):
                 break
