@@ -19,7 +19,7 @@ which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diag
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
 of one kind           samplers: rewards of diffusion and flow models; stn: self-tuning networks
-optimizers            apo: adapt during one run; learned_optimizers: load("scheduled_adam"), or train
+optimizers            apo: adapt during a run; learned_optimizers: load("scheduled_adam"), or train
 the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
 
 Start with ``help(unrollgrad.pes)`` or the README; every function's help has an example.
