@@ -284,6 +284,7 @@ def _draw_sweep(axis: "Axes", diagnosis: Diagnosis) -> None:
     axis.axvline(sigma, color="k", lw=1)
     axis.annotate(f" {sigma:.2g}", (sigma, 0.02), xycoords=("data", "axes fraction"), fontsize=9)
     lost = ", dotted: not finite" if not finite.all() else ""
+    axis.set_xlim(sweep.sigmas.min() / 1.5, sweep.sigmas.max() * 1.5)  # there may be one sigma
     axis.set(xscale="log", yscale="log", xlabel=f"sigma (line: used{lost})")
     axis.set_ylabel("slope of J along a direction (rms)")
     axis.set_title("does sigma change the gradient?")
