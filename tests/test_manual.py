@@ -107,6 +107,12 @@ def test_links_and_examples_are_seen():
     assert not EXAMPLE.search(">>> import a\n... >>> b\n```bash\nc\n")
 
 
+@pytest.mark.parametrize("page", [*PAGES, *REFERENCE], ids=lambda p: p.name)
+def test_a_page_is_in_the_manuals_table_of_contents(page):
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(rf"[ :]{re.escape(str(page.relative_to(DOCS)))}$", config, re.MULTILINE)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

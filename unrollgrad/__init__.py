@@ -18,7 +18,7 @@ the outer loop        fit(estimator, theta, optax.adam(0.01), num_steps=..., key
 which one is best     diagnostics.diagnose(problem, theta, ...): a verdict; diagnostics.compare
                       episode_loss(problem, key, theta): the objective of one episode
 without unrolling     implicit: derivatives of optima and fixed points; bilevel: algorithms on them
-of one kind           samplers: rewards of diffusion and flow models; stn: self-tuning networks
+for some models       samplers: rewards of diffusion and flow models; stn: self-tuning networks
 optimizers            apo: adapt during a run; learned_optimizers: load("scheduled_adam"), or train
 the contracts         GradientEstimator, Estimate, Episode, Info, AverageInfo: see types
 

@@ -23,7 +23,7 @@ class Dynamics(NamedTuple):
         outcome: ``outcome(state)`` after ``run_steps``: 0 or 1; -1 for neither.
         run_steps: Steps of a run.
         climb_steps: Steps over which the exponent is measured.
-        learning_rate: Of the climb.
+        learning_rate: The rate of the climb, by Adam.
         distance: Half the distance between the branches.
     """
 

@@ -127,8 +127,11 @@ TUNED: dict[str, dict[str, Tuned]] = {
         "nres": Tuned(1.0, 3.0),
     },
 }
-"""Each method's sigma and rate: those with the highest mean return along its runs in the record of
-``control_tuning``, whose seeds are not reported here; where there is no record, the published."""
+"""Each method's sigma and rate.
+
+They have the highest mean return along a run in the record of ``control_tuning``, on seeds that are
+not reported here. The half-cheetah has no such record yet: its values are the published ones.
+"""
 
 PAPER: dict[str, dict[str, Any]] = {
     "swimmer": {"num_pairs": 30},

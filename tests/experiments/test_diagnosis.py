@@ -82,8 +82,9 @@ def errors(name):
         noise = it["variance"] * row.seconds / budget
         # Errors of less than a thousandth of the gradient are equal.
         floor = 1e-6 * it["reference_norm"] ** 2
-        found[k] = max(it["squared_bias"], 0.0) + noise + floor
-    return {k: v for k, v in found.items() if np.isfinite(v)}
+        error = max(it["squared_bias"], 0.0) + noise + floor
+        found[k] = error if np.isfinite(error) else np.inf  # recommending it is infinitely wrong
+    return found
 
 
 def first_of_these(ranking, among):

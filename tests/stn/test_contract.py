@@ -7,35 +7,21 @@ that are spread over four devices.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import unrollgrad as ug
-from tests.helpers import counted, mistyped, numbers, raises, types
+from tests import endless
+from tests.helpers import mistyped, numbers, raises, types
 
-KEY = jax.random.key(0)
+KEY = endless.KEY
 ROWS = 16
 both = pytest.mark.parametrize("name", ["delta_stn", "stn"])
-
-
-def arrays():
-    draw = np.random.default_rng(0).standard_normal
-    return {"x": jnp.asarray(draw((ROWS, 3)), jnp.float32), "y": (jnp.asarray(draw(ROWS)), None)}
-
-
-def theta_of_all_kinds():
-    return {
-        "decay": jnp.float32(-1.0),
-        "scale": [jnp.zeros(3, jnp.bfloat16), None],
-        "shift": (jnp.float64(0.1),),
-    }
 
 
 def init_params(key):
@@ -77,69 +63,17 @@ def build(name, data, **changes):
     return getattr(ug.stn, name)(**settings)
 
 
-class Ran(NamedTuple):
-    theta: Any
-    states: list
-    estimates: list
-    again: Any
-    recompiled: int
-    seeds: Any
-    spread: Any
-    programs: int
-
-
 @functools.cache
-def ran(name) -> Ran:
+def ran(name) -> endless.Ran:
     with jax.enable_x64(True):
-        return _ran(name)
-
-
-def _ran(name):
-    theta, data = theta_of_all_kinds(), arrays()
-    mesh = ug.make_worker_mesh(4)
-    shared = jax.device_put(arrays(), NamedSharding(mesh, P("workers")))
-    keys = jnp.stack([KEY, jax.random.key(5)])
-    theta_there, key_there = jax.device_put((theta, KEY), NamedSharding(mesh, P()))
-    with counted() as programs:
-        estimator = build(name, data)
-        states, estimates = [jax.jit(estimator.init)(KEY, theta)], []
-        for _ in range(4):
-            out, state = estimator.estimate(KEY, theta, states[-1])
-            states.append(state)
-            estimates.append(out)
-        before = programs[0]
-        saved = [np.asarray(x) if not _is_key(x) else x for x in jax.tree.leaves(states[2])]
-        state = jax.tree.unflatten(jax.tree.structure(states[2]), saved)
-        again = estimator.estimate(jax.random.key(9), theta, state)
-        recompiled = programs[0] - before
-        over = jax.jit(jax.vmap(estimator.init, (0, None)))(keys, theta)
-        seeds = jax.jit(jax.vmap(estimator.estimate, (0, None, 0)))(keys, theta, over)
-        there = build(name, shared)
-        state = jax.jit(there.init)(key_there, theta_there)
-        spread = there.estimate(key_there, theta_there, state)
-    return Ran(theta, states, estimates, again, recompiled, seeds, spread, programs[0])
-
-
-def _is_key(x):
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def close(a, b):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-2, atol=2e-3), numbers(a), numbers(b)
-    )
+        return endless.run(functools.partial(build, name), lambda x: x, endless.rows(ROWS))
 
 
 @both
 def test_structure_dtypes_and_one_program(name):
     row = ran(name)
-    for before, after in zip(row.states, row.states[1:], strict=False):
-        assert types(before) == types(after)
-        assert jax.tree.structure(before) == jax.tree.structure(after)
-    grad = row.estimates[0].grad
-    assert types(grad) == types(row.theta)
-    assert jax.tree.structure(grad) == jax.tree.structure(row.theta)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(numbers(row.estimates)))
+    endless.check_form(row)
+    assert types(row.estimates[0].grad) == types(row.theta)
     assert any(np.any(x) for x in jax.tree.leaves(numbers(row.estimates[1].grad)))
     carried = row.states[-1].carried
     assert {k: jax.tree.leaves(x)[0].dtype for k, x in carried.params.items()} == {
@@ -149,34 +83,20 @@ def test_structure_dtypes_and_one_program(name):
     }
     assert carried.response["w"].weights.dtype == jnp.float32
     assert carried.response["half"].dtype == jnp.float32
-    assert int(row.states[-1].episode.t) == 5
-    assert row.recompiled == 0
-    assert row.programs <= 6
 
 
 @both
 def test_a_saved_state_continues_bit_for_bit(name):
     """Whatever the key of the call: all draws come from the key of ``init``."""
-    row = ran(name)
-    expected = numbers((row.estimates[2], row.states[3]))
-    for a, b in zip(jax.tree.leaves(numbers(row.again)), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
-    moved = numbers((row.estimates[1], row.states[2]))
-    assert any(
-        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (expected, moved)), strict=True)
-    )
+    endless.check_goes_on(ran(name))
 
 
 @both
 def test_over_seeds_and_spread_data(name):
     row = ran(name)
-    first = jax.tree.map(lambda x: x[0], row.seeds)
-    close(first[0].grad, row.estimates[0].grad)
-    close(first[1].carried.params, row.states[1].carried.params)
+    endless.check_seeds_and_devices(row)
     draws = numbers(row.seeds[1].carried.params["w"])
     assert np.any(draws[0] != draws[1])  # seeds differ
-    close(row.spread[0].grad, row.estimates[0].grad)
-    close(row.spread[1].carried.params, row.states[1].carried.params)
 
 
 @both
@@ -313,7 +233,7 @@ def test_scaled_rows_of_every_layer(shape, axis, outputs):
 
 
 def test_messages():
-    data, theta = arrays(), jnp_theta()
+    data, theta = endless.rows(ROWS), jnp_theta()
 
     def made(name="delta_stn", **changes):
         small = {"w": np.zeros((3, 2), np.float32), "half": np.zeros(2, np.float32)}

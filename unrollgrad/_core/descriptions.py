@@ -66,7 +66,8 @@ def described(factory: Callable[P, GradientEstimator]) -> Callable[P, GradientEs
         shown += [f"{k}={_text(x)}" for k, x in kwargs.items() if x is not first]
         problem = first if isinstance(first, UnrolledProblem) else _problem_of(first)
         call = f"{getattr(factory, '__name__', 'estimator')}({', '.join(shown)})"
-        made.init.about = About(call, problem)  # type: ignore[attr-defined]
+        own = about(made)._replace(text=call, problem=problem)
+        made.init.about = own  # type: ignore[attr-defined]
         return made
 
     return make

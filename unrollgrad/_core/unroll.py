@@ -135,7 +135,7 @@ def unroll(
 
 def step_key(episode: Episode, t: Numeric) -> Key:
     """Returns the key of the episode's step ``t``."""
-    return jax.random.fold_in(jax.random.fold_in(episode.key, _STEP), t)
+    return jax.random.fold_in(step_keys(episode), t)
 
 
 def one_step(

@@ -60,9 +60,9 @@ class Slopes(NamedTuple):
     """Half differences between the signs of every lane, over sigma; each is (lanes, windows).
 
     Attributes:
-        losses: Of the window's mean loss.
-        starts: Of (T/K) ``evaluate`` at the window's start; zeros without ``evaluate``.
-        ends: Of (T/K) ``evaluate`` at the window's end; zeros without ``evaluate``.
+        losses: Those of the window's mean loss.
+        starts: Those of (T/K) ``evaluate`` at the window's start; zeros without ``evaluate``.
+        ends: Those of (T/K) ``evaluate`` at the window's end; zeros without ``evaluate``.
         loss: The episode's loss under theta itself, a scalar.
     """
 

@@ -37,6 +37,15 @@ def print_table(
         console.print(note, style="dim", highlight=False, markup=False)
 
 
+def readable_bytes(number: float) -> str:
+    """The number with its unit, from bytes to GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
+
+
 def figure(width: float, height: float) -> "Figure":
     """An empty figure that a notebook shows. Needs matplotlib."""
     module = optional_packages.need("matplotlib.figure", "matplotlib")

@@ -44,7 +44,7 @@ class Cost(NamedTuple):
             if value is None:
                 shown = "not known"
             elif name.endswith("bytes"):
-                shown = _readable(value)
+                shown = _table.readable_bytes(value)
             else:
                 shown = f"{value:.2g} s"
             rows.append([name.replace("_", " "), shown])
@@ -170,11 +170,3 @@ def _work(jaxpr: Any) -> np.ndarray:
             elements *= int(np.prod([shape[i] for i in contracted]))
         total += 1, elements
     return total
-
-
-def _readable(size: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.4g} {unit}"
-        size /= 1024  # type: ignore[assignment]
-    raise AssertionError

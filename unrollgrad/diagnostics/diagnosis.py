@@ -9,7 +9,7 @@ import numpy as np
 from unrollgrad.diagnostics import _table
 from unrollgrad.diagnostics.jackknife import leave_one_out, standard_error
 from unrollgrad.diagnostics.measurements import Measurements
-from unrollgrad.diagnostics.recommend import RankedEstimator, label, size, what_would_change
+from unrollgrad.diagnostics.recommend import RankedEstimator, label, what_would_change
 from unrollgrad.diagnostics.report import environment, write_json
 from unrollgrad.diagnostics.styles import styles
 from unrollgrad.diagnostics.windows import of_different_episodes
@@ -160,7 +160,7 @@ class Diagnosis(NamedTuple):
                 f"{row.nmse:.2g} ± {row.nmse_se:.1g}" if row.admissible else "-",
                 _number(row.workers) if row.admissible else "-",
                 f"{1e3 * row.seconds:.2g}",
-                "?" if row.bytes is None else size(row.bytes),
+                "?" if row.bytes is None else _table.readable_bytes(row.bytes),
                 row.reason,
             ]
             for row in _best_of_each(self.ranking)

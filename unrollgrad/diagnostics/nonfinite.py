@@ -134,7 +134,7 @@ class _Forward(NamedTuple):
 
 
 def _report(leaves: list[jax.Array]) -> _Report:
-    """Of the floating leaves."""
+    """Says of every floating leaf whether it has a NaN or an infinity, and how large it is."""
     dtype = wide(*[jnp.finfo(x.dtype).dtype for x in leaves])
     finite = [jnp.where(jnp.isfinite(x), jnp.abs(x), 0).astype(dtype) for x in leaves]
     return _Report(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unrollgrad.diagnostics import _table
 from unrollgrad.diagnostics.jackknife import difference_se, standard_error
 from unrollgrad.diagnostics.measurements import (
     HEAVY_TAIL,
@@ -139,8 +140,9 @@ def _obstacle(m: Measurements, c: Candidate, error: np.ndarray) -> str:
         return "it needs a static horizon, and this one is sampled"
     total = None if c.bytes is None else c.bytes * m.num_workers
     if m.memory_limit is not None and total is not None and total > m.memory_limit:
-        return f"{size(total)} for {m.num_workers} workers exceed the limit of " + size(
-            m.memory_limit
+        return (
+            f"{_table.readable_bytes(total)} for {m.num_workers} workers exceed the limit of "
+            + _table.readable_bytes(m.memory_limit)
         )
     if not np.isfinite(error[0]):
         return "its error or its cost is not finite"
@@ -202,7 +204,7 @@ def what_would_change(measurements: Measurements, ranking: list[RankedEstimator]
     limit = [r for r in ranking if "exceed the limit" in r.reason and r.bytes is not None]
     free = recommend(m._replace(memory_limit=None))[0] if limit else first
     if (free.name, free.settings) != (first.name, first.settings) and free.bytes is not None:
-        needed = size(free.bytes * m.num_workers)
+        needed = _table.readable_bytes(free.bytes * m.num_workers)
         lines.append(f"With {needed} of memory, {label(free)} would be ahead.")
     second = next((r for r in ranking[1:] if r.admissible and not r.tied), None)
     if second is not None and 0 < first.nmse and second.nmse < FAR * first.nmse:
@@ -217,11 +219,3 @@ def label(row: RankedEstimator) -> str:
     """The row's name with its settings, such as ``gpes(noise_period=20)``."""
     settings = ", ".join(f"{k}={v}" for k, v in row.settings.items())
     return f"{row.name}({settings})" if settings else row.name
-
-
-def size(number: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} GiB"

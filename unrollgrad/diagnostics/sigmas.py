@@ -93,8 +93,8 @@ class SigmaSweep(NamedTuple):
     def suggestion(self) -> float | None:
         """``plateau``; without one a safe sigma at which the gradient is seen, or None.
 
-        That is the smallest one beyond the noise wall, or if there is none the one with the best
-        signal to noise ratio.
+        Among the safe ones the smallest beyond the noise wall is taken, and if all are within the
+        wall, the one with the best signal to noise ratio.
         """
         if self.plateau is not None:
             return self.plateau

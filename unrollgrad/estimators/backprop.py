@@ -62,9 +62,9 @@ def bptt(
     Several numbers, (n, m, ...), are a tree: n states of the whole, m of the stretch between two of
     them, and so on: n + m + ... states, what T/(n m ...) steps compute, and a forward pass more for
     each number. ``"log"`` is the tree of twos: 2 log2(T) states, what one step computes (twice, if
-    T is no power of 2), and log2(T) more forward passes; (16, 16, 16) takes 48 states and 3 passes
-    for T = 4096. It compiles the step once per level. For many dispatches in place of one program,
-    that go on after a kill, there is ``replay``.
+    T is not a power of 2), and log2(T) more forward passes. For T = 4096, (16, 16, 16) takes 48
+    states and 3 passes. The step is compiled once per level. ``replay`` runs such a tree in many
+    dispatches, and goes on after a kill.
 
     With ``"reverse"`` it is what one step computes, whatever T is: ``inverse`` makes the states
     again, last to first, and the error of its states is the error of ``grad``. A law keeps T states
@@ -86,8 +86,8 @@ def bptt(
 
     Raises:
         ValueError: If the horizon is sampled, ``last`` is outside 1 to T, ``unbiased`` meets a
-            ``last`` that is no law or never draws T, ``remat`` is not one of these or does not fit
-            ``last`` or ``inverse``, or, in ``estimate``, the step contains a ``while_loop``.
+            ``last`` that is a number or never draws T, ``remat`` is not one of these or does not
+            fit ``last`` or ``inverse``, or, in ``estimate``, the step contains a ``while_loop``.
 
     Example:
         >>> import jax, unrollgrad as ug

@@ -14,7 +14,7 @@ def matmul(x: Any, w: Any) -> jax.Array:
 
     Inside ``init``, ``step`` and ``evaluate`` of a problem every ``x @ w`` does this by itself.
     Elsewhere, in a model that you run on ``law.perturb(theta, factors, scale)``, a leaf with
-    low-rank noise is no array, and this function multiplies with it: x w + scale (x a) b'.
+    low-rank noise is not an array, and this function multiplies by it: x w + scale (x a) b'.
 
     Example:
         >>> import jax.numpy as jnp, unrollgrad as ug

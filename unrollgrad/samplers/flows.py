@@ -34,7 +34,7 @@ def flow(
     - ``"none"``: Euler steps of h = 1/num_steps.
     - ``"memoryless"``: sigma^2 = 2 (1 - t)/t, so dx = (2 v - x/t) dt + sigma dB, whose sample is
       independent of the initial noise; ``adjoint_matching`` needs that. Steps integrate the linear
-      part and the noise exactly (exponential Euler), so that t = 0 is no special case.
+      part and the noise exactly (exponential Euler), so that they hold at t = 0 too.
     - A number or a function ``sigma(t)``: Euler-Maruyama steps with this sigma, finite on [0, 1).
 
     All are of first order in h. J(theta) = -E[reward]; the step losses are zero.

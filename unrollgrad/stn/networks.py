@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad._core.descriptions import described
+from unrollgrad._core.descriptions import described, explained_by
 from unrollgrad.stn import _steps
 from unrollgrad.stn._steps import Draw, Method, SelfTuning, Settings
 from unrollgrad.stn.losses import moved_loss, plus
@@ -99,8 +99,8 @@ def delta_stn(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a loss is no scalar, a number is out of range, or ``num_perturbations`` does
-            not divide the batch.
+        ValueError: If a loss is not a scalar, a number is out of range, or ``num_perturbations``
+            does not divide the batch.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, unrollgrad as ug
@@ -121,6 +121,7 @@ def delta_stn(
 
 
 @described
+@explained_by(delta_stn)
 def stn(
     *,
     loss: Callable[..., Numeric],

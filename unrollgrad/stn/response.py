@@ -118,7 +118,7 @@ def scaled_rows(axis: int | tuple[int, ...] = -1, *, initial_std: float = 0.0) -
         std = jnp.where(size > 0, size, inputs**-0.5)
         of_weights, of_scales = jax.random.split(key)
         weights = (std * jax.random.normal(of_weights, x.shape, dtype)).astype(x.dtype)
-        # An axis of length one in place of every axis that is no output: rows broadcast.
+        # An axis of length one in place of every axis but the outputs': rows broadcast.
         shape = (*(n for n in outputs), sum(leaf.size for leaf in jax.tree.leaves(theta)))
         scales = initial_std * jax.random.normal(of_scales, shape, dtype)
         return Rows(weights, scales)
