@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from unrollgrad.diagnostics._plan import MOST, SHARE, plan_of
+from unrollgrad.diagnostics._plan import AT_ONCE, MOST, SHARE, plan_of
 
 WINDOWS = (1, 4, 5, 10, 25, 100)
 
@@ -17,6 +17,18 @@ def test_within_the_budget(num_windows):
         assert plan.unrolls() <= budget
         full = plan.directions == MOST
         assert full or plan.unrolls() > 0.7 * budget  # it is used
+
+
+@pytest.mark.parametrize("num_windows", WINDOWS)
+def test_cheap_steps_differentiate_more_episodes(num_windows):
+    """As many at once as the pairs' program has copies."""
+    plain, cheap = plan_of(num_windows, 32), plan_of(num_windows, 32, 40.0)
+    assert plain.directions == cheap.directions
+    assert cheap.rounds >= 16 > plain.rounds
+    assert cheap.rounds % cheap.rounds_at_once == 0
+    copies = AT_ONCE * (2 * cheap.lanes + 1)
+    assert 0.6 * copies < 2 * cheap.directions * cheap.rounds_at_once <= copies
+    assert plan_of(num_windows, 32, 1e4) == plain
 
 
 @pytest.mark.parametrize("num_windows", WINDOWS)

@@ -93,10 +93,6 @@ def first_of_these(ranking, among):
 
 
 @pytest.mark.experiments
-@pytest.mark.xfail(
-    reason="the target is not reached: the ninth decile is 2.9. On `control` rare large gradients, "
-    "which a diagnosis does not see, make bptt 6.5 times as wrong as tbptt; copy_task has 1.3"
-)
 def test_regret():
     regret = {}
     for name in HORIZONS:

@@ -29,6 +29,9 @@ BACKWARD, TANGENT = 8, 6
 Measured on ``digits``; few copies at once take longer each than the many of the pairs' program.
 """
 
+CHEAP = 1e5
+"""Floating-point operations that take no longer than the start of a step: more copies are free."""
+
 AT_ONCE = 4
 """Episodes that are probed side by side, each with both signs of all lanes."""
 
@@ -41,12 +44,14 @@ class Plan(NamedTuple):
         lanes: Perturbed copies of an episode; each is a pair.
         directions: Random directions, an even number.
         rounds: Episodes for each direction that are differentiated; pairs run in the first two.
+        rounds_at_once: Rounds in one call; divides ``rounds``.
     """
 
     stretches: int
     lanes: int
     directions: int
     rounds: int
+    rounds_at_once: int = 1
 
     def unrolls(self) -> int:
         """What it costs, in unrolls forwards of whole episodes."""
@@ -55,8 +60,13 @@ class Plan(NamedTuple):
         return paired * (2 * self.lanes + 1) + differentiated + 2 * TANGENT * AT_ONCE
 
 
-def plan_of(num_windows: int, num_workers: int) -> Plan:
-    """As many stretches, directions and episodes as the budget allows, in this order."""
+def plan_of(num_windows: int, num_workers: int, flops: float = np.inf) -> Plan:
+    """As many stretches, directions and episodes as the budget allows, in this order.
+
+    Where a step has so few ``flops`` that its copies are free, more episodes are differentiated, as
+    many at once as the pairs' program has copies: so both are timed alike, and rare large gradients
+    are seen.
+    """
     budget, plan = SHARE * 100 * 2 * num_workers, Plan(0, 0, 0, 0)
     for stretches in range(STRETCHES[1], STRETCHES[0] - 1, -1):
         number = -(-num_windows // stretch_length(num_windows, stretches))
@@ -67,4 +77,9 @@ def plan_of(num_windows: int, num_workers: int) -> Plan:
             break
     plan = plan._replace(directions=int(np.clip(plan.directions, FEWEST, MOST)))
     more = int(budget - plan.unrolls()) // (2 * BACKWARD * plan.directions)
-    return plan._replace(rounds=int(np.clip(EPISODES + more, EPISODES, ROUNDS)))
+    free = int(CHEAP / max(flops, 1)) // (2 * BACKWARD * plan.directions)
+    if free <= max(more, 0) + EPISODES:
+        return plan._replace(rounds=int(np.clip(EPISODES + more, EPISODES, ROUNDS)))
+    at_once = min(max(AT_ONCE * (2 * plan.lanes + 1) // (2 * plan.directions), 1), free)
+    rounds = -(-min(free, ROUNDS) // at_once) * at_once
+    return plan._replace(rounds=rounds, rounds_at_once=at_once)

@@ -51,8 +51,10 @@ def diagnose(
     with ``num_workers`` antithetic pairs: the budget decides into how many stretches the episode is
     cut, how many directions are probed and how many more episodes are differentiated. The least is
     four directions with two episodes each, at the cost of up to 416 unrolls, a tenth for 21
-    workers. Few episodes do not show rare large gradients, and the standard errors do not know what
-    was not seen: ``compare`` with many samples does.
+    workers. Where a step has few operations, more episodes are differentiated, up to twenty for
+    each direction: their copies cost little, milliseconds that may exceed the tenth. Few episodes
+    do not show rare large gradients, and the standard errors do not know what was not seen:
+    ``compare`` with many samples does.
 
     Args:
         problem: The inner loop. If its horizon is sampled, a middle one is measured.
@@ -94,7 +96,7 @@ def diagnose(
         arguments.check_sigma(sigma)
         rounding.check(sigma, theta)
     horizon = inner_loop.static_horizon(problem, "diagnose")
-    plan = plan_of(horizon // truncation, num_workers)
+    plan = plan_of(horizon // truncation, num_workers, _flops(problem, key, theta))
     setup = _Setup(problem, theta, key, horizon, truncation, plan)
     probes = _probe(setup, sigma)
     found = _by_backprop(setup, probes)
@@ -253,16 +255,17 @@ class _Backprop(NamedTuple):
 
 
 def _by_backprop(setup: _Setup, probes: _Probes) -> _Backprop:
-    """Gradients by backpropagation, or why there are none; an episode per direction at a time.
+    """Gradients by backpropagation, or why there are none.
 
-    The first two rounds are the episodes of the pairs.
+    A round is an episode for each direction; the first two are the episodes of the pairs.
     """
     gradients = _probes.backprop_gradients(setup.problem, setup.truncation)
     number, rounds = setup.plan.directions, setup.plan.rounds
     episodes, _ = probe_keys(setup.key, number * rounds // 2)
-    each = np.arange(number)
+    each, at_once = np.arange(number), setup.plan.rounds_at_once
     at = [EPISODES * each + r if r < EPISODES else number * r + each for r in range(rounds)]
-    along = probes.keys[1][::EPISODES]
+    at = np.reshape(at, (-1, at_once * number))
+    along = probes.keys[1][np.tile(EPISODES * each, at_once)]
     try:
         program = gradients.lower(setup.theta, episodes[at[0]], along).compile()
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -272,14 +275,15 @@ def _by_backprop(setup: _Setup, probes: _Probes) -> _Backprop:
         return _Backprop(None, f"no derivatives: {reason}", float("nan"), None, 0.0)
     times: list[float] = []
     found = [_timed(times, program, setup.theta, episodes[i], along) for i in at]
-    lanes = 2 * number
+    lanes = 2 * len(along)
     seconds = min(times) / (lanes * setup.horizon)
     held = _temporary(program)
     held = None if held is None else held // lanes
     flat = [
-        np.stack([_flat(getattr(out, name), number) for out in found], axis=1)[probes.kept]
+        np.concatenate([_flat(getattr(out, name), len(along)) for out in found])
         for name in ("whole", "truncated", "along")
     ]
+    flat = [np.swapaxes(x.reshape(rounds, number, -1), 0, 1)[probes.kept] for x in flat]
     derivatives = derivatives_of(flat[0], flat[1], np.moveaxis(flat[2], -1, 0), probes.windows)
     return _Backprop(derivatives, "", seconds, held, sum(times))
 
@@ -311,10 +315,10 @@ def _exponent(setup: _Setup, probes: _Probes) -> _Exponent:
 def _timed(times: list[float], program: Callable[..., Any], *args: Any) -> Any:
     """Calls the program, adds the seconds to ``times``, and returns the result in numpy.
 
-    At first a short program is called up to ten times within 50 ms: the least time of few calls is
+    At first a short program is called up to five times within 20 ms: the least time of few calls is
     that of whatever else the device does.
     """
-    out, calls, enough = None, 1 if times else 10, time.perf_counter() + 0.05
+    out, calls, enough = None, 1 if times else 5, time.perf_counter() + 0.02
     for _ in range(calls):
         begun = time.perf_counter()
         out = jax.block_until_ready(program(*args))
@@ -327,6 +331,15 @@ def _timed(times: list[float], program: Callable[..., Any], *args: Any) -> Any:
 def _flat(tree: Any, number: int) -> np.ndarray:
     leaves = [np.asarray(x, np.float64).reshape(number, -1) for x in jax.tree.leaves(tree)]
     return np.concatenate(leaves, axis=1)
+
+
+def _flops(problem: UnrolledProblem, key: Key, theta: Theta) -> float:
+    """Floating-point operations of a step, as the backend counts them; inf if it does not."""
+    state = jax.eval_shape(problem.init, key, theta)
+    lowered = jax.jit(problem.step).lower(key, theta, state, jnp.int32(0))
+    found: Any = lowered.cost_analysis() or {}
+    loops = "while" in lowered.as_text()  # a loop's body is counted once
+    return float("inf") if loops else float(found.get("flops", "inf"))
 
 
 def _bytes(tree: Any) -> int:
