@@ -63,12 +63,12 @@ def recommend(measurements: Measurements) -> list[RankedEstimator]:
 
     The budget is what ``num_workers`` antithetic pairs cost for one episode, in seconds. An
     estimator that costs c for an episode gets budget / c workers, which divide its variance and
-    leave its bias. A bias counts with its standard error added, since no number of workers averages
-    it out; a bias that is not seen is therefore not taken for none. Inadmissible are, with the
-    reason: estimators that need derivatives where there are none, where they are not finite, or
-    where single episodes are 10^4 times the median (their sample variance means nothing); that need
-    a static horizon; that exceed the memory limit. ``uoro`` and ``reparameterized_es`` have no
-    closed form and are left to ``compare``.
+    leave its bias. Squared bias and variance count with their standard errors added: a bias that is
+    not seen is not taken for none, nor is noise that comes from a few rare episodes taken for
+    known. Inadmissible are, with the reason: estimators that need derivatives where there are none,
+    where they are not finite, or where single episodes are 10^4 times the median (their sample
+    variance means nothing); that need a static horizon; that exceed the memory limit. ``uoro`` and
+    ``reparameterized_es`` have no closed form and are left to ``compare``.
 
     Args:
         measurements: What ``diagnose`` measured, or exact numbers.
@@ -119,9 +119,9 @@ def _norm(m: Measurements) -> np.ndarray:
 
 
 def _error(c: Candidate, budget: float) -> np.ndarray:
-    """bias^2 + variance x cost / budget; the bias with its standard error."""
+    """bias^2 + variance x cost / budget, each with its standard error."""
     bias = np.maximum(c.squared_bias, 0.0) + standard_error(c.squared_bias)
-    return bias + c.variance * (c.seconds / budget)
+    return bias + (c.variance + standard_error(c.variance)) * (c.seconds / budget)
 
 
 def _within(gap: float, a: np.ndarray, b: np.ndarray) -> bool:
@@ -154,8 +154,10 @@ def _reason(m: Measurements, c: Candidate, others: dict[str, Candidate]) -> str:
     norm, es = _norm(m)[0], others["es_single"].variance[0]
     noise = f"variance {c.variance[0] / norm:.2g} |g|² per worker"
     if c.name in ("tbptt", "truncated_es"):
-        bias = np.sqrt(max(c.squared_bias[0], 0.0) / norm)
-        return f"bias {bias:.2g} |g| from what it forgets, {noise}"
+        squared, se = max(c.squared_bias[0], 0.0), standard_error(c.squared_bias)
+        unseen = squared < 2 * se
+        bias = np.sqrt((squared + 2 * se * unseen) / norm)
+        return f"bias {'below ' * unseen}{bias:.2g} |g| from what it forgets, {noise}"
     if c.name in ("bptt", "forward_mode"):
         bias = np.sqrt(max(c.squared_bias[0], 0.0) / norm)
         seen = bias > 0.1 and c.squared_bias[0] > 2 * standard_error(c.squared_bias)
