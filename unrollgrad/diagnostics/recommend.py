@@ -155,7 +155,7 @@ def _reason(m: Measurements, c: Candidate, others: dict[str, Candidate]) -> str:
     noise = f"variance {c.variance[0] / norm:.2g} |g|² per worker"
     if c.name in ("tbptt", "truncated_es"):
         squared, se = max(c.squared_bias[0], 0.0), standard_error(c.squared_bias)
-        unseen = squared < 2 * se
+        unseen = bool(squared < 2 * se)
         bias = np.sqrt((squared + 2 * se * unseen) / norm)
         return f"bias {'below ' * unseen}{bias:.2g} |g| from what it forgets, {noise}"
     if c.name in ("bptt", "forward_mode"):
