@@ -123,6 +123,14 @@ def test_tracked_hessians_solve_exactly():
     np.testing.assert_allclose(seen.grad, 0.2 + np.mean(v), rtol=1e-12)
 
 
+def test_tracked_hessians_are_solved_by_one_call():
+    """Of two batched calls at once each waits for the other's threads on a CPU, for ever."""
+    estimator = blocks(tracks="hessians")
+    state = jax.eval_shape(estimator.init, KEY, jnp.asarray(1.0))
+    compiled = jax.jit(estimator.estimate).lower(KEY, jnp.asarray(1.0), state).compile()
+    assert compiled.as_text().count('custom_call_target="lapack_dgetrf_ffi"') == 1
+
+
 @pytest.mark.parametrize("tracks", ["products", "hessians"])
 def test_both_forms_find_the_minimum(tracks):
     """Batches of one row of two, one block of four per step."""

@@ -171,10 +171,7 @@ def visit(losses: Losses, tracking: Tracking, at: tuple, tokens: Any, row: tuple
     gradients = [
         _losses.inner_gradient(losses, point.params, point.theta, tokens[0]) for point in points
     ]
-    new, old = (
-        _solved(losses, point, tokens, matrix)
-        for point, matrix in zip(points, matrices, strict=True)
-    )
+    new, old = _solved(losses, points, tokens, matrices)
     direction = _tracked(tracking, first, kept.direction, *gradients)
     size = len(linear)
     cost = jnp.int32(2 * (1 + PRODUCT_COST * size + OUTER_COST + PRODUCT_COST))
@@ -191,12 +188,25 @@ class _Solved(NamedTuple):
     loss: jax.Array
 
 
-def _solved(losses: Losses, point: Point, tokens: Any, matrix: jax.Array) -> _Solved:
-    loss, outer = _losses.outer_parts(losses, point, tokens[1])
-    flat, back = ravel_pytree(outer.params)
-    point = point._replace(v=back(jnp.linalg.solve(matrix, flat)))
-    mixed = _losses.mixed_product(losses, point, tokens[0])
-    return _Solved(point.v, trees.add(outer.theta, mixed, -1), loss)
+def _solved(
+    losses: Losses, points: tuple[Point, ...], tokens: Any, matrices: tuple[jax.Array, ...]
+) -> list[_Solved]:
+    """The solutions at the points, by one call of LAPACK.
+
+    Two calls that do not depend on each other, and that ``vmap`` batches, may run at once on a CPU;
+    each then waits for threads of the pool that the other holds, and with two cores both wait for
+    ever (jaxlib 0.10).
+    """
+    parts = [_losses.outer_parts(losses, point, tokens[1]) for point in points]
+    back = ravel_pytree(points[0].v)[1]
+    right = jnp.stack([ravel_pytree(outer.params)[0] for _, outer in parts])
+    solutions = jnp.linalg.solve(jnp.stack(matrices), right[..., None])[..., 0]
+    found = []
+    for point, (loss, outer), flat in zip(points, parts, solutions, strict=True):
+        point = point._replace(v=back(flat))
+        mixed = _losses.mixed_product(losses, point, tokens[0])
+        found.append(_Solved(point.v, trees.add(outer.theta, mixed, -1), loss))
+    return found
 
 
 def _hessian(losses: Losses, point: Point, token: Any) -> jax.Array:
