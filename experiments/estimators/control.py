@@ -113,11 +113,11 @@ TUNED: dict[str, dict[str, Tuned]] = {
         "nres": Tuned(0.1, 0.3),
     },
     "half_cheetah": {
-        "full_es": Tuned(0.004, 3e-05),
-        "truncated_es": Tuned(0.004, 3e-05),
-        "pes": Tuned(0.004, 3e-06),
-        "es_single": Tuned(0.004, 3e-05),
-        "nres": Tuned(0.004, 3e-05),
+        "full_es": Tuned(0.01, 0.0001),
+        "truncated_es": Tuned(0.01, 0.001),
+        "pes": Tuned(0.03, 0.0003),
+        "es_single": Tuned(0.01, 0.001),
+        "nres": Tuned(0.01, 0.0003),
     },
     "cart_pole": {
         "full_es": Tuned(10.0, 3.0),
