@@ -21,6 +21,9 @@ from unrollgrad.running import need
 COSTS = ("steps", "seconds")
 """What is equal for all estimators of a column."""
 
+FARTHEST = 1e4
+"""Larger errors are drawn here, with an arrow: one estimator's 1e40 would squash all others."""
+
 EQUAL = 1e-6
 """Squared errors of less than a thousandth of the gradient are equal."""
 
@@ -214,7 +217,10 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         for name, style in curves.styles(names).items():
             here = [(rows[name][cost], i) for i, rows in enumerate(found.values()) if name in rows]
             x, y = zip(*here, strict=True)
-            axis.plot(x, y, style.marker, color=style.color, label=name, ms=7, alpha=0.85)
+            shown = np.minimum(x, FARTHEST)
+            axis.plot(shown, y, style.marker, color=style.color, label=name, ms=7, alpha=0.85)
+            for at in np.array(y)[np.array(x) > FARTHEST]:
+                axis.annotate("→", (FARTHEST, at), (6, -3), textcoords="offset points")
         for i, rows in enumerate(found.values()):
             chosen = max(rows.values(), key=lambda r: r["recommended"])
             if chosen["recommended"]:
@@ -222,7 +228,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
         axis.axvline(1, color="grey", lw=0.8)
         axis.set(
             xscale="log",
-            xlabel="mean squared error / |g|² (left is better)",
+            xlabel="mean squared error / |g|² (left is better; →: farther to the right)",
             title=f"measured at equal {'inner ' * (cost == 'steps')}{cost}, those of "
             f"{config['num_workers']} antithetic pairs",
         )
