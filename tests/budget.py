@@ -18,7 +18,7 @@ BUDGET = {
     "docs": 458,
     "tests": 2575,
     "tests/apo": 235,
-    "tests/bilevel": 648,
+    "tests/bilevel": 595,
     "tests/diagnostics": 368,
     "tests/estimators": 500,
     "tests/experiments": 145,
@@ -26,7 +26,7 @@ BUDGET = {
     "tests/learned_optimizers": 190,
     "tests/noise": 90,
     "tests/samplers": 302,
-    "tests/stn": 205,
+    "tests/stn": 198,
     "unrollgrad": 438,
 }
 """The number of programs that the tests of a folder may compile in one default run.

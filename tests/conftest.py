@@ -1,6 +1,7 @@
 """Settings of the test runs: eight CPU devices, fast compilation, counted programs."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -14,9 +15,11 @@ MAPS = 55_000
 
 def pytest_configure(config):
     """Sets up eight CPU devices and a compile cache, since many tests share programs."""
+    # A program is not split for several threads: a sixth fewer CPU seconds, and all cores are busy.
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # compiling pes takes 1.0 CPU seconds, 2.8 with them
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # else collectives may deadlock
     cache = str(config.cache.mkdir("jax"))
@@ -26,6 +29,21 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     _optimize(False)
     budget.register(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks all cases of a test but the first one ``same_kind``, unless its cases say which are.
+
+    The newest jax runs the others: what a new version breaks is seldom one case of a test.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.split("[")[0]].append(item)
+    for group in cases.values():
+        if not any(item.get_closest_marker("same_kind") for item in group):
+            for item in group[1:]:
+                item.add_marker("same_kind")
 
 
 @pytest.fixture(autouse=True, scope="module")

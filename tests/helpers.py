@@ -53,9 +53,14 @@ def raises(
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(p) for p in parts))
 
 
+def alike(names: Iterable[str], kinds: Iterable[str]) -> list:
+    """Parameters: the names; those outside ``kinds`` are marked ``same_kind``."""
+    return [pytest.param(n, marks=[] if n in kinds else pytest.mark.same_kind) for n in names]
+
+
 def rows(names: Iterable[str] = REGISTRY) -> list:
     """Parameters: the estimators; those outside ``KINDS`` are marked ``same_kind``."""
-    return [pytest.param(n, marks=[] if n in KINDS else pytest.mark.same_kind) for n in names]
+    return alike(names, KINDS)
 
 
 def settings(

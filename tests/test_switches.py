@@ -6,6 +6,7 @@ programs are only traced.
 
 import contextlib
 import functools
+import gc
 from typing import Any
 
 import chex
@@ -27,6 +28,17 @@ KEYS = list(jax.random.split(jax.random.key(0), 3))
 def strict():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@contextlib.contextmanager
+def no_leaks():
+    """Raises if a tracer leaks; the check reads every object that is not frozen as an older one."""
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def problem(dtype):
@@ -124,7 +136,7 @@ def optimizers(dtype):
 @pytest.mark.parametrize("family", [estimators, implicit_functions, optimizers])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_strict_promotion_and_no_leaks(family, dtype):
-    leaks = jax.checking_leaks if dtype == jnp.float32 else contextlib.nullcontext
+    leaks = no_leaks if dtype == jnp.float32 else contextlib.nullcontext
     with jax.enable_x64(dtype == jnp.float64):
         for name, run in family(dtype):
             with strict(), leaks():
@@ -132,6 +144,12 @@ def test_strict_promotion_and_no_leaks(family, dtype):
                     jax.eval_shape(run)
                 except (TypeError, ValueError) as error:
                     raise AssertionError(f"{family.__name__}, {name}: {error}") from error
+
+
+def test_a_leak_is_found():
+    kept = []
+    with pytest.raises(Exception, match="Leaked"), no_leaks():
+        jax.eval_shape(lambda x: kept.append(x) or x, 1.0)
 
 
 def test_what_runs_outside_jit():

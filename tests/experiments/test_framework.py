@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments import __main__ as cli
 from experiments._framework import experiment as framework
@@ -203,14 +204,15 @@ def test_a_record_replaces_the_one_before(tmp_path, monkeypatch, capsys):
 
 
 def test_a_large_picture_is_made_small():
-    figure = Figure(figsize=(15, 10))
-    noise = np.random.default_rng(0).normal(size=(100, 100))
-    for axes in figure.subplots(3, 4).flat:
+    figure = Figure(figsize=(9, 6))
+    noise = np.random.default_rng(0).normal(size=(100, 50))
+    for axes in figure.subplots(2, 3).flat:
         axes.plot(noise)
     small, full = framework.small_picture(figure), io.BytesIO()
     figure.savefig(full, dpi=150)
     assert small.startswith(b"\x89PNG")
     assert len(small) < len(full.getvalue()) / 2
+    assert Image.open(io.BytesIO(small)).width < 9 * 150
     simple = Figure()
     simple.subplots().plot([1, 2])
     assert len(framework.small_picture(simple)) < framework.MOST_BYTES

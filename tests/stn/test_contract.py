@@ -2,8 +2,8 @@
 
 One problem has everything that theirs may have: params and theta are trees with leaves of float64,
 float32 and bfloat16, the loss is split, sigma is tuned, and the rows of a batch have their own
-perturbations. A row costs six programs: ``init`` and ``estimate`` alone, over seeds, and with data
-that are spread over four devices.
+perturbations. A row costs three programs: ``init`` and ``estimate`` alone, and both over seeds with
+data that are spread over four devices.
 """
 
 import functools
