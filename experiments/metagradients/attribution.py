@@ -98,25 +98,25 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         recipe = RECIPES[case]
         begin = i / len(settings.cases)
         progress(case, begin)
-        here, targets, masks = _drawn(settings, recipe, seed)
+        here, targets, masks = drawn(settings, recipe, seed)
         ones = jnp.ones(settings.num_train)
         foretold = _foretold(settings, recipe, here, targets)
         progress(f"{case}, subsets", begin + 0.5 / len(settings.cases))
         images = data.load("digits").validation
         numbers = {
-            "test_accuracy": float(_accuracy(recipe, here, ones, images)),
-            "metasmoothness": _smoothness(recipe, here, masks[1]),
+            "test_accuracy": float(accuracy_of(recipe, here, ones, images)),
+            "metasmoothness": smoothness(recipe, here, masks[1]),
         }
         write({"case": case, "method": "training", "fraction": "", **numbers})
         for fraction, some in zip(settings.fractions, masks, strict=True):
-            losses = np.asarray(_losses(recipe, here, jnp.asarray(some), targets))
+            measured = np.asarray(losses(recipe, here, jnp.asarray(some), targets))
             for method, candidates in foretold.items():
-                found = [agreement((some - 1) @ tau.T, losses) for tau in candidates]
+                found = [agreement((some - 1) @ tau.T, measured) for tau in candidates]
                 place = {"case": case, "method": method, "fraction": f"{fraction:g}"}
                 write({**place, "lds": max(found)})
 
 
-def _drawn(settings: Settings, recipe: Recipe, seed: int) -> tuple[Run, Split, np.ndarray]:
+def drawn(settings: Settings, recipe: Recipe, seed: int) -> tuple[Run, Split, np.ndarray]:
     """The training run, the test images, and the weights without each subset."""
     rng, images = np.random.default_rng(seed), data.load("digits")
     rows = rng.permutation(len(images.train.labels))[: settings.num_train]
@@ -152,7 +152,7 @@ def _foretold(
         for t in {t for some in places.values() for t in some.tolist()}
     }
     return {
-        EXACT: [np.asarray(_exact(recipe, here, ones, targets))],
+        EXACT: [np.asarray(exact(recipe, here, ones, targets))],
         INFLUENCE: [
             np.asarray(_influence(recipe, here, ones, targets, damping))
             for damping in settings.dampings
@@ -162,14 +162,14 @@ def _foretold(
     }
 
 
-_exact = jax.jit(scores.exact, static_argnums=0)
+exact = jax.jit(scores.exact, static_argnums=0)
 _influence = jax.jit(scores.influence, static_argnums=0)
 _dots = jax.jit(scores.dots, static_argnums=0)
 _path = jax.jit(path, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses(recipe: Recipe, here: Run, weights: jax.Array, targets: Split) -> jax.Array:
+def losses(recipe: Recipe, here: Run, weights: jax.Array, targets: Split) -> jax.Array:
     """The loss of each target after training with each row of weights: one program for all."""
 
     def of(weights):
@@ -180,11 +180,12 @@ def _losses(recipe: Recipe, here: Run, weights: jax.Array, targets: Split) -> ja
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _accuracy(recipe: Recipe, here: Run, weights: jax.Array, images: Split) -> jax.Array:
+def accuracy_of(recipe: Recipe, here: Run, weights: jax.Array, images: Split) -> jax.Array:
+    """The accuracy on other images after training with these weights."""
     return accuracy(recipe, trained(recipe, here, weights), images)
 
 
-def _smoothness(recipe: Recipe, here: Run, masks: np.ndarray) -> float:
+def smoothness(recipe: Recipe, here: Run, masks: np.ndarray) -> float:
     """The mean metasmoothness in the directions in which subsets lose their weight."""
     problem, ones = weighted_training(recipe, here), jnp.ones(masks.shape[1])
     measure = functools.partial(ug.diagnostics.metasmoothness, problem, ones, key=jax.random.key(0))

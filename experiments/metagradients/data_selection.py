@@ -211,9 +211,9 @@ def claims(summary: Summary) -> list[Claim]:
     source = "Engstrom et al. 2025, on other data"
     out = []
     for other, says in {
-        INFLUENCE: "counts by metagradients give a higher test accuracy than by influence functions",
-        RANDOM: "they give a higher test accuracy than random counts",
-        VALIDATION: "they give a higher test accuracy than training on the validation images alone",
+        INFLUENCE: "counts by metagradients give more test accuracy than by influence functions",
+        RANDOM: "they give more test accuracy than random counts",
+        VALIDATION: "they give more test accuracy than training on the validation images alone",
     }.items():
         if (found := summary.find("test_accuracy", method=other)) and mine:
             better = evidence.more(mine, found)
