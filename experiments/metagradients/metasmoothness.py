@@ -111,7 +111,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
                 "test_accuracy": float(attribution.accuracy_of(recipe, here, ones, images)),
             }
             if recipe in (BASE, TOGETHER):
-                steps = np.asarray(contributions(recipe, here, targets))
+                steps = np.linalg.norm(by_step(recipe, here, targets), axis=1)
                 for t, size in enumerate(steps.tolist()):
                     name = "base" if recipe == BASE else ALL
                     place = {"field": "contributions", "value": name, "step": t}
@@ -120,8 +120,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def contributions(recipe: Recipe, here: Run, targets: Split) -> jax.Array:
-    """The size of the metagradient of the first target in each step's weights, shape (horizon,).
+def by_step(recipe: Recipe, here: Run, targets: Split) -> jax.Array:
+    """The metagradient of the first target in each step's weights, shape (horizon, images).
 
     Theta has a row of weights for every step, so that the gradient is not summed over steps.
     """
@@ -133,9 +133,7 @@ def contributions(recipe: Recipe, here: Run, targets: Split) -> jax.Array:
         remat="step",
     )
     key, theta = jax.random.key(0), jnp.ones((recipe.horizon, len(here.train.labels)))
-    return jnp.linalg.norm(
-        estimator.estimate(key, theta, estimator.init(key, theta))[0].grad, axis=1
-    )
+    return estimator.estimate(key, theta, estimator.init(key, theta))[0].grad
 
 
 def _values(records: list[Record], metric: str) -> dict[tuple[str, str], list[float]]:

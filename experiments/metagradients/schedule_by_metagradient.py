@@ -261,7 +261,7 @@ def claims(summary: Summary) -> list[Claim]:
     shape = evidence.above(rise, 1.2), evidence.above(fall, 1.2)
     out = [
         Claim(
-            "a flat schedule becomes a cycle: the peak is over 1.2 times the first and the last rate",
+            "a flat schedule becomes a cycle: its peak is over 1.2 times its first and last rate",
             source,
             f"times the first: {shape[0].text}; times the last: {shape[1].text}",
             evidence.both(*shape),
