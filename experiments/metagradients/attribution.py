@@ -16,16 +16,16 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.metagradients import scores
 from experiments.metagradients.digit_training import (
+    Examples,
     Recipe,
     Run,
     accuracy,
+    digits,
     draw_run,
     path,
     trained,
     weighted_training,
 )
-from experiments.problems import data
-from experiments.problems.data import Split
 from unrollgrad.running import need
 
 MLP, CONV, ROUGH = "MLP, smooth", "conv net, smooth", "MLP, rough"
@@ -102,7 +102,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         ones = jnp.ones(settings.num_train)
         foretold = _foretold(settings, recipe, here, targets)
         progress(f"{case}, subsets", begin + 0.5 / len(settings.cases))
-        images = data.load("digits").validation
+        _, images = digits()
         numbers = {
             "test_accuracy": float(accuracy_of(recipe, here, ones, images)),
             "metasmoothness": smoothness(recipe, here, masks[1]),
@@ -116,13 +116,13 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
                 write({**place, "lds": max(found)})
 
 
-def drawn(settings: Settings, recipe: Recipe, seed: int) -> tuple[Run, Split, np.ndarray]:
+def drawn(settings: Settings, recipe: Recipe, seed: int) -> tuple[Run, Examples, np.ndarray]:
     """The training run, the test images, and the weights without each subset."""
-    rng, images = np.random.default_rng(seed), data.load("digits")
-    rows = rng.permutation(len(images.train.labels))[: settings.num_train]
-    train = Split(*(x[rows] for x in images.train))
-    rows = rng.permutation(len(images.validation.labels))[: settings.num_targets]
-    targets = Split(*(x[rows, None] for x in images.validation))
+    rng, (first, second) = np.random.default_rng(seed), digits()
+    rows = rng.permutation(len(first.labels))[: settings.num_train]
+    train = jax.tree.map(lambda x: x[rows], first)
+    rows = rng.permutation(len(second.labels))[: settings.num_targets]
+    targets = jax.tree.map(lambda x: x[rows, None], second)
     masks = [
         [_without(rng, settings.num_train, fraction) for _ in range(settings.num_subsets)]
         for fraction in settings.fractions
@@ -138,7 +138,7 @@ def _without(rng: np.random.Generator, size: int, fraction: float) -> np.ndarray
 
 
 def _foretold(
-    settings: Settings, recipe: Recipe, here: Run, targets: Split
+    settings: Settings, recipe: Recipe, here: Run, targets: Examples
 ) -> dict[str, list[np.ndarray]]:
     """The scores of the training images for each test image; of the baselines some candidates."""
     ones = jnp.ones(settings.num_train)
@@ -169,7 +169,7 @@ _path = jax.jit(path, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def losses(recipe: Recipe, here: Run, weights: jax.Array, targets: Split) -> jax.Array:
+def losses(recipe: Recipe, here: Run, weights: jax.Array, targets: Examples) -> jax.Array:
     """The loss of each target after training with each row of weights: one program for all."""
 
     def of(weights):
@@ -180,7 +180,7 @@ def losses(recipe: Recipe, here: Run, weights: jax.Array, targets: Split) -> jax
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def accuracy_of(recipe: Recipe, here: Run, weights: jax.Array, images: Split) -> jax.Array:
+def accuracy_of(recipe: Recipe, here: Run, weights: jax.Array, images: Examples) -> jax.Array:
     """The accuracy on other images after training with these weights."""
     return accuracy(recipe, trained(recipe, here, weights), images)
 
@@ -228,12 +228,14 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(11, 4.2), layout="constrained")
     cases = _cases(records)
     axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    places = [100 * fraction for fraction in config["fractions"]]
     for axis, case in zip(axes, cases, strict=True):
         for i, method in enumerate((EXACT, *BASELINES)):
             found = _values(records, case, method, "lds")
             means, errors = zip(*(_mean_and_se(values) for values in found.values()), strict=True)
-            places = [100 * float(fraction) for fraction in found]
-            axis.errorbar(places, means, errors, color=f"C{i}", marker="osv^"[i], label=method)
+            axis.errorbar(
+                places[: len(means)], means, errors, color=f"C{i}", marker="osv^"[i], label=method
+            )
         smooth = _values(records, case, "training", "metasmoothness")[""]
         axis.set_title(f"{case}: metasmoothness {np.mean(smooth):.2f}")
         axis.set(xscale="log", xlabel="images left out, %")
@@ -288,8 +290,10 @@ def claims(summary: Summary) -> list[Claim]:
     if found := lds(ROUGH, EXACT):
         falls = evidence.less(found, lds(MLP, EXACT), 0.5)
         place = {"method": "training", "fraction": ""}
-        smooth = [summary.find("metasmoothness", case=case, **place) for case in (ROUGH, MLP)]
-        lower = evidence.less(*smooth)
+        rough, smooth = (
+            summary.find("metasmoothness", case=case, **place) for case in (ROUGH, MLP)
+        )
+        lower = evidence.less(rough, smooth)
         says = "where metasmoothness is low, the score of metagradients is less than half as high"
         ours = f"score {falls.text}; metasmoothness {lower.text}"
         source = "Engstrom et al. 2025"

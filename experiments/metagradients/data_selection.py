@@ -16,8 +16,13 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.bilevel import data_cleaning
 from experiments.metagradients import scores
-from experiments.metagradients.digit_training import Recipe, accuracy, draw_run, trained
-from experiments.problems.data import Split
+from experiments.metagradients.digit_training import (
+    Examples,
+    Recipe,
+    accuracy,
+    draw_run,
+    trained,
+)
 from unrollgrad.running import need
 
 METAGRADIENT, INFLUENCE, RANDOM = "metagradient", "influence function", "random"
@@ -117,12 +122,12 @@ def _selected(
     settings: Settings, method: str, key: jax.Array, task: data_cleaning.Task, damping: float
 ) -> tuple[jax.Array, jax.Array]:
     """The counts after all outer steps, and the test accuracy in each of them."""
-    target = jax.tree.map(lambda x: x[None], Split(*task.validation))
-    test = Split(*task.test)
+    target = jax.tree.map(lambda x: x[None], Examples(*task.validation))
+    test = Examples(*task.test)
 
     def step(counts, i):
         key_run, key_part, key_sign = jax.random.split(jax.random.fold_in(key, i), 3)
-        here = draw_run(RECIPE, Split(*task.train), key_run)
+        here = draw_run(RECIPE, Examples(*task.train), key_run)
         weights = counts / jnp.mean(counts)
         if method == METAGRADIENT:
             score = scores.exact(RECIPE, here, weights, target)[0]
@@ -150,8 +155,8 @@ def _accuracies(keys: jax.Array, task: data_cleaning.Task, counts: jax.Array) ->
     weights = counts / jnp.mean(counts)
 
     def one(key):
-        here = draw_run(RECIPE, Split(*task.train), key)
-        return accuracy(RECIPE, trained(RECIPE, here, weights), Split(*task.test))
+        here = draw_run(RECIPE, Examples(*task.train), key)
+        return accuracy(RECIPE, trained(RECIPE, here, weights), Examples(*task.test))
 
     return jax.vmap(one)(keys)
 

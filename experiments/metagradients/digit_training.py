@@ -8,9 +8,23 @@ import jax.numpy as jnp
 import optax
 
 import unrollgrad as ug
-from experiments.problems.data import Split
+from experiments.problems import data
 
 Params = list[tuple[jax.Array, jax.Array]]
+
+
+class Examples(NamedTuple):
+    """Images and labels, with as many leading axes."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+def digits() -> tuple[Examples, Examples]:
+    """The 1200 digits for training, and the 597 others; the same in every call."""
+    first, second = (Examples(*map(jnp.asarray, part)) for part in data.load("digits"))
+    return first, second
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
@@ -90,16 +104,16 @@ def _halved(h: jax.Array) -> jax.Array:
     return h.reshape(n, rows // 2, 2, columns // 2, 2, channels).mean((2, 4))
 
 
-def cross_entropies(recipe: Recipe, params: Params, data: Split) -> jax.Array:
+def cross_entropies(recipe: Recipe, params: Params, examples: Examples) -> jax.Array:
     """The cross-entropy of each image, in nats."""
-    found = logits(recipe, params, jnp.asarray(data.images))
-    return optax.softmax_cross_entropy_with_integer_labels(found, jnp.asarray(data.labels))
+    found = logits(recipe, params, examples.images)
+    return optax.softmax_cross_entropy_with_integer_labels(found, examples.labels)
 
 
-def accuracy(recipe: Recipe, params: Params, data: Split) -> jax.Array:
+def accuracy(recipe: Recipe, params: Params, examples: Examples) -> jax.Array:
     """The fraction of images that are classified correctly."""
-    found = logits(recipe, params, jnp.asarray(data.images))
-    return jnp.mean(jnp.argmax(found, -1) == jnp.asarray(data.labels))
+    found = logits(recipe, params, examples.images)
+    return jnp.mean(jnp.argmax(found, -1) == examples.labels)
 
 
 class Run(NamedTuple):
@@ -111,12 +125,12 @@ class Run(NamedTuple):
         rows: The images of each batch, shape (horizon, batch_size).
     """
 
-    train: Split
+    train: Examples
     start: Params
     rows: jax.Array
 
 
-def draw_run(recipe: Recipe, train: Split, key: jax.Array) -> Run:
+def draw_run(recipe: Recipe, train: Examples, key: jax.Array) -> Run:
     """Draws the initial weights, and batches with replacement."""
     key_start, key_rows = jax.random.split(key)
     shape = recipe.horizon, recipe.batch_size
@@ -130,10 +144,10 @@ def weighted_training(recipe: Recipe, run: Run) -> ug.UnrolledProblem:
     The loss of a step is the mean over a batch of weight times cross-entropy. Nothing depends on
     the episode's key.
     """
-    images, labels = map(jnp.asarray, run.train)
+    images, labels = run.train
 
     def loss(theta, params, rows, key):
-        each = cross_entropies(recipe, params, Split(images[rows], labels[rows]))
+        each = cross_entropies(recipe, params, Examples(images[rows], labels[rows]))
         return jnp.mean(theta[rows] * each)
 
     problem = ug.training_problem(

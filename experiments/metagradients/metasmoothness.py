@@ -15,9 +15,13 @@ from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.metagradients import attribution, scores
-from experiments.metagradients.digit_training import Recipe, Run, weighted_training
-from experiments.problems import data
-from experiments.problems.data import Split
+from experiments.metagradients.digit_training import (
+    Examples,
+    Recipe,
+    Run,
+    digits,
+    weighted_training,
+)
 from unrollgrad.running import need
 
 BASE = Recipe(activation="relu", output_scale=1.0, eps_root=1e-8, batch_size=50)
@@ -95,7 +99,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         num_subsets=settings.num_subsets,
         fractions=(FRACTION,),
     )
-    images = data.load("digits").validation
+    _, images = digits()
     found: dict[Recipe, dict[str, float]] = {}
     trainings = recipes(settings)
     for i, ((field, value), recipe) in enumerate(trainings.items()):
@@ -120,7 +124,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def by_step(recipe: Recipe, here: Run, targets: Split) -> jax.Array:
+def by_step(recipe: Recipe, here: Run, targets: Examples) -> jax.Array:
     """The metagradient of the first target in each step's weights, shape (horizon, images).
 
     Theta has a row of weights for every step, so that the gradient is not summed over steps.

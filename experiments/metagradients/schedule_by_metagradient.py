@@ -18,14 +18,14 @@ from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from experiments.metagradients.digit_training import (
+    Examples,
     Params,
     Recipe,
     accuracy,
     cross_entropies,
+    digits,
     init_params,
 )
-from experiments.problems import data
-from experiments.problems.data import Split
 from unrollgrad.running import need
 from unrollgrad.types import Key
 from unrollgrad.types import UnrolledProblem as Problem
@@ -133,17 +133,16 @@ def one_cycle(settings: Settings, peak: float, warmup: float) -> np.ndarray:
     return np.interp(places, [0.0, max(warmup, 1e-6), 1.0], [peak / 25, peak, peak / 1000])
 
 
-def problem_of(settings: Settings, measure: Callable[[Params, Split], jax.Array]) -> Problem:
+def problem_of(settings: Settings, measure: Callable[[Params, Examples], jax.Array]) -> Problem:
     """Training of the MLP; theta are the logarithms of the knots.
 
     J is ``measure`` of the trained net on the first half of the validation images.
     """
-    images = data.load("digits")
-    pixels, labels = map(jnp.asarray, images.train)
+    (images, labels), validation = digits()
     places = jnp.arange(settings.num_knots) * settings.horizon / (settings.num_knots - 1)
 
     def loss(theta, params, rows, key):
-        return jnp.mean(cross_entropies(RECIPE, params, Split(pixels[rows], labels[rows])))
+        return jnp.mean(cross_entropies(RECIPE, params, Examples(images[rows], labels[rows])))
 
     problem = ug.training_problem(
         loss=loss,
@@ -155,15 +154,15 @@ def problem_of(settings: Settings, measure: Callable[[Params, Split], jax.Array]
         meta_loss="before",
         horizon=settings.horizon,
     )
-    return ug.final_loss(problem, lambda key, theta, s: measure(s.params, images.validation))
+    return ug.final_loss(problem, lambda key, theta, s: measure(s.params, validation))
 
 
-def _half(split: Split, part: int) -> Split:
+def _half(split: Examples, part: int) -> Examples:
     """The validation images of the objective (0), or those of the test (1)."""
-    return Split(*(x[part::2] for x in split))
+    return Examples(*(x[part::2] for x in split))
 
 
-MEASURES: dict[str, Callable[[Params, Split], jax.Array]] = {
+MEASURES: dict[str, Callable[[Params, Examples], jax.Array]] = {
     "loss": lambda params, all: jnp.mean(cross_entropies(RECIPE, params, _half(all, 0))),
     "test_loss": lambda params, all: jnp.mean(cross_entropies(RECIPE, params, _half(all, 1))),
     "test_accuracy": lambda params, all: accuracy(RECIPE, params, _half(all, 1)),

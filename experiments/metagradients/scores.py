@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 import unrollgrad as ug
 from experiments.metagradients.digit_training import (
+    Examples,
     Params,
     Recipe,
     Run,
@@ -16,16 +17,15 @@ from experiments.metagradients.digit_training import (
     trained,
     weighted_training,
 )
-from experiments.problems.data import Split
 from unrollgrad.running import need
 
 
-def target_loss(recipe: Recipe, params: Params, target: Split) -> jax.Array:
+def target_loss(recipe: Recipe, params: Params, target: Examples) -> jax.Array:
     """The mean cross-entropy of a target, which is some images."""
     return jnp.mean(cross_entropies(recipe, params, target))
 
 
-def exact(recipe: Recipe, run: Run, weights: jax.Array, targets: Split) -> jax.Array:
+def exact(recipe: Recipe, run: Run, weights: jax.Array, targets: Examples) -> jax.Array:
     """Metagradients: d loss of each target / d weight of each training image, (targets, images).
 
     Backpropagation through the whole training. Targets have leading axes (targets, images).
@@ -40,14 +40,14 @@ def exact(recipe: Recipe, run: Run, weights: jax.Array, targets: Split) -> jax.A
         key = jax.random.key(0)
         return estimator.estimate(key, weights, estimator.init(key, weights))[0].grad
 
-    return jax.vmap(one)(_arrays(targets))
+    return jax.vmap(one)(targets)
 
 
 def influence(
-    recipe: Recipe, run: Run, weights: jax.Array, targets: Split, damping: jax.Array
+    recipe: Recipe, run: Run, weights: jax.Array, targets: Examples, damping: float | jax.Array
 ) -> jax.Array:
     """Influence functions at the trained net, with a damped Gauss-Newton matrix as curvature."""
-    train, params = _arrays(run.train), trained(recipe, run, weights)
+    train, params = run.train, trained(recipe, run, weights)
 
     def inner(params, weights):
         return jnp.mean(weights * cross_entropies(recipe, params, train))
@@ -71,7 +71,7 @@ def influence(
             curvature=curvature,
         )(params, weights).grad
 
-    return jax.vmap(one)(_arrays(targets))
+    return jax.vmap(one)(targets)
 
 
 CG_STEPS = 50
@@ -79,7 +79,7 @@ CG_STEPS = 50
 
 
 def dots(
-    recipe: Recipe, params: Params, train: Split, targets: Split
+    recipe: Recipe, params: Params, train: Examples, targets: Examples
 ) -> tuple[jax.Array, jax.Array]:
     """Minus the dot products and the cosines of the gradients of training images and targets.
 
@@ -90,12 +90,8 @@ def dots(
         slope: Any = jax.grad(lambda params: target_loss(recipe, params, target))(params)
         return ravel_pytree(slope)[0]
 
-    single = jax.tree.map(lambda x: x[:, None], _arrays(train))
-    mine, theirs = jax.vmap(gradient)(_arrays(targets)), jax.vmap(gradient)(single)
+    single = jax.tree.map(lambda x: x[:, None], train)
+    mine, theirs = jax.vmap(gradient)(targets), jax.vmap(gradient)(single)
     products = mine @ theirs.T
     sizes = jnp.linalg.norm(mine, axis=1)[:, None] * jnp.linalg.norm(theirs, axis=1)
     return -products, -products / jnp.maximum(sizes, jnp.finfo(sizes.dtype).tiny)
-
-
-def _arrays(data: Split) -> Split:
-    return Split(*map(jnp.asarray, data))
