@@ -209,13 +209,15 @@ def claims(summary: Summary) -> list[Claim]:
         if first and second:
             test = evidence.more(first, second)
             out.append(Claim(f"{says}: {smooth} against {rough}", source, test.text, test.holds))
-    places = [(r["field"], r["value"]) for r in summary.results if r["metric"] == "metasmoothness"]
-    if len(places) > 3:
-        pairs = [[find(m, *place)["mean"] for m in ("metasmoothness", "lds")] for place in places]
+    found = {
+        metric: [r["mean"] for r in summary.results if r["metric"] == metric]
+        for metric in ("metasmoothness", "lds")
+    }
+    if len(found["lds"]) > 3:
         rank = need("scipy.stats", "scipy").spearmanr
-        rho = float(rank(*zip(*pairs, strict=True)).statistic)
+        rho = float(rank(found["metasmoothness"], found["lds"]).statistic)
         says = "where it is higher, metagradients foretell better: rank correlation above 0.7"
-        ours = f"{rho:.2f} over {len(pairs)} trainings"
+        ours = f"{rho:.2f} over {len(found['lds'])} trainings"
         out.append(Claim(says, source, ours, evidence.told(rho > 0.7, rho)))
     return out
 
