@@ -192,13 +192,18 @@ def _losses(settings: Settings, key: Key, knots: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _ends(settings: Settings, key: Key, theta: jax.Array) -> list[jax.Array]:
-    """Every measure's mean over the nets of the comparison."""
+def _ends(settings: Settings, key: Key, theta: jax.Array) -> jax.Array:
+    """Every measure's mean over the nets of the comparison; they are trained once for all."""
+
+    def one(key, i):
+        def measure(params, images):
+            return jnp.stack([measure(params, images) for measure in MEASURES.values()])[i]
+
+        return ug.episode_loss(problem_of(settings, measure), key, theta)
+
     keys = jax.random.split(key, settings.num_nets)
-    return [
-        jnp.mean(jax.vmap(lambda key, p=problem: ug.episode_loss(p, key, theta))(keys))
-        for problem in (problem_of(settings, measure) for measure in MEASURES.values())
-    ]
+    found = jax.vmap(lambda key: jax.vmap(lambda i: one(key, i))(jnp.arange(len(MEASURES))))(keys)
+    return jnp.mean(found, axis=0)
 
 
 STYLES = {FLAT: "C7", LEARNED: "C0", GRID: "C1", BEST_FLAT: "C2"}
