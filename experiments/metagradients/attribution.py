@@ -62,7 +62,7 @@ class Settings(CommonSettings):
     """Test images."""
     num_subsets: int = 100
     """Subsets that are left out, for each fraction."""
-    fractions: tuple[float, ...] = (0.02, 0.1, 0.3)
+    fractions: tuple[float, ...] = (0.02, 0.05, 0.2)
     """Fractions of the training images that are left out. The claims are about the second."""
     dampings: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
     """Candidates for the damping of the influence functions."""

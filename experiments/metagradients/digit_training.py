@@ -52,8 +52,8 @@ class Recipe(NamedTuple):
     activation: str = "gelu"
     output_scale: float = 0.1
     rate: float = 0.01
-    eps_root: float = 1e-6
-    batch_size: int = 100
+    eps_root: float = 1e-5
+    batch_size: int = 200
     horizon: int = 100
 
 

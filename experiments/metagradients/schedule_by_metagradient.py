@@ -32,7 +32,7 @@ from unrollgrad.types import UnrolledProblem as Problem
 
 FLAT, LEARNED, GRID, BEST_FLAT = "flat", "metagradients", "best of the grid", "best flat rate"
 
-RECIPE = Recipe(output_scale=1.0)
+RECIPE = Recipe(output_scale=1.0, batch_size=100)
 
 
 @dataclasses.dataclass(frozen=True)
