@@ -90,15 +90,21 @@ problem, theta = make(), jnp.ones(400)
 # %% [markdown]
 # ## The metagradient
 #
-# `replay` goes forwards through the training, and back through every step of it. It is exact: what
+# `bptt` goes forwards through the training, and back through every step of it. It is exact: what
 # it says of an image is how the loss on the clean images would change with that image's weight. The
 # images whose weight raises the loss are nearly all wrong.
 
+
 # %%
-estimate = ug.replay(problem, key, theta)
+def metagradient(problem):
+    estimator = ug.bptt(problem, remat="step")
+    return jax.jit(lambda key, theta: estimator.estimate(key, theta, estimator.init(key, theta))[0])
+
+
+estimate = metagradient(problem)(key, theta)
 grad = np.asarray(estimate.grad)
 worst = np.argsort(-grad)[:100]
-print(f"{estimate.info.inner_steps} steps forwards, loss {estimate.loss:.3f}")
+print(f"loss on the clean images: {estimate.loss:.3f}")
 print(f"wrong labels among the 100 worst images: {wrong[worst].sum()}, in all {wrong.sum()}")
 
 # %%
@@ -142,7 +148,7 @@ smoothness.table()
 
 # %%
 def foretold_and_measured(problem):
-    grad = ug.replay(problem, key, theta).grad
+    grad = metagradient(problem)(key, theta).grad
     subsets = np.array([rng.permutation(400) < 20 for _ in range(100)])
     thetas = jnp.where(subsets, 0.0, theta)
     train = jax.jit(jax.vmap(lambda theta: ug.episode_loss(problem, key, theta)))
@@ -168,10 +174,10 @@ plt.show()
 # batches. Weights are counts: 0 leaves an image out, 2 shows it twice.
 
 # %%
-counts = np.ones(400)
+counts, of_run = np.ones(400), metagradient(problem)
 for i in range(20):
-    here = jax.random.fold_in(key, i)
-    grad = np.asarray(ug.replay(problem, here, jnp.asarray(counts / counts.mean())).grad)
+    weights = jnp.asarray(counts / counts.mean(), jnp.float32)
+    grad = np.asarray(of_run(jax.random.fold_in(key, i), weights).grad)
     counts = np.maximum(counts - np.sign(grad) * (rng.random(400) < 0.2), 0.0)
 
 
@@ -187,16 +193,17 @@ def mean_accuracy(weights):
     return float(jnp.mean(jax.vmap(lambda k: ug.episode_loss(measured, k, weights))(keys)))
 
 
-before, after = mean_accuracy(theta), mean_accuracy(jnp.asarray(counts / counts.mean()))
+weights = jnp.asarray(counts / counts.mean(), jnp.float32)
+before, after = mean_accuracy(theta), mean_accuracy(weights)
 share = counts[wrong].sum() / counts.sum()
 print(f"accuracy {before:.3f} -> {after:.3f}; wrong labels: {wrong.mean():.0%} -> {share:.0%}")
 
 # %% [markdown]
 # ## Long trainings
 #
-# A hundred steps fit into one program (`bptt`). `replay` is for those that do not: it keeps a few
-# states, a tree of checkpoints, and runs the steps between them again. With a `folder` the same
-# call goes on after an interruption, and ends with the same bits.
+# A hundred steps fit into one program. `replay` computes the same for those that do not: it keeps a
+# few states, a tree of checkpoints, and runs the steps between them again, in many short programs.
+# With a `folder` the same call goes on after an interruption, and ends with the same bits.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
