@@ -272,7 +272,7 @@ def _remade(body: Callable, *kept: str) -> Callable:
 
     Values of the names ``kept`` are not computed again.
     """
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept) if kept else None
     # A scan has nothing to merge it with.
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
