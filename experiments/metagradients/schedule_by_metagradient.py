@@ -128,9 +128,14 @@ def _cells(settings: Settings, rates: np.ndarray) -> list[tuple[float, float]]:
 
 
 def one_cycle(settings: Settings, peak: float, warmup: float) -> np.ndarray:
-    """Knots that rise linearly from a 25th of the peak, and fall to a 1000th of it."""
+    """Knots that rise linearly from a 25th of the peak, and fall to a 1000th of it.
+
+    Without a warm-up they begin at the peak.
+    """
     places = np.linspace(0, 1, settings.num_knots)
-    return np.interp(places, [0.0, max(warmup, 1e-6), 1.0], [peak / 25, peak, peak / 1000])
+    if warmup == 0:
+        return np.interp(places, [0.0, 1.0], [peak, peak / 1000])
+    return np.interp(places, [0.0, warmup, 1.0], [peak / 25, peak, peak / 1000])
 
 
 def problem_of(settings: Settings, measure: Callable[[Params, Examples], jax.Array]) -> Problem:
