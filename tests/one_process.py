@@ -1,20 +1,26 @@
 """The measurements of ``test_processes.py``: one process of eight devices, or two of four.
 
 Run as a program with the coordinator, the number of processes, this process's number and a folder,
-it joins the other processes and prints its measurements as JSON.
+it joins the other processes and prints its measurements as JSON. With a number of dispatches or
+"all" as a fifth argument, it runs ``replay`` in the folder and prints its bits, unless it is killed
+after so many dispatches.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import optax
 
 import unrollgrad as ug
+from tests.replayed import bits, spread
+from unrollgrad._replay import replay as replaying
 
 WORKERS, STEPS = 16, 5
 
@@ -53,9 +59,30 @@ def measured() -> dict[str, Any]:
     except FloatingPointError as error:
         out["error"] = str(error)[:40]
 
+    out["replay"] = [float(x) for x in replayed(None)[:2]]
     result = fitted()
     out["fit"] = [*result.history["loss"].tolist(), float(result.theta)]
     return out
+
+
+def replayed(folder, dispatches=None):
+    """``replay`` of a state that is spread over all devices; the process ends on the way."""
+    problem, theta = spread(64)
+    with contextlib.ExitStack() as stack:
+        if dispatches is not None:
+            stack.enter_context(mock.patch.object(replaying, "progress_bar", killer(dispatches)))
+        return ug.replay(problem, jax.random.key(0), theta, steps_per_dispatch=8, folder=folder)
+
+
+def killer(dispatches):
+    """In place of the progress bar: kills this process after so many dispatches."""
+    left = iter(range(dispatches))
+
+    @contextlib.contextmanager
+    def bar(total, unit):
+        yield lambda text, done: os._exit(0) if next(left, None) is None else None
+
+    return bar
 
 
 def shared(rows):
@@ -120,8 +147,12 @@ def of_several(folder):
 
 
 if __name__ == "__main__":
-    address, count, number, path = sys.argv[1:]
+    address, count, number, path, *dispatches = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 8 // int(count))
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(address, int(count), int(number), initialization_timeout=60)
-    print(json.dumps(of_several(path)))
+    if dispatches:
+        most = None if dispatches == ["all"] else int(dispatches[0])
+        print("bits", bits(replayed(path, most)), flush=True)
+    else:
+        print(json.dumps(of_several(path)))

@@ -77,6 +77,21 @@ def trainings(horizon: int) -> tuple[ug.UnrolledProblem, Any]:
     return ug.UnrolledProblem(init, step, horizon, evaluate), whole
 
 
+def spread(horizon: int) -> tuple[ug.UnrolledProblem, jax.Array]:
+    """A state that lies on all devices, those of other processes too."""
+    layout = jax.sharding.NamedSharding(ug.make_worker_mesh(), jax.P("workers"))
+
+    def init(key, theta):
+        start = jax.lax.with_sharding_constraint(jnp.linspace(0, 1, 16) + theta, layout)
+        return {"x": start, "key": key}
+
+    def step(key, theta, s, t):
+        x = jnp.sin(s["x"]) + theta * jnp.mean(s["x"] ** 2)
+        return {"x": x, "key": s["key"]}, jnp.mean(x)
+
+    return ug.UnrolledProblem(init, step, horizon), jnp.float32(0.1)
+
+
 def bits(estimate: ug.Estimate) -> str:
     """The gradient and the loss, bit for bit."""
     leaves = jax.tree.leaves((estimate.grad, estimate.loss))

@@ -60,6 +60,7 @@ PUBLIC_FACTORIES = {
     "stn",
     "stocbio",
     "sustain",
+    "training_problem",
     "ttsa",
 }
 

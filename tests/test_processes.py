@@ -20,8 +20,11 @@ from tests.helpers import raises
 ROOT = Path(__file__).parents[1]
 
 
-def together(*commands):
-    """Runs the commands at the same time; returns each one's output."""
+def together(*commands, killed=False):
+    """Runs the commands at the same time; returns each one's output.
+
+    Those that are ``killed`` may end as they like.
+    """
     started = [
         subprocess.Popen(
             [sys.executable, *command],
@@ -38,7 +41,7 @@ def together(*commands):
         for process in started:
             process.kill()
     for process, (_, errors) in zip(started, ended, strict=True):
-        assert process.returncode == 0, errors
+        assert killed or process.returncode == 0, errors
     return [printed for printed, _ in ended]
 
 
@@ -69,6 +72,27 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
     # The streamed data reached the right workers: worker i's gradient is i.
     variance = float(np.var(np.arange(16.0), ddof=1)) / 16
     np.testing.assert_allclose(alone["data"], [7.5, variance], rtol=1e-5)
+
+
+@pytest.mark.experiments
+def test_a_replay_of_two_processes_goes_on_after_both_were_killed(tmp_path):
+    """They are killed at different moments, and have different files then."""
+
+    def pair(folder, *counts, **options):
+        address, path = free_address(), str(tmp_path / folder)
+        command = ["-m", "tests.one_process", address, "2"]
+        commands = [[*command, str(i), path, count] for i, count in enumerate(counts)]
+        lines = [printed.splitlines() for printed in together(*commands, **options)]
+        return [[line for line in printed if line.startswith("bits")] for printed in lines]
+
+    whole = pair("whole", "all", "all")
+    assert len(whole[0]) == 1
+    assert whole[0] == whole[1]
+    assert pair("killed", "10", "9", killed=True) == [[], []]
+    for i in range(2):
+        assert list((tmp_path / f"killed/process-{i}").glob("pulled-*.npz"))
+        assert not (tmp_path / f"killed/process-{i}/pulled-0.npz").exists()  # not done
+    assert pair("killed", "all", "all") == whole
 
 
 @pytest.mark.experiments

@@ -18,7 +18,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import counted, mistyped, numbers, quadratic, raises
-from tests.replayed import bits, replayed, trainings
+from tests.replayed import bits, replayed, spread, trainings
 from unrollgrad._core import unroll
 from unrollgrad._replay import replay as replaying
 from unrollgrad._replay import schedule, storage
@@ -345,23 +345,6 @@ def test_a_state_that_is_spread_over_a_mesh(tmp_path, monkeypatch):
     assert furthest(got[:2], whole(problem, theta)[:2]) < 1e-6
     again = ug.replay(problem, KEY, theta, steps_per_dispatch=8, folder=tmp_path)
     assert bits(again) == bits(got)
-
-
-def spread(horizon):
-    """A state that lies on eight devices."""
-    layout = jax.sharding.NamedSharding(
-        ug.make_worker_mesh(8), jax.sharding.PartitionSpec("workers")
-    )
-
-    def init(key, theta):
-        start = jax.lax.with_sharding_constraint(jnp.linspace(0, 1, 16) + theta, layout)
-        return {"x": start, "key": key}
-
-    def step(key, theta, s, t):
-        x = jnp.sin(s["x"]) + theta * jnp.mean(s["x"] ** 2)
-        return {"x": x, "key": s["key"]}, jnp.mean(x)
-
-    return ug.UnrolledProblem(init, step, horizon), jnp.float32(0.1)
 
 
 def test_errors():

@@ -3,10 +3,10 @@
     theta -> GradientEstimator -> Estimate(grad, loss, info) -> any optax optimizer -> theta
 
 what is unrolled      UnrolledProblem(init, step, horizon): any inner loop, as pure functions
-                      training_problem(...): from a loss and an optimizer; final_loss, TrainingState
+                      training_problem(...), TrainingState: training; final_loss: of its end
                       problems: small problems with known answers; constraints: for hyperparameters
 one worker            bptt(problem), tbptt(problem, truncation=10): backpropagation, whole or cut
-                      replay(problem, key, theta): bptt of one long episode, in many dispatches
+                      replay: bptt in many dispatches; mixed_value_and_grad: it in less memory
                       full_es, truncated_es: evolution strategies, whole or cut; noise: their laws
                       pes, es_single, gpes: persistent evolution strategies, cut and still right
                       pes_analytic, pes_analytic_replacement, reparameterized_es: with gradients
@@ -42,6 +42,7 @@ from unrollgrad._core.unroll import episode_loss
 from unrollgrad._fit.fit import fit
 from unrollgrad._fit.result import FitResult
 from unrollgrad._replay.replay import replay
+from unrollgrad._training.mixed_gradient import mixed_value_and_grad
 from unrollgrad._training.training_problem import TrainingState, final_loss, training_problem
 from unrollgrad._workers.average import average
 from unrollgrad._workers.curriculum import curriculum
@@ -102,6 +103,7 @@ __all__ = [
     "implicit",
     "learned_optimizers",
     "make_worker_mesh",
+    "mixed_value_and_grad",
     "noise",
     "pes",
     "pes_analytic",

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +12,47 @@ import numpy as np
 import optax
 
 import unrollgrad as ug
+from experiments._framework import evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
-from experiments.cost import mixed_gradient
 from unrollgrad.running import need
 from unrollgrad.types import GradientEstimator
 
 
 class Workload(NamedTuple):
-    """Training of a residual MLP by SGD with momentum."""
+    """Training of a residual net of equal layers by SGD with momentum.
+
+    Attributes:
+        layers: Number of layers.
+        width: Features of a row.
+        batch: Rows of a batch; of a transformer, sequences.
+        length: Rows of a sequence, which attend to earlier ones; 0: a net without attention.
+        horizon: Inner steps.
+        layer: "scan": one scan over all layers. "remat": so that each layer is computed again in
+            the inner backward pass. "unrolled": without a scan.
+    """
 
     layers: int
     width: int
     batch: int
-    horizon: int
-    scanned: bool
+    length: int = 0
+    horizon: int = 8
+    layer: Literal["scan", "remat", "unrolled"] = "scan"
 
 
 WORKLOADS = {
-    "scanned, 8 x 128, batch 256": Workload(8, 128, 256, 10, True),
-    "scanned, 16 x 128, batch 512": Workload(16, 128, 512, 10, True),
-    "scanned, 12 x 64, batch 1024": Workload(12, 64, 1024, 10, True),
-    "scanned, 8 x 256, batch 256": Workload(8, 256, 256, 10, True),
-    "unrolled, 8 x 128, batch 256": Workload(8, 128, 256, 10, False),
-    "tiny": Workload(2, 4, 8, 2, True),
+    "transformer, 8 x 64": Workload(8, 64, 8, 64),
+    "transformer, 8 x 64, layer remat": Workload(8, 64, 8, 64, layer="remat"),
+    "transformer, 8 x 128": Workload(8, 128, 2, 128),
+    "MLP, 8 x 128": Workload(8, 128, 256),
+    "MLP, 8 x 128, unrolled": Workload(8, 128, 256, layer="unrolled"),
+    "tiny": Workload(2, 4, 2, 4, horizon=2),
 }
 
 GRADIENTS: dict[str, Callable[..., Callable[..., tuple[jax.Array, Any]]]] = {
     "plain": jax.value_and_grad,
-    "mixed": mixed_gradient.value_and_grad,
+    "mixed": ug.mixed_value_and_grad,
 }
 
 ESTIMATORS: dict[str, Callable[[ug.UnrolledProblem, int], GradientEstimator]] = {
@@ -61,7 +72,7 @@ class Settings(CommonSettings):
 
     workloads: tuple[str, ...] = tuple(WORKLOADS)[:-1]
     """Workloads by name."""
-    num_repeats: int = 5
+    num_repeats: int = 3
     """Runs of each kind."""
     seeds: tuple[int, ...] = (0,)
     """Each seed is a whole measurement."""
@@ -104,42 +115,56 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
 def training(
     workload: Workload, value_and_grad: Callable[..., Callable[..., tuple[jax.Array, Any]]]
 ) -> tuple[ug.UnrolledProblem, dict[str, jax.Array]]:
-    """The step of ``training_problem`` with the given inner gradient; returns (problem, theta)."""
-    layers, width, batch, horizon, scanned = workload
-    optimizer = optax.sgd(1.0, momentum=0.9)
+    """The training with the given inner gradient; returns (problem, theta)."""
+    layers, width, batch, length, horizon, kind = workload
+    rows = (batch, length, width) if length else (batch, width)
+    shapes = {"in": (width, 4 * width), "out": (4 * width, width)}
+    if length:
+        shapes |= {"attend": (width, 3 * width), "mix": (width, width)}
 
     def layer(h, w):
-        return h + jnp.tanh(h @ w["in"]) @ w["out"], None
+        if length:
+            h = h + _attention(_normed(h) @ w["attend"]) @ w["mix"]
+        return h + jax.nn.gelu(_normed(h) @ w["in"]) @ w["out"], None
 
     def forward(params, h):
-        if scanned:
-            return jax.lax.scan(layer, h, params)[0]
-        for i in range(layers):
-            h, _ = layer(h, jax.tree.map(lambda x, i=i: x[i], params))
-        return h
+        if kind == "unrolled":
+            for i in range(layers):
+                h, _ = layer(h, jax.tree.map(lambda x, i=i: x[i], params))
+            return h
+        return jax.lax.scan(jax.checkpoint(layer) if kind == "remat" else layer, h, params)[0]
 
-    def init(key, theta):
-        shape = (layers, width, width)
-        keys = dict(zip(("in", "out"), jax.random.split(key), strict=True))
-        params = {name: jax.random.normal(k, shape) / width for name, k in keys.items()}
-        return params, optimizer.init(params)
+    def init_params(key):
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+        return {
+            name: jax.random.normal(keys[name], (layers, *shape)) / (layers * shape[0]) ** 0.5
+            for name, shape in shapes.items()
+        }
 
-    def step(key, theta, state, t):
-        params, opt_state = state
-        rows = jax.random.normal(key, (batch, width))
+    def loss(theta, params, batch, key):
+        decay = jnp.exp(theta["log_decay"]) * optax.tree.norm(params, squared=True)
+        return jnp.mean((forward(params, batch) - 1) ** 2) + decay
 
-        def loss(params):
-            decay = jnp.exp(theta["log_decay"]) * optax.tree.norm(params, squared=True)
-            return jnp.mean((forward(params, rows) - 1) ** 2) + decay
+    problem = ug.training_problem(
+        loss=loss,
+        init_params=init_params,
+        optimizer=lambda theta, t: optax.sgd(jnp.exp(theta["log_lr"]), momentum=0.9),
+        sample_batch=lambda key: jax.random.normal(key, rows),
+        horizon=horizon,
+        value_and_grad=value_and_grad,
+    )
+    return problem, {"log_lr": jnp.float32(-4), "log_decay": jnp.float32(-6)}
 
-        _, grads = value_and_grad(loss)(params)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        updates = jax.tree.map(lambda u: jnp.exp(theta["log_lr"]) * u, updates)
-        params = optax.apply_updates(params, updates)
-        return (params, opt_state), loss(params)
 
-    theta = {"log_lr": jnp.float32(-3), "log_decay": jnp.float32(-6)}
-    return ug.UnrolledProblem(init, step, horizon), theta
+def _normed(h: jax.Array) -> jax.Array:
+    return h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6)
+
+
+def _attention(h: jax.Array) -> jax.Array:
+    """Four heads of causal attention; the last axis has queries, keys and values."""
+    heads = h.reshape(*h.shape[:2], 3, 4, -1)
+    query, key, value = heads[:, :, 0], heads[:, :, 1], heads[:, :, 2]
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(*h.shape[:2], -1)
 
 
 def _ratios(records: list[Record], metric: str) -> dict[tuple[str, str], float]:
@@ -184,8 +209,22 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """No claims: the paper measured accelerators and other models."""
-    return []
+    """Beyond ``remat="step"`` it saves a tenth of the memory of a scanned transformer."""
+    out = []
+    for workload in summary.about["config"]["workloads"]:
+        place = {"workload": workload, "estimator": "bptt, remat step"}
+        ratios = [
+            evidence.ratio(*(summary.find(metric, gradient=g, **place) for g in ("mixed", "plain")))
+            for metric in ("mebibytes", "seconds")
+        ]
+        if not workload.startswith("transformer") or not all(ratios):
+            continue
+        size, seconds = (found["mean"] for found in ratios if found)
+        says = f'{workload}: with remat="step" it saves 10 % of the memory or more, in equal time'
+        ours = f"memory x {size:.2f}, time x {seconds:.2f}"
+        holds = evidence.told(size <= 0.9 and seconds <= 1.1, size, seconds)
+        out.append(Claim(says, "Kemaev et al. 2025, on accelerators", ours, holds))
+    return out
 
 
 EXPERIMENT = Experiment(
@@ -199,7 +238,7 @@ EXPERIMENT = Experiment(
     show=show,
     claims=claims,
     would_change=(
-        'On a transformer of ten million weights, mixed mode beside `remat="step"` saves half '
-        "of the memory in equal time; then `training_problem` would use it."
+        'On a transformer of ten million weights on a GPU, mixed mode beside `remat="step"` '
+        "saves less than a tenth of the memory, or takes over 1.1 times as long."
     ),
 )

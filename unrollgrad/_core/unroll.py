@@ -31,6 +31,9 @@ from unrollgrad.types import (
 Remat = Literal["step", "sqrt", "log"] | int | tuple[int, ...] | None
 """The states that backpropagation keeps: all values (None), every step's state, or some states."""
 
+INNER_GRADIENT = "unrollgrad inner gradient"
+"""The name of values that backpropagation keeps where it keeps the state of every step."""
+
 _Data = ArrayTree | None
 _Carry = TypeVar("_Carry")
 _Tree = TypeVar("_Tree")
@@ -174,7 +177,7 @@ def scan(
     # Stretches of equal length, and the remaining steps; each keeps its first state.
     length = -(-num_steps // numbers[0])
     if length == 1:
-        return jax.lax.scan(_remade(body), carry, inputs)
+        return jax.lax.scan(_remade(body, INNER_GRADIENT), carry, inputs)
     stretches = num_steps // length
     whole = stretches * length
 
@@ -247,8 +250,9 @@ def _nested(
         return run
 
     run, steps = (step, 1) if length == 1 else (over(step, length, 1), length)
+    kept = (INNER_GRADIENT,) if length == 1 else ()
     for number in reversed(numbers):
-        run, steps = over(_remade(run), number, steps), steps * number
+        run, steps, kept = over(_remade(run, *kept), number, steps), steps * number, ()
     carry, out = run(carry, jnp.int32(0))
     return carry, out.ravel()[:num_steps]
 
@@ -263,9 +267,14 @@ def repeat(step: Callable[[_Carry], _Carry], carry: _Carry, times: int) -> _Carr
     return jax.lax.scan(lambda carry, _: (step(carry), None), carry, length=times)[0]
 
 
-def _remade(body: Callable) -> Callable:
-    """Wraps ``body`` so that backpropagation computes its results again from its arguments."""
-    return jax.checkpoint(body, prevent_cse=False)  # a scan has nothing to merge it with
+def _remade(body: Callable, *kept: str) -> Callable:
+    """Wraps ``body`` so that backpropagation computes its results again from its arguments.
+
+    Values of the names ``kept`` are not computed again.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(*kept) if kept else None
+    # A scan has nothing to merge it with.
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def reset(

@@ -33,6 +33,7 @@ def training_problem(
     sample_batch: Callable[[Key], object] | None = None,
     meta_loss: Callable[..., Numeric] | Literal["before"] | None = None,
     horizon: int | Callable[[Key], Numeric] = 1000,
+    value_and_grad: Callable[..., Callable[..., tuple[jax.Array, Any]]] = jax.value_and_grad,
 ) -> UnrolledProblem:
     """An unrolled problem that trains inner weights with an optimizer that theta controls.
 
@@ -70,11 +71,13 @@ def training_problem(
             ``truncated_es``.
         horizon: Inner steps in an episode, or a sampler ``horizon(key)``. Pass the length of your
             training: the default is arbitrary. ``print(problem)`` shows it.
+        value_and_grad: What differentiates the inner loss; ``mixed_value_and_grad`` saves memory in
+            backpropagation through deep nets whose layers are in a ``scan``.
 
     Raises:
-        TypeError: If ``loss``, ``init_params`` or ``optimizer`` is not a function, ``optimizer`` is
-            one of optax's own, a function cannot be called with its arguments, or ``meta_loss`` is
-            neither a function nor "before".
+        TypeError: If ``loss``, ``init_params``, ``optimizer`` or ``value_and_grad`` is not a
+            function, ``optimizer`` is one of optax's own, a function cannot be called with its
+            arguments, or ``meta_loss`` is neither a function nor "before".
         ValueError: When stepping, if the loss is not a scalar, or neither ``sample_batch`` nor
             ``data`` gives a batch; in ``init``, if ``optax.inject_hyperparams`` keeps
             hyperparameters in 16 bits.
@@ -97,6 +100,11 @@ def training_problem(
                 f"`{name}` must be a function; got a {type(function).__name__}. For a fixed "
                 "optimizer write `optimizer=lambda theta, t: optax.adam(1e-3)`."
             )
+    if not callable(value_and_grad):
+        raise TypeError(
+            "`value_and_grad` must be a function like jax.value_and_grad, such as "
+            f"unrollgrad.mixed_value_and_grad; got a {type(value_and_grad).__name__}."
+        )
     if str(getattr(optimizer, "__module__", "")).startswith("optax."):
         raise TypeError(
             "`optimizer` is called as optimizer(theta, t), but optax."
@@ -148,7 +156,7 @@ def training_problem(
             arguments.check_loss("loss", value)
             return value
 
-        value, grad = jax.value_and_grad(inner)(params)
+        value, grad = value_and_grad(inner)(params)
         # Of a complex weight JAX's gradient is the conjugate of the direction of steepest ascent.
         grad = jax.tree.map(jnp.conj, grad)
         updates, opt_state = inner_optimizers.update(

@@ -5,7 +5,6 @@ pass cannot report it. Here a truncated solve is a result, forwards, backwards a
 derivatives; a solve that broke down is NaN.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +14,12 @@ import jax.numpy as jnp
 import lineax as lx
 import optax
 
+from unrollgrad._core.float_leaves import unseen
 from unrollgrad.implicit import operators, trees
 from unrollgrad.implicit.trees import T
 from unrollgrad.types import ArrayTree, Numeric
 
-__all__ = ["Method", "Solution", "Start", "differentiable_solve", "solve", "unseen"]
+__all__ = ["Method", "Solution", "Start", "differentiable_solve", "solve"]
 
 
 class Solution(NamedTuple):
@@ -166,10 +166,3 @@ def differentiable_solve(
     return jax.lax.custom_linear_solve(
         lambda x: trees.scale(one, matvec(x)), vector, forwards, backwards
     )
-
-
-def unseen(leaves: Sequence[jax.Array]) -> jax.Array:
-    """A zero that is linear in every leaf: XLA sees that it is constant, jax does not."""
-    corners = [jnp.sum(jnp.ravel(x)[:1]).real.astype(jnp.float32) for x in leaves]
-    total = functools.reduce(jnp.add, corners, jnp.float32(0))
-    return jax.lax.select(jnp.zeros((), bool), total, jnp.zeros_like(total))

@@ -1,0 +1,1 @@
+"""Experiments on metagradients: data attribution, data selection, schedules, metasmoothness."""
