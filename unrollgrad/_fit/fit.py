@@ -331,12 +331,13 @@ def _begin(
     """The initial carry, in buffers of its own and in the layout that a dispatch returns."""
     worker_state = estimator.init(jax.random.fold_in(key, _INIT), theta)
     layouts = {x.sharding for x in jax.tree.leaves(worker_state)}
-    meshes = {s.mesh for s in layouts if isinstance(s, NamedSharding)}
-    whole = NamedSharding(meshes.pop(), PartitionSpec()) if meshes else None
+    spread = [s for s in layouts if isinstance(s, NamedSharding) and s.spec]
 
     def own(x):
         x = jnp.copy(arguments.strong(x))
-        return x if whole is None else placed(x, whole)
+        if not spread:
+            return x
+        return placed(x, NamedSharding(spread[0].mesh, PartitionSpec()), spread[0].spec[0])
 
     opt_state = optimizer.init(theta)
     inner_optimizers.check_injected("`optimizer`", optimizer.init, theta, opt_state)
