@@ -202,6 +202,7 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
     with own_transfers():
         carry, *out = program(run.carry, steps)
+        carry = jax.tree.map(_laid_out_like, carry, run.carry)
     _check_not_traced(out, "number in `estimator` or `optimizer`")
     count, records, finite = jax.device_get(out)
     record = {k: x[:count] for k, x in records.items()}
@@ -220,6 +221,11 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
         "sigma, clip the gradient (optax.clip_by_global_norm), or look at "
         "history['num_nonfinite']."
     )
+
+
+def _laid_out_like(x: jax.Array, before: jax.Array) -> jax.Array:
+    """The array as it lay before: on a mesh of several axes XLA may have spread it otherwise."""
+    return placed(x, before.sharding) if isinstance(before.sharding, NamedSharding) else x
 
 
 def _observe(run: _Run, key: Key, evaluate, callback) -> bool:
