@@ -54,6 +54,10 @@ def average(
             estimate, state = estimator.estimate(key, theta, state)
             return jax.lax.pmean((estimate.grad, estimate.loss), "workers"), state
 
+    On a mesh with further axes, such as ("workers", "model"), the workers share the devices of a
+    place on ``axis``: theta and the states may be spread over the other axes, XLA divides the work,
+    and ``grad`` lies as theta does; see docs/scale.md.
+
     **Stagger.** With "lockstep" all workers stand at the same window, so one call estimates the
     gradient of that window alone; only the mean over an episode's T/K calls estimates the gradient
     of J. With "breakstep" worker i's *first* episode ends after ceil((i+1)/num_workers * T/K)
@@ -89,7 +93,7 @@ def average(
         estimator: What each worker runs.
         num_workers: The number of workers, a multiple of the number of devices.
         mesh: A mesh of devices with Auto axes: ``make_worker_mesh()``. None: the default device.
-        axis: The mesh axis over which the workers are spread.
+        axis: The mesh axis over which the workers are spread; further axes are for theta.
         stagger: "lockstep", "breakstep" or "burn_in".
         batch_size: The number of workers that a device runs at a time while the others wait; it
             divides the number of workers per device. None: all.
