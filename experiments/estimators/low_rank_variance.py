@@ -264,7 +264,7 @@ def _find(summary: Summary, problem: str, law: str) -> evidence.Result | None:
 
 EXPERIMENT = Experiment(
     name="low_rank_variance",
-    about="The variance of low-rank noise by rank and factors; closed forms and dense noise beside.",
+    about="The variance of low-rank noise by rank and factors; closed forms and dense noise too.",
     settings=Settings,
     scales=SCALES,
     labels=("problem", "law"),
