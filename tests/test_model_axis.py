@@ -111,20 +111,39 @@ def test_one_all_reduce_over_the_workers(workers, model):
     pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     text = two_windows(workers, model)[2]
-    found = re.findall(rf" ({kinds})(?:-start)?\(.*(?:replica_groups|pairs)=([^ ]*),", text)
-    row = np.arange(8) // model
-    across = [kind for kind, groups in found if any(np.ptp(row[g]) for g in devices(groups))]
+    found = re.findall(rf" ({kinds})(?:-start)?\(.*(?:replica_groups|pairs)=(.*)", text)
+    across = [kind for kind, groups in found if crosses_rows(groups, model)]
     assert across == ["all-reduce"]
     assert len(found) > 1
 
 
-def devices(groups):
-    """The groups of devices that XLA's text names, as lists or as a reshaped range."""
+def crosses_rows(groups, model):
+    """Whether groups of devices, in one of XLA's notations, are of several rows of the mesh."""
+    if groups.startswith("mesh"):  # names of axes (jax 0.12)
+        return "workers" in groups.split("]", 1)[1].split("}")[0]
     if groups.startswith("{{"):
-        return [list(map(int, group.split(","))) for group in groups[2:-2].split("},{")]
-    shape, dims, *order = re.findall(r"[\[(]([\d,]+)[\])]", groups)
-    shape, dims, *order = ([int(n) for n in x.split(",")] for x in (shape, dims, *order))
-    return np.arange(8).reshape(dims).transpose(*order).reshape(shape)
+        lists = groups[2:].split("}}")[0].split("},{")
+        return any(np.ptp([int(n) // model for n in each.split(",")]) for each in lists)
+    shape, dims, order = re.match(r"\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", groups).groups()
+    shape, dims = ([int(n) for n in x.split(",")] for x in (shape, dims))
+    order = [int(n) for n in order.split(",")] if order else range(len(dims))
+    lists = np.arange(8).reshape(dims).transpose(order).reshape(shape)
+    return bool(np.ptp(lists // model, axis=1).any())
+
+
+@pytest.mark.parametrize(
+    ("groups", "crossing"),
+    [
+        ("mesh['workers'=2,'model'=4] {'workers'}, use", True),
+        ("mesh['workers'=2,'model'=4] {'model':(1)2}, use", False),
+        ("{{0,4},{1,5},{2,6},{3,7}}, use", True),
+        ("{{0,1},{2,3},{4,5},{6,7}}, use", False),
+        ("[2,4]<=[8], use", False),
+        ("[4,2]<=[2,4]T(1,0), use", True),
+    ],
+)
+def test_the_notations_are_read(groups, crossing):
+    assert crosses_rows(groups, 4) == crossing
 
 
 def test_fit_keeps_theta_spread():

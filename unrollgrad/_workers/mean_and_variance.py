@@ -120,7 +120,8 @@ def over_devices(own: Moments, axis: str, key: Key) -> Moments:
     counts, sketches = added["counts"], added["sketches"]
     count = jnp.sum(counts)
     per_worker = 1 / jnp.maximum(count, 1)
-    away = sketches - per_worker * jnp.sum(counts[:, None] * sketches, axis=0)
+    mean = per_worker * jnp.sum(counts[:, None] * sketches, axis=0)
+    away = sketches - mean[None]
     between = jnp.sum(counts * jnp.sum(jnp.square(away), axis=1))
     high, low, num_nonfinite, num_nonfinite_losses = added["integers"].astype(jnp.int32)
     return Moments(
