@@ -68,10 +68,10 @@ def test_speed(given, drawn, dense, holds):
 
 @pytest.mark.parametrize(
     ("factor", "holds"),
-    [(1.0, [True, True, True]), (1.3, [False, False, None])],
+    [(1.0, [True] * 6), (1.3, [True, True, False, False, False, None])],
 )
 def test_variance(factor, holds):
-    """With 30 % more variance of the signs of rank 1 their formula and the bound are refuted."""
+    """With other variances of rank 1 their formulas and the bound on the signs' are refuted."""
     exact = low_rank_variance.closed_forms((1,))
     found = []
     for law, value in exact.items():
