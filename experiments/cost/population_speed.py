@@ -172,7 +172,7 @@ def _population(perturb: Callable[..., Theta], drawn: Any, x: jax.Array) -> jax.
     return both(scales, drawn, x.reshape(2, -1, *x.shape[1:])).ravel()
 
 
-def _mlp(theta: Theta, x: jax.Array) -> jax.Array:
+def _mlp(theta: Any, x: jax.Array) -> jax.Array:
     """One member's loss; ``matmul`` takes a matrix with or without factors."""
     for layer in theta:
         x = jnp.tanh(ug.noise.matmul(x, layer["w"]) + layer["b"])

@@ -175,7 +175,7 @@ def _training(settings: Settings, name: str, law: str) -> _Training:
     truncation = settings.horizon // settings.num_windows
     sigma, pairs = SIGMA[name], settings.num_pairs
     es = ug.es_single(problem, truncation=truncation, sigma=sigma, num_pairs=pairs, noise=LAWS[law])
-    workers = ug.average(es, settings.num_workers, stagger="burn_in")
+    workers = ug.average(es, settings.num_workers, stagger="breakstep")
     every = settings.num_steps // settings.points
 
     def begin(key, rate):

@@ -143,7 +143,7 @@ def _samplers(
     return {name: sampler(law) for name, law in laws(settings.ranks).items()}
 
 
-def gradient() -> Theta:
+def gradient() -> dict[str, np.ndarray]:
     """The gradient of the linear loss."""
     rng = np.random.default_rng(0)
     return {k: rng.normal(size=s).astype(np.float32) for k, s in LEAVES.items()}

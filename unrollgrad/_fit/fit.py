@@ -223,7 +223,7 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     )
 
 
-def _laid_out_like(x: jax.Array, before: jax.Array) -> jax.Array:
+def _laid_out_like(x: jax.Array, before: jax.Array) -> Any:
     """The array as it lay before: on a mesh of several axes XLA may have spread it otherwise."""
     return placed(x, before.sharding) if isinstance(before.sharding, NamedSharding) else x
 

@@ -121,7 +121,10 @@ def low_rank(
         alike: dict[tuple, list[int]] = {}  # leaves of equal shape are drawn together
         for i, (x, d) in enumerate(zip(leaves, divided, strict=True)):
             alike.setdefault((x.shape, x.dtype, d), []).append(i)
-        groups = [_Group(len(i), _sizes(*each, rank), each[1]) for each, i in alike.items()]
+        groups = [
+            _Group(len(some), _sizes(shape, d, rank), dtype)
+            for (shape, dtype, d), some in alike.items()
+        ]
         drawn = (_normals if factors == "gaussian" else _signs)(own, num_pairs, groups)
         made: list[Any] = [None] * len(leaves)
         for some, parts in zip(alike.values(), drawn, strict=True):
@@ -169,9 +172,7 @@ class _Group(NamedTuple):
     dtype: Any
 
 
-def _sizes(
-    shape: tuple[int, ...], dtype: Any, divided: _Shape | None, rank: int
-) -> tuple[int, ...]:
+def _sizes(shape: tuple[int, ...], divided: _Shape | None, rank: int) -> tuple[int, ...]:
     """How many numbers a pair draws for a leaf, part by part."""
     if divided is None:
         return (math.prod(shape),)
@@ -297,7 +298,7 @@ def contract(factors: ArrayTree, weights: jax.Array) -> Theta:
         if not isinstance(x, Factors):
             arrays.setdefault((x.shape, x.dtype), []).append(i)
     for some in arrays.values():
-        added = weighted_sum(jnp.stack([leaves[i] for i in some], axis=1), weights)
+        added: Any = weighted_sum(jnp.stack([leaves[i] for i in some], axis=1), weights)
         for i, x in zip(some, added, strict=True):
             out[i] = x
     for (num_pairs, layers, m, n, rank), some in _alike(leaves).items():
