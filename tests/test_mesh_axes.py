@@ -57,6 +57,22 @@ def test_the_types_fit_and_nothing_is_added_up_over_devices(name):
     assert "pmax" not in text
 
 
+@pytest.mark.parametrize(
+    "law", [ug.noise.gaussian(), ug.noise.low_rank(2, "gaussian"), ug.noise.low_rank()]
+)
+def test_noise_of_a_large_leaf_varies_as_its_key_does(law):
+    """Only traced; what is drawn block by block, and held, begins with zeros in a loop."""
+    pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
+    theta = {"w": jax.ShapeDtypeStruct((300, 200), "float32"), "v": jnp.zeros(40_000)}
+
+    def step(key, theta, s, t):
+        return s, jnp.sum(s @ theta["w"]) + jnp.sum(theta["v"])
+
+    problem = ug.UnrolledProblem(lambda key, theta: jnp.ones(300), step, 4)
+    pes = ug.pes(problem, truncation=1, sigma=0.1, num_pairs=2, noise=law)
+    jax.eval_shape(on_each_device(functools.partial(calls, pes)), KEYS, theta)
+
+
 @pytest.mark.parametrize("name", ["pes", "tbptt", "reparameterized_es", "uoro"])
 def test_each_device_is_its_own_worker(name):
     """With a replicated theta each device gets its own gradient, not the sum, as in jax.grad."""

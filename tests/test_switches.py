@@ -73,6 +73,8 @@ def estimators(dtype):
     for stagger in ("lockstep", "breakstep", "burn_in"):
         many = ug.average(pes, 4, stagger=stagger, batch_size=2)
         yield stagger, lambda many=many: first_call(many, theta)
+    spread = ug.average(pes, 4, mesh=ug.make_worker_mesh(2))
+    yield "mesh", lambda: first_call(spread, theta)
     for law in (ug.noise.rademacher(), ug.noise.orthogonal()):
         es = ug.full_es(unrolled, sigma=0.1, num_pairs=2, noise=law)
         yield "law", lambda es=es: first_call(es, theta)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import unrollgrad as ug
+from tests.helpers import raises
 
 quax = pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
 
@@ -106,6 +107,37 @@ def test_control_flow_and_derivatives():
         }
 
     compare(function, theta, normal(3, 4))
+
+
+def test_derivative_rules_of_ones_own():
+    """By ``custom_jvp`` a leaf passes; by ``custom_vjp`` nothing does, which the error says."""
+
+    @jax.custom_vjp
+    def loss(y):
+        return jnp.mean(y**2)
+
+    loss.defvjp(lambda y: (loss(y), y), lambda y, g: (g * y,))
+
+    @jax.custom_jvp
+    def product(x, w):
+        return x @ w
+
+    product.defjvp(lambda x, t: (product(*x), t[0] @ x[1] + x[0] @ t[1]))
+    theta, x = {"layer": {"w": normal(8, 8)}}, jnp.ones((2, 8))
+    law = ug.noise.low_rank(dense_below=0)
+
+    def run(loss):
+        def step(key, theta, s, t):
+            return s, loss(product(s, theta["layer"]["w"]))
+
+        es = ug.full_es(ug.UnrolledProblem(lambda key, theta: x, step, 2), sigma=0.1, noise=law)
+        jax.eval_shape(es.estimate, KEY, theta, jax.eval_shape(es.init, KEY, theta))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(jnp.mean)
+    with raises(NotImplementedError, "`step`", "custom_vjp", "theta['layer']['w']", "custom_jvp"):
+        run(loss)
 
 
 def test_flax():

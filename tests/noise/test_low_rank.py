@@ -316,6 +316,30 @@ def test_bfloat16(optimized):
         ug.full_es(unrolled, sigma={"w": sigma, "b": 1e-6}, noise=law).init(KEY, theta)
 
 
+def test_leaves_of_equal_shape_are_drawn_and_added_up_together():
+    """Of more leaves only their slices are in the program, whose draws and products stay."""
+
+    def operations(count):
+        theta = [{"w": jnp.zeros((8, 8)), "b": jnp.zeros(8)} for _ in range(count)]
+        law = ug.noise.low_rank()
+
+        def both(key, weights):
+            drawn = law.sample(key, (), theta, 4)
+            return law.perturb(theta, jax.tree.map(lambda x: x[0], drawn), 0.1), law.contract(
+                drawn, weights
+            )
+
+        text = jax.jit(both).lower(KEY, jnp.ones(4)).as_text()
+        found = re.findall(r"stablehlo\.(\w+)", text)
+        return {name: found.count(name) for name in set(found)}
+
+    few, many = operations(2), operations(32)
+    assert many["dot_general"] == few["dot_general"] == 2  # of matrices, and of vectors
+    for name in ("shift_right_logical", "xor", "while"):
+        assert many[name] == few[name]
+    assert many["slice"] > few["slice"]
+
+
 def test_which_leaves_have_factors():
     theta = {
         "wide": (300, 200),

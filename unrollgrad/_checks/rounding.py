@@ -53,7 +53,8 @@ def fraction_lost(sigma: ArrayLike, x: jax.Array) -> float:
 
     Args:
         sigma: The perturbations' standard deviation; broadcasts to ``x``.
-        x: A leaf of theta; from a large leaf, 10^5 coordinates are drawn.
+        x: A leaf of theta; from a large leaf, 10^5 coordinates are drawn, and from
+            one that is spread over devices those of a single one.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,8 +69,11 @@ def fraction_lost(sigma: ArrayLike, x: jax.Array) -> float:
 
 def _half_gaps(sigma: ArrayLike, x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Returns half the gaps to the next number away from zero and towards zero, over sigma."""
-    info, size = jnp.finfo(x.dtype), np.asarray(x)  # in numpy: this may run inside a trace
-    spread = np.broadcast_to(np.asarray(sigma, np.float64), size.shape)
+    info, spread = jnp.finfo(x.dtype), np.broadcast_to(np.asarray(sigma, np.float64), x.shape)
+    if x.size > _MOST and isinstance(x, jax.Array) and not x.is_fully_replicated:
+        part = x.addressable_shards[0]  # a leaf that is spread over devices is not gathered
+        x, spread = part.data, spread[part.index]
+    size = np.asarray(x)  # in numpy: this may run inside a trace
     if size.size > _MOST:
         some = np.random.default_rng(0).integers(size.size, size=_MOST)
         where = np.unravel_index(some, size.shape)

@@ -17,22 +17,37 @@ def understood(problem: UnrolledProblem, theta: Theta) -> UnrolledProblem:
     """Returns the problem whose functions take this theta, whatever types its leaves have.
 
     They return plain arrays: what is left of another type in a state is materialised.
+
+    Raises:
+        NotImplementedError: In a function, if it calls one with a rule by ``jax.custom_vjp``.
     """
     quax = sys.modules.get("quax")
     if quax is None or not any(isinstance(x, quax.Value) for x in _leaves(quax, theta)):
         return problem
     plain = functools.partial(_plain, quax)
-    evaluate = problem.evaluate and plain(problem.evaluate)
-    return problem._replace(init=plain(problem.init), step=plain(problem.step), evaluate=evaluate)
+    evaluate = problem.evaluate and plain("evaluate", problem.evaluate)
+    init, step = plain("init", problem.init), plain("step", problem.step)
+    return problem._replace(init=init, step=step, evaluate=evaluate)
 
 
-def _plain(quax: Any, function: Callable) -> Callable:
+def _plain(quax: Any, name: str, function: Callable) -> Callable:
     through = quax.quaxify(function)
 
     def call(*args):
-        leaves, structure = jax.tree.flatten(
-            through(*args), is_leaf=lambda x: isinstance(x, quax.Value)
-        )
+        try:
+            out = through(*args)
+        except NotImplementedError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            names = [f"theta{x.name}" for x in _leaves(quax, args) if hasattr(x, "name")]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise NotImplementedError(
+                f"`{name}` calls a function whose derivative is given by jax.custom_vjp. quax, "
+                f"which carries low-rank noise of {', '.join(names[:3])}{more} through your code, "
+                "cannot run such a function. Give the derivative by jax.custom_jvp, which it "
+                "can, or use dense noise such as ug.noise.gaussian()."
+            ) from error
+        leaves, structure = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, quax.Value))
         return structure.unflatten(
             x.materialise() if isinstance(x, quax.Value) else x for x in leaves
         )

@@ -202,6 +202,7 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
     """Runs one dispatch; raises FloatingPointError after one that ended before its last step."""
     with own_transfers():
         carry, *out = program(run.carry, steps)
+        carry = jax.tree.map(_laid_out_like, carry, run.carry)
     _check_not_traced(out, "number in `estimator` or `optimizer`")
     count, records, finite = jax.device_get(out)
     record = {k: x[:count] for k, x in records.items()}
@@ -220,6 +221,11 @@ def _advance(run: _Run, program: Callable[..., tuple], steps: _Steps) -> None:
         "sigma, clip the gradient (optax.clip_by_global_norm), or look at "
         "history['num_nonfinite']."
     )
+
+
+def _laid_out_like(x: jax.Array, before: jax.Array) -> Any:
+    """The array as it lay before: on a mesh of several axes XLA may have spread it otherwise."""
+    return placed(x, before.sharding) if isinstance(before.sharding, NamedSharding) else x
 
 
 def _observe(run: _Run, key: Key, evaluate, callback) -> bool:
@@ -331,12 +337,13 @@ def _begin(
     """The initial carry, in buffers of its own and in the layout that a dispatch returns."""
     worker_state = estimator.init(jax.random.fold_in(key, _INIT), theta)
     layouts = {x.sharding for x in jax.tree.leaves(worker_state)}
-    meshes = {s.mesh for s in layouts if isinstance(s, NamedSharding)}
-    whole = NamedSharding(meshes.pop(), PartitionSpec()) if meshes else None
+    spread = [s for s in layouts if isinstance(s, NamedSharding) and s.spec]
 
     def own(x):
         x = jnp.copy(arguments.strong(x))
-        return x if whole is None else placed(x, whole)
+        if not spread:
+            return x
+        return placed(x, NamedSharding(spread[0].mesh, PartitionSpec()), spread[0].spec[0])
 
     opt_state = optimizer.init(theta)
     inner_optimizers.check_injected("`optimizer`", optimizer.init, theta, opt_state)

@@ -2,12 +2,11 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes
@@ -15,10 +14,13 @@ from unrollgrad._core.contexts import own_transfers
 from unrollgrad._core.descriptions import described
 from unrollgrad._workers import mean_and_variance, staggering
 from unrollgrad._workers.curriculum import CurriculumState
-from unrollgrad._workers.mesh import axis_size, placed
+from unrollgrad._workers.mesh import axis_size, over_axis
 from unrollgrad.types import ArrayTree, Estimate, GradientEstimator, Key, Theta, WorkerState
 
 _Data = ArrayTree | None
+
+_Layout = Any
+"""The layout of a tree on the devices: a tree of shardings."""
 
 _BURN_IN, _SIGNS = 0x6275726E, 0x7369676E  # folded into keys; larger than any worker's index
 
@@ -51,6 +53,10 @@ def average(
             key = jax.random.fold_in(key, jax.lax.axis_index("workers"))
             estimate, state = estimator.estimate(key, theta, state)
             return jax.lax.pmean((estimate.grad, estimate.loss), "workers"), state
+
+    On a mesh with further axes, such as ("workers", "model"), the workers share the devices of a
+    place on ``axis``: theta and the states may be spread over the other axes, XLA divides the work,
+    and ``grad`` lies as theta does; see docs/scale.md.
 
     **Stagger.** With "lockstep" all workers stand at the same window, so one call estimates the
     gradient of that window alone; only the mean over an episode's T/K calls estimates the gradient
@@ -87,7 +93,7 @@ def average(
         estimator: What each worker runs.
         num_workers: The number of workers, a multiple of the number of devices.
         mesh: A mesh of devices with Auto axes: ``make_worker_mesh()``. None: the default device.
-        axis: The mesh axis over which the workers are spread.
+        axis: The mesh axis over which the workers are spread; further axes are for theta.
         stagger: "lockstep", "breakstep" or "burn_in".
         batch_size: The number of workers that a device runs at a time while the others wait; it
             divides the number of workers per device. None: all.
@@ -139,9 +145,13 @@ def average(
     chunks, over = (own // chunk, chunk), None if mesh is None else axis
     workers = _Workers(estimator, num_workers, chunks, over, stagger, nonfinite)
     whole, split = PartitionSpec(), PartitionSpec(axis)
-    begin = _compiled(functools.partial(_begin_all, workers), mesh, (whole, whole), split)
-    step = functools.partial(_step_all, workers)
-    step = _compiled(step, mesh, (whole, whole, split, split), (whole, whole, split))
+    begin, step = functools.partial(_begin_all, workers), functools.partial(_step_all, workers)
+    if mesh is None:
+        begin, step = jax.jit(begin), jax.jit(step)
+    else:
+        begin = over_axis(begin, mesh, axis, ((whole, whole), split), _state_as_it_comes)
+        specs = (whole, whole, split, split), (whole, whole, split)
+        step = over_axis(step, mesh, axis, specs, _like_theta_and_state)
 
     @own_transfers()
     def init(key: Key, theta: Theta) -> WorkerState:
@@ -276,37 +286,15 @@ def _indices(workers: _Workers) -> jax.Array:
     return (first + jnp.arange(own, dtype=jnp.int32)).reshape(workers.chunks)
 
 
-def _compiled(
-    function: Callable,
-    mesh: Mesh | None,
-    in_specs: tuple[PartitionSpec, ...],
-    out_specs: tuple[PartitionSpec, ...] | PartitionSpec,
-) -> Callable:
-    """Puts the function under ``jit``, spread over the mesh if there is one."""
-    if mesh is None:
-        return jax.jit(function)
-    # `check_vma=False`, as in jax.pmap: the types do not say what differs between devices. Else
-    # loops in `step` that begin with constants, right on one device, would be refused here.
-    spread = jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
-    ins, outs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (in_specs, out_specs))
-    compiled = jax.jit(spread, out_shardings=outs)
+def _state_as_it_comes(key: _Layout, theta: _Layout) -> None:
+    """The layout of first states over further axes of the mesh: what XLA makes of theta's."""
 
-    def call(*args):
-        try:
-            return compiled(*(placed(x, sharding) for x, sharding in zip(args, ins, strict=True)))
-        except ValueError as error:
-            if "context mesh" not in str(error):
-                raise
-            raise ValueError(
-                "`average(mesh=)` cannot run where another mesh is in force: inside a `shard_map` "
-                "or `pmap` (of yours, or of `compare(devices=)`), or under `jax.set_mesh` with "
-                "another one. There leave `mesh` out: `average` without it, or the estimator "
-                "itself, is right on every device."
-            ) from error
 
-    return call
+def _like_theta_and_state(
+    key: _Layout, theta: _Layout, state: _Layout, data: _Layout
+) -> tuple[_Layout, _Layout, _Layout]:
+    """The gradient lies as theta does, and the new states as the old ones."""
+    return Estimate(theta, key, key), key, state
 
 
 def _split(tree: _Data, workers: _Workers) -> _Data:

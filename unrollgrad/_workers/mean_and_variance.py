@@ -120,7 +120,8 @@ def over_devices(own: Moments, axis: str, key: Key) -> Moments:
     counts, sketches = added["counts"], added["sketches"]
     count = jnp.sum(counts)
     per_worker = 1 / jnp.maximum(count, 1)
-    away = sketches - per_worker * jnp.sum(counts[:, None] * sketches, axis=0)
+    mean = per_worker * jnp.sum(counts[:, None] * sketches, axis=0)
+    away = sketches - mean[None]
     between = jnp.sum(counts * jnp.sum(jnp.square(away), axis=1))
     high, low, num_nonfinite, num_nonfinite_losses = added["integers"].astype(jnp.int32)
     return Moments(
@@ -159,7 +160,32 @@ def _where(good: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _sketch(key: Key, tree: ArrayTree) -> jax.Array:
-    flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
-    signed = flat * jax.random.rademacher(key, flat.shape, flat.dtype)
+    """At most ``SKETCH`` sums of a tree's numbers with random signs, each number in one sum.
+
+    A large leaf is summed along its shorter axes first, so that one that is spread over devices is
+    not gathered.
+    """
+    parts = [
+        _sums(x * jax.random.rademacher(jax.random.fold_in(key, i), x.shape, x.dtype)).ravel()
+        for i, x in enumerate(jax.tree.leaves(tree))
+    ]
+    flat = jnp.concatenate(parts)
     size = min(SKETCH, flat.size)
-    return jnp.sum(jnp.pad(signed, (0, -flat.size % size)).reshape(-1, size), axis=0)
+    return jnp.sum(jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size), axis=0)
+
+
+def _sums(x: jax.Array) -> jax.Array:
+    """Sums an array along axes, such that at least ``SKETCH`` numbers are left if it has as many.
+
+    The longest axes are left; one of a multiple of ``SKETCH`` numbers is cut into so many parts.
+    """
+    kept, axes = 1, []
+    for axis in sorted(range(x.ndim), key=lambda axis: -x.shape[axis]):
+        if kept < SKETCH:
+            kept *= x.shape[axis]
+        else:
+            axes.append(axis)
+    x = jnp.sum(x, axis=tuple(axes))
+    if x.ndim == 1 and x.size % SKETCH == 0:
+        x = jnp.sum(x.reshape(SKETCH, -1), axis=1)
+    return x

@@ -1,7 +1,8 @@
 """The devices over which workers are spread."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,17 +79,104 @@ def axis_size(mesh: Mesh, axis: str) -> int:
     return mesh.shape[axis]
 
 
-def placed(tree: ArrayTree | None, sharding: NamedSharding) -> ArrayTree | None:
-    """Lays concrete arrays out over the mesh, so that all calls share one layout and program."""
+def over_axis(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    axis: str,
+    specs: tuple[Any, Any],
+    layout: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Compiles a function of which every device along ``axis`` runs its own part.
+
+    Over further axes of the mesh the arrays may be spread as they like: XLA divides the work.
+
+    Args:
+        function: The function of one device along ``axis``, or of all that share that place.
+        mesh: The devices.
+        axis: The axis.
+        specs: Where the axis is in the arguments and in what is returned, as in ``shard_map``.
+        layout: ``layout(*shardings of the arguments)`` is the layout of what is returned on a mesh
+            with further axes; None where XLA may choose.
+    """
+    in_specs, out_specs = specs
+    # `check_vma=False`, as in jax.pmap: the types do not say what differs between devices. Else
+    # loops in `step` that begin with constants, right on one device, would be refused here.
+    spread = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={axis},
+        check_vma=False,
+    )
+    ins, outs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    alone = jax.jit(spread, out_shardings=outs)
+
+    @functools.lru_cache(maxsize=8)
+    def laid_out(structure, shardings):
+        return jax.jit(spread, out_shardings=structure.unflatten(shardings))
+
+    def program(args):
+        if mesh.size == mesh.shape[axis]:
+            return alone
+        shardings, structure = jax.tree.flatten(layout(*map(_shardings, args)), _is_none)
+        return laid_out(structure, tuple(shardings))
+
+    def call(*args):
+        args = [placed(x, sharding, axis) for x, sharding in zip(args, ins, strict=True)]
+        try:
+            return program(args)(*args)
+        except ValueError as error:
+            if "context mesh" not in str(error):
+                raise
+            raise ValueError(
+                "`average(mesh=)` cannot run where another mesh is in force: inside a `shard_map` "
+                "or `pmap` (of yours, or of `compare(devices=)`), or under `jax.set_mesh` with "
+                "another one. There leave `mesh` out: `average` without it, or the estimator "
+                "itself, is right on every device."
+            ) from error
+
+    return call
+
+
+def _shardings(tree: ArrayTree | None) -> Any:
+    """The shardings of a tree's arrays; None for those that are traced."""
+    return jax.tree.map(lambda x: None if isinstance(x, jax.core.Tracer) else x.sharding, tree)
+
+
+def _is_none(x: object) -> bool:
+    return x is None
+
+
+def placed(
+    tree: ArrayTree | None, sharding: NamedSharding, axis: str | None = None
+) -> ArrayTree | None:
+    """Lays concrete arrays out over the mesh, so that all calls share one layout and program.
+
+    With ``axis``, ``sharding`` only says where this axis of the mesh belongs: an array that has it
+    there, and is spread over further axes of the mesh, stays so.
+    """
 
     def leaf(x):
         if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.sharding == sharding):
+            return x
+        if axis and _is_spread_further(getattr(x, "sharding", None), sharding, axis):
             return x
         if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
         return _on_all_processes(x, sharding)  # device_put would compare x over all processes
 
     return jax.tree.map(leaf, tree)
+
+
+def _is_spread_further(given: object, wanted: NamedSharding, axis: str) -> bool:
+    """Whether ``given`` is ``wanted`` but for axes of the mesh other than ``axis``."""
+    if not isinstance(given, NamedSharding) or given.mesh != wanted.mesh:
+        return False
+    names = [name if isinstance(name, tuple) else (name,) for name in given.spec]
+    further = any(set(some) - {axis, None} for some in names)
+    with_axis = {i: some for i, some in enumerate(names) if axis in some}
+    return further and with_axis == {i: (name,) for i, name in enumerate(wanted.spec)}
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from unrollgrad._core import mesh_axes
 from unrollgrad._core.dtypes import wide
 from unrollgrad.noise._laws import Noise
 from unrollgrad.types import Key
@@ -150,7 +151,8 @@ def in_blocks(
         block = draw(keys[i], (rows, length), dtype)
         return jax.lax.dynamic_update_slice(drawn, block, (0, i * length))
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, dtype))
+    zeros = mesh_axes.over(mesh_axes.axes(key), jnp.zeros(shape, dtype))
+    return jax.lax.fori_loop(0, count, body, zeros)
 
 
 _BLOCK = 2**15

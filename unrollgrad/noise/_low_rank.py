@@ -115,13 +115,21 @@ def low_rank(
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
         divided = [_divided(x.shape, n, least) for x, n in _stacked(theta, stacked)]
-        draw = _normals if factors == "gaussian" else _signs
         own, longer = key, key
         if factors == "orthogonal":
             own, longer = jax.random.split(key)
-        sizes = [_sizes(x, d, rank) for x, d in zip(leaves, divided, strict=True)]
-        parts = draw(own, num_pairs, sizes, leaves)
-        made = [_shaped(*each, rank) for each in zip(leaves, divided, parts, strict=True)]
+        alike: dict[tuple, list[int]] = {}  # leaves of equal shape are drawn together
+        for i, (x, d) in enumerate(zip(leaves, divided, strict=True)):
+            alike.setdefault((x.shape, x.dtype, d), []).append(i)
+        groups = [
+            _Group(len(some), _sizes(shape, d, rank), dtype)
+            for (shape, dtype, d), some in alike.items()
+        ]
+        drawn = (_normals if factors == "gaussian" else _signs)(own, num_pairs, groups)
+        made: list[Any] = [None] * len(leaves)
+        for some, parts in zip(alike.values(), drawn, strict=True):
+            for place, i in enumerate(some):
+                made[i] = _shaped(leaves[i], divided[i], [x[place] for x in parts], rank)
         if factors == "orthogonal":
             made = _orthogonalised(longer, made)
         return structure.unflatten(made)
@@ -150,10 +158,24 @@ def _divided(shape: tuple[int, ...], stacked: int, least: int) -> _Shape | None:
     return _Shape(layers, rows, columns)
 
 
-def _sizes(x: jax.Array, divided: _Shape | None, rank: int) -> tuple[int, ...]:
-    """How many numbers a pair draws for the leaf, part by part."""
+class _Group(NamedTuple):
+    """Leaves of one shape.
+
+    Attributes:
+        count: How many leaves.
+        sizes: How many numbers a pair draws for each of them, part by part.
+        dtype: Their dtype.
+    """
+
+    count: int
+    sizes: tuple[int, ...]
+    dtype: Any
+
+
+def _sizes(shape: tuple[int, ...], divided: _Shape | None, rank: int) -> tuple[int, ...]:
+    """How many numbers a pair draws for a leaf, part by part."""
     if divided is None:
-        return (x.size,)
+        return (math.prod(shape),)
     layers = math.prod(divided.layers) * rank
     return layers * math.prod(divided.rows), layers * math.prod(divided.columns)
 
@@ -170,53 +192,66 @@ def _shaped(
     return Factors(a, b)
 
 
-def _signs(
-    key: Key, num_pairs: int, sizes: list[tuple[int, ...]], leaves: list[jax.Array]
-) -> list[list[jax.Array]]:
-    """Draws signs, 32 of them from each word of one draw."""
-    words = [-(-n // 32) for of_leaf in sizes for n in of_leaf]
-    drawn = jax.random.bits(key, (num_pairs, sum(words)), jnp.uint32)
+def _signs(key: Key, num_pairs: int, groups: list[_Group]) -> list[list[jax.Array]]:
+    """Draws signs, 32 of them from each word of one draw; by group and part.
+
+    Each array has the axes leaf, pair, number.
+    """
+    words = [[-(-n // 32) for n in group.sizes] for group in groups]
+    lengths = [group.count * sum(own) for group, own in zip(groups, words, strict=True)]
+    drawn = jax.random.bits(key, (num_pairs, sum(lengths)), jnp.uint32)
+
+    def unpacked(word, size, dtype):
+        bits = (word[..., None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, None]) & 1
+        return 1 - 2 * bits.reshape(*word.shape[:2], -1)[..., :size].astype(dtype)
 
     def make(drawn):
-        parts = iter(_split(drawn, words))
-
-        def unpacked(word, size, dtype):
-            bits = (word[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1
-            return 1 - 2 * bits.reshape(len(word), -1)[:, :size].astype(dtype)
-
         return [
-            [unpacked(next(parts), n, wide(x.dtype)) for n in of_leaf]
-            for of_leaf, x in zip(sizes, leaves, strict=True)
+            [
+                unpacked(word, n, wide(group.dtype))
+                for word, n in zip(_parts(some, group.count, own), group.sizes, strict=True)
+            ]
+            for group, own, some in zip(groups, words, _split(drawn, lengths), strict=True)
         ]
 
     return _held(make, drawn)
 
 
-def _normals(
-    key: Key, num_pairs: int, sizes: list[tuple[int, ...]], leaves: list[jax.Array]
-) -> list[list[jax.Array]]:
-    """Draws normal numbers, those of a dtype together; factors are rounded to the leaf's dtype."""
-    drawn: list[list[jax.Array]] = [[] for _ in leaves]
-    dtypes = list(dict.fromkeys(wide(x.dtype) for x in leaves))
+def _normals(key: Key, num_pairs: int, groups: list[_Group]) -> list[list[jax.Array]]:
+    """Draws normal numbers, those of a dtype together; factors are rounded to the leaf's dtype.
+
+    By group and part, as ``_signs``.
+    """
+    drawn: list[list[jax.Array]] = [[] for _ in groups]
+    dtypes = list(dict.fromkeys(wide(group.dtype) for group in groups))
     for index, dtype in enumerate(dtypes):
-        some = [i for i, x in enumerate(leaves) if wide(x.dtype) == dtype]
-        flat = [n for i in some for n in sizes[i]]
+        some = [i for i, group in enumerate(groups) if wide(group.dtype) == dtype]
+        lengths = [groups[i].count * sum(groups[i].sizes) for i in some]
         own = jax.random.fold_in(key, index) if len(dtypes) > 1 else key
-        numbers = in_blocks(jax.random.normal, own, (num_pairs, sum(flat)), dtype)
-        parts = iter(_held(lambda x, flat=flat: _split(x, flat), numbers))
-        for i in some:
-            drawn[i] = [next(parts) for _ in sizes[i]]
-            if len(sizes[i]) > 1 and leaves[i].dtype != dtype:
-                drawn[i] = [rounded(x, leaves[i].dtype) for x in drawn[i]]
+        numbers = in_blocks(jax.random.normal, own, (num_pairs, sum(lengths)), dtype)
+
+        def make(numbers, some=some, lengths=lengths):
+            flat = zip(some, _split(numbers, lengths), strict=True)
+            return [_parts(x, groups[i].count, list(groups[i].sizes)) for i, x in flat]
+
+        for i, parts in zip(some, _held(make, numbers), strict=True):
+            coarse = len(parts) > 1 and groups[i].dtype != dtype
+            drawn[i] = [rounded(x, groups[i].dtype) for x in parts] if coarse else parts
     return drawn
 
 
+def _parts(x: jax.Array, count: int, lengths: list[int]) -> list[jax.Array]:
+    """Cuts what each pair has for ``count`` leaves into the leaves' parts."""
+    each = x.reshape(len(x), count, sum(lengths)).swapaxes(0, 1)
+    return _split(each, lengths)
+
+
 def _split(x: jax.Array, lengths: list[int]) -> list[jax.Array]:
-    return jnp.split(x, list(itertools.accumulate(lengths))[:-1], axis=1)
+    return jnp.split(x, list(itertools.accumulate(lengths))[:-1], axis=-1)
 
 
 def _held(make: Callable[[jax.Array], _Tree], drawn: jax.Array) -> _Tree:
-    """Computes ``make(drawn)``, both with a leading axis ``num_pairs``, in two halves of the pairs.
+    """Computes ``make(drawn)`` in two halves of the pairs: drawn's first axis, the results' second.
 
     XLA fuses what it can into its uses, and would unpack a factor again for every row of every
     product that it is in. It does not fuse a loop.
@@ -231,7 +266,7 @@ def _held(make: Callable[[jax.Array], _Tree], drawn: jax.Array) -> _Tree:
         first = i * (num_pairs - half)
         part = make(jax.lax.dynamic_slice_in_dim(drawn, first, half))
         return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 0), held, part
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first, 1), held, part
         )
 
     return jax.lax.fori_loop(0, 2, body, mesh_axes.over(mesh_axes.axes(drawn), zeros))
@@ -257,7 +292,15 @@ def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array
 def contract(factors: ArrayTree, weights: jax.Array) -> Theta:
     """Sums weight times perturbation over the pairs; equal shapes in one product."""
     leaves, structure = jax.tree.flatten(factors, is_leaf=lambda x: isinstance(x, Factors))
-    out: list[Any] = [x if isinstance(x, Factors) else weighted_sum(x, weights) for x in leaves]
+    out: list[Any] = list(leaves)
+    arrays: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if not isinstance(x, Factors):
+            arrays.setdefault((x.shape, x.dtype), []).append(i)
+    for some in arrays.values():
+        added: Any = weighted_sum(jnp.stack([leaves[i] for i in some], axis=1), weights)
+        for i, x in zip(some, added, strict=True):
+            out[i] = x
     for (num_pairs, layers, m, n, rank), some in _alike(leaves).items():
         own = [_factors(leaves[i]) for i in some]
         a = _together([x.a.reshape(num_pairs, layers, m, rank) for x in own])
