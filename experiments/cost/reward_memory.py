@@ -54,7 +54,6 @@ SCALES = {
 }
 
 
-
 def sampler(settings: Settings, eta: float) -> tuple[ug.UnrolledProblem, Theta]:
     """A sampler of a batch of latents, and the weights of its denoiser."""
     schedule, width = samplers.vp(), settings.width
@@ -83,9 +82,7 @@ def estimators(settings: Settings, last: int) -> dict[str, GradientEstimator]:
         "none": ug.bptt(problem, last=last),
         "step": ug.bptt(problem, last=last, remat="step"),
         "log": ug.bptt(problem, last=last, remat="log"),
-        "reverse": ug.bptt(
-            problem, last=last, remat="reverse", inverse=samplers.inverse(problem)
-        ),
+        "reverse": ug.bptt(problem, last=last, remat="reverse", inverse=samplers.inverse(problem)),
     }
     if last == 1:
         del out["log"]  # there is nothing to halve
@@ -146,9 +143,11 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     sizes, seconds = _table(records, "mebibytes"), _table(records, "seconds")
     for i, (name, row) in enumerate(sizes.items()):
         left.loglog(list(row), list(row.values()), "os^vD"[i % 5] + "-", label=name)
-    bound = _table(records, "bound").get("step", {})
+    bound = dict(sorted(_table(records, "bound").get("step", {}).items()))
     label = "K latents and two steps' activations"
     left.loglog(list(bound), list(bound.values()), ":", color="black", label=label)
+    left.set_xticks(list(bound), [str(last) for last in bound], minor=False)
+    left.minorticks_off()
     left.set(xlabel="differentiated last steps K", ylabel="MiB of temporaries")
     left.set_title(f"{config['horizon']} denoising steps")
     left.legend(fontsize=8)
@@ -198,7 +197,7 @@ def claims(summary: Summary) -> list[Claim]:
         size, bound = (found.get(("step", last), np.nan) for found in (sizes, bounds))
         out.append(
             Claim(
-                f'remat="step" with last={last}: at most {last} latents and two steps\' activations',
+                f'remat="step", last={last}: at most {last} latents and two steps\' activations',
                 "our target",
                 f"{evidence.shown(size)} against {evidence.shown(bound)} MiB",
                 evidence.told(size <= bound, size, bound),
@@ -238,6 +237,6 @@ EXPERIMENT = Experiment(
     claims=claims,
     would_change=(
         'With a U-Net or transformer on a GPU, `"step"` with last=K plans more than K latents and '
-        "two steps' activations, or the memory of `\"reverse\"` grows with the steps."
+        'two steps\' activations, or the memory of `"reverse"` grows with the steps.'
     ),
 )

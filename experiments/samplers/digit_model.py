@@ -66,9 +66,7 @@ def class_scores(weights: Any, x: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(hidden @ last["w"] + last["b"])
 
 
-def trained(
-    loss: Callable[[Key, Any], jax.Array], weights: Any, num_steps: int, key: Key
-) -> Any:
+def trained(loss: Callable[[Key, Any], jax.Array], weights: Any, num_steps: int, key: Key) -> Any:
     """The weights after steps of Adam whose rate falls from 0.003 to zero."""
     adam = optax.adam(optax.linear_schedule(3e-3, 0.0, num_steps))
 

@@ -113,8 +113,8 @@ def runs(sigma: float) -> dict[str, Run]:
         "DRaFT": Run("class", lambda p, base: ug.bptt(p), lambda steps: 3 * steps),
         "DRaFT-1": Run("class", lambda p, base: ug.bptt(p, last=1), lambda steps: steps + 2),
         "ES": Run("class", es, lambda steps: 2 * steps),
-        "adjoint matching, 1": Run("class", matching(1.0), matched),
-        "adjoint matching, 5": Run("class", matching(5.0), matched),
+        "adjoint matching, scale 1": Run("class", matching(1.0), matched),
+        "adjoint matching, scale 5": Run("class", matching(5.0), matched),
         "DRaFT, smooth": Run("smooth", lambda p, base: ug.bptt(p), lambda steps: 3 * steps),
         "ES, zlib": Run("zlib", es, lambda steps: 2 * steps),
     }
@@ -270,7 +270,7 @@ EXPERIMENT = Experiment(
     show=figure.show,
     claims=figure.claims,
     would_change=(
-        "With a pretrained text-to-image model and five seeds, a long run of DRaFT keeps the variety "
-        "of the samples, or a held-out reward model rises as much as the one that is trained on."
+        "With a pretrained text-to-image model and five seeds, a long run of DRaFT keeps the "
+        "variety of the samples, or a held-out reward model rises as much as the trained one."
     ),
 )

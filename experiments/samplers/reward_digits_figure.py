@@ -9,17 +9,18 @@ from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
 from unrollgrad.running import need
 
+ONE, FIVE = "adjoint matching, scale 1", "adjoint matching, scale 5"
 STYLES = {
     "DRaFT": ("C0", "o"),
     "DRaFT-1": ("C2", "^"),
     "ES": ("C7", "D"),
-    "adjoint matching, 1": ("C3", "d"),
-    "adjoint matching, 5": ("darkred", "H"),
+    ONE: ("C3", "d"),
+    FIVE: ("darkred", "H"),
     "DRaFT, smooth": ("C9", "s"),
     "ES, zlib": ("C1", "P"),
 }
 """The colour and the marker of each run."""
-ASKED = ("DRaFT", "DRaFT-1", "ES", "adjoint matching, 1", "adjoint matching, 5")
+ASKED = ("DRaFT", "DRaFT-1", "ES", ONE, FIVE)
 """The runs whose reward is the judge's log probability of an eight."""
 OTHERS = ("DRaFT, smooth", "ES, zlib")
 REFERENCES = {"data": "s", "data, eights": "*", "untrained": "o"}
@@ -149,25 +150,26 @@ def claims(summary: Summary) -> list[Claim]:
         (
             "adjoint matching with scale 1 keeps more variety than DRaFT",
             ADJOINT,
-            evidence.more(end("adjoint matching, 1", "diversity"), end("DRaFT", "diversity")),
+            evidence.more(end(ONE, "diversity"), end("DRaFT", "diversity")),
         ),
         (
             "its samples are nearer to real images than DRaFT's",
             ADJOINT,
-            evidence.less(end("adjoint matching, 1", "nearest"), end("DRaFT", "nearest")),
+            evidence.less(end(ONE, "nearest"), end("DRaFT", "nearest")),
         ),
         (
             "a larger scale trades variety for reward: less variety with 5 than with 1",
             ADJOINT,
             evidence.less(
-                end("adjoint matching, 5", "diversity"), end("adjoint matching, 1", "diversity")
+                end(FIVE, "diversity"),
+                end(ONE, "diversity"),
             ),
         ),
         (
-            "the held-out classifier agrees more with adjoint matching's eights (scale 1) than with "
+            "the held-out classifier sees more eights after adjoint matching with scale 1 than in "
             "the untrained model's samples",
             ADJOINT,
-            evidence.more(end("adjoint matching, 1", "held_out"), end("untrained", "held_out")),
+            evidence.more(end(ONE, "held_out"), end("untrained", "held_out")),
         ),
         (
             "evolution strategies shrink the bytes after zlib, which have no gradient",

@@ -75,6 +75,8 @@ POINTS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """The shares of the budget at which a run is measured."""
 EARLY = 2
 """The place in ``POINTS`` of the early reward: after 2 % of the budget."""
+GRADIENTS = 256
+"""Gradients that are computed at once."""
 TUNING = 1000
 """The key of the runs that choose the learning rates."""
 
@@ -148,12 +150,14 @@ class Programs(NamedTuple):
         problem: The sampler.
         methods: The methods by name.
         trainers: Their training, by name.
+        whole: The mean of ``num_gradients`` whole gradients.
         measure: The numbers of a theta, from the key of its samples.
     """
 
     problem: ug.UnrolledProblem
     methods: dict[str, Method]
     trainers: dict[str, "Trainer"]
+    whole: GradientEstimator
     measure: Callable[[Key, Theta], dict[str, jax.Array]]
 
 
@@ -246,7 +250,9 @@ def programs(settings: Settings) -> Programs:
 
     table = methods(settings, problem, untrained(settings))
     trainers = {name: trainer(settings, method) for name, method in table.items()}
-    return Programs(problem, table, trainers, measure)
+    batch = {"batch_size": min(settings.num_gradients, GRADIENTS)}
+    whole = ug.average(table["DRaFT"].estimator, settings.num_gradients, **batch)
+    return Programs(problem, table, trainers, whole, measure)
 
 
 def untrained(settings: Settings) -> Theta:
@@ -331,18 +337,21 @@ def gradients(
     """Norm, noise and direction of each method's gradient for one sample, at a frozen theta.
 
     ``norm_ratio`` is |E g| over the norm of the whole gradient, ``noise`` the variance over
-    |E g|^2, and ``cosine`` the one of E g and the whole gradient; the noise of the means is
-    subtracted from all three.
+    |E g|^2, and ``cosine`` the one of E g and the whole gradient. The squared norms are without the
+    noise of the means, and the whole gradient is the mean of other episodes, so that their product
+    has no noise in common.
     """
     n = settings.num_gradients
+    other, key = jax.random.split(key)
+    reference, _ = tools.whole.estimate(other, theta, tools.whole.init(other, theta))
     comparison = ug.diagnostics.compare(
         tools.problem,
         theta,
         {name: method.estimator for name, method in tools.methods.items()},
-        reference=tools.methods["DRaFT"].estimator,
+        reference=reference.grad,
         num_samples=n,
         num_chains=0,
-        batch_size=min(n, 256),
+        batch_size=min(n, GRADIENTS),
         key=key,
         progress=lambda *args: None,
         on_row=lambda row: None,
@@ -353,7 +362,7 @@ def gradients(
     out = {}
     for name, row in rows.items():
         square = squares[name]
-        inner = 0.5 * (square + whole - row["squared_bias"])
+        inner = row["cosine"] * row["norm"] * row["reference_norm"]
         with np.errstate(invalid="ignore", divide="ignore"):
             out[name] = {
                 "norm_ratio": float(np.sqrt(np.divide(square, whole))),

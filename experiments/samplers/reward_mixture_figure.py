@@ -58,9 +58,7 @@ def names_of(found: Table) -> list[str]:
 
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Reward, distance and frontier above; the modes and the gradients below."""
-    figure = need("matplotlib.figure", "matplotlib").Figure(
-        figsize=(15, 9.5), layout="constrained"
-    )
+    figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(15, 9.5), layout="constrained")
     axes = figure.subplots(2, 3)
     found, scale = table(records), config["reward_scale"]
     target = mixture.tilted(scale)
@@ -108,7 +106,7 @@ def _frontier(axis: Any, found: Table) -> None:
         color, marker = STYLES.get(name, ("black", "."))
         axis.plot(far, reward, color=color, marker=marker, ms=4, lw=1)
     axis.set(xlabel="KL(samples | data's law), nats", ylabel="mean reward")
-    axis.set_title("what a reward costs; dotted: the tilted laws")
+    axis.set_title("a reward and its cost; dotted: tilted laws")
     axis.set_xscale("symlog", linthresh=1.0)
     axis.set_xlim(left=-0.1)
     axis.grid(alpha=0.3)
