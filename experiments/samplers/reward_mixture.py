@@ -43,7 +43,7 @@ class Settings(CommonSettings):
     """The tilted law is p(x) exp(reward_scale reward(x)). Only adjoint matching is told."""
     hidden: int = 64
     """Units in each of the MLP's two hidden layers."""
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """The grid of learning rates of Adam."""
     sigma: float = 0.03
     """The perturbation's standard deviation for ES."""
@@ -62,7 +62,7 @@ SCALES = {
         budget=150,
         num_workers=4,
         hidden=8,
-        rates=(1e-2,),
+        learning_rates=(1e-2,),
         num_samples=64,
         num_gradients=32,
         seeds=(0,),
@@ -263,16 +263,16 @@ def untrained(settings: Settings) -> Theta:
 @functools.lru_cache(maxsize=2)
 def rates(settings: Settings) -> dict[str, float]:
     """The best rate of the grid for each method, on a key that is not reported."""
-    tools, start = programs(settings), untrained(settings)
+    tools, start, grid = programs(settings), untrained(settings), settings.learning_rates
     out = {}
     for name, method in tools.trainers.items():
         found = []
-        for rate in settings.rates if len(settings.rates) > 1 else ():
+        for rate in grid if len(grid) > 1 else ():
             key = jax.random.key(TUNING)
             end = method.run(method.begin(start), key, rate, method.num_steps)
             score = tools.measure(key, end.theta)["kl"] if method.tilts else end.log_loss
             found.append(float(score) if np.isfinite(score) else np.inf)
-        out[name] = settings.rates[int(np.argmin(found))] if found else settings.rates[0]
+        out[name] = grid[int(np.argmin(found))] if found else grid[0]
     return out
 
 
