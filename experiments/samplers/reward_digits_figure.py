@@ -95,14 +95,15 @@ def _draw_images(figure: Any, rows: dict[str, np.ndarray]) -> None:
     """Two runs side by side in a line."""
     most = max(len(images) for images in rows.values())
     grid = figure.subplots(-(-len(rows) // 2), 2, squeeze=False)
-    for axis in grid.flat:
-        axis.axis("off")
+    for axis in grid.flat[len(rows) :]:
+        axis.remove()
     for axis, (name, images) in zip(grid.flat, rows.items(), strict=False):
         frame = np.full((10, 10 * most), np.nan)
         for i, image in enumerate(images):
             frame[1:9, 10 * i + 1 : 10 * i + 9] = image
         axis.imshow(frame, cmap="gray", vmin=-1, vmax=1)
         axis.set_title(name, fontsize=9, pad=2)
+        axis.axis("off")
 
 
 def _path(axis: Any, found: Table, name: str, x: str, y: str) -> None:
