@@ -105,8 +105,8 @@ def model(hidden: int, num_steps: int, seed: int = 0) -> Model:
         x = images[jax.random.randint(for_rows, (128,), 0, len(images))]
         t = jax.random.uniform(for_time, (128,), minval=1e-3)
         z = jax.random.normal(for_noise, x.shape)
-        alpha, sigma = jax.vmap(SCHEDULE)(t)
-        noised = alpha[:, None] * x + sigma[:, None] * z
+        alpha, sigma = map(jnp.asarray, jax.vmap(SCHEDULE)(t[:, None]))
+        noised = alpha * x + sigma * z
         found = jax.vmap(denoiser, (None, 0, 0))(weights, noised, t)
         return jnp.mean((found - z) ** 2)
 

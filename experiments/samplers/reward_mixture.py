@@ -123,7 +123,7 @@ def methods(settings: Settings, problem: ug.UnrolledProblem, base: Theta) -> dic
     }
 
 
-def network(settings: Settings, key: Key) -> Theta:
+def network(settings: Settings, key: Key) -> list[dict[str, jax.Array]]:
     """The weights of an MLP whose output is zero at first."""
     sizes = (7, settings.hidden, settings.hidden, 2)
     layers = [
@@ -134,7 +134,7 @@ def network(settings: Settings, key: Key) -> Theta:
     return layers
 
 
-def push(theta: Theta, x: jax.Array, t: jax.Array) -> jax.Array:
+def push(theta: Any, x: jax.Array, t: jax.Array) -> jax.Array:
     """What the MLP adds to the velocity at x."""
     angles = jnp.pi * t * jnp.array([1.0, 2.0])
     hidden = jnp.concatenate([x / 2, t[None], jnp.sin(angles), jnp.cos(angles)])
@@ -286,7 +286,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     thetas, curves = {"start": start}, {}
     for i, (name, method) in enumerate(tools.trainers.items()):
         progress(name, 0.8 * i / len(tools.trainers))
-        carry, seconds = method.begin(start), 0.0
+        carry, seconds, modes = method.begin(start), 0.0, np.zeros(8)
         method.run(carry, for_runs, best[name], 0)  # compiles
         for share in POINTS:
             begun = time.perf_counter()
@@ -294,7 +294,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             carry = jax.block_until_ready(method.run(carry, for_runs, best[name], until))
             seconds += time.perf_counter() - begun
             numbers = dict(tools.measure(for_samples, carry.theta))
-            modes = numbers.pop("shares")
+            modes = np.asarray(numbers.pop("shares"))
             numbers = {k: float(x) for k, x in numbers.items()}
             numbers |= {"evaluations": until * method.evaluations, "seconds": seconds}
             write({"estimator": name, "place": "", "step": until, **numbers})

@@ -53,7 +53,7 @@ def test_divergences_of_known_laws():
 
 def test_the_velocity_is_the_conditional_mean():
     """E[data - noise | x] by weighting drawn pairs near a point."""
-    t, point = 0.6, jnp.array([1.5, 0.4])
+    t, point = jnp.float32(0.6), jnp.array([1.5, 0.4])
     data = mixture.draw(mixture.tilted(0.0), KEY, 400_000)
     noise = jax.random.normal(jax.random.key(1), data.shape)
     x = t * data + (1 - t) * noise
