@@ -1,4 +1,4 @@
-"""A small diffusion model of 8 x 8 digits, two judges of its samples, and measures of these."""
+"""A small diffusion model of 8 x 8 digits, a judge of its samples, and measures of these."""
 
 import functools
 import zlib
@@ -19,6 +19,8 @@ WANTED = 8
 """The digit that the judges are asked for."""
 SCHEDULE = samplers.vp()
 PERIODS = 2.0 ** np.arange(4)
+WIDTH, FAR = 0.7, 4.0
+"""Of the held-out classifier's kernel, and the distance at which it sees no digit."""
 
 
 class Model(NamedTuple):
@@ -27,16 +29,18 @@ class Model(NamedTuple):
     Attributes:
         weights: Of the denoiser.
         judge: Weights of the classifier that is a reward.
-        held_out: Weights of a classifier that no method sees, trained on other images.
         images: The images that the denoiser was trained on, shape (n, 64), from -1 to 1.
         labels: Their digits.
+        held_out: Images that no training saw, for a classifier of another kind.
+        held_out_labels: Their digits.
     """
 
     weights: Any
     judge: Any
-    held_out: Any
     images: jax.Array
     labels: jax.Array
+    held_out: jax.Array
+    held_out_labels: jax.Array
 
 
 def dense(key: Key, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
@@ -85,20 +89,19 @@ def trained(loss: Callable[[Key, Any], jax.Array], weights: Any, num_steps: int,
 
 @functools.lru_cache(maxsize=2)
 def model(hidden: int, num_steps: int, seed: int = 0) -> Model:
-    """Trains the denoiser and the judges on scikit-learn's digits.
+    """Trains the denoiser and the judge on scikit-learn's digits.
 
-    The judge sees one half of the training images, the held-out classifier the other half; both are
-    trained with noise of standard deviation 0.3 on the pixels.
+    The judge is trained with noise of standard deviation 0.3 on the pixels.
 
     Args:
         hidden: Units in each of the denoiser's three hidden layers.
-        num_steps: Steps of the denoiser's training, with batches of 128 images; a tenth of them
-            train each classifier.
+        num_steps: Steps of the denoiser's training, with batches of 128 images; a tenth as many
+            train the judge.
         seed: Of all weights and batches.
     """
-    split = data.load("digits").train
-    images, labels = jnp.asarray(2 * split.images), jnp.asarray(split.labels)
-    keys = jax.random.split(jax.random.key(seed), 6)
+    train, other = data.load("digits")
+    images, labels = jnp.asarray(2 * train.images), jnp.asarray(train.labels)
+    keys = jax.random.split(jax.random.key(seed), 5)
 
     def denoising(key, weights):
         for_rows, for_time, for_noise = jax.random.split(key, 3)
@@ -110,15 +113,12 @@ def model(hidden: int, num_steps: int, seed: int = 0) -> Model:
         found = jax.vmap(denoiser, (None, 0, 0))(weights, noised, t)
         return jnp.mean((found - z) ** 2)
 
-    def classifying(part):
-        def loss(key, weights):
-            for_rows, for_noise = jax.random.split(key)
-            rows = 2 * jax.random.randint(for_rows, (64,), 0, len(images) // 2) + part
-            x = images[rows] + 0.3 * jax.random.normal(for_noise, (64, PIXELS))
-            found = class_scores(weights, x)
-            return -jnp.mean(jnp.take_along_axis(found, labels[rows][:, None], 1))
-
-        return loss
+    def classifying(key, weights):
+        for_rows, for_noise = jax.random.split(key)
+        rows = jax.random.randint(for_rows, (64,), 0, len(images))
+        x = images[rows] + 0.3 * jax.random.normal(for_noise, (64, PIXELS))
+        found = class_scores(weights, x)
+        return -jnp.mean(jnp.take_along_axis(found, labels[rows][:, None], 1))
 
     sizes = (PIXELS, hidden, hidden, hidden, PIXELS)
     start = {
@@ -130,11 +130,26 @@ def model(hidden: int, num_steps: int, seed: int = 0) -> Model:
         ],
     }
     weights = trained(denoising, start, num_steps, keys[2])
-    few = max(num_steps // 10, 1)
-    judges = [
-        trained(classifying(i), dense(keys[3 + i], (PIXELS, 64, 10)), few, keys[5]) for i in (0, 1)
-    ]
-    return Model(weights, judges[0], judges[1], images, labels)
+    first = dense(keys[3], (PIXELS, 64, 10))
+    judge = trained(classifying, first, max(num_steps // 10, 1), keys[4])
+    held_out = jnp.asarray(2 * other.images), jnp.asarray(other.labels)
+    return Model(weights, judge, images, labels, *held_out)
+
+
+def visible(x: jax.Array) -> jax.Array:
+    """The image that can be shown: pixels from -1 to 1. All rewards and measures see it."""
+    return jnp.clip(x, -1.0, 1.0)
+
+
+def held_out_scores(found: Model, x: jax.Array) -> jax.Array:
+    """The probability of an eight by a classifier of another kind than the judge.
+
+    A kernel density of each digit's held-out images, and one more class for what is far from all of
+    them: at a distance of ``FAR`` from one image "none of them" is as likely as that image.
+    """
+    kernel = jnp.exp(-_squares(x, found.held_out) / (2 * WIDTH**2))
+    eights = kernel @ (found.held_out_labels == WANTED)
+    return eights / (jnp.sum(kernel, 1) + jnp.exp(-(FAR**2) / (2 * WIDTH**2)))
 
 
 def total_variation(x: jax.Array) -> jax.Array:
@@ -160,13 +175,12 @@ def sizes(x: Any) -> np.ndarray:
 
 
 def measures(found: Model, x: jax.Array) -> dict[str, jax.Array]:
-    """What the judges think of samples, how far apart they are, and how far from real images."""
-    asked = {
-        name: jnp.mean(jnp.exp(class_scores(weights, x)[:, WANTED]))
-        for name, weights in (("judge", found.judge), ("held_out", found.held_out))
-    }
+    """What the judge and the held-out classifier think of samples, how far apart they are, and how far from real images."""
+    x = visible(x)
     to_data = jnp.sqrt(jnp.min(_squares(x, found.images), axis=1))
-    return asked | {
+    return {
+        "judge": jnp.mean(jnp.exp(class_scores(found.judge, x)[:, WANTED])),
+        "held_out": jnp.mean(held_out_scores(found, x)),
         "diversity": diversity(x),
         "nearest": jnp.mean(to_data),
         "variation": jnp.mean(jax.vmap(total_variation)(x)),

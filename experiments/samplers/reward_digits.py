@@ -24,9 +24,9 @@ from unrollgrad.types import GradientEstimator, Key, Theta
 class Settings(CommonSettings):
     """Fine-tuning of a diffusion model of scikit-learn's 8 x 8 digits for three rewards.
 
-    The rewards are the log probability of an eight under a classifier (the judge), minus the total
-    variation, and minus the bytes after zlib, which have no gradient. A second classifier, trained
-    on other images, is never rewarded. Theta is a low-rank update of the denoiser's weights. All
+    The rewards are the log probability of an eight under a classifier (the judge, an MLP), minus
+    the total variation, and minus the bytes after zlib, which have no gradient. A classifier of
+    another kind, a kernel density of other images, is never rewarded. Theta is a low-rank update of the denoiser's weights. All
     runs have the same number of network evaluations (one without a gradient counts 1, a backward
     pass 2 more) and the same rate of Adam: the claims are about where they lead, not about speed.
     """
@@ -70,7 +70,7 @@ SCALES = {
     ),
 }
 
-POINTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+POINTS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The shares of the budget at which a run is measured."""
 SHOWN = 8
 """Images of each run that the picture shows."""
@@ -123,9 +123,9 @@ def runs(sigma: float) -> dict[str, Run]:
 def rewards(model: digits.Model) -> dict[str, Callable[[jax.Array], jax.Array]]:
     """The rewards by name."""
     return {
-        "class": lambda x: digits.class_scores(model.judge, x)[digits.WANTED],
-        "smooth": lambda x: -10 * digits.total_variation(x),
-        "zlib": lambda x: -0.1 * digits.zlib_bytes(x),
+        "class": lambda x: digits.class_scores(model.judge, digits.visible(x))[digits.WANTED],
+        "smooth": lambda x: -10 * digits.total_variation(digits.visible(x)),
+        "zlib": lambda x: -0.1 * digits.zlib_bytes(digits.visible(x)),
     }
 
 
