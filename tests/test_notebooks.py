@@ -75,18 +75,19 @@ def test_reward_gradients(capsys):
     assert "DRTune" in capsys.readouterr().out
     # The statements of the text.
     rows = {row["name"]: row for row in names["comparison"].rows}
-    assert rows["DRaFT-1"]["norm_ratio"] < 0.5
+    assert rows["DRaFT-1"]["bias"] > 3 * rows["DRaFT-1"]["bias_se"]
+    assert rows["DRaFT-1"]["variance"] < 0.1 * rows["DRaFT"]["variance"]
     target, tilted, found = names["tilted"].argmax(), names["tilted"], names["found"]
-    assert found["DRaFT"][target] > 0.98
+    assert min(found["DRaFT"][target], found["DRaFT-1"][target]) > 0.98
     np.testing.assert_allclose(found["adjoint matching"], tilted, atol=0.1)
-    assert abs(found["untrained"] - tilted).max() > 0.2
+    assert abs(found["untrained"] - tilted).max() > 0.15
 
     def away(name):  # the distance to the nearest Gaussian's mean, in standard deviations
         gaps = names["samples"][name][:, None] - names["MEANS"]
         return np.median(np.sqrt(np.sum(gaps**2, -1)).min(1)) / names["STD"]
 
     assert away("adjoint matching") == pytest.approx(away("untrained"), rel=0.25)
-    assert away("DRaFT") < 0.5 * away("untrained")
+    assert away("DRaFT") < 0.7 * away("untrained")
 
 
 @pytest.mark.experiments

@@ -175,7 +175,7 @@ def sizes(x: Any) -> np.ndarray:
 
 
 def measures(found: Model, x: jax.Array) -> dict[str, jax.Array]:
-    """What the judge and the held-out classifier think of samples, how far apart they are, and how far from real images."""
+    """Two opinions on samples, how far apart they are, and how far from real images."""
     x = visible(x)
     to_data = jnp.sqrt(jnp.min(_squares(x, found.images), axis=1))
     return {

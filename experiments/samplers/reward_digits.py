@@ -26,9 +26,10 @@ class Settings(CommonSettings):
 
     The rewards are the log probability of an eight under a classifier (the judge, an MLP), minus
     the total variation, and minus the bytes after zlib, which have no gradient. A classifier of
-    another kind, a kernel density of other images, is never rewarded. Theta is a low-rank update of the denoiser's weights. All
-    runs have the same number of network evaluations (one without a gradient counts 1, a backward
-    pass 2 more) and the same rate of Adam: the claims are about where they lead, not about speed.
+    another kind, a kernel density of other images, is never rewarded. Theta is a low-rank update of
+    the denoiser's weights. All runs have the same number of network evaluations (one without a
+    gradient counts 1, a backward pass 2 more) and the same rate of Adam: the claims are about where
+    they lead, not about speed.
     """
 
     hidden: int = 128
