@@ -271,6 +271,27 @@ MUTATIONS = [
         "tests/samplers/test_adjoint_matching.py",
     ),
     Mutation(
+        "adjoint matching without the noise of a step",
+        "samplers/matching.py",
+        "control + c.noise * one.adjoint",
+        "control + one.adjoint",
+        "tests/samplers/test_adjoint_matching.py",
+    ),
+    Mutation(
+        "a walk back that differentiates a step at the state after it",
+        "estimators/_retrace.py",
+        "floats, rebuild = split(before)",
+        "floats, rebuild = split(carry.state)",
+        "tests/samplers/test_walks.py",
+    ),
+    Mutation(
+        "the inverse of a sampler's step with an iteration too few",
+        "samplers/sampling.py",
+        "jax.lax.fori_loop(0, iterations, improved",
+        "jax.lax.fori_loop(1, iterations, improved",
+        "tests/samplers/test_walks.py",
+    ),
+    Mutation(
         "low-rank noise without 1 / sqrt(rank) in the gradient",
         "noise/_low_rank.py",
         "(weights.astype(a.dtype) / math.sqrt(rank))",

@@ -85,6 +85,28 @@ def test_metagradients():
 
 @pytest.mark.experiments
 @pytest.mark.usefixtures("shown")
+def test_reward_gradients(capsys):
+    names = run("05")
+    assert "DRTune" in capsys.readouterr().out
+    # The statements of the text.
+    rows = {row["name"]: row for row in names["comparison"].rows}
+    assert rows["DRaFT-1"]["bias"] > 3 * rows["DRaFT-1"]["bias_se"]
+    assert rows["DRaFT-1"]["variance"] < 0.1 * rows["DRaFT"]["variance"]
+    target, tilted, found = names["tilted"].argmax(), names["tilted"], names["found"]
+    assert min(found["DRaFT"][target], found["DRaFT-1"][target]) > 0.98
+    np.testing.assert_allclose(found["adjoint matching"], tilted, atol=0.1)
+    assert abs(found["untrained"] - tilted).max() > 0.15
+
+    def away(name):  # the distance to the nearest Gaussian's mean, in standard deviations
+        gaps = names["samples"][name][:, None] - names["MEANS"]
+        return np.median(np.sqrt(np.sum(gaps**2, -1)).min(1)) / names["STD"]
+
+    assert away("adjoint matching") == pytest.approx(away("untrained"), rel=0.25)
+    assert away("DRaFT") < 0.7 * away("untrained")
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
 def test_rnn_and_streaming():
     losses = {name: x[-10:].mean() for name, x in run("08")["losses"].items()}
     assert losses["tbptt"] > 0.6  # a net that says 0 has 0.83
@@ -172,5 +194,5 @@ def test_the_notebook_is_the_script(script):
 
 def test_each_notebook_is_run():
     assert [script.stem[:2] for script in SCRIPTS] == [
-        f"{i:02}" for i in (1, 2, 3, 4, *range(7, 14))
+        f"{i:02}" for i in (1, 2, 3, 4, 5, *range(7, 14))
     ]

@@ -56,6 +56,8 @@ FEWER = {
     "evaluate_optimizer": Fewer({"family": ["mlp"], "optimizer": OPTIMIZERS}),
     "hypergradient_quality": Fewer({"terms": [str(k) for k in TERMS]}, config={"terms": TERMS}),
     "l2_regression": Fewer({"start": ["-5", "5"]}),
+    "reward_digits": Fewer(whole=("pixel",)),
+    "reward_mixture": Fewer(whole=("share",)),
     "warm_vs_cold": Fewer(whole=("target", "x", "y")),
 }
 

@@ -88,14 +88,14 @@ def ddim(
             noise = jnp.asarray(eta, dtype) * sigma_next / sigma * jnp.sqrt(added)
             noise = jnp.minimum(noise, sigma_next)
             along = jnp.sqrt(sigma_next**2 - noise**2)
-        ratio = sigma / alpha
+        keep = alpha_next / alpha
         return _step.Coefficients(
             time=time,
-            keep=alpha_next / alpha,
-            move=along - alpha_next * ratio,
+            keep=keep,
+            move=along - keep * sigma,
             noise=noise,
             data_keep=1 / alpha,
-            data_move=-ratio,
+            data_move=-sigma / alpha,
             alpha=alpha,
             sigma=sigma,
         )

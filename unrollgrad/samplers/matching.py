@@ -51,7 +51,9 @@ def adjoint_matching(
         problem: A sampler's problem with noise.
         base: The parameters with which the network is the base model, of theta's structure (for
             ``lora`` the theta at the start).
-        reward_scale: The factor of the reward (lambda): the larger, the farther from the base.
+        reward_scale: The factor of the reward (lambda): the larger, the farther from the base. If x
+            is a batch and the reward a mean over it, the tilt of one sample is
+            ``reward_scale``/batch.
         adjoint: ``"lean"`` or ``"basic"``.
         regression_steps: Steps of each episode in the regression, drawn without replacement and
             weighted so that the mean is the sum over all. Default: all.
