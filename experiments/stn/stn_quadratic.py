@@ -57,7 +57,7 @@ class Settings(CommonSettings):
     """Number of hyperparameters."""
     radii: tuple[float, ...] = (0.0, 1.0, 3.0)
     """Distances of theta from zero."""
-    num_steps: int = 20_000
+    num_steps: int = 6000
     """Training steps without noise."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Learning rates, to choose from, of the weights and of the response."""
@@ -71,7 +71,7 @@ class Settings(CommonSettings):
     """Runs with noise, over which the mean and the spread are taken."""
     tuning_steps: int = 3000
     """Steps of theta, five training steps each, where theta is tuned."""
-    points: int = 50
+    points: int = 60
     """Number of points on each curve; five times it divides the training steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws the quadratics."""
