@@ -41,26 +41,39 @@ FIRST = 0.05
 
 
 class Sizes(NamedTuple):
-    """The numbers of images, and of the images in a batch."""
+    """The numbers of images, and of those in a training batch and in a validation batch."""
 
     train: int
     validation: int
     batch: int
+    validation_batch: int
 
 
-def task(model: Model, sizes: Sizes, seed: int, optimizer: optax.GradientTransformation) -> Task:
-    """The training of a model on the images that the seed draws; the rest of them are for tests."""
+class Data(NamedTuple):
+    """Images and labels of each set."""
+
+    train: tuple[jax.Array, jax.Array]
+    validation: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
+
+
+def data(sizes: Sizes, seed: int) -> Data:
+    """The digits that the seed draws; those that are left over are for tests."""
     images, labels = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
     images, labels = np.float32(images / 16 - 0.5), np.int32(labels)
     order = np.random.default_rng(seed).permutation(len(labels))
     parts = np.split(order, [sizes.train, sizes.train + sizes.validation])
-    train, validation, test = (tuple(map(jnp.asarray, (images[i], labels[i]))) for i in parts)
+    return Data(*((jnp.asarray(images[rows]), jnp.asarray(labels[rows])) for rows in parts))
+
+
+def task(model: Model, sizes: Sizes, rate: float, here: Data) -> Task:
+    """The training of a model on these images, by SGD with momentum 0.9."""
     ranges = {name: RANGES[name] for name in NAMES[model]}
     kinds = {name: x.constraint() for name, x in ranges.items()}
     predict = {"mlp": _mlp, "conv_net": _conv_net}[model]
 
-    def sample(data, key):
-        rows = jax.random.randint(key, (sizes.batch,), 0, len(data[1]))
+    def sample(data, number, key):
+        rows = jax.random.randint(key, (number,), 0, len(data[1]))
         return data[0][rows], data[1][rows]
 
     def noisy(theta, params, batch, key):
@@ -79,11 +92,14 @@ def task(model: Model, sizes: Sizes, seed: int, optimizer: optax.GradientTransfo
 
     return Task(
         loss=ug.stn.SplitLoss(noisy, of_outputs),
-        meta_loss=lambda theta, params, key: plain(params, sample(validation, key)),
+        meta_loss=lambda theta, params, key: plain(
+            params, sample(here.validation, sizes.validation_batch, key)
+        ),
         init_params={"mlp": _init_mlp, "conv_net": _init_conv_net}[model],
-        sample_batch=lambda key: sample(train, key),
-        optimizer=optimizer,
-        evaluate=lambda params: (plain(params, validation), plain(params, test)),
+        sample_batch=lambda key: sample(here.train, sizes.batch, key),
+        optimizer=optax.sgd(rate, momentum=0.9),
+        response_optimizer=lambda rate: optax.sgd(rate, momentum=0.9),
+        evaluate=lambda params: (plain(params, here.validation), plain(params, here.test)),
         kinds=kinds,
         start={name: x.at(FIRST) for name, x in ranges.items()},
     )

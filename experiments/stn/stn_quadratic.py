@@ -359,9 +359,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     return figure
 
 
-def _line(
-    records: list[Record], metric: str, method: str, radius: str
-) -> list[tuple[int, float]]:
+def _line(records: list[Record], metric: str, method: str, radius: str) -> list[tuple[int, float]]:
     """The geometric mean over seeds, by step."""
     found: dict[int, list[float]] = {}
     for r in records:

@@ -25,6 +25,7 @@ class Task(NamedTuple):
         init_params: Draws the weights.
         sample_batch: Draws a training batch.
         optimizer: The optimizer of the weights.
+        response_optimizer: From a learning rate to the optimizer of the response.
         evaluate: ``evaluate(params) -> (validation loss, test loss)``, on all of the data.
         kinds: The constraints of the hyperparameters.
         start: Their first values, in their own units.
@@ -35,6 +36,7 @@ class Task(NamedTuple):
     init_params: Callable[[jax.Array], Any]
     sample_batch: Callable[[jax.Array], Any]
     optimizer: optax.GradientTransformation
+    response_optimizer: Callable[[Any], optax.GradientTransformation]
     evaluate: Callable[[Any], tuple[jax.Array, jax.Array]]
     kinds: dict[str, ug.constraints.Constraint]
     start: dict[str, Any]
@@ -45,20 +47,13 @@ class Tuning(NamedTuple):
 
     Attributes:
         learning_rate: Of theta's optimizer, RMSprop.
-        response_rate: The rate of the response's SGD with momentum 0.9.
+        response_rate: The learning rate of the response.
         sigma: The first standard deviation of the perturbations.
     """
 
     learning_rate: Any
     response_rate: Any
     sigma: Any
-
-
-class Length(NamedTuple):
-    """Training steps, and how often the losses are measured; both multiples of ``CALL``."""
-
-    num_steps: int
-    every: int
 
 
 class Tuned(NamedTuple):
@@ -74,46 +69,55 @@ class Tuned(NamedTuple):
 
 
 class Tuner(NamedTuple):
-    """A self-tuning network on a task.
+    """A self-tuning network.
 
     Attributes:
-        task: The network and its training.
-        method: Which of the two.
+        build: ``build(data) -> Task``; the data are arguments of the compiled programs, so that
+            all seeds share these.
+        method: Which of the two networks.
         num_perturbations: Perturbations of each batch.
         warm_up: Calls before theta moves.
+        every: Training steps between two points, a multiple of ``CALL``.
     """
 
-    task: Task
+    build: Callable[[Any], Task]
     method: Method
-    num_perturbations: int = 1
-    warm_up: int = 0
+    num_perturbations: int
+    warm_up: int
+    every: int
 
-    def __call__(self, key: jax.Array, tuning: Tuning, length: Length) -> tuple[Any, Any]:
-        """Trains once while the hyperparameters are tuned; works under ``jit`` and ``vmap``.
 
-        Returns:
-            The validation and test losses at the points, and the history, as ``ug.fit``'s.
-        """
-        task, law = self.task, ug.stn.scaled_rows(initial_std=0.01 if self.method == "stn" else 0.0)
-        estimator = getattr(ug.stn, self.method)(
+def self_tuning(tuner: Tuner) -> Callable[[Any, jax.Array, Tuning, int], Tuned]:
+    """Returns ``run(data, key, tuning, num_steps)``: one training with moving hyperparameters."""
+    law = ug.stn.scaled_rows(initial_std=0.01 if tuner.method == "stn" else 0.0)
+
+    def parts(data, tuning):
+        task = tuner.build(data)
+        estimator = getattr(ug.stn, tuner.method)(
             loss=task.loss,
             meta_loss=task.meta_loss,
             init_params=task.init_params,
             sample_batch=task.sample_batch,
             inner_optimizer=task.optimizer,
-            response_optimizer=optax.sgd(tuning.response_rate, momentum=0.9),
+            response_optimizer=task.response_optimizer(tuning.response_rate),
             response=law,
             sigma=tuning.sigma,
-            num_perturbations=self.num_perturbations,
+            num_perturbations=tuner.num_perturbations,
             train_steps=CALL,
-            warm_up=self.warm_up,
+            warm_up=tuner.warm_up,
         )
-        optimizer, start = optax.rmsprop(tuning.learning_rate), self.start
+        return task, estimator, optax.rmsprop(tuning.learning_rate)
 
-        def weights(theta, carried):
-            if self.method == "delta_stn":
-                return carried.params
-            return jax.tree.map(jnp.add, carried.params, law.apply(carried.response, theta))
+    @jax.jit
+    def begin(data, key, tuning):
+        task, estimator, optimizer = parts(data, tuning)
+        values = jax.tree.map(jnp.float32, task.start)
+        theta = ug.constraints.unconstrain(task.kinds, values)
+        return theta, estimator.init(key, theta), optimizer.init(theta)
+
+    @jax.jit
+    def stretch(data, key, tuning, carry):
+        task, estimator, optimizer = parts(data, tuning)
 
         def call(carry, _):
             theta, state, of_theta = carry
@@ -123,67 +127,70 @@ class Tuner(NamedTuple):
             history["loss"] = out.loss
             return (optax.apply_updates(theta, updates), state, of_theta), history
 
-        def stretch(carry, _):
-            carry, history = jax.lax.scan(call, carry, None, length.every // CALL)
-            theta, state, _ = carry
-            return carry, (jnp.stack(task.evaluate(weights(theta, state.carried))), history)
+        carry, history = jax.lax.scan(call, carry, None, tuner.every // CALL)
+        theta, state, _ = carry
+        weights = state.carried.params
+        if tuner.method == "stn":
+            weights = jax.tree.map(jnp.add, weights, law.apply(state.carried.response, theta))
+        return carry, jnp.stack(task.evaluate(weights)), history
 
-        carry = start, estimator.init(key, start), optimizer.init(start)
-        return jax.lax.scan(stretch, carry, None, length.num_steps // length.every)[1]
+    def run(data, key, tuning, num_steps):
+        tuning = jax.tree.map(jnp.float32, tuning)
+        carry, losses, histories = begin(data, key, tuning), [], []
+        for _ in range(num_steps // tuner.every):
+            carry, loss, history = stretch(data, key, tuning, carry)
+            losses.append(loss)
+            histories.append(history)
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *histories)
+        kinds = tuner.build(data).kinds
+        return Tuned(np.array(losses), ug.stn.schedule(joined, carry[0], kinds))
 
-    @property
-    def start(self) -> Any:
-        """The first theta."""
-        values = jax.tree.map(jnp.float32, self.task.start)
-        return ug.constraints.unconstrain(self.task.kinds, values)
-
-    def found(self, outcome: tuple[Any, Any]) -> Tuned:
-        """The outcome of a call as NumPy arrays and a schedule."""
-        losses, history = jax.tree.map(np.asarray, outcome)
-        history = {k: x.reshape(-1, *x.shape[2:]) for k, x in history.items()}
-        return Tuned(losses, ug.stn.schedule(history, self.start, self.task.kinds))
+    return run
 
 
-def scheduled(task: Task, length: Length) -> Callable[[jax.Array, Any], np.ndarray]:
-    """Returns ``run(key, values)``: the losses at the points of a plain training.
+def plain(
+    build: Callable[[Any], Task], every: int
+) -> Callable[[Any, jax.Array, Any, int], np.ndarray]:
+    """Returns ``run(data, key, values, num_steps)``: the losses at the points of a training.
 
     ``values`` are the hyperparameters in their own units, with a leading axis of one value for each
     ``CALL`` training steps; or without it, for fixed ones.
     """
-    calls = length.every // CALL
-
-    def step(carry, key, theta):
-        params, state = carry
-        of_batch, of_loss = jax.random.split(key)
-        batch = task.sample_batch(of_batch)
-        grad = jax.grad(lambda p: task.loss(theta, p, batch, of_loss))(params)
-        updates, state = task.optimizer.update(grad, state, params)
-        return optax.apply_updates(params, updates), state
+    calls = every // CALL
 
     @jax.jit
-    def program(key, values):
-        of_params, of_steps = jax.random.split(key)
-        params = task.init_params(of_params)
+    def begin(data, key):
+        task = build(data)
+        params = task.init_params(key)
+        return params, task.optimizer.init(params)
+
+    @jax.jit
+    def stretch(data, key, values, carry):
+        task = build(data)
         thetas = ug.constraints.unconstrain(task.kinds, values)
 
-        def call(carry, i):
-            theta = jax.tree.map(lambda x: x[i], thetas)
-            keys = jax.random.split(jax.random.fold_in(of_steps, i), CALL)
-            return jax.lax.scan(lambda c, k: (step(c, k, theta), None), carry, keys)[0], None
+        def step(carry, i):
+            params, state = carry
+            theta = jax.tree.map(lambda x: x[i // CALL], thetas)
+            of_batch, of_loss = jax.random.split(jax.random.fold_in(key, i))
+            batch = task.sample_batch(of_batch)
+            grad = jax.grad(lambda p: task.loss(theta, p, batch, of_loss))(params)
+            updates, state = task.optimizer.update(grad, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-        def stretch(carry, first):
-            carry, _ = jax.lax.scan(call, carry, first + jnp.arange(calls))
-            return carry, jnp.stack(task.evaluate(carry[0]))
+        carry, _ = jax.lax.scan(step, carry, jnp.arange(every))
+        return carry, jnp.stack(task.evaluate(carry[0]))
 
-        starts = calls * jnp.arange(length.num_steps // length.every)
-        return jax.lax.scan(stretch, (params, task.optimizer.init(params)), starts)[1]
-
-    def run(key, values):
-        full = {
-            name: jnp.broadcast_to(jnp.float32(x), (length.num_steps // CALL,))
-            for name, x in values.items()
-        }
-        return np.asarray(program(key, full))
+    def run(data, key, values, num_steps):
+        of_params, of_steps = jax.random.split(key)
+        size = num_steps // CALL
+        full = {name: np.broadcast_to(np.float32(x), (size,)) for name, x in values.items()}
+        carry, losses = begin(data, of_params), []
+        for i in range(num_steps // every):
+            here = {name: x[i * calls : (i + 1) * calls] for name, x in full.items()}
+            carry, loss = stretch(data, jax.random.fold_in(of_steps, i), here, carry)
+            losses.append(loss)
+        return np.array(losses)
 
     return run
 
