@@ -43,7 +43,7 @@ class Settings(CommonSettings):
 
     model: regularised.Model = "mlp"
     """mlp: two hidden layers with 64 units. conv_net: two convolutions with 8 and 16 channels."""
-    num_steps: int = 12_000
+    num_steps: int = 9600
     """Training steps of each method, all trials of a search together."""
     train: int = 500
     """Training images; few, so that regularisation matters."""
@@ -61,19 +61,19 @@ class Settings(CommonSettings):
     """Calls, of five training steps each, before the hyperparameters move."""
     learning_rates: tuple[float, ...] = (0.01, 0.03)
     """Rates of the hyperparameters' RMSprop, to choose from."""
-    response_rates: tuple[float, ...] = (0.003, 0.02, 0.08)
+    response_rates: tuple[float, ...] = (0.003, 0.01, 0.02)
     """Rates of the response's SGD with momentum 0.9, to choose from."""
-    sigmas: tuple[float, ...] = (0.3, 0.7)
+    sigmas: tuple[float, ...] = (0.7,)
     """First standard deviations of the perturbations, to choose from."""
-    tuning_steps: int = 3000
+    tuning_steps: int = 2400
     """Training steps of each run that chooses among these."""
     trial_steps: tuple[int, ...] = (300, 600, 1200)
     """Training steps of a search's trial, to choose from; they divide ``num_steps``."""
     every: int = 100
     """Training steps between the points at which the losses are measured."""
-    retrainings: int = 3
+    retrainings: int = 2
     """Fresh trainings with the schedule, and with its last value; their mean counts."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws the images of each set, the weights and the batches."""
     tuning_seed: int = 100
     """The seed on which settings are chosen."""
@@ -92,7 +92,7 @@ SCALES = {
     ),
     "cpu": Settings(),
     "paper": Settings(
-        scale="paper", num_steps=100_000, tuning_steps=20_000, trial_steps=(1000, 2000, 5000)
+        scale="paper", num_steps=96_000, tuning_steps=24_000, trial_steps=(1200, 2400, 4800)
     ),
 }
 

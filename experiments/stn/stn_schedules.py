@@ -64,7 +64,7 @@ class Settings(CommonSettings):
     """Training steps between the points at which the losses are measured."""
     retrainings: int = 2
     """Fresh trainings of each kind; their mean counts."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws weights and batches."""
 
 
@@ -185,11 +185,14 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             axis.fill_between(steps, mean - se, mean + se, color=COLORS[method], alpha=0.15, lw=0)
         axis.set(xlabel="training steps", title=titles.get(metric, "dropout rate"))
         axis.grid(alpha=0.3)
+    grid = list(_grid(records).values())
+    at = [_band(records, "validation", TUNED)[0][-1]] * len(grid)
+    axes[0].plot(at, grid, "_", color=COLORS[FIXED], label=GRID)
     for axis in axes[:2]:
         axis.set(xscale="log", ylabel="nats per character")
     axes[2].set_ylim(0, 1)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=6)
+    figure.legend(handles, names, loc="outside lower center", ncols=7)
     return figure
 
 
@@ -207,6 +210,15 @@ def _band(
     return steps, values.mean(axis=1), spread / np.sqrt(full)
 
 
+def _grid(records: list[Record]) -> dict[str, float]:
+    """The mean validation loss of every fixed rate."""
+    found: dict[str, list[float]] = {}
+    for r in records:
+        if r.labels["method"] == GRID and r.metric == "validation":
+            found.setdefault(r.labels["rate"], []).append(r.value)
+    return {rate: float(np.mean(values)) for rate, values in found.items()}
+
+
 def show(records: list[Record]) -> None:
     """Prints the lowest validation loss of every method, the test loss there, and the last rate."""
     for method in METHODS:
@@ -215,6 +227,8 @@ def show(records: list[Record]) -> None:
             f"{method:>21}: validation {ends['validation']:.4f}, test {ends['test']:.4f} nats per "
             f"character, last dropout rate {ends['dropout']:.3f}"
         )
+    cells = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in _grid(records).items())
+    print(f"{GRID:>21}: validation losses of fixed rates {cells}")
 
 
 def claims(summary: Summary) -> list[Claim]:
