@@ -18,7 +18,7 @@ from experiments.stn.training import Task
 DROP = "drop output"
 """The only hyperparameter."""
 
-RANGE = Range(0.0, 0.95, False, DROP, (0.05, 0.2, 0.35, 0.5, 0.65, 0.8))
+RANGE = Range(0.0, 0.95, False, DROP, (0.05, 0.2, 0.35, 0.5, 0.65))
 """Where the dropout rate may lie, and the fixed rates that are tried."""
 
 START = 0.05
@@ -33,8 +33,7 @@ class Sizes(NamedTuple):
         embed: Size of the embedding.
         window: Characters that are read from a zero memory.
         batch: Windows in a training batch, and in a validation batch.
-        train: Characters of the training text; as many as twice that are for validation, and for
-            tests.
+        train: Characters of the training text; as many are for validation, and for tests.
     """
 
     hidden: int
@@ -59,9 +58,9 @@ def data(sizes: Sizes) -> Data:
         ValueError: If the text is too short for these sizes.
     """
     symbols = encode(inspect.getsource(argparse))
-    if len(symbols) < 5 * sizes.train:
-        raise ValueError(f"`train`={sizes.train} must be at most {len(symbols) // 5}.")
-    cuts = [sizes.train, 3 * sizes.train, 5 * sizes.train]
+    if len(symbols) < 3 * sizes.train:
+        raise ValueError(f"`train`={sizes.train} must be at most {len(symbols) // 3}.")
+    cuts = [sizes.train, 2 * sizes.train, 3 * sizes.train]
     return Data(*map(jnp.asarray, np.split(symbols, cuts)[:3]))
 
 

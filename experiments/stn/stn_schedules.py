@@ -22,6 +22,9 @@ TUNED, REPLAY, LAST = "delta_stn", "schedule replayed", "its last value"
 SHUFFLED, FIXED, PERTURBED = "schedule shuffled", "best fixed", "best fixed, perturbed"
 METHODS = (TUNED, REPLAY, LAST, SHUFFLED, FIXED, PERTURBED)
 GRID = "grid"
+GAPS = ("above replayed", "above replayed in test", "above replayed along the way")
+"""How far a method's losses are above those of the replayed schedule: the lowest validation loss,
+the test loss of the same weights, and the lowest validation loss so far, averaged over the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Settings(CommonSettings):
     standard library's source.
     """
 
-    hidden: int = 48
+    hidden: int = 40
     """Units of the LSTM."""
     embed: int = 16
     """Size of the embedding."""
@@ -44,14 +47,14 @@ class Settings(CommonSettings):
     """Windows in a batch."""
     train: int = 8000
     """Characters of the training text; few, so that regularisation matters."""
-    num_steps: int = 3000
+    num_steps: int = 2000
     """Training steps."""
     inner_learning_rate: float = 3e-3
     """Learning rate of the weights' Adam."""
     response_rate: float = 3e-3
     """Learning rate of the response's Adam."""
-    learning_rate: float = 0.02
-    """Learning rate of theta's RMSprop."""
+    learning_rate: float = 0.04
+    """Learning rate of theta's RMSprop. This and the response's rate were set on seed 100."""
     sigma: float = 0.5
     """First standard deviation of the perturbations."""
     num_perturbations: int = 4
@@ -73,7 +76,7 @@ SCALES = {
         scale="smoke", hidden=8, train=2000, num_steps=200, warm_up=5, retrainings=1, seeds=(0,)
     ),
     "cpu": Settings(),
-    "paper": Settings(scale="paper", hidden=256, window=64, train=19_000, num_steps=50_000),
+    "paper": Settings(scale="paper", hidden=256, window=64, train=30_000, num_steps=50_000),
 }
 
 
@@ -150,9 +153,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         curve(method, ends[method], rates)
     for method in METHODS:
         if method != REPLAY:
-            gap = ends[method][-1] - ends[REPLAY][-1]
-            numbers = {"above replayed": float(gap[0]), "above replayed in test": float(gap[1])}
-            write({"method": method, "rate": "", **numbers})
+            gaps = ends[method] - ends[REPLAY]
+            numbers = dict(zip(GAPS, (*gaps[-1], gaps[:, 0].mean()), strict=True))
+            write({"method": method, "rate": "", **{k: float(x) for k, x in numbers.items()}})
 
 
 def used(
@@ -245,12 +248,13 @@ def claims(summary: Summary) -> list[Claim]:
     }
     out = []
     for method, text in says.items():
-        for metric, kind in (("above replayed", "validation"), ("above replayed in test", "test")):
+        kinds = ("validation loss", "test loss", "validation loss, mean along the way")
+        for metric, kind in zip(GAPS, kinds, strict=True):
             found = evidence.above(of(metric, method), 0.0)
             source = "our control" if method == SHUFFLED else "MacKay et al. 2019 (PTB, words)"
             ours = f"{method} is above by {found.text} nats"
-            out.append(Claim(f"{text} ({kind} loss)", source, ours, found.holds))
-    found = evidence.below(of("above replayed", TUNED), 0.05)
+            out.append(Claim(f"{text} ({kind})", source, ours, found.holds))
+    found = evidence.below(of(GAPS[0], TUNED), 0.05)
     ours = f"above the replayed schedule by {found.text} nats"
     says_tuned = "delta_stn itself is within 0.05 nats of its schedule, replayed"
     out.append(Claim(says_tuned, "MacKay et al. 2019 (PTB, words)", ours, found.holds))
