@@ -167,8 +167,8 @@ print(f"learning rate that pes found: {np.exp(runs['pes'].theta['rate']):.3f}")
 # ## What they found, and what it cost
 #
 # A path for each of the three on the map of h. The cost is counted in gradients of the training
-# loss: two for a training step of `delta_stn`, four for a step of `soba`. An inner step of `pes`
-# runs forward only, a third of a gradient for each step, plus the gradient inside the step.
+# loss: two for a training step of `delta_stn`, four for a step of `soba`, one for an inner step of
+# `pes` (and a validation loss, which is not counted).
 
 # %%
 costs = {

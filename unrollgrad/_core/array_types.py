@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from unrollgrad._core.optional_packages import need
 from unrollgrad.types import Theta, UnrolledProblem
 
 
@@ -24,6 +25,15 @@ def understood(problem: UnrolledProblem, theta: Theta) -> UnrolledProblem:
     plain = functools.partial(_plain, quax)
     evaluate = problem.evaluate and plain(problem.evaluate)
     return problem._replace(init=plain(problem.init), step=plain(problem.step), evaluate=evaluate)
+
+
+def through(function: Callable) -> Callable:
+    """The function, which takes leaves of other types and returns plain arrays.
+
+    Raises:
+        ImportError: If quax is not installed; the message names the extra.
+    """
+    return _plain(need("quax", "quax", "lowrank"), function)
 
 
 def _plain(quax: Any, function: Callable) -> Callable:
