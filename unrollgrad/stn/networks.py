@@ -68,9 +68,10 @@ def delta_stn(
     still learns from the perturbed ones how the weights follow.
 
     Time of a training step: a gradient of ``loss``, and one more with respect to the response; with
-    a ``SplitLoss`` the second one computes outputs, a ``jvp`` and its transpose. Memory: the
-    response (``scaled_rows``: another network) and its optimizer; ``num_perturbations`` more copies
-    of the weights while a gradient is computed.
+    a ``SplitLoss`` the second one computes outputs, a ``jvp`` and its transpose, 5/3 of a gradient.
+    Memory: the response (``scaled_rows``: another network) and its optimizer. Several perturbations
+    share the weights with ``scaled_rows`` and quax; else each has a copy while a gradient is
+    computed.
 
     Args:
         loss: ``loss(theta, params, batch, key) -> scalar``, the training loss, the mean over the
