@@ -53,7 +53,7 @@ class Settings(CommonSettings):
     """Images in a training batch."""
     validation_batch: int = 250
     """Validation images in a gradient of the hyperparameters."""
-    inner_learning_rate: float = 0.05
+    inner_learning_rate: float = 0.02
     """Learning rate of SGD with momentum 0.9, which trains the weights of every method."""
     num_perturbations: int = 5
     """Perturbations of the hyperparameters in a training batch of a self-tuning network."""
