@@ -60,7 +60,7 @@ class Data(NamedTuple):
 def data(sizes: Sizes, seed: int) -> Data:
     """The digits that the seed draws; those that are left over are for tests."""
     images, labels = need("sklearn.datasets", "scikit-learn").load_digits(return_X_y=True)
-    images, labels = np.float32(images / 16 - 0.5), np.int32(labels)
+    images, labels = np.asarray(images / 16 - 0.5, np.float32), np.asarray(labels, np.int32)
     order = np.random.default_rng(seed).permutation(len(labels))
     parts = np.split(order, [sizes.train, sizes.train + sizes.validation])
     return Data(*((jnp.asarray(images[rows]), jnp.asarray(labels[rows])) for rows in parts))
@@ -130,7 +130,7 @@ def _init_conv_net(key: jax.Array) -> list[dict[str, jax.Array]]:
 
 def _mlp(values: Any, params: Any, x: jax.Array, key: Any) -> jax.Array:
     """Logits; without values nothing is noisy."""
-    keys = [None] * 4 if values is None else list(jax.random.split(key, 4))
+    keys: Any = [None] * 4 if values is None else jax.random.split(key, 4)
     x = _drop(values, "drop input", _with_noise(values, x, keys[0]), keys[1])
     for i, layer in enumerate(params[:-1]):
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
@@ -140,7 +140,7 @@ def _mlp(values: Any, params: Any, x: jax.Array, key: Any) -> jax.Array:
 
 def _conv_net(values: Any, params: Any, x: jax.Array, key: Any) -> jax.Array:
     """Logits: two convolutions with stride 2 and a linear layer."""
-    keys = [None] * 6 if values is None else list(jax.random.split(key, 6))
+    keys: Any = [None] * 6 if values is None else jax.random.split(key, 6)
     x = x.reshape(-1, SIDE, SIDE, 1)
     if values is not None:
         amount = jax.random.uniform(keys[4], (len(x), 1, 1, 1), minval=-1.0)

@@ -36,9 +36,9 @@ from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
 from unrollgrad.running import need
 
-METHODS = ("delta_stn", "stn")
-
 Method = Literal["delta_stn", "stn"]
+
+METHODS: tuple[Method, ...] = ("delta_stn", "stn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _curve(settings: Settings, method: Method) -> Any:
 @functools.cache
 def chosen(settings: Settings, method: Method, radius: float) -> tuple[float, float]:
     """The pair of rates with the lowest error of the Jacobian after a quarter of the steps."""
-    pairs = list(itertools.product(settings.rates, repeat=2))
+    pairs = [(a, b) for a in settings.rates for b in settings.rates]
     here = problem(settings, settings.tuning_seed)
 
     def score(rates):
@@ -264,7 +264,7 @@ def tuned(settings: Settings, method: Method, here: Problem, rates: Any) -> floa
     jacobian = np.asarray(here.jacobian)
     away = np.asarray(here.target) - np.asarray(here.minimum(jnp.zeros(jacobian.shape[1])))
     best = np.linalg.lstsq(jacobian, away)[0]
-    optimizer = optax.sgd(0.5 / np.linalg.norm(jacobian, 2) ** 2)
+    optimizer = optax.sgd(float(0.5 / np.linalg.norm(jacobian, 2) ** 2))
     estimator = network(method, here, rates)
     theta = jnp.zeros(jacobian.shape[1])
     result = ug.fit(
