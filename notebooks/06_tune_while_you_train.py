@@ -185,7 +185,7 @@ for i, (name, run) in enumerate(runs.items()):
     left.plot(*path.T, f"C{i}", marker=".", markersize=3, label=name)
     print(f"{name:>9}: theta {path[-1].round(2)}, h {h(path[-1]):.4f}, {costs[name]} gradients")
 left.set(xlabel="log decay of the 4 features", ylabel="log decay of the other 16")
-left.legend()
+_ = left.legend()
 
 # %% [markdown]
 # ## APO: the optimizer, not the loss
