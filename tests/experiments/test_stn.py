@@ -70,7 +70,7 @@ def test_the_spread_by_theory_is_that_of_a_recursion():
         quadratic.SCALES["cpu"], weights=1, hyperparameters=1, noise_rate=0.05
     )
     here = quadratic.problem(settings, 0)
-    here = here._replace(direction=np.array([1.0]), curvature=np.array([0.8]))
+    here = here._replace(direction=jnp.array([1.0]), curvature=jnp.array([0.8]))
     rng, rate, theta = np.random.default_rng(0), settings.noise_rate, 2.0
     for method in quadratic.METHODS:
         weight, slope = np.zeros(10_000), np.zeros(10_000)
@@ -153,7 +153,7 @@ def test_shuffling_keeps_the_values():
     settings, rng = schedules.SCALES["smoke"], np.random.default_rng(0)
     schedule = np.linspace(0.1, 0.6, 40)
     found = schedules.used(settings, schedule, 0.3, rng)
-    assert sorted(found[schedules.SHUFFLED]) == sorted(schedule)
+    np.testing.assert_array_equal(np.sort(found[schedules.SHUFFLED]), np.sort(schedule))
     assert not np.array_equal(found[schedules.SHUFFLED], schedule)
     assert found[schedules.LAST] == schedule[-1]
     assert np.std(found[schedules.PERTURBED]) == pytest.approx(settings.noise, rel=0.3)

@@ -73,8 +73,10 @@ def shared_loss(
     if not isinstance(loss, SplitLoss):
         return through(lambda p: loss(theta, p, batch, key))(moved(1.0, False))
 
+    predict = loss.predict
+
     def predicted(share):
-        return through(lambda p: loss.predict(theta, p, batch, key))(moved(share, True))
+        return through(lambda p: predict(theta, p, batch, key))(moved(share, True))
 
     outputs, along = jax.jvp(predicted, (jnp.zeros(()),), (jnp.ones(()),))
     return loss.loss(theta, plus(outputs, along), batch, key)
