@@ -212,11 +212,11 @@ def chosen(settings: Settings, method: Method, radius: float) -> tuple[float, fl
 
 @functools.cache
 def _noisy(settings: Settings, method: Method) -> Any:
-    """The Jacobians of all replicas after training with noise, from a problem and a radius."""
+    """The Jacobians of all replicas after training with noise, at a radius of a problem."""
     rates = settings.noise_rate, settings.noise_rate
 
     @jax.jit
-    def run(here, radius):
+    def run(here, radius, keys):
         theta = radius * here.direction
         estimator = network(method, here, rates, settings.noise)
 
@@ -227,7 +227,7 @@ def _noisy(settings: Settings, method: Method) -> Any:
             steps = settings.noise_steps // STEPS
             return jax.lax.scan(call, estimator.init(key, theta), None, steps)[0].carried.response
 
-        return jax.vmap(one)(jax.random.split(jax.random.key(1), settings.replicas))
+        return jax.vmap(one)(keys)
 
     return run
 
@@ -285,7 +285,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             rates = chosen(setting, method, radius)
             for row in _learning(setting, method, here, radius):
                 write({**labels, **row})
-            write({**labels, **_with_noise(setting, method, here, radius)})
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), settings.replicas)
+            found = np.asarray(_noisy(setting, method)(here, radius, keys))
+            theory = stationary(setting, method, here, radius)
+            write({**labels, **_with_noise(found, np.asarray(here.jacobian), theory)})
             write({**labels, "rate": rates[0], "response_rate": rates[1]})
             if radius == settings.radii[-1]:
                 theirs = chosen(setting, method, settings.radii[-1])
@@ -307,18 +310,14 @@ def _learning(
     return [*rows, {"steps_needed": first}]
 
 
-def _with_noise(
-    settings: Settings, method: Method, here: Problem, radius: float
-) -> dict[str, float]:
+def _with_noise(found: np.ndarray, exact: np.ndarray, theory: float) -> dict[str, float]:
     """The mean squared error over the closed form, and the bias over what its noise explains."""
-    found = np.asarray(_noisy(settings, method)(here, radius))
-    exact = np.asarray(here.jacobian)
     error = np.sum((found - exact) ** 2, axis=(1, 2)).mean()
     explained = found.var(axis=0, ddof=1).sum() / len(found)
     wrong = np.sum((found.mean(0) - 0.9 * exact) ** 2)
     return {
         "spread": float(error / np.sum(exact**2)),
-        "spread_by_theory": float(error / stationary(settings, method, here, radius)),
+        "spread_by_theory": float(error / theory),
         "bias": float(np.sum((found.mean(0) - exact) ** 2) / explained),
         "bias_of_wrong": float(wrong / explained),
     }

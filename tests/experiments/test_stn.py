@@ -96,6 +96,27 @@ def test_cutout_greys_whole_pixels():
 
 
 @pytest.mark.experiments
+def test_every_hyperparameter_of_the_conv_net_matters():
+    """Each changes the training loss; none the validation loss."""
+    sizes = regularised.Sizes(train=100, validation=100, batch=50, validation_batch=100)
+    here = regularised.task("conv_net", sizes, 0.1, regularised.data(sizes, 0))
+    params, names = here.init_params(jax.random.key(0)), regularised.NAMES["conv_net"]
+    batch = here.sample_batch(jax.random.key(1))
+
+    @jax.jit
+    def losses(theta):
+        key = jax.random.key(2)
+        return here.loss(theta, params, batch, key), here.meta_loss(theta, params, key)
+
+    low = dict.fromkeys(names, jnp.float32(-6.0))
+    training, validation = losses(low)
+    for name in names:
+        other = losses({**low, name: jnp.float32(1.0)})
+        assert abs(other[0] - training) > 1e-4, name
+        assert other[1] == validation
+
+
+@pytest.mark.experiments
 def test_quadratic_smoke(tmp_path, capsys):
     settings = dataclasses.replace(quadratic.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(quadratic.EXPERIMENT, settings))
@@ -118,15 +139,14 @@ def test_quadratic_smoke(tmp_path, capsys):
 @pytest.mark.experiments
 def test_regularisation_smoke(tmp_path, capsys):
     pytest.importorskip("optuna")
-    smoke = regularisation.SCALES["smoke"]
-    settings = dataclasses.replace(smoke, model="conv_net", out=tmp_path)
+    settings = dataclasses.replace(regularisation.SCALES["smoke"], out=tmp_path)
     folder = present(framework.execute(regularisation.EXPERIMENT, settings))
     summary = results.read_summary(folder)
     for method in regularisation.COLORS:
         found = summary.find("validation", method=method, hyperparameter="")["mean"]
         assert found < 1.0 < np.log(10)  # a guess
     names = {r["hyperparameter"] for r in summary.results if r["metric"] == "share"}
-    assert names == set(regularised.NAMES["conv_net"])
+    assert names == set(regularised.NAMES["mlp"])
     assert all(claim.holds is None for claim in regularisation.claims(summary))  # one seed
     assert "random search: validation" in capsys.readouterr().out
 
