@@ -291,8 +291,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
             write({**labels, **_with_noise(found, np.asarray(here.jacobian), theory)})
             write({**labels, "rate": rates[0], "response_rate": rates[1]})
             if radius == settings.radii[-1]:
-                theirs = chosen(setting, method, settings.radii[-1])
-                write({**labels, "theta": tuned(setting, method, here, theirs)})
+                write({**labels, "theta": tuned(setting, method, here, rates)})
 
 
 def _learning(
