@@ -195,7 +195,10 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     schedules = {}
     for i, method in enumerate(NETWORKS):
         progress(method, i / 7)
-        found = train[method](here, key, chosen(setting, method), settings.num_steps)
+        tuning = chosen(setting, method)
+        numbers = {f"chosen {name}": x for name, x in tuning._asdict().items()}
+        write({"method": method, "hyperparameter": "", **numbers})
+        found = train[method](here, key, tuning, settings.num_steps)
         curve(method, lowest(found.losses), settings.every)
         schedules[method] = found.schedule
         if method == DELTA:
