@@ -258,7 +258,8 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws the lowest losses so far against training steps, and delta_stn's schedule."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, metric in zip(axes, ("validation", "test"), strict=False):
+    titles = {"validation": "lowest validation loss so far", "test": "test loss of these weights"}
+    for axis, metric in zip(axes, titles, strict=False):
         for method, color in COLORS.items():
             lines = _lines(records, metric, method, "")
             if not lines:
@@ -269,8 +270,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             axis.plot(steps, mean, dash, color=color, label=method, marker="." if search else None)
             axis.fill_between(steps, mean - se, mean + se, color=color, alpha=0.15, lw=0)
         axis.set(xscale="log", yscale="log", xlabel="training steps, all trials together")
-        axis.set(title=f"{metric} loss where the validation loss was lowest so far")
-        axis.title.set_fontsize(10)
+        axis.set_title(titles[metric], fontsize=10)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("cross-entropy, nats")
     handles, names = axes[0].get_legend_handles_labels()
@@ -326,8 +326,8 @@ def claims(summary: Summary) -> list[Claim]:
     def of(metric, method):
         return summary.find(metric, method=method, hyperparameter="")
 
-    def losses(*methods):
-        return ", ".join(f"{m} {evidence.number(of('validation', m))}" for m in methods)
+    def losses(kind, *methods):
+        return ", ".join(f"{m} {evidence.number(of(kind, m))}" for m in methods)
 
     sources = dict.fromkeys((STN, RANDOM, BAYES), "Bae and Grosse 2020 (there larger images)")
     sources[GRID] = "MacKay et al. 2019 (there larger images)"
@@ -336,14 +336,14 @@ def claims(summary: Summary) -> list[Claim]:
         for metric, kind in (("behind", "validation"), ("behind in test", "test")):
             found = evidence.above(of(metric, method), 0.0)
             says = f"delta_stn's {kind} loss ends below that of {method}, at equal training steps"
-            ours = f"{method} is above by {found.text} times delta_stn's; {losses(DELTA, method)}"
+            ours = f"{method} is above by {found.text} times delta_stn's; {losses(kind, DELTA, method)}"
             out.append(Claim(says, source, ours, found.holds))
     found = evidence.less(of("at equal operations", DELTA), of("validation", RANDOM))
     says = "delta_stn is below random search at equal operations, too (8/3 for one of its steps)"
     out.append(Claim(says, "our question", found.text, found.holds))
     found = evidence.above(of("behind", LAST), 0.0)
     says = "the replayed schedule's validation loss is below that of its own last value"
-    ours = f"the last value is above by {found.text} times; {losses(REPLAY, LAST)}"
+    ours = f"the last value is above by {found.text} times; {losses('validation', REPLAY, LAST)}"
     out.append(Claim(says, "MacKay et al. 2019 (there an LSTM)", ours, found.holds))
     return out
 
