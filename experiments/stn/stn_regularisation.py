@@ -336,7 +336,8 @@ def claims(summary: Summary) -> list[Claim]:
         for metric, kind in (("behind", "validation"), ("behind in test", "test")):
             found = evidence.above(of(metric, method), 0.0)
             says = f"delta_stn's {kind} loss ends below that of {method}, at equal training steps"
-            ours = f"{method} is above by {found.text} times delta_stn's; {losses(kind, DELTA, method)}"
+            both = losses(kind, DELTA, method)
+            ours = f"{method} is above by {found.text} times delta_stn's; {both}"
             out.append(Claim(says, source, ours, found.holds))
     found = evidence.less(of("at equal operations", DELTA), of("validation", RANDOM))
     says = "delta_stn is below random search at equal operations, too (8/3 for one of its steps)"
