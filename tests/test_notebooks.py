@@ -107,6 +107,22 @@ def test_reward_gradients(capsys):
 
 @pytest.mark.experiments
 @pytest.mark.usefixtures("shown")
+def test_tune_while_you_train():
+    names = run("06")
+    least, start = (float(names["h"](names[name])) for name in ("best", "start"))
+    found = {
+        name: float(names["h"](run.history["place"][-1])) for name, run in names["runs"].items()
+    }
+    # The statements of the text.
+    assert found["soba"] < found["delta_stn"] < found["pes"] < least + 0.05 * (start - least)
+    assert names["costs"]["delta_stn"] < names["costs"]["soba"] < 0.1 * names["costs"]["pes"]
+    assert np.exp(names["runs"]["pes"].theta["rate"]) > 10 * 0.01
+    ends = {name: float(losses[-1]) for name, losses in names["curves"].items()}
+    assert ends["SGD, 0.1"] < ends["APO, from 0.001"] < ends["SGD, 0.001"] - 0.3
+
+
+@pytest.mark.experiments
+@pytest.mark.usefixtures("shown")
 def test_rnn_and_streaming():
     losses = {name: x[-10:].mean() for name, x in run("08")["losses"].items()}
     assert losses["tbptt"] > 0.6  # a net that says 0 has 0.83
@@ -194,5 +210,5 @@ def test_the_notebook_is_the_script(script):
 
 def test_each_notebook_is_run():
     assert [script.stem[:2] for script in SCRIPTS] == [
-        f"{i:02}" for i in (1, 2, 3, 4, 5, *range(7, 14))
+        f"{i:02}" for i in (1, 2, 3, 4, 5, 6, *range(7, 14))
     ]

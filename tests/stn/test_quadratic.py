@@ -191,6 +191,67 @@ def test_a_whole_number_has_the_slope_of_its_steps():
     assert abs(slope) > 8 * error  # zero is floor's own derivative
 
 
+def test_sigma_settles_where_the_entropy_says():
+    """With w* = theta and the validation loss a w^2 / 2, sigma's objective is
+
+    a (theta^2 + sigma^2) / 2 - entropy log sigma, least at sigma = sqrt(entropy / a).
+    """
+    curvature, entropy = 2.0, 0.08
+    estimator = ug.stn.delta_stn(
+        loss=lambda theta, w, batch, key: (w - theta) ** 2 / 2,
+        meta_loss=lambda theta, w, key: curvature * w**2 / 2,
+        init_params=lambda key: jnp.zeros(()),
+        sample_batch=lambda key: None,
+        inner_optimizer=optax.sgd(0.3),
+        sigma=1.0,
+        sigma_optimizer=optax.sgd(0.02),
+        entropy=entropy,
+        train_steps=2,
+    )
+
+    def run(key):
+        sigma = at_fixed_theta(estimator, key, jnp.asarray(0.7), 3000)[1].info.sigma
+        return jnp.mean(sigma[1000:])
+
+    found = np.asarray(jax.vmap(run)(jax.vmap(jax.random.key)(jnp.arange(50))))
+    error = found.std(ddof=1) / np.sqrt(len(found))
+    least = np.sqrt(entropy / curvature)
+    assert abs(found.mean() - least) < 0.03 * least  # a constant rate leaves a bias of its order
+    assert error < 0.01 * least
+    assert abs(found.mean() - np.sqrt(2) * least) > 20 * error  # twice the entropy
+
+
+def test_each_row_has_its_own_perturbation():
+    """From zero, one step at rate 1 makes R the mean of e^2 over the perturbations.
+
+    Its mean is sigma^2, and its variance 2 sigma^4 / G for G independent perturbations.
+    """
+    sigma, rows = 0.7, 16
+    found = {}
+    for groups in (1, rows):
+        estimator = ug.stn.delta_stn(
+            loss=lambda theta, w, batch, key: jnp.mean((w - theta) ** 2 * batch) / 2,
+            meta_loss=lambda theta, w, key: w,
+            init_params=lambda key: jnp.zeros(()),
+            sample_batch=lambda key: jnp.ones(rows),
+            inner_optimizer=optax.sgd(1.0),
+            response=ug.stn.linear(),
+            sigma=sigma,
+            tune_sigma=False,
+            train_steps=1,
+            num_perturbations=groups,
+        )
+
+        def run(key, estimator=estimator):
+            return at_fixed_theta(estimator, key, jnp.zeros(()), 1)[0].response[0]
+
+        found[groups] = np.asarray(jax.vmap(run)(jax.vmap(jax.random.key)(jnp.arange(1000))))
+    for groups, x in found.items():
+        error = sigma**2 * np.sqrt(2 / groups / len(x))
+        assert abs(x.mean() - sigma**2) < 4 * error
+        assert np.var(x) == pytest.approx(2 * sigma**4 / groups, rel=0.25)
+
+
 INPUTS = np.array([2.0, 0.7, 0.2])  # the variances d along the eigenvectors
 ROTATION = np.linalg.qr(np.random.default_rng(3).standard_normal((3, 3)))[0]
 TARGET = np.array([1.0, -1.0, 0.5])  # u*(-inf): the targets are noiseless

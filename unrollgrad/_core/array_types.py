@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from unrollgrad._core.optional_packages import need
 from unrollgrad.types import Theta, UnrolledProblem
 
 
@@ -30,6 +31,15 @@ def understood(problem: UnrolledProblem, theta: Theta) -> UnrolledProblem:
     return problem._replace(init=init, step=step, evaluate=evaluate)
 
 
+def through(function: Callable) -> Callable:
+    """The function, which takes leaves of other types and returns plain arrays.
+
+    Raises:
+        ImportError: If quax is not installed; the message names the extra.
+    """
+    return _plain(need("quax", "quax", "lowrank"), "loss", function)
+
+
 def _plain(quax: Any, name: str, function: Callable) -> Callable:
     through = quax.quaxify(function)
 
@@ -43,9 +53,9 @@ def _plain(quax: Any, name: str, function: Callable) -> Callable:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise NotImplementedError(
                 f"`{name}` calls a function whose derivative is given by jax.custom_vjp. quax, "
-                f"which carries low-rank noise of {', '.join(names[:3])}{more} through your code, "
-                "cannot run such a function. Give the derivative by jax.custom_jvp, which it "
-                "can, or use dense noise such as ug.noise.gaussian()."
+                f"which carries perturbations of {', '.join(names[:3]) or 'weights'}{more} through "
+                "your code, cannot run such a function. Give the derivative by jax.custom_jvp, "
+                "which it can, or use dense perturbations, such as ug.noise.gaussian()."
             ) from error
         leaves, structure = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, quax.Value))
         return structure.unflatten(

@@ -1,5 +1,6 @@
 """What both self-tuning networks are made of: training steps, and the step of hyperparameters."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -167,6 +168,24 @@ def move(chosen: Settings, response: Any, offset: Any, params: Any) -> Any:
     """The response's move of the weights, in their dtypes."""
     moves = chosen.response.apply(response, offset)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), moves, params)
+
+
+def shares_weights(chosen: Settings) -> bool:
+    """Whether the groups of a batch share the weights: there are several, and quax is there."""
+    several = chosen.num_perturbations > 1 and chosen.response.shared is not None
+    return several and importlib.util.find_spec("quax") is not None
+
+
+def moved(chosen: Settings, response: Any, offset: Any, params: Any) -> Callable[[Any, bool], Any]:
+    """``moved(share, linear)``: the weights after a share of the response's move, shared."""
+    shared = chosen.response.shared
+    assert shared is not None
+
+    def after(share, linear):
+        part = jax.tree.map(lambda x: x * jnp.asarray(share).astype(x.dtype), offset)
+        return shared(response, params, part, linear)
+
+    return after
 
 
 def over_groups(chosen: Settings, function: Callable[..., jax.Array], draw: Draw) -> jax.Array:

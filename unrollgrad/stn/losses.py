@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unrollgrad._core.array_types import through
 from unrollgrad._core.dtypes import standard_promotion
 from unrollgrad.types import ArrayTree, Key, Numeric, Theta
 
@@ -55,6 +56,29 @@ def moved_loss(
     if not isinstance(loss, SplitLoss):
         return loss(theta, plus(params, move), batch, key)
     outputs, along = jax.jvp(lambda p: loss.predict(theta, p, batch, key), (params,), (move,))
+    return loss.loss(theta, plus(outputs, along), batch, key)
+
+
+def shared_loss(
+    loss: Callable[..., Numeric],
+    theta: Theta,
+    moved: Callable[[Any, bool], Any],
+    batch: Any,
+    key: Key,
+) -> Numeric:
+    """``moved_loss`` of weights that the groups of a batch share.
+
+    ``moved(share, linear)`` are the weights after this share of the move, as array types.
+    """
+    if not isinstance(loss, SplitLoss):
+        return through(lambda p: loss(theta, p, batch, key))(moved(1.0, False))
+
+    predict = loss.predict
+
+    def predicted(share):
+        return through(lambda p: predict(theta, p, batch, key))(moved(share, True))
+
+    outputs, along = jax.jvp(predicted, (jnp.zeros(()),), (jnp.ones(()),))
     return loss.loss(theta, plus(outputs, along), batch, key)
 
 

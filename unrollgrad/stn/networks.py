@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unrollgrad._core.array_types import through
 from unrollgrad._core.descriptions import described, explained_by
 from unrollgrad.stn import _steps
 from unrollgrad.stn._steps import Draw, Method, SelfTuning, Settings
-from unrollgrad.stn.losses import moved_loss, plus
+from unrollgrad.stn.losses import moved_loss, plus, shared_loss
 from unrollgrad.stn.response import Response, scaled_rows
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric, Sigma, Theta
 
@@ -67,9 +68,10 @@ def delta_stn(
     still learns from the perturbed ones how the weights follow.
 
     Time of a training step: a gradient of ``loss``, and one more with respect to the response; with
-    a ``SplitLoss`` the second one computes outputs, a ``jvp`` and its transpose. Memory: the
-    response (``scaled_rows``: another network) and its optimizer; ``num_perturbations`` more copies
-    of the weights while a gradient is computed.
+    a ``SplitLoss`` the second one computes outputs, a ``jvp`` and its transpose, 5/3 of a gradient.
+    Memory: the response (``scaled_rows``: another network) and its optimizer. Several perturbations
+    share the weights with ``scaled_rows`` and quax; else each has a copy while a gradient is
+    computed.
 
     Args:
         loss: ``loss(theta, params, batch, key) -> scalar``, the training loss, the mean over the
@@ -219,6 +221,9 @@ def _of_delta(chosen: Settings, theta: Theta, carried: SelfTuning, draw: Draw):
         def group(unit, rows, key):
             there = _steps.perturbed(theta, sigma, unit)
             offset = _difference(_steps.widened(there), _steps.widened(theta))
+            if _steps.shares_weights(chosen):
+                moved = _steps.moved(chosen, response, offset, carried.params)
+                return _steps.as_loss(shared_loss(chosen.loss, there, moved, rows, key))
             move = _steps.move(chosen, response, offset, carried.params)
             return _steps.as_loss(moved_loss(chosen.loss, there, (carried.params, move), rows, key))
 
@@ -236,7 +241,12 @@ def _of_stn(chosen: Settings, theta: Theta, carried: SelfTuning, draw: Draw):
     def both(params, response):
         def group(unit, rows, key):
             there = _steps.perturbed(theta, sigma, unit)
-            move = _steps.move(chosen, response, _steps.widened(there), params)
+            offset = _steps.widened(there)
+            if _steps.shares_weights(chosen):
+                moved = _steps.moved(chosen, response, offset, params)(1.0, False)
+                call = through(lambda p: chosen.loss(there, p, rows, key))
+                return _steps.as_loss(call(moved))
+            move = _steps.move(chosen, response, offset, params)
             return _steps.as_loss(chosen.loss(there, plus(params, move), rows, key))
 
         return _steps.over_groups(chosen, group, draw)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad._core.dtypes import standard_promotion, wide
+from unrollgrad.stn import _scaled
+from unrollgrad.stn.losses import plus
 from unrollgrad.types import ArrayTree, Key, Theta
 
 __all__ = ["Response", "linear", "scaled_rows"]
@@ -22,10 +24,15 @@ class Response(NamedTuple):
         apply: ``apply(weights, offset) -> move``, a tree like params. ``offset`` is a tree like
             theta, in at least float32: theta minus its current value (``delta_stn``), or theta
             itself (``stn``). For ``delta_stn`` the move must be linear in ``offset``.
+        shared: ``shared(weights, params, offset, linear) -> moved params``, for several
+            perturbations in a batch, whose weights are then not added up for each of them: leaves
+            may be array types of quax. ``linear``: the value and the tangent are needed only where
+            the move is zero. Default: params plus the move.
     """
 
     init: Callable[[Key, Any, Theta], ArrayTree]
     apply: Callable[[Any, Theta], Any]
+    shared: Callable[[Any, Any, Theta, bool], Any] | None = None
 
 
 class Rows(NamedTuple):
@@ -77,7 +84,9 @@ def scaled_rows(axis: int | tuple[int, ...] = -1, *, initial_std: float = 0.0) -
     zero, so that the response begins at zero, as in Delta-STN.
 
     Memory: for each leaf its own size and P numbers for each output, where P is the number of
-    hyperparameters.
+    hyperparameters. With several perturbations in a batch, their groups share W and R: x (W + R s)
+    is computed as x W + (x R) s. That needs quax (the extra ``lowrank``); without it, and in
+    operations other than products, convolutions and lookups, each group has a copy of W.
 
     Args:
         axis: The axis, or the axes, of the outputs.
@@ -134,7 +143,18 @@ def scaled_rows(axis: int | tuple[int, ...] = -1, *, initial_std: float = 0.0) -
 
         return jax.tree.map(leaf, weights, is_leaf=lambda x: isinstance(x, Rows))
 
-    return Response(init, apply)
+    def shared(weights, params, offset, linear):
+        offset = as_vector(offset)
+
+        def leaf(x, like):
+            if not isinstance(x, Rows):
+                return plus(like, _along(x, offset).astype(like.dtype))
+            scales = _along(x.scales, offset).astype(like.dtype)
+            return _scaled.scaled_type()(like, x.weights.astype(like.dtype), scales, linear)
+
+        return jax.tree.map(leaf, weights, params, is_leaf=lambda x: isinstance(x, Rows))
+
+    return Response(init, apply, shared)
 
 
 def as_vector(tree: Any) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Self-tuning networks: hyperparameters that follow a best response, learned while training."""
