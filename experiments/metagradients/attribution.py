@@ -34,7 +34,7 @@ BASELINES = (INFLUENCE, TRACIN, COSINE)
 
 RECIPES = {
     MLP: Recipe(),
-    CONV: Recipe(net="conv", width=8, batch_size=100),
+    CONV: Recipe(net="conv", width=16, batch_size=100, output_scale=1.0, eps_root=1e-6),
     ROUGH: Recipe(activation="relu", output_scale=1.0, eps_root=1e-12, batch_size=20),
 }
 
