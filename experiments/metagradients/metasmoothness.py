@@ -118,9 +118,9 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
                 steps = np.linalg.norm(by_step(recipe, here, targets), axis=1)
                 for t, size in enumerate(steps.tolist()):
                     name = "base" if recipe == BASE else ALL
-                    place = {"field": "contributions", "value": name, "step": t}
+                    place = {"field": "contributions", "setting": name, "step": t}
                     write({**place, "contribution": size / np.sum(steps)})
-        write({"field": field, "value": value, **found[recipe]})
+        write({"field": field, "setting": value, **found[recipe]})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -145,7 +145,7 @@ def _values(records: list[Record], metric: str) -> dict[tuple[str, str], list[fl
     found: dict[tuple[str, str], list[float]] = {}
     for r in records:
         if r.metric == metric:
-            found.setdefault((r.labels["field"], r.labels["value"]), []).append(r.value)
+            found.setdefault((r.labels["field"], r.labels["setting"]), []).append(r.value)
     return found
 
 
@@ -166,7 +166,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.set(xlabel="metasmoothness", ylabel="linear datamodeling score of metagradients")
     left.legend(fontsize="small")
     for i, name in enumerate(("base", ALL)):
-        mine = [r for r in records if r.metric == "contribution" and r.labels["value"] == name]
+        mine = [r for r in records if r.metric == "contribution" and r.labels["setting"] == name]
         steps = sorted({r.step for r in mine if r.step is not None})
         curve = [np.exp(np.mean([np.log(r.value) for r in mine if r.step == t])) for t in steps]
         right.plot(steps, curve, color=f"C{i}", label=name)
@@ -196,7 +196,7 @@ def claims(summary: Summary) -> list[Claim]:
     source, out = "Engstrom et al. 2025, on other models", []
 
     def find(metric, field, value):
-        return summary.find(metric, field=field, value=value)
+        return summary.find(metric, field=field, setting=value)
 
     for field, rough, smooth, says in (
         ("width", "8", "128", "a wider net is smoother"),
@@ -227,7 +227,7 @@ EXPERIMENT = Experiment(
     about="Which choices of a training make it respond smoothly to its data.",
     settings=Settings,
     scales=SCALES,
-    labels=("field", "value"),
+    labels=("field", "setting"),
     run=run,
     draw=draw,
     show=show,
