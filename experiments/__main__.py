@@ -219,11 +219,11 @@ def _print_commands() -> None:
     """The help of the whole command line."""
     print(f"usage: {PROGRAM} COMMAND [flags]; `{PROGRAM} COMMAND --help` explains the flags\n")
     for name, run in COMMANDS.items():
-        print(f"  {name:<24}{(run.__doc__ or '').splitlines()[0]}")
+        print(f"  {name:<25} {(run.__doc__ or '').splitlines()[0]}")
     for topic, experiments in TOPICS.items():
         print(f"\n{topic}")
         for name, experiment in experiments.items():
-            print(f"  {name:<24}{experiment.about}")
+            print(f"  {name:<25} {experiment.about}")
 
 
 if __name__ == "__main__":

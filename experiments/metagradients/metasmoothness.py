@@ -58,7 +58,7 @@ class Settings(CommonSettings):
     """Test images."""
     num_subsets: int = 40
     """Subsets that are left out."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws the images, the subsets, the initial weights and the batches."""
 
 
