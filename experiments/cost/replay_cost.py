@@ -192,7 +192,7 @@ def claims(summary: Summary) -> list[Claim]:
             continue
         says = f"arity {arity}: replay takes at most 1.1 times as long as its steps"
         holds = evidence.told(ratio["mean"] <= 1.1, ratio["mean"])
-        out.append(Claim(says, "theory", f"ratio {ratio['mean']:.2f}", holds))
+        out.append(Claim(says, "theory", f"ratio {evidence.number(ratio)}", holds))
     return out
 
 

@@ -214,12 +214,19 @@ def claims(summary: Summary) -> list[Claim]:
         for metric in ("metasmoothness", "lds")
     }
     if len(found["lds"]) > 3:
-        rank = need("scipy.stats", "scipy").spearmanr
-        rho = float(rank(found["metasmoothness"], found["lds"]).statistic)
+        rho = _rank_correlation(found["metasmoothness"], found["lds"])
         says = "where it is higher, metagradients foretell better: rank correlation above 0.7"
-        ours = f"{rho:.2f} over {len(found['lds'])} trainings"
+        shown = f"{rho:.2f}" if np.isfinite(rho) else "not finite"
+        ours = f"{shown} over {len(found['lds'])} trainings"
         out.append(Claim(says, source, ours, evidence.told(rho > 0.7, rho)))
     return out
+
+
+def _rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's rank correlation; NaN if a number is not finite, or all of one list are equal."""
+    if not np.isfinite([a, b]).all() or min(len(set(a)), len(set(b))) < 2:
+        return float("nan")
+    return float(need("scipy.stats", "scipy").spearmanr(a, b).statistic)
 
 
 EXPERIMENT = Experiment(

@@ -25,6 +25,7 @@ METHODS = ("estimator", "method", "optimizer", "kind", "series", "remat", "layou
 
 ONLY_BEST = ("SGD 0.1", "momentum 0.01", "Adam 0.0001", "Adam 0.139")
 NOT_SHOWN = {
+    "attribution": ("training",),
     "evaluate_optimizer": ONLY_BEST,
     "global_lr": ("grid",),
     "toy_regression": ("surface",),
@@ -32,6 +33,7 @@ NOT_SHOWN = {
 }
 NOT_DRAWN = {
     "apo_cost": ("fixed preconditioner",),
+    "attribution": ("training",),
     "benchmark": ("neumann", "CG"),
     "distillation": ("identity, gain", "CG, gain"),
     "evaluate_optimizer": ONLY_BEST,
