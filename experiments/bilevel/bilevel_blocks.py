@@ -271,7 +271,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     """
     shared, data = settings.without_run(), data_of(settings, seed)
     equal = measure(jnp.zeros(settings.num_train), _arrays(data))
-    start = {k: float(v) for k, v in equal.items()}
+    start: dict[str, float] = {k: float(v) for k, v in equal.items()}
     write({"estimator": "equal weights", **start})
     last: dict[str, dict[str, float]] = {}
     for i, method in enumerate(METHODS):
