@@ -163,6 +163,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
             left.annotate(
                 value, (a, b), textcoords="offset points", xytext=(4, 4), size=7, color=f"C{i}"
             )
+    left.margins(0.12)
     left.set(xlabel="metasmoothness", ylabel="linear datamodeling score of metagradients")
     left.legend(fontsize="small")
     for i, name in enumerate(("base", ALL)):

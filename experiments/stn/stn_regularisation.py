@@ -283,7 +283,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axes[2].set(ylim=(-0.02, 1.02), xlabel="training steps", ylabel="place in its range")
     axes[2].set_title(f"{DELTA}: the schedule of one seed", fontsize=10)
     axes[2].grid(alpha=0.3)
-    axes[2].legend(fontsize=8, ncols=2)
+    axes[2].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     figure.legend(handles, names, loc="outside lower center", ncols=7)
     return figure
 
