@@ -25,7 +25,7 @@ def test_the_tilted_law_is_the_data_reweighted():
     weights = jnp.exp(scale * jax.vmap(mixture.reward)(x))
     weights = np.asarray(weights / weights.sum())
     law = mixture.tilted(scale)
-    error = 4 / np.sqrt(1 / np.sum(weights**2))  # four standard errors of a share
+    error = float(4 / np.sqrt(1 / np.sum(weights**2)))  # four standard errors of a share
     nearest = np.argmin(np.sum((np.asarray(x)[:, None] - mixture.MEANS) ** 2, -1), -1)
     shares = np.bincount(nearest, weights, minlength=8)
     np.testing.assert_allclose(shares, law.weights, atol=error)
@@ -34,7 +34,7 @@ def test_the_tilted_law_is_the_data_reweighted():
     variance = np.average((first[0] - law.means[0]) ** 2, axis=0, weights=first[1])
     np.testing.assert_allclose(variance, law.variance, rtol=0.05)
     assert mixture.mean_reward(law) == pytest.approx(
-        weights @ np.asarray(jax.vmap(mixture.reward)(x)), abs=30 * error
+        float(weights @ np.asarray(jax.vmap(mixture.reward)(x))), abs=30 * error
     )
     assert abs(law.weights[0] - 1 / 8) > 10 * error  # the data's own law is told apart
 
