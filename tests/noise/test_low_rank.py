@@ -1,5 +1,6 @@
 """Low-rank noise: its moments, its estimators against dense noise, and its size in memory."""
 
+import functools
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import unrollgrad as ug
 from tests.helpers import present, raises
 from tests.statistics import Samples
+from unrollgrad.noise._dense import after
 
 pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
 
@@ -382,3 +384,11 @@ def test_errors():
     estimator = ug.full_es(unrolled, sigma=sigma, noise=ug.noise.low_rank(dense_below=0))
     with raises(ValueError, "sigma['w'] has shape (3, 5)", "one for each stacked layer"):
         jax.eval_shape(estimator.estimate, KEY, theta, jax.eval_shape(estimator.init, KEY, theta))
+
+
+def test_decompositions_wait_for_each_other():
+    """XLA keeps what makes the second wait; two batched ones at once may wait for ever on a CPU."""
+    waiting = jax.jit(functools.partial(after, 3))
+    rows = jnp.ones((2, 4))
+    assert int(waiting(rows)) == 3
+    assert int(waiting(rows.at[0, 0].set(jnp.inf))) == 4  # a constant would not need the rows

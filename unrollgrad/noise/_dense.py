@@ -88,8 +88,20 @@ def orthogonal_rows(key: Key, count: int, dim: int, dtype: jax.typing.DTypeLike)
         signs = jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
         return (q * signs[None]).T * jnp.sqrt(jnp.asarray(dim, dtype))
 
-    counts = [min(dim, count - first) for first in range(0, count, dim)]
-    return jnp.concatenate([block(i, count) for i, count in enumerate(counts)])
+    rows: list[jax.Array] = []
+    for i, first in enumerate(range(0, count, dim)):
+        rows.append(block(after(i, rows[-1]) if rows else i, min(dim, count - first)))
+    return jnp.concatenate(rows)
+
+
+def after(index: int, rows: jax.Array) -> jax.Array:
+    """The index, as a number that waits for the rows, whose numbers are finite.
+
+    Of two batched calls of LAPACK that do not depend on each other, both may run at once on a CPU;
+    each then waits for threads that the other holds, and with two cores both wait for ever (jaxlib
+    0.10). XLA removes barriers and products with zero, but does not know that no number is inf.
+    """
+    return jnp.int32(index) + jnp.isinf(rows.ravel()[0]).astype(jnp.int32)
 
 
 def _independent(draw: Callable[..., jax.Array]) -> Noise:

@@ -14,7 +14,7 @@ from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
 from unrollgrad._core.dtypes import rounded, wide
 from unrollgrad.noise._arrays import low_rank_type
-from unrollgrad.noise._dense import in_blocks, orthogonal_rows
+from unrollgrad.noise._dense import after, in_blocks, orthogonal_rows
 from unrollgrad.noise._laws import Noise, add, weighted_sum
 from unrollgrad.types import ArrayTree, Key, Numeric, Sigma, Theta
 
@@ -274,11 +274,12 @@ def _held(make: Callable[[jax.Array], _Tree], drawn: jax.Array) -> _Tree:
 
 def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array | Factors]:
     """Replaces the signs of every matrix's longer side; equal shapes are drawn together."""
-    made = list(made)
+    made, drawn = list(made), None
     for index, (shape, some) in enumerate(_alike(made).items()):
         num_pairs, layers, *sides, rank = shape
         side, dim = int(sides[1] > sides[0]), max(sides)
-        keys = jax.random.split(jax.random.fold_in(key, index), (len(some), layers))
+        place = index if drawn is None else after(index, drawn)
+        keys = jax.random.split(jax.random.fold_in(key, place), (len(some), layers))
         dtype = _factors(made[some[0]]).a.dtype
         draw = functools.partial(orthogonal_rows, count=num_pairs * rank, dim=dim, dtype=dtype)
         drawn = jax.vmap(jax.vmap(draw))(keys).reshape(len(some), layers, num_pairs, rank, dim)
