@@ -20,14 +20,14 @@ WANTED = 8
 SCHEDULE = samplers.vp()
 PERIODS = 2.0 ** np.arange(4)
 WIDTH, FAR = 0.7, 4.0
-"""Of the held-out classifier's kernel, and the distance at which it sees no digit."""
+"""The width of the held-out classifier's kernel, and the distance at which it sees no digit."""
 
 
 class Model(NamedTuple):
     """What all seeds share.
 
     Attributes:
-        weights: Of the denoiser.
+        weights: The denoiser's weights.
         judge: Weights of the classifier that is a reward.
         images: The images that the denoiser was trained on, shape (n, 64), from -1 to 1.
         labels: Their digits.
@@ -97,7 +97,7 @@ def model(hidden: int, num_steps: int, seed: int = 0) -> Model:
         hidden: Units in each of the denoiser's three hidden layers.
         num_steps: Steps of the denoiser's training, with batches of 128 images; a tenth as many
             train the judge.
-        seed: Of all weights and batches.
+        seed: It draws all weights and batches.
     """
     train, other = data.load("digits")
     images, labels = jnp.asarray(2 * train.images), jnp.asarray(train.labels)

@@ -21,7 +21,7 @@ class Law(NamedTuple):
     Attributes:
         weights: Shape (8,), their sum is 1.
         means: Shape (8, 2).
-        variance: Of each coordinate.
+        variance: The variance of each coordinate.
     """
 
     weights: np.ndarray
