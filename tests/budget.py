@@ -24,7 +24,7 @@ BUDGET = {
     "tests/experiments": 145,
     "tests/implicit": 330,
     "tests/learned_optimizers": 190,
-    "tests/noise": 100,
+    "tests/noise": 90,
     "tests/samplers": 302,
     "tests/stn": 198,
     "unrollgrad": 438,
