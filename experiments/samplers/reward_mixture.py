@@ -49,7 +49,7 @@ class Settings(CommonSettings):
     """The perturbation's standard deviation for ES."""
     num_samples: int = 2048
     """Samples that measure the reward and the distances at each point of a curve."""
-    num_gradients: int = 1024
+    num_gradients: int = 4096
     """Gradients that measure each method's norm, variance and direction at a theta."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each seed draws the network's initial weights, the episodes and the samples."""
@@ -77,6 +77,8 @@ EARLY = 2
 """The place in ``POINTS`` of the early reward: after 2 % of the budget."""
 GRADIENTS = 256
 """Gradients that are computed at once."""
+UNTOLD = 0.1
+"""A mean gradient is told if its noise, squared, is at most this share of its squared norm."""
 TUNING = 1000
 """The key of the runs that choose the learning rates."""
 
@@ -338,8 +340,9 @@ def gradients(
 
     ``norm_ratio`` is |E g| over the norm of the whole gradient, ``noise`` the variance over
     |E g|^2, and ``cosine`` the one of E g and the whole gradient. The squared norms are without the
-    noise of the means, and the whole gradient is the mean of other episodes, so that their product
-    has no noise in common.
+    noise of the means, and products are those with a whole gradient from other episodes, so that
+    they have no noise in common; the whole gradient's own product stands for its squared norm. If
+    the mean is mostly noise, there is only ``noise_above``, a number that its ``noise`` exceeds.
     """
     n = settings.num_gradients
     other, key = jax.random.split(key)
@@ -357,19 +360,38 @@ def gradients(
         on_row=lambda row: None,
     )
     rows = {row["name"]: row for row in comparison.rows}
-    squares = {name: row["norm"] ** 2 - row["variance"] / n for name, row in rows.items()}
-    whole = squares["DRaFT"]
-    out = {}
-    for name, row in rows.items():
-        square = squares[name]
-        inner = row["cosine"] * row["norm"] * row["reference_norm"]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            out[name] = {
-                "norm_ratio": float(np.sqrt(np.divide(square, whole))),
-                "noise": float(np.divide(row["variance"], square)),
-                "cosine": float(inner / np.sqrt(square * whole)),
-            }
+    means = {name: _mean(row, n) for name, row in rows.items()}
+    whole, out = means["DRaFT"], {}
+    for name, mean in means.items():
+        if not mean.told:
+            out[name] = {"noise_above": UNTOLD * n}
+            continue
+        out[name] = {"noise": rows[name]["variance"] / mean.square}
+        if whole.told:
+            ratio = (mean.square / whole.square) ** 0.5
+            out[name] |= {"norm_ratio": ratio, "cosine": mean.inner / whole.inner / ratio}
     return out
+
+
+class Mean(NamedTuple):
+    """A mean gradient, without the noise of its squared norm.
+
+    Attributes:
+        square: Its squared norm.
+        inner: Its product with the whole gradient.
+        told: Whether the noise of the mean is small beside it.
+    """
+
+    square: float
+    inner: float
+    told: bool
+
+
+def _mean(row: dict[str, Any], n: int) -> Mean:
+    noise = row["variance"] / n
+    square = row["norm"] ** 2 - noise
+    inner = row["cosine"] * row["norm"] * row["reference_norm"]
+    return Mean(square, inner, noise <= UNTOLD * square)
 
 
 EXPERIMENT = Experiment(

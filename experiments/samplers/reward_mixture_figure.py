@@ -66,6 +66,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     axes[0, 0].axhline(mixture.mean_reward(target), color="black", ls=":", lw=1)
     axes[0, 0].set(ylabel="mean reward", title="reward; dotted: of the tilted law")
     axes[0, 0].set_yscale("symlog", linthresh=0.1)
+    axes[0, 0].set_ylim(top=0.02)
     _curves(axes[0, 1], found, "kl")
     axes[0, 1].set(yscale="log", ylabel="KL(samples | tilted law), nats")
     axes[0, 1].set(title="distance to the tilted law")
@@ -73,8 +74,12 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     _modes(axes[1, 0], found, target)
     _gradients(axes[1, 1], found, "cosine")
     axes[1, 1].set(xlabel="cosine of the mean gradient to the whole gradient", title="direction")
+    axes[1, 1].set_xlim(right=1.1)
     _gradients(axes[1, 2], found, "noise")
-    axes[1, 2].set(xscale="log", xlabel="variance of one sample / |mean gradient|²", title="noise")
+    _gradients(axes[1, 2], found, "noise_above")
+    axes[1, 2].set(xscale="log", xlabel="variance of one sample / |mean gradient|²")
+    axes[1, 2].set_title("noise; hollow: more than this")
+    axes[1, 2].legend(fontsize=8, title="theta", loc="lower right")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
@@ -127,17 +132,18 @@ def _modes(axis: Any, found: Table, target: mixture.Law) -> None:
 
 
 def _gradients(axis: Any, found: Table, metric: str) -> None:
-    """A row for each method, a mark for each theta."""
-    names = [name for name in STYLES if (name, "start", metric) in found]
+    """A row for each method, a mark for each theta; hollow if it is a bound."""
+    names = [name for name in STYLES if (name, "", "reward") in found]
+    bound = metric.endswith("above")
     for i, (place, words) in enumerate(PLACES.items()):
         rows = [(j, n) for j, n in enumerate(names) if (n, place, metric) in found]
         means = [np.mean(found[n, place, metric]) for _, n in rows]
         heights = [j + 0.2 * (i - 1) for j, _ in rows]
-        axis.plot(means, heights, "os^"[i], color=f"C{(0, 1, 3)[i]}", label=words)
+        style = {"color": f"C{(0, 1, 3)[i]}", "fillstyle": "none" if bound else "full"}
+        axis.plot(means, heights, "os^"[i], **style, label=None if bound else words)
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, title="theta", loc="best")
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(True, alpha=0.3)
 
 
 def show(records: list[Record]) -> None:
@@ -159,10 +165,13 @@ def show(records: list[Record]) -> None:
             f" | {1e3 * updates[1] / max(updates[0], 1):.3f} per evaluation"
         )
     for place, words in PLACES.items():
-        print(f"gradients, {words}: norm ratio, noise, cosine")
+        print(f"gradients, {words}: norm ratio, noise, cosine (?: the mean is mostly noise)")
         for name in names_of(found):
             values = [mean(name, place, m) for m in ("norm_ratio", "noise", "cosine")]
-            print(f"{name:>24} {values[0]:8.3f} {values[1]:10.3g} {values[2]:8.3f}")
+            texts = [f"{x:.3g}" if np.isfinite(x) else "?" for x in values]
+            if (bound := mean(name, place, "noise_above")) and not np.isfinite(values[1]):
+                texts[1] = f"> {bound:.3g}"
+            print(f"{name:>24} {texts[0]:>8} {texts[1]:>10} {texts[2]:>8}")
 
 
 ADJOINT = "Domingo-Enrich et al. 2025; the tilted law in closed form"
