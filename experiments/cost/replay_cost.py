@@ -35,7 +35,7 @@ class Settings(CommonSettings):
     batch_size: int = 512
     """Rows of a batch."""
     horizon: int = 256
-    """Inner steps of the episode; every call of `replay` traces its programs again, which counts."""
+    """Inner steps of the episode. Each call of `replay` traces its programs, which counts."""
     arities: tuple[int, ...] = (2, 4)
     """Branches of the tree of checkpoints."""
     steps_per_dispatch: int = 16
