@@ -82,6 +82,13 @@ def text(mean: float, se: float) -> str:
     return evidence.number({"mean": mean, "se": se, "n": 2})
 
 
+def seeds_text(values: list[float]) -> str:
+    """The mean of the seeds' numbers and its standard error; of one seed, the number."""
+    if len(values) < 2:
+        return f"{values[0]:.4g}"
+    return text(float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5)
+
+
 class Comparison(NamedTuple):
     """The claim that the metrics of two estimators at the end of their runs differ.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -315,7 +315,7 @@ def show(records: list[Record]) -> None:
         for metric in ("validation", "test"):
             lines = _lines(records, metric, method, "")
             if lines:
-                cells.append(f"{metric} {np.mean([line[max(line)] for line in lines]):.4f}")
+                cells.append(f"{metric} {curves.seeds_text([line[max(line)] for line in lines])}")
         if cells:
             print(f"{method:>22}: {', '.join(cells)}")
 

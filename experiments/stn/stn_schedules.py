@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.experiment import Claim, Experiment, Progress, Write
 from experiments._framework.results import Record, Summary
 from experiments._framework.settings import CommonSettings
@@ -225,10 +225,13 @@ def _grid(records: list[Record]) -> dict[str, float]:
 def show(records: list[Record]) -> None:
     """Prints the lowest validation loss of every method, the test loss there, and the last rate."""
     for method in METHODS:
-        ends = {m: _band(records, m, method)[1][-1] for m in ("validation", "test", "dropout")}
+        ends = {}
+        for metric in ("validation", "test", "dropout"):
+            _, means, errors = _band(records, metric, method)
+            ends[metric] = curves.text(means[-1], errors[-1])
         print(
-            f"{method:>21}: validation {ends['validation']:.4f}, test {ends['test']:.4f} nats per "
-            f"character, last dropout rate {ends['dropout']:.3f}"
+            f"{method:>21}: validation {ends['validation']}, test {ends['test']} nats per "
+            f"character, last dropout rate {ends['dropout']}"
         )
     cells = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in _grid(records).items())
     print(f"{GRID:>21}: validation losses of fixed rates {cells}")
