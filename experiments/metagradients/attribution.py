@@ -33,7 +33,7 @@ EXACT, INFLUENCE, TRACIN, COSINE = "metagradient", "influence function", "TracIn
 BASELINES = (INFLUENCE, TRACIN, COSINE)
 
 RECIPES = {
-    MLP: Recipe(),
+    MLP: Recipe(activation="tanh", width=64),
     CONV: Recipe(net="conv", width=16, batch_size=100, output_scale=1.0, eps_root=1e-6),
     ROUGH: Recipe(activation="relu", output_scale=1.0, eps_root=1e-12, batch_size=20),
 }

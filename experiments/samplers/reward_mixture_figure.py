@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments._framework import evidence
+from experiments._framework import curves, evidence
 from experiments._framework.evidence import Finding
 from experiments._framework.experiment import Claim
 from experiments._framework.results import Record, Summary
@@ -74,12 +74,12 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     _modes(axes[1, 0], found, target)
     _gradients(axes[1, 1], found, "cosine")
     axes[1, 1].set(xlabel="cosine of the mean gradient to the whole gradient", title="direction")
-    axes[1, 1].set_xlim(right=1.1)
+    axes[1, 1].set_xlim(-1.1, 1.1)
+    axes[1, 1].legend(fontsize=8, title="theta", loc="lower left")
     _gradients(axes[1, 2], found, "noise")
     _gradients(axes[1, 2], found, "noise_above")
     axes[1, 2].set(xscale="log", xlabel="variance of one sample / |mean gradient|²")
     axes[1, 2].set_title("noise; hollow: more than this")
-    axes[1, 2].legend(fontsize=8, title="theta", loc="lower right")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
@@ -132,15 +132,18 @@ def _modes(axis: Any, found: Table, target: mixture.Law) -> None:
 
 
 def _gradients(axis: Any, found: Table, metric: str) -> None:
-    """A row for each method, a mark for each theta; hollow if it is a bound."""
+    """A row for each method, a mark for each theta; hollow if it is a bound in a seed."""
     names = [name for name in STYLES if (name, "", "reward") in found]
     bound = metric.endswith("above")
     for i, (place, words) in enumerate(PLACES.items()):
-        rows = [(j, n) for j, n in enumerate(names) if (n, place, metric) in found]
-        means = [np.mean(found[n, place, metric]) for _, n in rows]
+        told = [(j, n) for j, n in enumerate(names) if (n, place, metric) in found]
+        rows = [(j, n) for j, n in told if bound or (n, place, "noise_above") not in found]
+        seeds = [found[n, place, metric] for _, n in rows]
+        spread = [np.std(x, ddof=1) / len(x) ** 0.5 if len(x) > 1 else 0.0 for x in seeds]
         heights = [j + 0.2 * (i - 1) for j, _ in rows]
         style = {"color": f"C{(0, 1, 3)[i]}", "fillstyle": "none" if bound else "full"}
-        axis.plot(means, heights, "os^"[i], **style, label=None if bound else words)
+        style |= {"fmt": "os^"[i], "label": None if bound else words}
+        axis.errorbar([np.mean(x) for x in seeds], heights, xerr=spread, **style)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(True, alpha=0.3)
@@ -165,13 +168,19 @@ def show(records: list[Record]) -> None:
             f" | {1e3 * updates[1] / max(updates[0], 1):.3f} per evaluation"
         )
     for place, words in PLACES.items():
-        print(f"gradients, {words}: norm ratio, noise, cosine (?: the mean is mostly noise)")
+        print(f"gradients, {words}: norm ratio, noise, cosine (?: mostly noise in a seed)")
         for name in names_of(found):
-            values = [mean(name, place, m) for m in ("norm_ratio", "noise", "cosine")]
-            texts = [f"{x:.3g}" if np.isfinite(x) else "?" for x in values]
-            if (bound := mean(name, place, "noise_above")) and not np.isfinite(values[1]):
-                texts[1] = f"> {bound:.3g}"
-            print(f"{name:>24} {texts[0]:>8} {texts[1]:>10} {texts[2]:>8}")
+            if (name, place, "noise_above") in found:
+                bound = f"> {mean(name, place, 'noise_above'):.3g}"
+                print(f"{name:>24} {'?':>15} {bound:>13} {'?':>15}")
+                continue
+            ratio, noise, cosine = (
+                curves.seeds_text(found[name, place, m][:, -1].tolist())
+                if (name, place, m) in found
+                else "?"
+                for m in ("norm_ratio", "noise", "cosine")
+            )
+            print(f"{name:>24} {ratio:>15} {noise:>13} {cosine:>15}")
 
 
 ADJOINT = "Domingo-Enrich et al. 2025; the tilted law in closed form"
