@@ -27,7 +27,8 @@ class Settings(CommonSettings):
     The floor of a forward step is a bare jitted scan over steps, that of a backward step a bare
     `value_and_grad` of such a scan, whose steps are computed again in the backward pass, less the
     two forward runs in it; both run as many steps as the episode has. `replay` and both floors run
-    in turn; the first turn, which compiles, does not count. The inner loop is the training of an MLP by Adam.
+    in turn; the first turn, which compiles, does not count. The inner loop is the training of an
+    MLP by Adam.
     """
 
     width: int = 256
