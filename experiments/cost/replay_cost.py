@@ -26,8 +26,9 @@ class Settings(CommonSettings):
 
     The floor of a forward step is a bare jitted scan over steps, that of a backward step a bare
     `value_and_grad` of such a scan, whose steps are computed again in the backward pass, less the
-    two forward runs in it. `replay` and both floors run in turn; the first turn, which
-    compiles, does not count. The inner loop is the training of an MLP by Adam.
+    two forward runs in it; both run as many steps as the episode has. `replay` and both floors run
+    in turn; the first turn, which compiles, does not count. The inner loop is the training of an
+    MLP by Adam.
     """
 
     width: int = 256
@@ -65,7 +66,11 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     """Writes the seconds of the steps and of replay, and the ratio, for every turn."""
     problem, theta, key = *training(settings), jax.random.key(seed)
     forward, backward = floors(problem, key, theta, settings.steps_per_dispatch)
-    programs: dict[str, Callable[[], object]] = {"forward": forward, "backward": backward}
+    calls = -(-settings.horizon // settings.steps_per_dispatch)
+    programs: dict[str, Callable[[], object]] = {
+        "forward": lambda: [forward() for _ in range(calls)],
+        "backward": lambda: [backward() for _ in range(calls)],
+    }
     forwards, ratios = {}, {arity: [] for arity in settings.arities}
     for arity in settings.arities:
 
@@ -76,8 +81,8 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         programs[str(arity)] = replayed
         forwards[arity] = int(replayed().info.inner_steps)
     for turn, seconds in timing.in_turn(programs, settings.num_repeats, lambda f: progress("", f)):
-        ahead = seconds["forward"] / settings.steps_per_dispatch
-        back = seconds["backward"] / settings.steps_per_dispatch - 2 * ahead
+        ahead = seconds["forward"] / (calls * settings.steps_per_dispatch)
+        back = seconds["backward"] / (calls * settings.steps_per_dispatch) - 2 * ahead
         for arity, steps in forwards.items():
             floor = steps * ahead + settings.horizon * back
             numbers = {
