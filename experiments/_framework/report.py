@@ -98,18 +98,23 @@ def _read(topics: Mapping[str, Mapping[str, Experiment]], folder: Path, path: Pa
 
 
 def verdict(claims: list[Claim]) -> str:
-    """A verdict on all claims: reproduced, in part, not, or cannot tell. Own targets are "met"."""
+    """A verdict on all claims: reproduced, in part, not, or cannot tell. Own targets are "met".
+
+    Claims about which the seeds cannot tell are counted beside it.
+    """
     if not claims:
         return "measured, no claim"
     own = all(claim.source.startswith(OWN) for claim in claims)
     told = [claim.holds for claim in claims if claim.holds is not None]
+    untold = f"; {n} cannot be told" if (n := len(claims) - len(told)) else ""
     if not told:
         return "cannot tell"
     if all(told):
-        return "own target, met" if own else "reproduced"
+        return ("own target, met" if own else "reproduced") + untold
     if not any(told):
-        return "**own target, not met**" if own else "**not reproduced**"
-    return f"{'own target, met' if own else 'reproduced'} in part ({sum(told)} of {len(told)})"
+        return ("**own target, not met**" if own else "**not reproduced**") + untold
+    part = f"in part ({sum(told)} of {len(told)})"
+    return f"{'own target, met' if own else 'reproduced'} {part}{untold}"
 
 
 def _overview(run: Recorded) -> str:

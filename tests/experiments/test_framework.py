@@ -222,9 +222,10 @@ def test_a_large_picture_is_made_small():
     ("sources", "holds", "word"),
     [
         ("AB", (True, True), "reproduced"),
-        ("AB", (True, None), "reproduced"),
+        ("AB", (True, None), "reproduced; 1 cannot be told"),
         ("AB", (True, False), "reproduced in part (1 of 2)"),
-        ("AB", (False, None), "**not reproduced**"),
+        ("AB", (False, None), "**not reproduced**; 1 cannot be told"),
+        ("ABCD", (True, None, None, False), "reproduced in part (1 of 2); 2 cannot be told"),
         ("AB", (None, None), "cannot tell"),
         (["our target"] * 2, (True, True), "own target, met"),
         (["our target"] * 2, (False, False), "**own target, not met**"),
