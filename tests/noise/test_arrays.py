@@ -252,3 +252,13 @@ def test_without_quax(monkeypatch):
         patch.setitem(sys.modules, "quax", None)
         with pytest.raises(ImportError, match=r'pip install "unrollgrad\[lowrank\]"'):
             law.perturb(theta, one, 0.1)
+
+
+def test_a_law_prints_as_its_call():
+    """Alone, and among an estimator's arguments."""
+    law, (problem, _) = ug.noise.low_rank(2, factors="gaussian"), ug.problems.influence_balancing()
+    assert repr(law) == "low_rank(2, factors='gaussian')"
+    assert repr(ug.full_es(problem, sigma=0.1, noise=law)) == f"full_es(sigma=0.1, noise={law})"
+    assert repr(ug.noise.rademacher()) == "rademacher()"
+    assert repr(ug.noise.Noise(law.init, law.sample)) == repr(law)
+    assert repr(ug.noise.Noise(lambda theta: (), law.sample)) == "Noise(sample)"

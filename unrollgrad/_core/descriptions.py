@@ -1,11 +1,11 @@
-"""What an estimator remembers of the call that made it: its text, and the problem it is for."""
+"""What an estimator or a law remembers of the call that made it: its text, and its problem."""
 
 import functools
 import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -47,21 +47,33 @@ class About(NamedTuple):
         return html.table(rows)
 
 
-def about(estimator: GradientEstimator) -> About:
-    """The call that made the estimator; one that a user wrote has no problem."""
-    return getattr(estimator.init, "about", About(repr(estimator)))
+class _Begun(Protocol):
+    """What a factory makes: a tuple of functions, with an ``init`` of its own."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
 
 
-def described(factory: Callable[P, GradientEstimator]) -> Callable[P, GradientEstimator]:
-    """Makes a factory's estimators remember its arguments: ``repr`` shows them, ``about`` too.
+Made = TypeVar("Made", bound=_Begun)
 
-    The first argument is the problem, or the estimators that the new one is made of.
+
+def about(made: _Begun) -> About:
+    """The call that made the estimator or the law; one that a user wrote has no problem."""
+    return getattr(made.init, "about", About(repr(made)))
+
+
+def described(factory: Callable[P, Made]) -> Callable[P, Made]:
+    """Makes a factory's estimators or laws remember its arguments: ``repr`` shows them.
+
+    An estimator's first argument is the problem, or the estimators that it is made of.
     """
 
     @functools.wraps(factory)
-    def make(*args: P.args, **kwargs: P.kwargs) -> GradientEstimator:
+    def make(*args: P.args, **kwargs: P.kwargs) -> Made:
         made = factory(*args, **kwargs)
-        first: Any = args[0] if args else next(iter(kwargs.values()))
+        first: Any = next(iter((*args, *kwargs.values())), None)
+        if not isinstance(made, GradientEstimator):
+            first = object()  # all arguments are shown
         shown = [_text(x) for x in args if x is not first or not isinstance(x, UnrolledProblem)]
         shown += [f"{k}={_text(x)}" for k, x in kwargs.items() if x is not first]
         problem = first if isinstance(first, UnrolledProblem) else _problem_of(first)
@@ -113,7 +125,8 @@ def _text(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_text(x)}" for k, x in value.items()) + "}"
     if hasattr(value, "_fields"):  # a NamedTuple, such as a law of noise
-        return type(value).__name__
+        made = getattr(getattr(value, "init", None), "about", None)
+        return type(value).__name__ if made is None else made.text
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, jax.Array | np.ndarray):

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.dtypes import wide
 from unrollgrad.noise._laws import Noise
 from unrollgrad.types import Key
 
 
+@described
 def gaussian() -> Noise:
     """Independent standard normal perturbations: the law that smooths J by a Gaussian.
 
@@ -27,6 +29,7 @@ def gaussian() -> Noise:
     return _independent(jax.random.normal)
 
 
+@described
 def rademacher() -> Noise:
     """Independent signs: each coordinate of a perturbation is +1 or -1.
 
@@ -47,6 +50,7 @@ def rademacher() -> Noise:
     return _independent(jax.random.rademacher)
 
 
+@described
 def orthogonal() -> Noise:
     """Directions that are orthogonal to one another among the pairs of a worker.
 

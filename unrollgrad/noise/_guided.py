@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from unrollgrad._checks import arguments
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.dtypes import wide
 from unrollgrad.noise._dense import gaussian
 from unrollgrad.noise._laws import Noise, add, weighted_sum
 from unrollgrad.types import ArrayTree, Numeric, Theta
 
 
+@described
 def guided(subspace: ArrayTree, share: Numeric, floor: float = 1e-3) -> Noise:
     """Gaussian noise that uses directions near which the gradient lies, and stays unbiased.
 

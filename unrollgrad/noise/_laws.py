@@ -59,6 +59,10 @@ class Noise(NamedTuple):
     perturb: Callable[..., Theta] = add
     contract: Callable[..., Theta] = weighted_sum
 
+    def __repr__(self):
+        made = getattr(self.init, "about", None)
+        return f"Noise({self.sample.__name__})" if made is None else made.text
+
 
 def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> ArrayTree:
     """Draws the law's perturbations, or their factors.

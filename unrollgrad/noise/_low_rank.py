@@ -12,6 +12,7 @@ import numpy as np
 
 from unrollgrad._checks import arguments
 from unrollgrad._core import mesh_axes
+from unrollgrad._core.descriptions import described
 from unrollgrad._core.dtypes import rounded, wide
 from unrollgrad.noise._arrays import low_rank_type
 from unrollgrad.noise._dense import after, in_blocks, orthogonal_rows
@@ -45,6 +46,7 @@ class _Shape(NamedTuple):
     columns: tuple[int, ...]
 
 
+@described
 def low_rank(
     rank: int = 1,
     factors: Law = "sign",
