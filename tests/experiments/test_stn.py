@@ -11,6 +11,7 @@ import pytest
 import unrollgrad as ug
 from experiments._framework import experiment as framework
 from experiments._framework import results
+from experiments.cost import stn_cost as cost
 from experiments.stn import language, regularised, searches, training
 from experiments.stn import stn_quadratic as quadratic
 from experiments.stn import stn_regularisation as regularisation
@@ -199,3 +200,19 @@ def test_dropout_keeps_the_mean():
     error = high.std(0) / np.sqrt(len(high))
     assert np.mean(np.abs(high.mean(0) - low.mean(0)) < 4 * error + 0.02) > 0.98
     assert isinstance(here.loss, ug.stn.SplitLoss)
+
+
+@pytest.mark.experiments
+def test_cost_smoke(tmp_path, capsys):
+    """The kept memory is the weights, the response's slopes, and one scale of each output."""
+    settings = dataclasses.replace(cost.SCALES["smoke"], out=tmp_path)
+    folder = present(framework.execute(cost.EXPERIMENT, settings))
+    assert "delta_stn, linear outputs" in capsys.readouterr().out
+    summary = results.read_summary(folder)
+    weights = sum(x.size for x in jax.tree.leaves(cost.init_params(settings, jax.random.key(0))))
+    for use in settings.uses:
+        assert present(summary.find("median_ratio", use=use, kind=cost.PLAIN))["mean"] == 1
+        for kind in (cost.DELTA, cost.LINEAR, cost.STN):
+            kept = present(summary.find("weights", use=use, kind=kind))["mean"]
+            assert 2 < kept < 2 + 6 * 18 / weights
+    assert len(cost.claims(summary)) == 6
