@@ -221,7 +221,8 @@ def claims(summary: Summary) -> list[Claim]:
             continue
         size, seconds = (found["mean"] for found in ratios if found)
         says = f'{workload}: with remat="step" it saves 10 % of the memory or more, in equal time'
-        ours = f"memory x {size:.2f}, time x {seconds:.2f}"
+        texts = (evidence.shown(number, ".2f") for number in (size, seconds))
+        ours = "memory x {}, time x {}".format(*texts)
         holds = evidence.told(size <= 0.9 and seconds <= 1.1, size, seconds)
         out.append(Claim(says, "Kemaev et al. 2025, on accelerators", ours, holds))
     return out

@@ -248,7 +248,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     cli.main(["report", "--folder", str(recorded), "--out", str(out), "--pages"])
     text = out.read_text()
     assert text.count("## toy-") == 2
-    row = f"| [{done.name}](#{done.name}) | A 2020; B 2021; C 2022 | reproduced in part (1 of 2) |"
+    verdict = "reproduced in part (1 of 2); 1 cannot be told"
+    row = f"| [{done.name}](#{done.name}) | A 2020; B 2021; C 2022 | {verdict} |"
     head = "| experiment | source | verdict | what it shows | what would change our mind |"
     lines = "|---|---|---|---|---|"
     assert f"## toys\n\n{head}\n{lines}\n{row} A toy. | The toy does not fall. |" in text
