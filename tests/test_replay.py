@@ -23,7 +23,7 @@ from unrollgrad._core import unroll
 from unrollgrad._replay import replay as replaying
 from unrollgrad._replay import schedule, storage
 
-KEY = jax.random.key(3)
+KEY, OTHER = jax.random.key(3), jax.random.key(4)
 ROOT = Path(__file__).parents[1]
 
 
@@ -258,7 +258,46 @@ def test_a_folder_belongs_to_one_computation(tmp_path):
     with raises(OSError, "pulled-0.npz is damaged", "Delete it"):
         run(problem, KEY, theta)
     newest.unlink()
+    (newest.parent / "pulled-by_hand.npz").write_bytes(b"")  # not ours
     assert bits(run(problem, KEY, theta)) == bits(first)
+    (about,) = tmp_path.rglob("about.json")
+    for damage in (about.unlink, lambda: about.write_text(""), lambda: about.write_text("[]")):
+        damage()
+        with raises(ValueError, "another computation", "programs, theta, key: None ->"):
+            run(problem, KEY, theta)
+
+
+def switching(first, second, data):
+    """Two rates, the later one from step 4 on; each step adds the mean of data in a jitted call."""
+    mean = jax.jit(lambda state: jnp.mean(data) + 0 * state)
+
+    def step(key, theta, state, t):
+        state = state - jnp.where(t < 4, first, second) * (state - theta) + mean(state)
+        return state, state**2
+
+    return ug.UnrolledProblem(lambda key, theta: 0 * theta, step, horizon=8)
+
+
+def test_a_folder_tells_programs_that_hardly_differ(tmp_path):
+    """Operands in another order, and data inside a jitted function, make another computation."""
+    run = functools.partial(ug.replay, folder=tmp_path, steps_per_dispatch=4)
+    data, theta = np.arange(4, dtype=np.float32), jnp.float32(0.5)
+    first = run(switching(0.1, 0.4, data), KEY, theta)
+    for other in (switching(0.4, 0.1, data), switching(0.1, 0.4, data[::-1] + 1)):
+        with raises(ValueError, "another computation", "programs, theta, key"):
+            run(other, KEY, theta)
+    assert bits(run(switching(0.1, 0.4, data), KEY, theta)) == bits(first)
+
+
+def test_a_jitted_helper_may_close_over_a_key():
+    inner = jax.jit(lambda state: jax.random.normal(OTHER) * state)
+    problem = ug.UnrolledProblem(
+        lambda key, theta: theta, lambda key, theta, s, t: (inner(s), s), horizon=2
+    )
+    theta = jnp.float32(0.5)
+    found = ug.replay(problem, KEY, theta).grad
+    np.testing.assert_allclose(found, (1 + jax.random.normal(OTHER)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(ug.episode_loss(problem, KEY, theta), found * theta, rtol=1e-6)
 
 
 def killed(folder, kills, seed):

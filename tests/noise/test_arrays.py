@@ -64,6 +64,7 @@ def test_products_and_rows(rank):
             "column": x @ w @ theta["v"],
             "row": w[2],
             "rows": w[jnp.array([1, 5, 5])],
+            "filled rows": w.at[jnp.array([1, 9])].get(mode="fill", fill_value=0.5),
             "cut": x[:, :3] @ w[1:4],
             "traced cut": x[:, :2] @ jax.lax.dynamic_slice_in_dim(w, x.astype(jnp.int32)[0, 0], 2),
             "scaled": x @ (-w / 2.0),

@@ -30,13 +30,14 @@ SHAPES = {
 }
 RNG = np.random.default_rng(0)
 PARAMS = {name: RNG.normal(0, 0.5, shape).astype(np.float32) for name, shape in SHAPES.items()}
-ROWS = RNG.integers(0, 7, (GROUPS, 4, 6), np.int32)
+ROWS = RNG.integers(0, 8, (GROUPS, 4, 6), np.int32)  # there is no row 7
 THETAS = RNG.normal(size=(GROUPS, 2)).astype(np.float32)
 LAW = ug.stn.scaled_rows(initial_std=1.0)
 
 
 def predict(theta, params, rows, key):
-    x = params["embed"][rows] * jnp.exp(theta[0] / 4)
+    rows = params["embed"].at[rows].get(mode="fill", fill_value=0.5)
+    x = rows * jnp.exp(theta[0] / 4)
     x = jax.lax.conv_general_dilated(
         x, params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Out = TypeVar("Out")
@@ -49,10 +50,20 @@ def _inner_constants(jaxpr: Any) -> Iterator[object]:
         for parameter in equation.params.values():
             for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
                 for x in getattr(inner, "consts", ()):
-                    yield id(x) if isinstance(x, jax.core.Tracer) else np.asarray(x).tobytes()
+                    yield id(x) if isinstance(x, jax.core.Tracer) else contents(x)
                 program = getattr(inner, "jaxpr", inner)
                 if hasattr(program, "eqns"):
                     yield from _inner_constants(program)
+
+
+def contents(x: Any) -> bytes:
+    """The numbers of an array that this process holds, with their type and shape."""
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+    parts = [x] if whole else [shard.data for shard in x.addressable_shards]
+    form = f"{jnp.result_type(x)}{np.shape(x)}".encode()
+    return b"".join([form, *(np.asarray(part).tobytes() for part in parts)])
 
 
 @functools.lru_cache(maxsize=128)

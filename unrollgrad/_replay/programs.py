@@ -77,7 +77,7 @@ def programs(problem: UnrolledProblem, episode: Episode, theta: Theta, tree: Tre
     def digest() -> str:
         traced = [begin, advance, *back.values(), end]
         arrays = jax.tree.leaves((episode, theta, [p.constants for p in traced]))
-        return _digest([p.program.text[0] for p in traced], arrays)
+        return _digest([part for p in traced for part in p.program.text], arrays)
 
     return Programs(
         state,
@@ -197,19 +197,22 @@ def _laid_out(tree, layouts):
     return structure.unflatten(jax.lax.with_sharding_constraint(x, s) for x, s in both)
 
 
-def _digest(texts: list[str], arrays: list[jax.Array]) -> str:
-    """A hash of programs and arrays.
+def _digest(parts: list[str | bytes], arrays: list[jax.Array]) -> str:
+    """A hash of programs, the constants inside of them, and arrays.
 
-    Addresses and the order of names in a line, as in a set, differ between processes.
+    Addresses differ between processes, and so does the order of the names in a set.
     """
     found = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        for line in re.sub(r"0x[0-9a-f]+", "", text).splitlines():
-            found.update(" ".join(sorted(re.findall(r"[\w.+-]+", line))).encode())
+    for part in parts:
+        if isinstance(part, str):
+            text = re.sub(r"0x[0-9a-f]+", "", part)
+            part = re.sub(r"\{([^{}:;=\n]*)\}", _in_order, text).encode()
+        found.update(len(part).to_bytes(8, "little") + part)
     for x in arrays:
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            x = x.addressable_shards[0].data
-        found.update(f"{x.dtype}{x.shape}".encode() + np.asarray(x).tobytes())
+        found.update(eager.contents(x))
     return found.hexdigest()
+
+
+def _in_order(names: re.Match[str]) -> str:
+    """A set with its names in order."""
+    return "{" + ", ".join(sorted(re.findall(r"[^\s,]+", names[1]))) + "}"

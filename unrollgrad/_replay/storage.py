@@ -73,7 +73,7 @@ def on_disk(folder: Path, name: str, like: Any, queue: "Queue") -> Storage:
     Raises:
         OSError: In its functions, if a file cannot be written or read.
     """
-    found = {int(file.stem.rpartition("-")[2]) for file in folder.glob(f"{name}-*.npz")}
+    found = _places(folder, name)
     stored = on_all_processes(found)
     shapes: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed(like))
     form = form_of(like)
@@ -140,18 +140,18 @@ def opened(folder: str | Path, about: dict[str, object]) -> Iterator[tuple[Path,
     """Locks this process's part of the folder, which belongs to one computation, ``about``.
 
     Raises:
-        ValueError: If it holds another computation.
+        ValueError: If it holds another computation, or files of which it does not say.
         RuntimeError: If another process uses it.
         OSError: If it cannot be read or written.
     """
     folder = Path(folder).expanduser().absolute() / f"process-{jax.process_index()}"
     with lock(folder), worker_thread() as worker:
         file = folder / "about.json"
-        if not file.exists():
+        if not (file.exists() or _places(folder, "state") or _places(folder, "pulled")):
             part = file.with_suffix(".part")
             part.write_text(json.dumps(about))
             part.replace(file)
-        held = json.loads(file.read_text())
+        held = _read(file)
         differing = [name for name in about if held.get(name) != about[name]]
         if on_any_process(bool(differing)):
             raise ValueError(
@@ -162,6 +162,21 @@ def opened(folder: str | Path, about: dict[str, object]) -> Iterator[tuple[Path,
         queue = Queue(worker, [])
         yield folder, queue
         queue.finish()
+
+
+def _read(file: Path) -> dict[str, object]:
+    """What the folder says that it is about; nothing if it does not say so."""
+    try:
+        held = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _places(folder: Path, name: str) -> set[int]:
+    """The places of which there are files."""
+    found = (file.stem.removeprefix(f"{name}-") for file in folder.glob(f"{name}-*.npz"))
+    return {int(place) for place in found if place.isdecimal()}
 
 
 class Leaf(NamedTuple):

@@ -109,7 +109,10 @@ def _gather(primitive, values, params):
         mask = jnp.asarray([own[axis] for axis in numbers.start_index_map], indices.dtype)
         sizes = tuple(s if o else 1 for o, s in zip(own, params["slice_sizes"], strict=True))
         at = indices * mask.reshape((1,) * (indices.ndim - 1) + (-1,))
-        return primitive.bind(x, at, **{**params, "slice_sizes": sizes})
+        new = {**params, "slice_sizes": sizes}
+        if x is not leaf.w:
+            new["fill_value"] = 0  # there is no noise on what is filled in
+        return primitive.bind(x, at, **new)
 
     return _each(change, leaf)
 

@@ -139,7 +139,8 @@ def _gather(primitive, values, params):
     at = jnp.zeros_like(indices)
     s = primitive.bind(leaf.s, at, **{**params, "slice_sizes": sizes})
     dense = primitive.bind(leaf.w, indices, **params)
-    return _plus(dense, s, primitive.bind(leaf.r, indices, **params))
+    moved = primitive.bind(leaf.r, indices, **{**params, "fill_value": 0})  # outside nothing moves
+    return _plus(dense, s, moved)
 
 
 _RULES: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
