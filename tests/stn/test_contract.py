@@ -187,6 +187,23 @@ def test_the_cost_of_a_training_step():
         assert found[1] < 2.5 * temporaries
 
 
+@both
+def test_an_optimizer_that_needs_the_loss(name):
+    """A step of Polyak is value / slope; from 2 towards 0 of x^2 that is to half of it."""
+    estimator = getattr(ug.stn, name)(
+        loss=lambda theta, w, batch, key: w**2,
+        meta_loss=lambda theta, w, key: w,
+        init_params=lambda key: jnp.float32(2.0),
+        sample_batch=lambda key: None,
+        inner_optimizer=optax.polyak_sgd(),
+        train_steps=1,
+        tune_sigma=False,
+    )
+    theta = jnp.float32(0.0)
+    _, state = jax.jit(estimator.estimate)(KEY, theta, estimator.init(KEY, theta))
+    assert float(state.carried.params) == pytest.approx(1.0)
+
+
 def test_what_a_split_loss_is():
     """Its outputs move along their Jacobian; a loss that is not split moves with the weights."""
     loss = ug.stn.SplitLoss(
@@ -245,6 +262,11 @@ def test_messages():
 
     with raises(ValueError, "`num_perturbations`=5", "batch['x']"):
         jax.eval_shape(made(num_perturbations=5).estimate, KEY, theta, begun())
+    own = jax.custom_vjp(lambda params: params["half"][0].astype(jnp.float32))
+    own.defvjp(lambda params: (own(params), params), lambda params, g: (params,))
+    with raises(NotImplementedError, "custom_vjp", "`num_perturbations=1`", "ug.stn.linear()"):
+        loss = lambda theta, params, batch, key: own(params)  # noqa: E731
+        jax.eval_shape(made(loss=loss).estimate, KEY, theta, begun())
     with raises(TypeError, "`inner_optimizer`", "ug.training_problem"):
         build("delta_stn", data, inner_optimizer=lambda theta: optax.sgd(theta))
     with raises(TypeError, "`response`", "stn.linear()"):

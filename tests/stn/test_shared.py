@@ -1,7 +1,8 @@
 """Groups of a batch that share the weights: the same numbers as with weights of their own.
 
 The network has every operation that the rules know (a lookup, a convolution, a recurrent cell in a
-scan, products from both sides, a transpose) and one that they do not (the sum of squares).
+scan, a scan over stacked layers, products from both sides, a transpose) and one that they do not
+(the sum of squares).
 """
 
 import functools
@@ -24,6 +25,7 @@ SHAPES = {
     "embed": (7, 4),
     "kernel": (3, 4, 5),
     "memory": (5, 5),
+    "layers": (2, 5, 5),
     "out": (5, 2),
     "left": (2, 6),
     "bias": (6,),
@@ -46,6 +48,7 @@ def predict(theta, params, rows, key):
         return jnp.tanh(x + hidden @ params["memory"]), None
 
     hidden, _ = jax.lax.scan(step, jnp.zeros((x.shape[0], 5)), jnp.swapaxes(x, 0, 1))
+    hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), hidden, params["layers"])
     hidden = (params["out"].T @ hidden.T).T
     return hidden @ params["left"].astype(jnp.float32) + params["bias"], params
 

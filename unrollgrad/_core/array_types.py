@@ -25,22 +25,26 @@ def understood(problem: UnrolledProblem, theta: Theta) -> UnrolledProblem:
     quax = sys.modules.get("quax")
     if quax is None or not any(isinstance(x, quax.Value) for x in _leaves(quax, theta)):
         return problem
-    plain = functools.partial(_plain, quax)
+    plain = functools.partial(_plain, quax, "ug.noise.gaussian(), for example")
     evaluate = problem.evaluate and plain("evaluate", problem.evaluate)
     init, step = plain("init", problem.init), plain("step", problem.step)
     return problem._replace(init=init, step=step, evaluate=evaluate)
 
 
-def through(function: Callable) -> Callable:
+def through(function: Callable, dense: str) -> Callable:
     """The function, which takes leaves of other types and returns plain arrays.
+
+    Args:
+        function: The function, a loss.
+        dense: How to do without such leaves, for the error.
 
     Raises:
         ImportError: If quax is not installed; the message names the extra.
     """
-    return _plain(need("quax", "quax", "lowrank"), "loss", function)
+    return _plain(need("quax", "quax", "lowrank"), dense, "loss", function)
 
 
-def _plain(quax: Any, name: str, function: Callable) -> Callable:
+def _plain(quax: Any, dense: str, name: str, function: Callable) -> Callable:
     through = quax.quaxify(function)
 
     def call(*args):
@@ -55,7 +59,7 @@ def _plain(quax: Any, name: str, function: Callable) -> Callable:
                 f"`{name}` calls a function whose derivative is given by jax.custom_vjp. quax, "
                 f"which carries perturbations of {', '.join(names[:3]) or 'weights'}{more} through "
                 "your code, cannot run such a function. Give the derivative by jax.custom_jvp, "
-                "which it can, or use dense perturbations, such as ug.noise.gaussian()."
+                f"which it can, or use dense perturbations: {dense}."
             ) from error
         leaves, structure = jax.tree.flatten(out, is_leaf=lambda x: isinstance(x, quax.Value))
         return structure.unflatten(

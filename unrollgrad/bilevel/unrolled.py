@@ -97,8 +97,10 @@ def descend(
     opt_state: optax.OptState,
 ) -> tuple[optax.Params, optax.OptState]:
     """One inner step, with this theta's hyperparameters: the next params and optimizer state."""
-    grad = jax.grad(inner)(params, theta)
-    updates, opt_state = inner_optimizers.update(optimizer, theta, 0, grad, opt_state, params)
+    value, grad = jax.value_and_grad(inner)(params, theta)
+    updates, opt_state = inner_optimizers.update(
+        optimizer, theta, 0, grad, opt_state, params, value=value
+    )
     return optax.apply_updates(params, updates), opt_state
 
 

@@ -4,6 +4,8 @@
 a product with the weights is that with w plus s times that with r, and no group has weights of its
 own: vmap over the groups batches s alone.
 
+Along the first axis of three or more, which a scan over stacked layers cuts, ``s`` is repeated.
+
 With ``linear`` the product with r sees no tangent of its other factor. At s = 0 that leaves the
 value and the tangent exact, and saves the product of this tangent with s r, which is zero there.
 """
@@ -29,6 +31,8 @@ def scaled_type() -> Any:
         r: jax.Array
         s: jax.Array
         linear: bool = equinox.field(static=True)
+        repeated: int = equinox.field(static=True, default=0)
+        """If w has so many axes, s is constant along the first."""
 
         def aval(self):
             return jax.typeof(self.w)
@@ -43,6 +47,21 @@ def scaled_type() -> Any:
     return Scaled
 
 
+def scaled(w: jax.Array, r: jax.Array, s: jax.Array, linear: bool) -> Any:
+    """The leaf; s has length 1 along every axis but the outputs'."""
+    repeated = w.ndim if w.ndim > 2 and s.shape[0] == 1 else 0
+    if repeated:
+        s = jnp.broadcast_to(s, (w.shape[0], *s.shape[1:]))
+    return scaled_type()(w, r, s, linear, repeated)
+
+
+def _once(leaf: Any) -> Any:
+    """The leaf, with s that is not repeated."""
+    if leaf.w.ndim != leaf.repeated:
+        return leaf
+    return scaled_type()(leaf.w, leaf.r, leaf.s[:1], leaf.linear)
+
+
 def added_up(leaf: Any) -> jax.Array:
     """Computes w + s r."""
     return _plus(leaf.w, leaf.s, leaf.r)
@@ -55,6 +74,7 @@ def is_scaled(x: object) -> bool:
 
 def _apply(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
     """Applies a primitive to values of which some are such weights."""
+    values = [_once(x) if is_scaled(x) else x for x in values]
     rule = _RULES.get(primitive.name)
     out = None if rule is None else rule(primitive, values, params)
     if out is not None:

@@ -141,7 +141,7 @@ def self_tuning(chosen: Settings, method: Method) -> GradientEstimator:
             sigma=as_vector(sigma),
         )
         if of_sigma is not None:
-            moved = _moved(of_sigma, of_scales, carried.sigma_optimizer, carried.scales)
+            moved = _moved(of_sigma, of_scales, carried.sigma_optimizer, carried.scales, value)
             before = (carried.scales, carried.sigma_optimizer)
             scales, state = jax.tree.map(lambda new, old: jnp.where(warm, new, old), moved, before)
             carried = carried._replace(scales=scales, sigma_optimizer=state)
@@ -226,9 +226,11 @@ def _draw(chosen: Settings, key: Key, theta: Theta) -> Draw:
 def _train(chosen: Settings, method: Method, theta: Theta, carried: SelfTuning, draw: Draw):
     """One training step of the weights and of the response."""
     grad, of_response, losses = method.gradients(chosen, theta, carried, draw)
-    params, optimizer = _moved(chosen.inner_optimizer, grad, carried.optimizer, carried.params)
+    inner, of_weights = chosen.inner_optimizer, (grad, carried.optimizer, carried.params)
+    params, optimizer = _moved(inner, *of_weights, losses[0])
+    state = carried.response_optimizer
     response, response_optimizer = _moved(
-        _of_response(chosen), of_response, carried.response_optimizer, carried.response
+        _of_response(chosen), of_response, state, carried.response, losses[1]
     )
     return carried._replace(
         params=params,
@@ -273,11 +275,15 @@ def _opened(optimizer: optax.GradientTransformation, variable: Any) -> optax.Opt
 
 
 def _moved(
-    optimizer: optax.GradientTransformation, grad: Any, state: optax.OptState, variable: Any
+    optimizer: optax.GradientTransformation,
+    grad: Any,
+    state: optax.OptState,
+    variable: Any,
+    value: jax.Array,
 ) -> tuple[Any, optax.OptState]:
-    """One step of a variable."""
+    """One step of a variable; ``value`` is the loss whose gradient is given."""
     updates, state = inner_optimizers.update(
-        lambda theta, t: optimizer, (), 0, grad, state, variable
+        lambda theta, t: optimizer, (), 0, grad, state, variable, value=value
     )
     with standard_promotion():
         return optax.apply_updates(variable, updates), state

@@ -71,15 +71,24 @@ def shared_loss(
     ``moved(share, linear)`` are the weights after this share of the move, as array types.
     """
     if not isinstance(loss, SplitLoss):
-        return through(lambda p: loss(theta, p, batch, key))(moved(1.0, False))
+        return on_shared(lambda p: loss(theta, p, batch, key), moved(1.0, False))
 
     predict = loss.predict
 
     def predicted(share):
-        return through(lambda p: predict(theta, p, batch, key))(moved(share, True))
+        return on_shared(lambda p: predict(theta, p, batch, key), moved(share, True))
 
     outputs, along = jax.jvp(predicted, (jnp.zeros(()),), (jnp.ones(()),))
     return loss.loss(theta, plus(outputs, along), batch, key)
+
+
+def on_shared(function: Callable, params: Any) -> Any:
+    """The function of weights that the groups share.
+
+    Raises:
+        NotImplementedError: If it calls a function with a rule by ``jax.custom_vjp``.
+    """
+    return through(function, "`num_perturbations=1`, or `response=ug.stn.linear()`")(params)
 
 
 def plus(values: Any, moves: Any) -> Any:

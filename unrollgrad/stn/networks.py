@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unrollgrad._core.array_types import through
 from unrollgrad._core.descriptions import described, explained_by
 from unrollgrad.stn import _steps
 from unrollgrad.stn._steps import Draw, Method, SelfTuning, Settings
-from unrollgrad.stn.losses import moved_loss, plus, shared_loss
+from unrollgrad.stn.losses import moved_loss, on_shared, plus, shared_loss
 from unrollgrad.stn.response import Response, scaled_rows
 from unrollgrad.types import ArrayTree, GradientEstimator, Key, Numeric, Sigma, Theta
 
@@ -244,8 +243,8 @@ def _of_stn(chosen: Settings, theta: Theta, carried: SelfTuning, draw: Draw):
             offset = _steps.widened(there)
             if _steps.shares_weights(chosen):
                 moved = _steps.moved(chosen, response, offset, params)(1.0, False)
-                call = through(lambda p: chosen.loss(there, p, rows, key))
-                return _steps.as_loss(call(moved))
+                loss = on_shared(lambda p: chosen.loss(there, p, rows, key), moved)
+                return _steps.as_loss(loss)
             move = _steps.move(chosen, response, offset, params)
             return _steps.as_loss(chosen.loss(there, plus(params, move), rows, key))
 

@@ -78,7 +78,8 @@ def scaled_rows(axis: int | tuple[int, ...] = -1, *, initial_std: float = 0.0) -
     The outputs of a layer are the last axis in flax, haiku and most of JAX: of a dense matrix
     (inputs, outputs), of a convolution (height, width, inputs, outputs), of a recurrent cell's
     matrix (inputs, gates) and of an embedding (words, features). Where they come first, as in
-    PyTorch or equinox, say ``axis=0``; for the heads of an attention layer ``axis=(-2, -1)``.
+    PyTorch or equinox, say ``axis=0``; for the heads of an attention layer ``axis=(-2, -1)``; for
+    layers that are stacked along a first axis ``axis=(0, -1)``.
 
     R begins with normal numbers of the size of W's (of std 1/sqrt(inputs) if W is zero), and V at
     zero, so that the response begins at zero, as in Delta-STN.
@@ -150,7 +151,7 @@ def scaled_rows(axis: int | tuple[int, ...] = -1, *, initial_std: float = 0.0) -
             if not isinstance(x, Rows):
                 return plus(like, _along(x, offset).astype(like.dtype))
             scales = _along(x.scales, offset).astype(like.dtype)
-            return _scaled.scaled_type()(like, x.weights.astype(like.dtype), scales, linear)
+            return _scaled.scaled(like, x.weights.astype(like.dtype), scales, linear)
 
         return jax.tree.map(leaf, weights, params, is_leaf=lambda x: isinstance(x, Rows))
 
