@@ -170,7 +170,7 @@ def long_problem(size=977):
 
 @pytest.mark.parametrize(("arity", "most"), [(2, 64), (8, 100)])
 def test_few_states_are_alive(arity, most, monkeypatch):
-    """At T = 4096, between the dispatches and, with what XLA plans, in them."""
+    """At T = 4096: arrays between the dispatches, and by count the branches in a dispatch."""
     problem, theta = long_problem()
     alive, levels = [], round(np.log(4096) / np.log(arity))
 

@@ -167,9 +167,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.set(xlabel="metasmoothness", ylabel="linear datamodeling score of metagradients")
     left.legend(fontsize="small")
     for i, name in enumerate(("base", ALL)):
-        mine = [r for r in records if r.metric == "contribution" and r.labels["setting"] == name]
-        steps = sorted({r.step for r in mine if r.step is not None})
-        curve = [np.exp(np.mean([np.log(r.value) for r in mine if r.step == t])) for t in steps]
+        steps, curve = _contributions(records, name)
         right.plot(steps, curve, color=f"C{i}", label=name)
     right.set(yscale="log", xlabel="training step", ylabel="its share of the metagradient")
     right.legend()
@@ -187,9 +185,19 @@ def show(records: list[Record]) -> None:
             f"{place[0]:>13} {place[1]:>8}: metasmoothness {smooth:.2f}, score {lds:.2f}, "
             f"test accuracy {100 * accuracy:.1f} %"
         )
-    for (_, name), shares in _values(records, "contribution").items():
-        ratio = max(shares) / min(shares)
+    for _, name in _values(records, "contribution"):
+        _, curve = _contributions(records, name)
+        ratio = max(curve) / min(curve)
         print(f"contributions of the steps, {name}: the largest is {ratio:.0f} times the smallest")
+
+
+def _contributions(records: list[Record], name: str) -> tuple[list[int], list[float]]:
+    """The steps of a setting, and their shares, geometric means over seeds."""
+    found: dict[int, list[float]] = {}
+    for r in records:
+        if (r.metric, r.labels["setting"]) == ("contribution", name) and r.step is not None:
+            found.setdefault(r.step, []).append(float(np.log(r.value)))
+    return sorted(found), [float(np.exp(np.mean(found[t]))) for t in sorted(found)]
 
 
 def claims(summary: Summary) -> list[Claim]:

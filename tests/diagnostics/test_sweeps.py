@@ -283,5 +283,13 @@ def test_errors():
         loss_slice(problem, theta, 0.0, key=KEY)
     with raises(ValueError, "`direction` must be a tree like theta", "float32[3]"):
         loss_slice(problem, theta, np.ones(3, np.float32), key=KEY)
-    with raises(ValueError, "step", "-1"):
-        metasmoothness(problem, theta, 1.0, -1.0, key=KEY)
+    with raises(ValueError, "`direction` is not finite"):
+        metasmoothness(problem, theta, np.nan, 1e-3, key=KEY)
+    for step in (-1.0, 0.0, np.inf, []):
+        with raises(ValueError, "`step` must be positive", repr(step)):
+            metasmoothness(problem, theta, 1.0, step, key=KEY)
+    counter = problem._replace(
+        init=lambda key, theta: jnp.int32(0), step=lambda key, theta, s, t: (s + 1, theta * t)
+    )
+    with raises(ValueError, "floating numbers of the final state", "int32"):
+        metasmoothness(counter, theta, 1.0, 1e-3, key=KEY)

@@ -11,6 +11,7 @@ import pytest
 
 import unrollgrad as ug
 from tests.helpers import mistyped, numbers, quadratic, raises
+from unrollgrad._core import unroll
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 
@@ -196,3 +197,9 @@ def test_errors():
         ug.bptt(problem, last=21)
     with raises(ValueError, "`last` must be at least 1"):
         ug.bptt(problem, last=0)
+
+
+def test_a_tree_has_no_more_branches_than_steps():
+    assert unroll._numbers_of_states((16, 16, 16), 4096) == (16, 16, 16)
+    assert unroll._numbers_of_states((10**6, 10**6), 13) == (1, 13)
+    assert unroll._numbers_of_states((10**6, 4), 13) == (4, 4)

@@ -198,12 +198,21 @@ def _numbers_of_states(remat: Remat, num_steps: int) -> tuple[int, ...]:
     if remat is None:
         return ()
     if isinstance(remat, tuple):
-        return remat
+        return _cut(remat, num_steps)
     if remat == "log":
         return branches(num_steps, 2)
     if isinstance(remat, str):
         return (num_steps if remat == "step" else math.isqrt(num_steps),)
     return (min(remat, num_steps),)
+
+
+def _cut(numbers: tuple[int, ...], num_steps: int) -> tuple[int, ...]:
+    """The branches per level, no more than are needed beside those of the levels below."""
+    found, leaves = [], 1
+    for number in reversed(numbers):
+        found.append(min(number, -(-num_steps // leaves)))
+        leaves *= found[-1]
+    return tuple(reversed(found))
 
 
 def branches(num_steps: int, arity: int) -> tuple[int, ...]:

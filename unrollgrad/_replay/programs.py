@@ -197,15 +197,15 @@ def _laid_out(tree, layouts):
     return structure.unflatten(jax.lax.with_sharding_constraint(x, s) for x, s in both)
 
 
-def _digest(parts: list[str | bytes], arrays: list[jax.Array]) -> str:
+def _digest(parts: list[object], arrays: list[jax.Array]) -> str:
     """A hash of programs, the constants inside of them, and arrays.
 
     Addresses differ between processes, and so does the order of the names in a set.
     """
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
-        if isinstance(part, str):
-            text = re.sub(r"0x[0-9a-f]+", "", part)
+        if not isinstance(part, bytes):
+            text = re.sub(r"0x[0-9a-f]+", "", str(part))
             part = re.sub(r"\{([^{}:;=\n]*)\}", _in_order, text).encode()
         found.update(len(part).to_bytes(8, "little") + part)
     for x in arrays:

@@ -87,6 +87,8 @@ def replay(
         raise ValueError(f"`arity` must be at least 2; got {arity}. A tree needs branches.")
     most = arguments.positive_int("steps_per_dispatch", steps_per_dispatch)
     _check_not_traced(key, theta)
+    if folder is not None and not str(folder):
+        raise ValueError("`folder` must name a folder; got an empty name. None: no files.")
     tree = schedule.tree(horizon, arity, most)
     with own_transfers():
         key, theta = arguments.typed_key(key), arguments.floating_theta(theta)

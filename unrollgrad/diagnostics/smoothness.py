@@ -1,5 +1,6 @@
 """Whether the result of an inner loop responds smoothly to theta."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +28,8 @@ class Metasmoothness(NamedTuple):
     Attributes:
         steps: The step sizes h, shape (m,) or ().
         smoothness: Between -1 and 1, of the steps' shape: 1 where the final state responds along a
-            straight line, about 0 where it responds at random. NaN if it does not respond.
+            straight line, about 0 where it responds at random. NaN if it does not respond (then
+            ``response`` is 0), or if a run diverged (then it is not finite).
         response: |w(theta + 2 h direction) - w(theta)| of the final floats w, the sum of absolute
             values over their number.
     """
@@ -94,8 +96,13 @@ def metasmoothness(
     horizon = inner_loop.static_horizon(problem, "metasmoothness")
     key, theta = arguments.typed_key(key), arguments.floating_theta(theta)
     direction = _direction(direction, theta)
-    arguments.check_sigma({"step": step} if np.ndim(step) == 0 else {"step": list(step)})  # type: ignore[arg-type]
-    inner_loop.check_step(problem, key, theta)
+    _check_sizes(step)
+    begin, _ = inner_loop.check_step(problem, key, theta)
+    if not any(jnp.issubdtype(x.dtype, jnp.inexact) for x in begin.out_avals):
+        raise ValueError(
+            "metasmoothness compares the floating numbers of the final state, and this problem's "
+            f"state has none: {', '.join(x.str_short() for x in begin.out_avals) or 'no arrays'}."
+        )
 
     @eager.compiled
     def run(key, theta, direction, steps):
@@ -284,6 +291,20 @@ def loss_slice(
     return LossSlice(places, horizons, loss.T, last.T, _size(direction))
 
 
+def _check_sizes(step: float | Sequence[float]) -> None:
+    try:
+        sizes = np.asarray(step, np.float64)
+    except (ValueError, TypeError) as error:
+        raise TypeError(
+            f"`step` must be a positive number, or several; got {step!r}, such as 1e-3."
+        ) from error
+    if not sizes.size or not np.all(np.isfinite(sizes) & (sizes > 0)):
+        raise ValueError(
+            f"`step` must be positive and finite: the size of a change of theta; got {step!r}. Use "
+            "1e-3, for example."
+        )
+
+
 def _direction(direction: Theta | Numeric, theta: Theta) -> Theta:
     """The direction as a tree like theta; numbers are for whole leaves.
 
@@ -303,8 +324,10 @@ def _direction(direction: Theta | Numeric, theta: Theta) -> Theta:
             f"{jax.tree.map(arguments.describe, theta)}."
         ) from error
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(full))
-    if not traced and _size(full) == 0:
-        raise ValueError("`direction` is zero. Pass a direction in which theta is to be moved.")
+    size = 1.0 if traced else float(_size(full))
+    if not 0 < size < math.inf:
+        text = "zero" if size == 0 else "not finite"
+        raise ValueError(f"`direction` is {text}. Pass a direction in which theta is to be moved.")
     return full
 
 
