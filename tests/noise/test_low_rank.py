@@ -154,6 +154,33 @@ def test_orthogonal_pairs(drawn, num_pairs, expected):
     assert abs(variance - 25 / num_pairs) > 8 * se  # dense Gaussian noise
 
 
+def test_the_bias_of_a_cubic_beyond_gaussian_noise_falls_like_one_over_the_rank():
+    """At W = 0 the estimate of d/dW (u W v)^3 / 6 is z^4 sigma^2 / 6 along u v, with z = u E v.
+
+    z is a sum of ``rank`` independent products x y / sqrt(rank), of unit variance. So E z^4 =
+    3 + (E x^4 E y^4 - 3) / rank, where E x^4 is 3 for Gaussian factors, 3 - 2 sum u^4 for signs,
+    and E z^4 = 3 for dense Gaussian noise.
+    """
+    u, v = np.full(4, 0.5), np.array([0.6, 0.0, 0.8])
+    fourth = {"gaussian": 9.0, "sign": (3 - 2 * np.sum(u**4)) * (3 - 2 * np.sum(v**4))}
+
+    def along(law, key):
+        drawn = law.sample(key, (), jnp.zeros((4, 3)), 200_000)
+        one = lambda e: law.contract(jax.tree.map(lambda x: x[None], e), jnp.ones(1))  # noqa: E731
+        return jnp.einsum("nij,i,j->n", jax.vmap(one)(drawn), u, v) ** 4
+
+    @jax.jit
+    def run():
+        laws = {case: ug.noise.low_rank(case[1], case[0], dense_below=0) for case in CASES}
+        return {case: along(law, KEY) for case, law in laws.items()}
+
+    for (factors, rank), values in run().items():
+        samples = Samples(np.asarray(values)[:, None])
+        assert samples.error_in_se(np.array([3 + (fourth[factors] - 3) / rank])) < 5
+        if rank < 4:  # the power: the next rank's number would be seen
+            assert samples.error_in_se(np.array([3 + (fourth[factors] - 3) / rank / 2])) > 5
+
+
 def test_mistakes_would_be_noticed(drawn):
     g = gradient()
     truth = np.asarray(flat(g))
