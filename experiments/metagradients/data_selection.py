@@ -62,9 +62,9 @@ class Settings(CommonSettings):
     """The probability that a count moves in an outer step, by metagradients or at random."""
     influence_parts: tuple[float, ...] = (0.05, 0.1, 0.2)
     """Candidates for this probability where influence functions move the counts."""
-    dampings: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0)
+    dampings: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Candidates for the damping of the influence functions."""
-    kept: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.8)
+    kept: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8)
     """Candidates for the share of the images that is kept by influence functions, once."""
     num_nets: int = 8
     """Nets that are trained at the end, with new initial weights and batches."""
