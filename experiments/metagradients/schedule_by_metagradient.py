@@ -51,17 +51,17 @@ class Settings(CommonSettings):
     """Training steps."""
     num_knots: int = 11
     """Knots of the schedule."""
-    start: float = 0.01
+    start: float = 0.1
     """The flat learning rate at which the knots begin."""
-    num_steps: int = 50
+    num_steps: int = 80
     """Outer steps."""
-    num_workers: int = 4
+    num_workers: int = 8
     """Trainings in an outer step, each with new initial weights and batches."""
     learning_rate: float = 0.1
     """Learning rate of the outer Adam, on the logarithms of the rates; it falls to 0 (a cosine)."""
     num_peaks: int = 16
     """Peaks in the grid, and flat rates, from 0.003 to 3."""
-    num_warmups: int = 6
+    num_warmups: int = 10
     """In the grid, the positions of the peak, as fractions of the training."""
     num_chosen_by: int = 6
     """Nets that choose from the grid."""
