@@ -44,7 +44,10 @@ class Settings(CommonSettings):
     by metagradients of the validation loss at the end of the training. The grid are one-cycle
     schedules: the rate rises linearly to a peak and falls linearly to a 1000th of it. The grid's
     best is chosen by the mean validation loss over other nets than those of the comparison, and so
-    is the best of its schedules that only fall: whether a warm-up helps at all is measured too.
+    is the best of its schedules that only fall, which shows whether a warm-up helps at all.
+
+    The flat rate at the beginning trains well already: from one that is far too low, the outer
+    steps are spent on raising all knots together. It was chosen on other seeds.
     """
 
     horizon: int = 100
@@ -115,8 +118,6 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
         name: dict(zip(MEASURES, map(float, _ends(plain, compare, jnp.log(x))), strict=True))
         for name, x in knots.items()
     }
-    warmup_gain = found[GRID]["test_accuracy"] - found[FALLING]["test_accuracy"]
-    write({"schedule": GRID, "warmup_gain": warmup_gain})
     for name, numbers in found.items():
         gain = found[LEARNED]["test_accuracy"] - numbers["test_accuracy"]
         shape = {
@@ -264,10 +265,7 @@ def show(records: list[Record]) -> None:
 
 
 def claims(summary: Summary) -> list[Claim]:
-    """The flat schedule becomes one that rises and falls, and it is as good as a grid's best.
-
-    It can only be expected to rise where a warm-up helps, which is a claim of its own.
-    """
+    """The flat schedule becomes one that rises and falls, and it is as good as a grid's best."""
     source = "Engstrom et al. 2025, on CIFAR-10"
 
     def find(metric, schedule):
@@ -285,10 +283,6 @@ def claims(summary: Summary) -> list[Claim]:
             evidence.both(*shape),
         )
     ]
-    if found := summary.find("warmup_gain", schedule=GRID):
-        test = evidence.above(evidence.times(found, 100), 0.0)
-        says = "a warm-up helps this training: the grid's best is above the best that only falls"
-        out.append(Claim(says, "ours", f"{test.text} points more", test.holds))
     for name, least, says in (
         (FLAT, 0.0, "it gives more test accuracy than the flat schedule it began as"),
         (BEST_FLAT, 0.0, "it gives more test accuracy than the best flat rate"),
