@@ -225,12 +225,18 @@ def _values(records: list[Record], schedule: str, metric: str) -> list[float]:
     return [r.value for r in records if r.labels["schedule"] == schedule and r.metric == metric]
 
 
+def _shown(records: list[Record]) -> dict[str, str]:
+    """The schedules that a record has, and their colours; older ones have fewer."""
+    names = {r.labels["schedule"] for r in records}
+    return {name: color for name, color in STYLES.items() if name in names}
+
+
 def draw(records: list[Record], config: dict[str, Any]) -> Any:
     """Draws the schedules of all seeds, and their test accuracies."""
     figure = need("matplotlib.figure", "matplotlib").Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    seeds = sorted({r.seed for r in records})
-    for name, color in STYLES.items():
+    seeds, styles = sorted({r.seed for r in records}), _shown(records)
+    for name, color in styles.items():
         for i, seed in enumerate(seeds):
             mine = [r for r in records if r.seed == seed and r.labels["schedule"] == name]
             rates = [r.value for r in mine if r.metric == "rate"]
@@ -239,11 +245,11 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.set(xlabel="training step", ylabel="learning rate", yscale="log")
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
-    for i, (name, color) in enumerate(STYLES.items()):
+    for i, (name, color) in enumerate(styles.items()):
         values = 100 * np.array(_values(records, name, "test_accuracy"))
         right.plot([i] * len(values), values, "o", color=color, alpha=0.6)
         right.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=color)
-    right.set_xticks(range(len(STYLES)), [name.replace(" ", "\n", 1) for name in STYLES])
+    right.set_xticks(range(len(styles)), [name.replace(" ", "\n", 1) for name in styles])
     right.tick_params(axis="x", labelsize="small")
     right.set(ylabel="test accuracy, %")
     right.grid(alpha=0.3, axis="y")
@@ -252,7 +258,7 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
 
 def show(records: list[Record]) -> None:
     """Prints the losses, accuracies and the trainings that each schedule took."""
-    for name in STYLES:
+    for name in _shown(records):
         loss, accuracies = (_values(records, name, m) for m in ("test_loss", "test_accuracy"))
         trainings = _values(records, name, "trainings")[0]
         rise, fall = (np.mean(_values(records, name, metric)) for metric in ("rise", "fall"))
