@@ -46,8 +46,8 @@ class Settings(CommonSettings):
 
     The influence functions get the damping, the probability that a count moves, and the share of
     the images that is kept, with which the test accuracy at the end is highest in each seed. They
-    could not know that in practice. Metagradients have one setting, chosen on other seeds. There
-    are few validation images: with many, training on them alone is better than selecting.
+    could not know that in practice. Metagradients have one setting, chosen on other seeds. The
+    validation images are few, so that one would not train on them alone.
     """
 
     corruption: float = 0.5
