@@ -79,10 +79,35 @@ def test_products_and_rows(rank):
             "heads": jnp.einsum("bi,ihj->bhj", x, theta["h"]),
             "merged": x @ w.reshape(1, 6, 4)[0],
             "both axes": jnp.einsum("bi,ij->b", x, w),
+            "named": x @ jax.ad_checkpoint.checkpoint_name(w, "w"),
+            "held": x @ jax.lax.optimization_barrier({"w": w, "x": x})["w"],
+            "split": [x[:, :2] @ part for part in jnp.split(w, 3)],
+            "backwards": x @ w[::-1],
         }
 
     law = ug.noise.low_rank(rank, dense_below=0, stacked={"w": 0, "s": 1, "v": 0, "h": 0})
     compare(function, theta, np.abs(normal(3, 6)) % 1, law=law)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_products_with_other_dtypes(x64):
+    """As the dense product's: numbers without fractions, imaginary parts, unequal precisions."""
+    law = ug.noise.low_rank(2, "gaussian", dense_below=0)
+    names = ["bool", "int8", "int32", "bfloat16", "complex64"]
+    names += ["int64", "float64", "complex128"] if x64 else []
+    x = 2 * normal(3, 6) * np.exp(1j * normal(1, 6))
+    given = {k: (x if "complex" in k else x.real).astype(jnp.dtype(k)) for k in names}
+    with jax.enable_x64(x64):
+
+        def function(theta, given):
+            w = theta["w"]
+            out = {k: (x @ w, w.T @ x.T, ug.noise.matmul(x, w)) for k, x in given.items()}
+            assert {k: y[0].dtype for k, y in out.items()} == {
+                k: jnp.result_type(x, jnp.float32) for k, x in given.items()
+            }
+            return out
+
+        compare(function, {"w": normal(6, 4)}, given, law=law, atol=1e-5)
 
 
 def test_control_flow_and_derivatives():

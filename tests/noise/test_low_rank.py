@@ -342,6 +342,23 @@ def test_leaves_of_equal_shape_are_drawn_and_added_up_together():
     assert many["slice"] > few["slice"]
 
 
+@jax.enable_x64(True)
+def test_leaves_that_differ_only_in_their_axes():
+    """A kernel, a stack of one layer and matrices of two dtypes: each has 16 rows, 32 columns."""
+    shapes = {"conv": (2, 2, 4, 32), "stack": (1, 16, 32), "w": (16, 32), "wide": (16, 32)}
+    dtypes = {k: np.float64 if k == "wide" else np.float32 for k in shapes}
+    theta = {k: np.zeros(shape, dtypes[k]) for k, shape in shapes.items()}
+    law = ug.noise.low_rank(factors="orthogonal")
+    both = jax.jit(lambda: (law.sample(KEY, (), theta, 4), noise(law, KEY, theta, 4)))()
+    drawn, found = jax.tree.map(np.asarray, both)
+    for k, e in found.items():
+        assert e.shape == (4, *shapes[k])
+        assert e.dtype == dtypes[k]
+        np.testing.assert_allclose(e, (drawn[k].a * drawn[k].b)[..., 0], rtol=1e-6, err_msg=k)
+        flattened = e.reshape(4, -1)
+        np.testing.assert_allclose(flattened @ flattened.T, 512 * np.eye(4), atol=1e-3, err_msg=k)
+
+
 def test_which_leaves_have_factors():
     theta = {
         "wide": (300, 200),

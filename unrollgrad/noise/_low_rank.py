@@ -133,7 +133,7 @@ def low_rank(
             for place, i in enumerate(some):
                 made[i] = _shaped(leaves[i], divided[i], [x[place] for x in parts], rank)
         if factors == "orthogonal":
-            made = _orthogonalised(longer, made)
+            made = _orthogonalised(longer, made, [x.dtype for x in leaves])
         return structure.unflatten(made)
 
     return Noise(lambda theta: (), sample, _perturb, contract)
@@ -274,10 +274,15 @@ def _held(make: Callable[[jax.Array], _Tree], drawn: jax.Array) -> _Tree:
     return jax.lax.fori_loop(0, 2, body, mesh_axes.over(mesh_axes.axes(drawn), zeros))
 
 
-def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array | Factors]:
-    """Replaces the signs of every matrix's longer side; equal shapes are drawn together."""
+def _orthogonalised(
+    key: Key, made: list[jax.Array | Factors], dtypes: list[Any]
+) -> list[jax.Array | Factors]:
+    """Replaces the signs of every matrix's longer side; equal shapes are drawn together.
+
+    They are rounded to the leaves' dtypes, as products with a leaf of low precision round them.
+    """
     made, drawn = list(made), None
-    for index, (shape, some) in enumerate(_alike(made).items()):
+    for index, (shape, some) in enumerate(_alike(made)):
         num_pairs, layers, *sides, rank = shape
         side, dim = int(sides[1] > sides[0]), max(sides)
         place = index if drawn is None else after(index, drawn)
@@ -287,7 +292,8 @@ def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array
         drawn = jax.vmap(jax.vmap(draw))(keys).reshape(len(some), layers, num_pairs, rank, dim)
         for i, x in zip(some, drawn.transpose(0, 2, 1, 4, 3), strict=True):
             parts = list(_factors(made[i]))
-            parts[side] = x.reshape(parts[side].shape)
+            exact = x.reshape(parts[side].shape)
+            parts[side] = exact if dtypes[i] == dtype else rounded(exact, dtypes[i])
             made[i] = Factors(*parts)
     return made
 
@@ -304,7 +310,7 @@ def contract(factors: ArrayTree, weights: jax.Array) -> Theta:
         added: Any = weighted_sum(jnp.stack([leaves[i] for i in some], axis=1), weights)
         for i, x in zip(some, added, strict=True):
             out[i] = x
-    for (num_pairs, layers, m, n, rank), some in _alike(leaves).items():
+    for (num_pairs, layers, m, n, rank), some in _alike(leaves):
         own = [_factors(leaves[i]) for i in some]
         a = _together([x.a.reshape(num_pairs, layers, m, rank) for x in own])
         b = _together([x.b.reshape(num_pairs, layers, n, rank) for x in own])
@@ -321,13 +327,16 @@ def _together(parts: list[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _alike(leaves: list[jax.Array | Factors]) -> dict[tuple[int, ...], list[int]]:
-    """Groups factors by (num_pairs, layers, rows, columns, rank); of one dtype and one shape."""
-    groups: dict[tuple, list[int]] = {}
+def _alike(leaves: list[jax.Array | Factors]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Groups factors of one dtype by (num_pairs, layers, rows, columns, rank).
+
+    A convolution's kernel and a matrix, whose axes differ, may be in one group.
+    """
+    groups: dict[Any, list[int]] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Factors):
-            groups.setdefault((x.a.shape, x.b.shape, x.a.dtype), []).append(i)
-    return {_compact(_factors(leaves[some[0]])): some for some in groups.values()}
+            groups.setdefault((_compact(x), x.a.dtype), []).append(i)
+    return [(compact, some) for (compact, _), some in groups.items()]
 
 
 def _factors(x: jax.Array | Factors) -> Factors:
