@@ -87,14 +87,19 @@ def low_rank(
             2 rank + 3, below which thin factors save little and Gaussian ones cost variance.
         stacked: How many leading axes of a leaf count stacked layers, which have factors of their
             own: a number, or a pytree prefix of theta with numbers. By default 1 for a leaf with
-            three axes, 0 otherwise. Of more than two other axes the first or the last is set
-            against the rest, such that the factors are small: a convolution's channels out.
+            three axes, 0 otherwise. A leaf with fewer than two other axes has dense noise. Of more
+            than two the first or the last is set against the rest, such that the factors are small:
+            a convolution's channels out. Kernels with three axes that are not layers need 0: those
+            of attention (512, 8, 64), split into heads, and of one-dimensional convolutions. A bias
+            with two axes (8, 64), which is added and not multiplied, needs 1: dense noise.
 
     Returns:
         A law for ``noise=``. bfloat16 matrices are perturbed without rounding.
 
     Raises:
-        ValueError: If the rank is not positive, or the factors have another name.
+        TypeError: If a number is not whole.
+        ValueError: If the rank is not positive, a number is negative, the factors have another name
+            or, in ``init`` or ``estimate``, ``stacked`` is not a prefix of theta.
         ImportError: In ``estimate``, if quax is not installed.
 
     Example:
@@ -112,7 +117,12 @@ def low_rank(
     rank = arguments.positive_int("rank", rank)
     if factors not in ("sign", "gaussian", "orthogonal"):
         raise ValueError(f'`factors` must be "sign", "gaussian" or "orthogonal"; got {factors!r}.')
-    least = 2 * rank + 3 if dense_below is None else dense_below
+    least = 2 * rank + 3
+    if dense_below is not None:
+        least = _count("dense_below", dense_below, "With 0 no matrix has dense noise.")
+    for path, count in jax.tree_util.tree_leaves_with_path(stacked):
+        advice = "It counts leading axes of a leaf: 0 for a matrix or a convolution's kernel."
+        _count(f"stacked{jax.tree_util.keystr(path)}", count, advice)
 
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
@@ -139,12 +149,35 @@ def low_rank(
     return Noise(lambda theta: (), sample, _perturb, contract)
 
 
+def _count(name: str, value: object, advice: str) -> int:
+    """Returns a whole number of at least 0.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        got = arguments.describe(value)
+        raise TypeError(f"`{name}` must be a whole number; got {got}. {advice}")
+    if value < 0:
+        raise ValueError(f"`{name}` must be at least 0; got {value}. {advice}")
+    return int(value)
+
+
 def _stacked(theta: Theta, stacked: int | ArrayTree | None) -> list[tuple[jax.Array, int]]:
     """Pairs each leaf with its number of stacked axes."""
     leaves = jax.tree.leaves(theta)
     if stacked is None:
         return [(x, int(x.ndim == 3)) for x in leaves]
-    return list(zip(leaves, jax.tree.leaves(jax.tree.broadcast(stacked, theta)), strict=True))
+    try:
+        full = jax.tree.broadcast(stacked, theta)
+    except ValueError as error:
+        raise ValueError(
+            "`stacked` must be a whole number or a pytree prefix of theta with whole numbers; got "
+            f"structure {jax.tree.structure(stacked)} for theta of structure "
+            f"{jax.tree.structure(theta)}. Make it of theta, with jax.tree.map."
+        ) from error
+    return list(zip(leaves, jax.tree.leaves(full), strict=True))
 
 
 def _divided(shape: tuple[int, ...], stacked: int, least: int) -> _Shape | None:
