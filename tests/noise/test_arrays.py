@@ -174,12 +174,23 @@ def test_flax():
         def __call__(self, x, tokens):
             x = nn.relu(nn.Conv(8, (3, 3), padding="SAME")(x))
             x = nn.Conv(8, (3, 3), strides=2, feature_group_count=2)(x)
-            x = nn.gelu(nn.LayerNorm()(nn.Dense(5)(x.reshape(x.shape[0], -1))))
-            return x, nn.Embed(7, 5)(tokens), nn.RNN(nn.GRUCell(3))(x[None])
+            x = nn.gelu(nn.LayerNorm()(nn.Dense(6)(x.reshape(x.shape[0], -1))))
+            row = nn.Conv(6, (3,))(x[None])
+            found = nn.MultiHeadDotProductAttention(num_heads=2)(row)
+            return x, nn.Embed(7, 5)(tokens), nn.RNN(nn.GRUCell(3))(x[None]), row, found
 
     network, x, tokens = Network(), normal(2, 6, 6, 4), jnp.array([1, 2])
     theta = jax.jit(network.init)(KEY, x, tokens)
-    law = ug.noise.low_rank(2, dense_below=0)
+    # Kernels are no stacks: three axes are those of attention's heads, or of a convolution of rows.
+    stacked = jax.tree_util.tree_map_with_path(
+        lambda path, x: int("bias" in jax.tree_util.keystr(path)), theta
+    )
+    law = ug.noise.low_rank(2, dense_below=0, stacked=stacked)
+    drawn = jax.eval_shape(lambda theta: law.sample(KEY, (), theta, 1), theta)["params"]
+    attention = drawn["MultiHeadDotProductAttention_0"]
+    assert [x.shape for x in attention["query"]["kernel"]] == [(1, 6, 1, 1, 2), (1, 1, 2, 3, 2)]
+    assert [x.shape for x in attention["out"]["kernel"]] == [(1, 2, 3, 1, 2), (1, 1, 1, 6, 2)]
+    assert attention["query"]["bias"].shape == (1, 2, 3)
     compare(lambda theta, x: network.apply(theta, x, tokens), theta, x, law=law)
 
 
@@ -236,6 +247,7 @@ def test_what_adds_up_a_leaf_warns():
 
     words = (
         r"theta\['layer'\]\['w'\] is materialised .* 0.00781 MiB each \(float32\[64,32\]\): .*pow"
+        r".*`stacked=`.*`dense_below`"
     )
     with pytest.warns(UserWarning, match=words):
         found = jax.jit(quax.quaxify(penalty))(factored)
