@@ -1,5 +1,7 @@
 """Guided noise: unbiased whatever the subspace, with the least variance at the true share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,7 +162,7 @@ def test_the_measured_share():
 
 
 def test_errors():
-    for kind, given, words in (
+    cases: list[tuple[Any, dict[str, Any], list[str]]] = [
         (ValueError, {"share": 1.5}, ["`share` must be between 0 and 1", "1.5"]),
         (ValueError, {"share": float("nan")}, ["`share` must be between 0 and 1", "nan"]),
         (TypeError, {"share": "0.5"}, ["`share` must be one number", "'0.5' (str)", "share_in"]),
@@ -169,7 +171,8 @@ def test_errors():
         (ValueError, {"floor": -1.0}, ["`floor`", "got -1.0"]),
         (ValueError, {"floor": 2.0}, ["`floor`", "got 2.0"]),
         (TypeError, {"floor": None}, ["`floor` must be one number", "None (NoneType)"]),
-    ):
+    ]
+    for kind, given, words in cases:
         with raises(kind, *words):
             ug.noise.guided(np.ones((1, 3)), **({"share": 0.5} | given))
     theta = jnp.zeros(3)

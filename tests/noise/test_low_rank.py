@@ -401,12 +401,13 @@ def test_errors():
         ug.noise.low_rank(factors="normal")  # type: ignore[bad-argument-type]
     with raises(ValueError, "`rank` must be at least 1"):
         ug.noise.low_rank(0)
-    for kind, given, words in (
+    cases: list[tuple[Any, dict[str, Any], list[str]]] = [
         (ValueError, {"stacked": -1}, ["`stacked` must be at least 0; got -1", "leading axes"]),
         (ValueError, {"stacked": {"w": -2}}, ["`stacked['w']` must be at least 0; got -2"]),
         (TypeError, {"stacked": 1.0}, ["`stacked` must be a whole number; got 1.0 (float)"]),
         (TypeError, {"dense_below": "x"}, ["`dense_below` must be a whole number; got 'x' (str)"]),
-    ):
+    ]
+    for kind, given, words in cases:
         with raises(kind, *words):
             ug.noise.low_rank(**given)
     unrolled, theta = problem()
@@ -433,8 +434,9 @@ def test_another_law_does_not_continue_an_episode():
         with raises(TypeError, "made by", *words, "init"):
             jax.eval_shape(make(noise=law).estimate, KEY, theta, state)
     # One law, however it is called; what may change while it is used is not compared.
+    two: Any = np.int64(2)
     for before, law in (
-        (low_rank(2, "sign"), low_rank(rank=np.int64(2))),
+        (low_rank(2, "sign"), low_rank(rank=two)),
         (ug.noise.guided(guiding(1), 1), ug.noise.guided(guiding(2), share=0.5, floor=0.1)),
     ):
         state = jax.eval_shape(make(noise=before).init, KEY, theta)
