@@ -12,6 +12,7 @@ import pytest
 import unrollgrad as ug
 from tests.helpers import present, raises
 from tests.statistics import Samples
+from unrollgrad._core.descriptions import settings_of
 from unrollgrad.noise._dense import after
 
 pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
@@ -433,6 +434,12 @@ def test_another_law_does_not_continue_an_episode():
         state = jax.eval_shape(make(noise=before).init, KEY, theta)
         with raises(TypeError, "made by", *words, "init"):
             jax.eval_shape(make(noise=law).estimate, KEY, theta, state)
+
+    def each(last):  # a tree of many leaves is shown by its beginning
+        return repr(settings_of(low_rank(stacked=[*[0] * 40, last])))
+
+    assert each(0) != each(1)
+    assert len(each(0)) < 200
     # One law, however it is called; what may change while it is used is not compared.
     two: Any = np.int64(2)
     for before, law in (

@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 import textwrap
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -121,7 +122,10 @@ def _fixed(value: object) -> str | None:
     ]
     if [path for path, _ in texts] == [""]:
         return texts[0][1]
-    return "{" + ", ".join(f"{path}: {text}" for path, text in texts) + "}"
+    whole = ", ".join(f"{path}: {text}" for path, text in texts)
+    if len(whole) > 100:  # errors show it
+        whole = f"{whole[:80]}..., {len(texts)} leaves, checksum {zlib.crc32(whole.encode()):08x}"
+    return "{" + whole + "}"
 
 
 def explained_by(*others: Callable[..., Any]) -> Callable[[F], F]:
