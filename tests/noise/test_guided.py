@@ -185,3 +185,5 @@ def test_errors():
         law = ug.noise.guided(subspace, 0.5)
         with raises(ValueError, "`subspace`", words):
             jax.eval_shape(lambda law=law: law.sample(KEY, (), theta, 2))
+    with raises(ValueError, "`subspace`", "like `second`", "expected (1, 2), got (1, 3)"):
+        ug.noise.share_in(np.ones((1, 3)), np.ones(3), np.ones(2))

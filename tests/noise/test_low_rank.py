@@ -436,7 +436,8 @@ def test_another_law_does_not_continue_an_episode():
             jax.eval_shape(make(noise=law).estimate, KEY, theta, state)
 
     def each(last):  # a tree of many leaves is shown by its beginning
-        return repr(settings_of(low_rank(stacked=[*[0] * 40, last])))
+        many: Any = [*[0] * 40, last]
+        return settings_of(low_rank(stacked=many))
 
     assert each(0) != each(1)
     assert len(each(0)) < 200

@@ -95,12 +95,17 @@ def share_in(subspace: ArrayTree, first: Theta, second: Theta) -> jax.Array:
     Returns:
         A number, between 0 and 1 (NaN if the estimates' product is zero).
 
+    Raises:
+        ValueError: If the subspace is not like both estimates.
+
     Example:
         >>> import jax.numpy as jnp, unrollgrad as ug
         >>> gradient = jnp.array([3.0, 4.0])
         >>> round(float(ug.noise.share_in(jnp.array([[1.0, 0.0]]), gradient, gradient)), 2)
         0.36
     """
+    for name, tree in (("first", first), ("second", second)):
+        _count(subspace, tree, f"`{name}`")
     basis = _basis(subspace)
     one, other = (jax.tree.map(lambda x: x[None], tree) for tree in (first, second))
     inside = jnp.sum(_products(one, basis) * _products(other, basis))
@@ -133,24 +138,30 @@ def _check_numbers(share: Numeric, floor: float) -> None:
 
 def _check(subspace: ArrayTree, theta: Theta) -> None:
     """Raises ValueError unless the subspace is like theta, with a leading axis 1 <= k < P."""
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(subspace)]
-    if not shapes or not shapes[0]:
-        raise ValueError(
-            f"`subspace` must have directions; got {subspace!r}. Make a tree like theta whose "
-            "leaves have a leading axis, one direction each."
-        )
-    k, dim = shapes[0][0], sum(jnp.size(x) for x in jax.tree.leaves(theta))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((k, *x.shape), x.dtype), theta)
-    if difference := arguments.shape_difference(like, subspace):
-        raise ValueError(
-            "`subspace` must be a tree like theta whose leaves have a leading axis, one direction "
-            f"each; it differs at theta{difference}."
-        )
+    k, dim = _count(subspace, theta, "theta"), sum(jnp.size(x) for x in jax.tree.leaves(theta))
     if not 1 <= k < dim:
         raise ValueError(
             f"`subspace` must have at least one direction and fewer than theta has numbers; got "
             f"{k} for {dim}. Use `ug.noise.gaussian()` if the subspace is all of them."
         )
+
+
+def _count(subspace: ArrayTree, tree: ArrayTree, name: str) -> int:
+    """Counts the directions; raises ValueError unless they are like the tree."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(subspace)]
+    if not shapes or not shapes[0]:
+        raise ValueError(
+            f"`subspace` must have directions; got {subspace!r}. Make a tree like {name} whose "
+            "leaves have a leading axis, one direction each."
+        )
+    count = shapes[0][0]
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *jnp.shape(x)), jnp.float32), tree)
+    if difference := arguments.shape_difference(like, subspace):
+        raise ValueError(
+            f"`subspace` must be a tree like {name} whose leaves have a leading axis, one "
+            f"direction each; it differs at {name}{difference}."
+        )
+    return count
 
 
 def _times(
