@@ -106,6 +106,43 @@ def test_a_spread_theta_gives_the_numbers_of_workers_alone(workers, model):
     assert largest(text) == IN * OUT // model
 
 
+@functools.cache
+def windows(model):
+    """The gradients of two windows, of other estimators and factors, and the program's text."""
+    mesh = mesh_of(8 // model, model)
+    theta = theta_on(mesh)
+    common = {"truncation": 2, "sigma": 0.05, "num_pairs": 1}
+    estimators = {
+        "pes, Gaussian": (ug.pes, ug.noise.low_rank(factors="gaussian")),
+        "es_single, orthogonal": (ug.es_single, ug.noise.low_rank(factors="orthogonal")),
+    }
+
+    def both(theta, factory, law):
+        one = factory(problem(mesh if model > 1 else None), **common, noise=law)
+        many = ug.average(one, 8, mesh=mesh, batch_size=1)
+
+        def window(state, _):
+            estimate, state = many.estimate(KEY, theta, state)
+            return state, estimate.grad
+
+        return jax.lax.scan(window, many.init(KEY, theta), None, length=2)[1]
+
+    def run(theta):
+        return {name: both(theta, *each) for name, each in estimators.items()}
+
+    compiled = jax.jit(run).lower(theta).compile()
+    return jax.tree.map(np.asarray, compiled(theta)), present(compiled.as_text())
+
+
+def test_other_factors_and_estimators_on_a_spread_theta():
+    pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
+    (found, text), (expected, _) = windows(4), windows(1)
+    for name, grad in expected.items():
+        chex.assert_trees_all_close(found[name], grad, rtol=1e-4, atol=1e-5, custom_message=name)
+        assert min(np.abs(x).max() for x in grad["w"]) > 0.01
+    assert largest(text) == 2 * IN * OUT // 4  # a device's part of both windows' gradients
+
+
 @pytest.mark.parametrize(("workers", "model"), [(2, 4), (4, 2)])
 def test_one_all_reduce_over_the_workers(workers, model):
     """The others add up products, over ``model``."""

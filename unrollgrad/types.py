@@ -221,7 +221,8 @@ class MadeBy:
     Attributes:
         estimator: The estimator's name.
         settings: Settings that fix the meaning of the state, as (name, value). Sigma is not
-            included: it may change between episodes.
+            included: it may change between episodes. Of a law of noise its name, whole numbers and
+            words are.
     """
 
     estimator: str

@@ -79,10 +79,35 @@ def test_products_and_rows(rank):
             "heads": jnp.einsum("bi,ihj->bhj", x, theta["h"]),
             "merged": x @ w.reshape(1, 6, 4)[0],
             "both axes": jnp.einsum("bi,ij->b", x, w),
+            "named": x @ jax.ad_checkpoint.checkpoint_name(w, "w"),
+            "held": x @ jax.lax.optimization_barrier({"w": w, "x": x})["w"],
+            "split": [x[:, :2] @ part for part in jnp.split(w, 3)],
+            "backwards": x @ w[::-1],
         }
 
     law = ug.noise.low_rank(rank, dense_below=0, stacked={"w": 0, "s": 1, "v": 0, "h": 0})
     compare(function, theta, np.abs(normal(3, 6)) % 1, law=law)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_products_with_other_dtypes(x64):
+    """As the dense product's: numbers without fractions, imaginary parts, unequal precisions."""
+    law = ug.noise.low_rank(2, "gaussian", dense_below=0)
+    names = ["bool", "int8", "int32", "bfloat16", "complex64"]
+    names += ["int64", "float64", "complex128"] if x64 else []
+    x = 2 * normal(3, 6) * np.exp(1j * normal(1, 6))
+    given = {k: (x if "complex" in k else x.real).astype(jnp.dtype(k)) for k in names}
+    with jax.enable_x64(x64):
+
+        def function(theta, given):
+            w = theta["w"]
+            out = {k: (x @ w, w.T @ x.T, ug.noise.matmul(x, w)) for k, x in given.items()}
+            assert {k: y[0].dtype for k, y in out.items()} == {
+                k: jnp.result_type(x, jnp.float32) for k, x in given.items()
+            }
+            return out
+
+        compare(function, {"w": normal(6, 4)}, given, law=law, atol=1e-5)
 
 
 def test_control_flow_and_derivatives():
@@ -149,12 +174,23 @@ def test_flax():
         def __call__(self, x, tokens):
             x = nn.relu(nn.Conv(8, (3, 3), padding="SAME")(x))
             x = nn.Conv(8, (3, 3), strides=2, feature_group_count=2)(x)
-            x = nn.gelu(nn.LayerNorm()(nn.Dense(5)(x.reshape(x.shape[0], -1))))
-            return x, nn.Embed(7, 5)(tokens), nn.RNN(nn.GRUCell(3))(x[None])
+            x = nn.gelu(nn.LayerNorm()(nn.Dense(6)(x.reshape(x.shape[0], -1))))
+            row = nn.Conv(6, (3,))(x[None])
+            found = nn.MultiHeadDotProductAttention(num_heads=2)(row)
+            return x, nn.Embed(7, 5)(tokens), nn.RNN(nn.GRUCell(3))(x[None]), row, found
 
     network, x, tokens = Network(), normal(2, 6, 6, 4), jnp.array([1, 2])
     theta = jax.jit(network.init)(KEY, x, tokens)
-    law = ug.noise.low_rank(2, dense_below=0)
+    # Kernels are no stacks: three axes are those of attention's heads, or of a convolution of rows.
+    stacked = jax.tree_util.tree_map_with_path(
+        lambda path, x: int("bias" in jax.tree_util.keystr(path)), theta
+    )
+    law = ug.noise.low_rank(2, dense_below=0, stacked=stacked)
+    drawn = jax.eval_shape(lambda theta: law.sample(KEY, (), theta, 1), theta)["params"]
+    attention = drawn["MultiHeadDotProductAttention_0"]
+    assert [x.shape for x in attention["query"]["kernel"]] == [(1, 6, 1, 1, 2), (1, 1, 2, 3, 2)]
+    assert [x.shape for x in attention["out"]["kernel"]] == [(1, 2, 3, 1, 2), (1, 1, 1, 6, 2)]
+    assert attention["query"]["bias"].shape == (1, 2, 3)
     compare(lambda theta, x: network.apply(theta, x, tokens), theta, x, law=law)
 
 
@@ -211,6 +247,7 @@ def test_what_adds_up_a_leaf_warns():
 
     words = (
         r"theta\['layer'\]\['w'\] is materialised .* 0.00781 MiB each \(float32\[64,32\]\): .*pow"
+        r".*`stacked=`.*`dense_below`"
     )
     with pytest.warns(UserWarning, match=words):
         found = jax.jit(quax.quaxify(penalty))(factored)

@@ -1,5 +1,7 @@
 """Guided noise: unbiased whatever the subspace, with the least variance at the true share."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,30 +105,48 @@ def test_a_subspace_from_the_pairs_own_noise_is_biased(drawn):
 
 
 def test_through_an_estimator():
-    """The noise, its sum over windows and its weights pass through pes."""
+    """The noise, its sum over windows and its weights pass through pes.
+
+    Each window's noise is weighed by the law that drew it, so that the subspace may move at every
+    window. es_single holds its noise: there the subspace may move between episodes only.
+    """
     problem, theta, influence = ug.problems.linear_recurrence(dim=4, horizon=8, memory=0.8)
     truth = np.asarray(ug.problems.theory.gradient(influence(theta)))
-    law = ug.noise.guided(jnp.asarray(truth)[None], 0.9)
+    two = jnp.stack([truth, jnp.array([0.0, 0.3, -0.3, -0.9])])
 
-    @jax.jit
-    def run(keys):
-        def episode(key, law):
-            estimator = ug.pes(problem, truncation=2, sigma=0.1, noise=law)
+    def guided(place):
+        return ug.noise.guided(jax.lax.dynamic_slice_in_dim(two, place % 2, 1), 0.99)
+
+    def episodes(factory, law_of):
+        def episode(number):
+            key = jax.random.fold_in(KEY, number)
 
             def call(state, i):
+                estimator = factory(problem, truncation=2, sigma=0.1, noise=law_of(i, number))
                 estimate, state = estimator.estimate(jax.random.fold_in(key, i), theta, state)
                 return state, estimate.grad
 
-            return jax.lax.scan(call, estimator.init(key, theta), jnp.arange(4))[1].mean(axis=0)
+            start = factory(problem, truncation=2, sigma=0.1, noise=law_of(0, 0)).init(key, theta)
+            return jax.lax.scan(call, start, jnp.arange(4))[1].mean(axis=0)
 
-        return [
-            jax.vmap(lambda k, law=x: episode(k, law))(keys) for x in (law, ug.noise.gaussian())
-        ]
+        return jax.vmap(episode)(jnp.arange(20_000))
 
-    guided, gaussian = (Samples(x) for x in run(jax.random.split(KEY, 10_000)))
-    assert guided.relative_se(truth) < 0.05
-    assert guided.error_in_se(truth) < 5
-    assert guided.variance()[0] < 0.8 * gaussian.variance()[0]
+    @jax.jit
+    def run():
+        return {
+            "fixed": episodes(ug.pes, lambda i, _: ug.noise.guided(two[:1], 0.9)),
+            "gaussian": episodes(ug.pes, lambda i, _: ug.noise.gaussian()),
+            "by window": episodes(ug.pes, lambda i, _: guided(i)),
+            "by episode": episodes(ug.es_single, lambda _, number: guided(number)),
+            "held": episodes(ug.es_single, lambda i, _: guided(i)),
+        }
+
+    found = {name: Samples(x) for name, x in run().items()}
+    for name in ("fixed", "by window", "by episode"):
+        assert found[name].relative_se(truth) < 0.05
+        assert found[name].error_in_se(truth) < 5, name
+    assert found["held"].error_in_se(truth) > 7
+    assert found["fixed"].variance()[0] < 0.8 * found["gaussian"].variance()[0]
 
 
 def test_the_measured_share():
@@ -142,13 +162,28 @@ def test_the_measured_share():
 
 
 def test_errors():
-    with raises(ValueError, "`share` must be between 0 and 1", "1.5"):
-        ug.noise.guided(jnp.ones((1, 3)), 1.5)
+    cases: list[tuple[Any, dict[str, Any], list[str]]] = [
+        (ValueError, {"share": 1.5}, ["`share` must be between 0 and 1", "1.5"]),
+        (ValueError, {"share": float("nan")}, ["`share` must be between 0 and 1", "nan"]),
+        (TypeError, {"share": "0.5"}, ["`share` must be one number", "'0.5' (str)", "share_in"]),
+        (TypeError, {"share": np.array([0.5, 0.2])}, ["`share` must be one number", "float64[2]"]),
+        (ValueError, {"floor": 0}, ["`floor` must be above 0 and at most 1; got 0", "1e-3"]),
+        (ValueError, {"floor": -1.0}, ["`floor`", "got -1.0"]),
+        (ValueError, {"floor": 2.0}, ["`floor`", "got 2.0"]),
+        (TypeError, {"floor": None}, ["`floor` must be one number", "None (NoneType)"]),
+    ]
+    for kind, given, words in cases:
+        with raises(kind, *words):
+            ug.noise.guided(np.ones((1, 3)), **({"share": 0.5} | given))
     theta = jnp.zeros(3)
     for subspace, words in (
-        (jnp.ones(3), "expected (3, 3), got (3,)"),
-        (jnp.ones((3, 3)), "fewer than theta has numbers; got 3 for 3"),
+        (np.ones(3), "expected (3, 3), got (3,)"),
+        (np.ones((3, 3)), "fewer than theta has numbers; got 3 for 3"),
+        ({}, "must have directions; got {}"),
+        (np.ones(()), "must have directions; got array(1.)"),
     ):
         law = ug.noise.guided(subspace, 0.5)
         with raises(ValueError, "`subspace`", words):
             jax.eval_shape(lambda law=law: law.sample(KEY, (), theta, 2))
+    with raises(ValueError, "`subspace`", "like `second`", "expected (1, 2), got (1, 3)"):
+        ug.noise.share_in(np.ones((1, 3)), np.ones(3), np.ones(2))

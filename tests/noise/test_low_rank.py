@@ -12,6 +12,7 @@ import pytest
 import unrollgrad as ug
 from tests.helpers import present, raises
 from tests.statistics import Samples
+from unrollgrad._core.descriptions import settings_of
 from unrollgrad.noise._dense import after
 
 pytest.importorskip("quax", reason="structured noise needs the extra `lowrank`")
@@ -212,6 +213,11 @@ def problem():
     return ug.UnrolledProblem(init, step, 6, evaluate), theta
 
 
+def guiding(count):
+    """A subspace for ``problem``'s theta."""
+    return jax.tree.map(lambda x: np.ones((count, *x.shape), np.float32), problem()[1])
+
+
 def as_arrays(law):
     """The same noise as arrays: what a dense law draws."""
 
@@ -369,6 +375,23 @@ def test_leaves_of_equal_shape_are_drawn_and_added_up_together():
     assert many["slice"] > few["slice"]
 
 
+@jax.enable_x64(True)
+def test_leaves_that_differ_only_in_their_axes():
+    """A kernel, a stack of one layer and matrices of two dtypes: each has 16 rows, 32 columns."""
+    shapes = {"conv": (2, 2, 4, 32), "stack": (1, 16, 32), "w": (16, 32), "wide": (16, 32)}
+    dtypes = {k: np.float64 if k == "wide" else np.float32 for k in shapes}
+    theta = {k: np.zeros(shape, dtypes[k]) for k, shape in shapes.items()}
+    law = ug.noise.low_rank(factors="orthogonal")
+    both = jax.jit(lambda: (law.sample(KEY, (), theta, 4), noise(law, KEY, theta, 4)))()
+    drawn, found = jax.tree.map(np.asarray, both)
+    for k, e in found.items():
+        assert e.shape == (4, *shapes[k])
+        assert e.dtype == dtypes[k]
+        np.testing.assert_allclose(e, (drawn[k].a * drawn[k].b)[..., 0], rtol=1e-6, err_msg=k)
+        flattened = e.reshape(4, -1)
+        np.testing.assert_allclose(flattened @ flattened.T, 512 * np.eye(4), atol=1e-3, err_msg=k)
+
+
 def test_which_leaves_have_factors():
     theta = {
         "wide": (300, 200),
@@ -406,11 +429,53 @@ def test_errors():
         ug.noise.low_rank(factors="normal")  # type: ignore[bad-argument-type]
     with raises(ValueError, "`rank` must be at least 1"):
         ug.noise.low_rank(0)
+    cases: list[tuple[Any, dict[str, Any], list[str]]] = [
+        (ValueError, {"stacked": -1}, ["`stacked` must be at least 0; got -1", "leading axes"]),
+        (ValueError, {"stacked": {"w": -2}}, ["`stacked['w']` must be at least 0; got -2"]),
+        (TypeError, {"stacked": 1.0}, ["`stacked` must be a whole number; got 1.0 (float)"]),
+        (TypeError, {"dense_below": "x"}, ["`dense_below` must be a whole number; got 'x' (str)"]),
+    ]
+    for kind, given, words in cases:
+        with raises(kind, *words):
+            ug.noise.low_rank(**given)
     unrolled, theta = problem()
+    with raises(ValueError, "`stacked`", "prefix of theta", "{'x': *}", "{'b': *, 'v': *, 'w': *}"):
+        jax.eval_shape(lambda: ug.noise.low_rank(stacked={"x": 1}).sample(KEY, (), theta, 1))
     sigma = {"w": jnp.full((3, 5), 0.1), "b": 0.1, "v": 0.1}
     estimator = ug.full_es(unrolled, sigma=sigma, noise=ug.noise.low_rank(dense_below=0))
     with raises(ValueError, "sigma['w'] has shape (3, 5)", "one for each stacked layer"):
         jax.eval_shape(estimator.estimate, KEY, theta, jax.eval_shape(estimator.init, KEY, theta))
+
+
+def test_another_law_does_not_continue_an_episode():
+    """Its noise is not that which the states and the sum of earlier noise have seen."""
+    unrolled, theta = problem()
+    low_rank = functools.partial(ug.noise.low_rank, dense_below=0)
+    for factory, before, law, words in (
+        (ug.es_single, ug.noise.gaussian(), ug.noise.rademacher(), ["gaussian()", "rademacher()"]),
+        (ug.es_single, ug.noise.gaussian(), low_rank(), ["gaussian()", "low_rank(dense_below=0)"]),
+        (ug.pes, low_rank(1), low_rank(rank=2), ["low_rank(", "this is", "low_rank(rank=2"]),
+        (ug.pes, low_rank(stacked=0), low_rank(stacked={"w": 0, "b": 0, "v": 1}), ["['v']: 1"]),
+    ):
+        make = functools.partial(factory, unrolled, truncation=2, sigma=0.1)
+        state = jax.eval_shape(make(noise=before).init, KEY, theta)
+        with raises(TypeError, "made by", *words, "init"):
+            jax.eval_shape(make(noise=law).estimate, KEY, theta, state)
+
+    def each(last):  # a tree of many leaves is shown by its beginning
+        many: Any = [*[0] * 40, last]
+        return settings_of(low_rank(stacked=many))
+
+    assert each(0) != each(1)
+    assert len(each(0)) < 200
+    # One law, however it is called; what may change while it is used is not compared.
+    two: Any = np.int64(2)
+    for before, law in (
+        (low_rank(2, "sign"), low_rank(rank=two)),
+        (ug.noise.guided(guiding(1), 1), ug.noise.guided(guiding(2), share=0.5, floor=0.1)),
+    ):
+        state = jax.eval_shape(make(noise=before).init, KEY, theta)
+        jax.eval_shape(make(noise=law).estimate, KEY, theta, state)
 
 
 def test_decompositions_wait_for_each_other():

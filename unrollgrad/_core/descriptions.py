@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 import textwrap
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from unrollgrad._core import html
-from unrollgrad.types import GradientEstimator, UnrolledProblem
+from unrollgrad.types import GradientEstimator, Numeric, UnrolledProblem
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -26,11 +27,15 @@ class About(NamedTuple):
         problem: The problem; None if it is not known.
         explain: Optional ``explain(history) -> text``: what the history of a run that ended with
             numbers that are not finite says about its settings. ``fit`` adds it to the error.
+        settings: A law's call with its whole numbers and words alone, such as
+            ``low_rank(rank=2)``: equal for calls that draw the same kind of noise, and without what
+            may change while it is used, real numbers and arrays. Empty if it is not known.
     """
 
     text: str
     problem: UnrolledProblem | None = None
     explain: Callable[[dict[str, Any]], str] | None = None
+    settings: str = ""
 
     def html(self, truncation: int | None) -> str:
         """A table for notebooks: the call, and how an episode is cut into calls."""
@@ -77,12 +82,50 @@ def described(factory: Callable[P, Made]) -> Callable[P, Made]:
         shown = [_text(x) for x in args if x is not first or not isinstance(x, UnrolledProblem)]
         shown += [f"{k}={_text(x)}" for k, x in kwargs.items() if x is not first]
         problem = first if isinstance(first, UnrolledProblem) else _problem_of(first)
-        call = f"{getattr(factory, '__name__', 'estimator')}({', '.join(shown)})"
+        name = getattr(factory, "__name__", "estimator")
+        call = f"{name}({', '.join(shown)})"
         own = about(made)._replace(text=call, problem=problem)
+        if not isinstance(made, GradientEstimator):
+            own = own._replace(settings=f"{name}({', '.join(_settings(factory, args, kwargs))})")
         made.init.about = own  # type: ignore[attr-defined]
         return made
 
     return make
+
+
+def settings_of(law: _Begun) -> str:
+    """The law's call with the settings that fix the kind of its noise; its repr if a user wrote it.
+
+    Estimators that carry noise or what it did to their states name it as their maker's setting.
+    """
+    own = about(law)
+    return own.settings or own.text
+
+
+def _settings(factory: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """The arguments that are whole numbers or words by their type, and not the default."""
+    signature = inspect.signature(factory)
+    given = signature.bind(*args, **kwargs).arguments
+    kinds = {k: p for k, p in signature.parameters.items() if p.annotation not in (float, Numeric)}
+    texts = {k: _fixed(x) for k, x in given.items() if k in kinds}
+    return [f"{k}={x}" for k, x in texts.items() if x not in (None, _fixed(kinds[k].default))]
+
+
+def _fixed(value: object) -> str | None:
+    """One text for equal trees of whole numbers and words; None for other trees."""
+    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=lambda x: x is None)
+    if not all(x is None or isinstance(x, str | int | np.integer) for _, x in leaves):
+        return None
+    texts = [
+        (jax.tree_util.keystr(path), repr(int(x) if isinstance(x, np.integer) else x))
+        for path, x in leaves
+    ]
+    if [path for path, _ in texts] == [""]:
+        return texts[0][1]
+    whole = ", ".join(f"{path}: {text}" for path, text in texts)
+    if len(whole) > 100:  # errors show it
+        whole = f"{whole[:80]}..., {len(texts)} leaves, checksum {zlib.crc32(whole.encode()):08x}"
+    return "{" + whole + "}"
 
 
 def explained_by(*others: Callable[..., Any]) -> Callable[[F], F]:

@@ -15,7 +15,7 @@ from unrollgrad._core import array_types, unroll
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators._window import estimate_of
 from unrollgrad.noise import Noise, gaussian, sample
-from unrollgrad.noise._laws import add
+from unrollgrad.noise._laws import add, weighted_sum
 from unrollgrad.types import ArrayTree, Estimate, Key, Segment, Sigma, State, Theta
 
 Weigh = Callable[[jax.Array, jax.Array | None], Theta]
@@ -79,6 +79,21 @@ class Pairs(NamedTuple):
         window, thetas, state = run_from_mean(segment, thetas, theta, state)
         unit = difference(thetas, self.sigma)
         return estimate(window, self.sigma, theta, self.weigh(unit, unit), mean_pass=True), state
+
+    def weighing(self, unit: ArrayTree) -> ArrayTree:
+        """Each pair's noise as it weighs losses: ``contract`` of that pair alone.
+
+        Sums over windows are of these, so that each window's noise is weighed by the law that drew
+        it. ``summed`` weighs with them.
+        """
+        if self.law.contract is weighted_sum:
+            return unit
+        one = jnp.ones(1)
+        return jax.vmap(lambda u: self.law.contract(jax.tree.map(lambda x: x[None], u), one))(unit)
+
+    def summed(self) -> "Pairs":
+        """The same pairs for noise that ``weighing`` made."""
+        return self._replace(law=self.law._replace(contract=weighted_sum))
 
     def mean(self, noise: ArrayTree, differences: jax.Array) -> Theta:
         """Averages difference times noise over the pairs."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import unroll
+from unrollgrad._core.descriptions import settings_of
 from unrollgrad._core.dtypes import wide
 from unrollgrad.estimators import _pairs
 from unrollgrad.estimators._window import made_by, windowed
@@ -23,7 +24,9 @@ from unrollgrad.types import (
 
 
 class Weights(NamedTuple):
-    """The noise that weighs the differences of a window's losses.
+    """The noise that weighs the differences of a window's losses, as ``Pairs.weighing`` makes it.
+
+    Of a law that draws factors, and of noise that is held for an episode, it is what was drawn.
 
     Attributes:
         now: The sum of all noise up to and including this window.
@@ -96,8 +99,8 @@ class Persistent(NamedTuple):
 
     Attributes:
         states: Inner states, leading axis ``2 num_pairs``: under all theta + eps, then theta - eps.
-        accumulated: The sum of the finished periods' unit-variance noise, leading axis
-            ``num_pairs``; None if a period is a whole episode, or if the law draws factors.
+        accumulated: The sum of the finished periods' noise, each as its law weighed it, leading
+            axis ``num_pairs``; None if a period is a whole episode, or if the law draws factors.
         evaluated: (T/K) ``evaluate`` at the end of the last window, shape ``(2 num_pairs,)``; None
             without ``evaluate``.
     """
@@ -144,6 +147,8 @@ class Persistence(NamedTuple):
         window = _pairs.run(segment, thetas, carried.states, carried.evaluated)
         unit = _pairs.realised(thetas, sigma, window.losses)
         period = None if self.pairs.factored else self.noise_period
+        if period is not None:
+            unit = self.pairs.weighing(unit)
         noise = accumulate(t, segment.num_steps, period, carried.accumulated, unit)
         return window, noise, Persistent(window.state, noise.accumulated, window.end)
 
@@ -153,8 +158,10 @@ class Persistence(NamedTuple):
         Factors are not summed but drawn again, period by period: no state holds them.
         """
         t, period = segment.episode.t, self.noise_period
-        if period is None or not self.pairs.factored:
+        if period is None:
             return self.pairs.weigh(noise.now, noise.before)
+        if not self.pairs.factored:
+            return self.pairs.summed().weigh(noise.now, noise.before)
 
         def weigh(ends, starts):
             def earlier(j, total):
@@ -186,5 +193,6 @@ def persistent_es(
     # `gpes` with the settings of `pes` or `es_single` has its name: they take each other's states.
     name = {truncation: "pes", None: "es_single"}.get(persistence.noise_period, "gpes")
     own = {"noise_period": persistence.noise_period} if name == "gpes" else {}
-    fingerprint = made_by(name, problem, truncation=truncation, **own, num_pairs=pairs.num_pairs)
+    own |= {"num_pairs": pairs.num_pairs, "noise": settings_of(pairs.law)}
+    fingerprint = made_by(name, problem, truncation=truncation, **own)
     return windowed(problem, fingerprint, truncation, persistence.begin, window, pairs.check)

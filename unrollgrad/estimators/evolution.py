@@ -148,6 +148,7 @@ def gpes(
         num_pairs: Number of antithetic pairs; they share the episode.
         noise: The perturbation law; ``ug.noise.gaussian()`` by default.
             Factors of earlier periods (``ug.noise.low_rank``) are drawn again, and none is kept.
+            ``ug.noise.guided``'s subspace may change between noise periods.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
@@ -200,6 +201,7 @@ def pes(
         num_pairs: Number of antithetic pairs; they share the episode.
         noise: The perturbation law; ``ug.noise.gaussian()`` by default.
             Factors of earlier windows (``ug.noise.low_rank``) are drawn again, and none is kept.
+            ``ug.noise.guided``'s subspace may change at every call.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.
@@ -247,6 +249,7 @@ def es_single(
         sigma: Standard deviation in theta's units: float, traced scalar or pytree prefix of theta.
         num_pairs: Number of antithetic pairs; they share the episode.
         noise: The perturbation law; ``ug.noise.gaussian()`` by default.
+            ``ug.noise.guided``'s subspace may change between episodes.
 
     Returns:
         An estimator; streaming ``data`` has leading axis ``truncation``.

@@ -73,8 +73,10 @@ def materialised(leaf: Any, by: str) -> jax.Array:
         warnings.warn(
             f"theta{leaf.name} is materialised for every perturbed theta, {mebibytes:.3g} MiB each "
             f"({leaf.w.dtype}[{','.join(map(str, leaf.w.shape))}]): {by} does not understand "
-            "low-rank noise. Matrix products, convolutions, row lookups and scans over layers do; "
-            "or raise `dense_below`, so that the leaf has dense noise.",
+            "low-rank noise. Matrix products, convolutions, row lookups and scans over layers do, "
+            "if the law's `stacked=` suits the leaf: 0 for a kernel of attention or of a "
+            "convolution, 1 for a stack of layers, and 1 for a bias with two axes, which then has "
+            "dense noise. Or raise `dense_below`, so that the leaf has dense noise.",
             stacklevel=2,
         )
     return added_up(leaf)

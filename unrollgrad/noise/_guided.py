@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unrollgrad._checks import arguments
 from unrollgrad._core.descriptions import described
@@ -30,23 +31,29 @@ def guided(subspace: ArrayTree, share: Numeric, floor: float = 1e-3) -> Noise:
     more and weighs with eps: its mean is S g, biased.) The noise is scaled so that tr S = P.
 
     U must be independent of the noise that it guides: a subspace from this window's own pairs
-    would make the estimate biased. ``share_in`` measures rho.
+    would make the estimate biased. With ``full_es``, ``truncated_es`` and ``pes`` U and rho may
+    change at every call, since each window's noise keeps the weights of its own U. ``es_single``
+    holds its noise for an episode and ``gpes`` for a noise period: within one U and rho must stay
+    as they are, or the estimate is biased. ``share_in`` measures rho.
 
     Time and memory, beside a Gaussian law's: an orthonormal basis of U, O(P k^2) and k theta, and
     O(P k) per pair that is drawn.
 
     Args:
         subspace: A tree like theta whose leaves have a leading axis k, one direction each. Traced
-            arrays are welcome: make the estimator inside your jitted update.
-        share: rho, between 0 and 1.
-        floor: The least ratio s1 / s2, and its inverse the greatest, for shares near 1 and 0.
+            arrays are welcome: make the estimator inside your jitted update. (When they may change
+            is said above.)
+        share: rho, a number between 0 and 1.
+        floor: The least ratio s1 / s2, and its inverse the greatest, for shares near 1 and 0;
+            above 0 and at most 1.
 
     Returns:
         A law for ``noise=``.
 
     Raises:
-        ValueError: If the share is not between 0 and 1 or, in ``estimate``, the subspace is not
-            like theta or has as many directions as theta has numbers.
+        TypeError: If the share or the floor is not a number.
+        ValueError: If the share or the floor is outside of its bounds or, in ``estimate``, the
+            subspace is not like theta or has as many directions as theta has numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -58,11 +65,7 @@ def guided(subspace: ArrayTree, share: Numeric, floor: float = 1e-3) -> Noise:
     References:
         Maheswaranathan et al., ICML 2019, arXiv:1806.10230 (Guided ES, biased).
     """
-    if not isinstance(share, jax.core.Tracer) and not 0 <= float(share) <= 1:
-        raise ValueError(
-            f"`share` must be between 0 and 1; got {share}. It is the part of the gradient's "
-            "squared norm in the subspace; `ug.noise.share_in` measures it."
-        )
+    _check_numbers(share, floor)
     plain = gaussian()
 
     def sample(key, _, theta, num_pairs):
@@ -92,32 +95,73 @@ def share_in(subspace: ArrayTree, first: Theta, second: Theta) -> jax.Array:
     Returns:
         A number, between 0 and 1 (NaN if the estimates' product is zero).
 
+    Raises:
+        ValueError: If the subspace is not like both estimates.
+
     Example:
         >>> import jax.numpy as jnp, unrollgrad as ug
         >>> gradient = jnp.array([3.0, 4.0])
         >>> round(float(ug.noise.share_in(jnp.array([[1.0, 0.0]]), gradient, gradient)), 2)
         0.36
     """
+    for name, tree in (("first", first), ("second", second)):
+        _count(subspace, tree, f"`{name}`")
     basis = _basis(subspace)
     one, other = (jax.tree.map(lambda x: x[None], tree) for tree in (first, second))
     inside = jnp.sum(_products(one, basis) * _products(other, basis))
     return jnp.clip(inside / _products(one, other)[0, 0], 0.0, 1.0)
 
 
+def _check_numbers(share: Numeric, floor: float) -> None:
+    """Raises unless the share and the floor are numbers within their bounds."""
+    for name, value, advice in (
+        ("share", share, "`ug.noise.share_in` measures it"),
+        ("floor", floor, "the default is 1e-3"),
+    ):
+        if np.ndim(value) or not jnp.issubdtype(arguments.dtype_of(value), np.number):
+            raise TypeError(
+                f"`{name}` must be one number; got {arguments.describe(value)}. Pass a number or a "
+                f"scalar array: {advice}."
+            )
+    if not isinstance(share, jax.core.Tracer) and not 0 <= float(share) <= 1:
+        raise ValueError(
+            f"`share` must be between 0 and 1; got {share}. It is the part of the gradient's "
+            "squared norm in the subspace; `ug.noise.share_in` measures it."
+        )
+    if not isinstance(floor, jax.core.Tracer) and not 0 < float(floor) <= 1:
+        raise ValueError(
+            f"`floor` must be above 0 and at most 1; got {floor}. It is the least ratio of the "
+            "variances inside and outside of the subspace; the default is 1e-3, and with 1 both "
+            "are equal."
+        )
+
+
 def _check(subspace: ArrayTree, theta: Theta) -> None:
     """Raises ValueError unless the subspace is like theta, with a leading axis 1 <= k < P."""
-    k, dim = len(jax.tree.leaves(subspace)[0]), sum(x.size for x in jax.tree.leaves(theta))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((k, *x.shape), x.dtype), theta)
-    if difference := arguments.shape_difference(like, subspace):
-        raise ValueError(
-            "`subspace` must be a tree like theta whose leaves have a leading axis, one direction "
-            f"each; it differs at theta{difference}."
-        )
+    k, dim = _count(subspace, theta, "theta"), sum(jnp.size(x) for x in jax.tree.leaves(theta))
     if not 1 <= k < dim:
         raise ValueError(
             f"`subspace` must have at least one direction and fewer than theta has numbers; got "
             f"{k} for {dim}. Use `ug.noise.gaussian()` if the subspace is all of them."
         )
+
+
+def _count(subspace: ArrayTree, tree: ArrayTree, name: str) -> int:
+    """Counts the directions; raises ValueError unless they are like the tree."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(subspace)]
+    if not shapes or not shapes[0]:
+        raise ValueError(
+            f"`subspace` must have directions; got {subspace!r}. Make a tree like {name} whose "
+            "leaves have a leading axis, one direction each."
+        )
+    count = shapes[0][0]
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *jnp.shape(x)), jnp.float32), tree)
+    if difference := arguments.shape_difference(like, subspace):
+        raise ValueError(
+            f"`subspace` must be a tree like {name} whose leaves have a leading axis, one "
+            f"direction each; it differs at {name}{difference}."
+        )
+    return count
 
 
 def _times(

@@ -51,7 +51,9 @@ class Noise(NamedTuple):
         perturb: ``perturb(theta, factors, scale) -> theta``: theta + scale times the perturbation
             that one pair's factors (without the leading axis) stand for; scale is sigma or -sigma.
         contract: ``contract(factors, weights) -> theta``: the sum over pairs of weight times
-            perturbation, in at least float32.
+            perturbation, in at least float32. Estimators that sum arrays of noise over windows call
+            it pair by pair when a window ends; factors they draw again later, so that a law that
+            draws factors must stay the same within an episode.
     """
 
     init: Callable[..., object]
@@ -61,7 +63,8 @@ class Noise(NamedTuple):
 
     def __repr__(self):
         made = getattr(self.init, "about", None)
-        return f"Noise({self.sample.__name__})" if made is None else made.text
+        name = getattr(self.sample, "__name__", type(self.sample).__name__)
+        return f"Noise({name})" if made is None else made.text
 
 
 def sample(law: Noise, key: Key, theta: Theta, num_pairs: int) -> ArrayTree:

@@ -87,14 +87,19 @@ def low_rank(
             2 rank + 3, below which thin factors save little and Gaussian ones cost variance.
         stacked: How many leading axes of a leaf count stacked layers, which have factors of their
             own: a number, or a pytree prefix of theta with numbers. By default 1 for a leaf with
-            three axes, 0 otherwise. Of more than two other axes the first or the last is set
-            against the rest, such that the factors are small: a convolution's channels out.
+            three axes, 0 otherwise. A leaf with fewer than two other axes has dense noise. Of more
+            than two the first or the last is set against the rest, such that the factors are small:
+            a convolution's channels out. Kernels with three axes that are not layers need 0: those
+            of attention (512, 8, 64), split into heads, and of one-dimensional convolutions. A bias
+            with two axes (8, 64), which is added and not multiplied, needs 1: dense noise.
 
     Returns:
         A law for ``noise=``. bfloat16 matrices are perturbed without rounding.
 
     Raises:
-        ValueError: If the rank is not positive, or the factors have another name.
+        TypeError: If a number is not whole.
+        ValueError: If the rank is not positive, a number is negative, the factors have another name
+            or, in ``init`` or ``estimate``, ``stacked`` is not a prefix of theta.
         ImportError: In ``estimate``, if quax is not installed.
 
     Example:
@@ -112,7 +117,12 @@ def low_rank(
     rank = arguments.positive_int("rank", rank)
     if factors not in ("sign", "gaussian", "orthogonal"):
         raise ValueError(f'`factors` must be "sign", "gaussian" or "orthogonal"; got {factors!r}.')
-    least = 2 * rank + 3 if dense_below is None else dense_below
+    least = 2 * rank + 3
+    if dense_below is not None:
+        least = _count("dense_below", dense_below, "With 0 no matrix has dense noise.")
+    for path, count in jax.tree_util.tree_leaves_with_path(stacked):
+        advice = "It counts leading axes of a leaf: 0 for a matrix or a convolution's kernel."
+        _count(f"stacked{jax.tree_util.keystr(path)}", count, advice)
 
     def sample(key, _, theta, num_pairs):
         leaves, structure = jax.tree.flatten(theta)
@@ -133,10 +143,25 @@ def low_rank(
             for place, i in enumerate(some):
                 made[i] = _shaped(leaves[i], divided[i], [x[place] for x in parts], rank)
         if factors == "orthogonal":
-            made = _orthogonalised(longer, made)
+            made = _orthogonalised(longer, made, [x.dtype for x in leaves])
         return structure.unflatten(made)
 
     return Noise(lambda theta: (), sample, _perturb, contract)
+
+
+def _count(name: str, value: object, advice: str) -> int:
+    """Returns a whole number of at least 0.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        got = arguments.describe(value)
+        raise TypeError(f"`{name}` must be a whole number; got {got}. {advice}")
+    if value < 0:
+        raise ValueError(f"`{name}` must be at least 0; got {value}. {advice}")
+    return int(value)
 
 
 def _stacked(theta: Theta, stacked: int | ArrayTree | None) -> list[tuple[jax.Array, int]]:
@@ -144,7 +169,15 @@ def _stacked(theta: Theta, stacked: int | ArrayTree | None) -> list[tuple[jax.Ar
     leaves = jax.tree.leaves(theta)
     if stacked is None:
         return [(x, int(x.ndim == 3)) for x in leaves]
-    return list(zip(leaves, jax.tree.leaves(jax.tree.broadcast(stacked, theta)), strict=True))
+    try:
+        full = jax.tree.broadcast(stacked, theta)
+    except ValueError as error:
+        raise ValueError(
+            "`stacked` must be a whole number or a pytree prefix of theta with whole numbers; got "
+            f"structure {jax.tree.structure(stacked)} for theta of structure "
+            f"{jax.tree.structure(theta)}. Make it of theta, with jax.tree.map."
+        ) from error
+    return list(zip(leaves, jax.tree.leaves(full), strict=True))
 
 
 def _divided(shape: tuple[int, ...], stacked: int, least: int) -> _Shape | None:
@@ -274,10 +307,15 @@ def _held(make: Callable[[jax.Array], _Tree], drawn: jax.Array) -> _Tree:
     return jax.lax.fori_loop(0, 2, body, mesh_axes.over(mesh_axes.axes(drawn), zeros))
 
 
-def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array | Factors]:
-    """Replaces the signs of every matrix's longer side; equal shapes are drawn together."""
+def _orthogonalised(
+    key: Key, made: list[jax.Array | Factors], dtypes: list[Any]
+) -> list[jax.Array | Factors]:
+    """Replaces the signs of every matrix's longer side; equal shapes are drawn together.
+
+    They are rounded to the leaves' dtypes, as products with a leaf of low precision round them.
+    """
     made, drawn = list(made), None
-    for index, (shape, some) in enumerate(_alike(made).items()):
+    for index, (shape, some) in enumerate(_alike(made)):
         num_pairs, layers, *sides, rank = shape
         side, dim = int(sides[1] > sides[0]), max(sides)
         place = index if drawn is None else after(index, drawn)
@@ -287,7 +325,8 @@ def _orthogonalised(key: Key, made: list[jax.Array | Factors]) -> list[jax.Array
         drawn = jax.vmap(jax.vmap(draw))(keys).reshape(len(some), layers, num_pairs, rank, dim)
         for i, x in zip(some, drawn.transpose(0, 2, 1, 4, 3), strict=True):
             parts = list(_factors(made[i]))
-            parts[side] = x.reshape(parts[side].shape)
+            exact = x.reshape(parts[side].shape)
+            parts[side] = exact if dtypes[i] == dtype else rounded(exact, dtypes[i])
             made[i] = Factors(*parts)
     return made
 
@@ -304,7 +343,7 @@ def contract(factors: ArrayTree, weights: jax.Array) -> Theta:
         added: Any = weighted_sum(jnp.stack([leaves[i] for i in some], axis=1), weights)
         for i, x in zip(some, added, strict=True):
             out[i] = x
-    for (num_pairs, layers, m, n, rank), some in _alike(leaves).items():
+    for (num_pairs, layers, m, n, rank), some in _alike(leaves):
         own = [_factors(leaves[i]) for i in some]
         a = _together([x.a.reshape(num_pairs, layers, m, rank) for x in own])
         b = _together([x.b.reshape(num_pairs, layers, n, rank) for x in own])
@@ -321,13 +360,16 @@ def _together(parts: list[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _alike(leaves: list[jax.Array | Factors]) -> dict[tuple[int, ...], list[int]]:
-    """Groups factors by (num_pairs, layers, rows, columns, rank); of one dtype and one shape."""
-    groups: dict[tuple, list[int]] = {}
+def _alike(leaves: list[jax.Array | Factors]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Groups factors of one dtype by (num_pairs, layers, rows, columns, rank).
+
+    A convolution's kernel and a matrix, whose axes differ, may be in one group.
+    """
+    groups: dict[Any, list[int]] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Factors):
-            groups.setdefault((x.a.shape, x.b.shape, x.a.dtype), []).append(i)
-    return {_compact(_factors(leaves[some[0]])): some for some in groups.values()}
+            groups.setdefault((_compact(x), x.a.dtype), []).append(i)
+    return [(compact, some) for (compact, _), some in groups.items()]
 
 
 def _factors(x: jax.Array | Factors) -> Factors:

@@ -9,6 +9,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 
+from unrollgrad._core.dtypes import standard_promotion, wide
 from unrollgrad._core.optional_packages import need
 from unrollgrad.noise._arrays import added_up, is_low_rank, materialised, of
 
@@ -33,8 +34,14 @@ def _each(change: Callable[[jax.Array, Any], jax.Array], leaf: Any) -> Any:
 
 
 def _moves(primitive, values, params):
-    """Transposing, removing axes of length 1, copying: the same for all arrays."""
+    """Transposing, reversing, removing axes of length 1, copying: the same for all arrays."""
     return _each(lambda x, _: primitive.bind(x, **params), values[0])
+
+
+def _barrier(primitive, values, params):
+    """Holds all arrays of all leaves in one barrier."""
+    arrays, structure = jax.tree.flatten(list(values))
+    return structure.unflatten(primitive.bind(*arrays, **params))
 
 
 def _summed(primitive, values, params):
@@ -83,6 +90,22 @@ def _slice(primitive, values, params):
         return jax.lax.slice(x, *zip(*bounds, strict=True))
 
     return _each(change, values[0])
+
+
+def _split(primitive, values, params):
+    """Cuts the leaf into parts along an axis."""
+    (leaf,), axis = values, params["axis"]
+
+    def part(start, size):
+        def change(x, full):
+            if x.shape[axis] != full[axis]:
+                return x
+            return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+
+        return _each(change, leaf)
+
+    ends = list(itertools.accumulate(params["sizes"]))
+    return [part(end - size, size) for end, size in zip(ends, params["sizes"], strict=True)]
 
 
 def _dynamic_slice(primitive, values, params):
@@ -203,7 +226,11 @@ def _dot(primitive, values, params):
 
 def _thin(leaf: Any, x: jax.Array, names: list[int], out: list[int], precision: Any) -> jax.Array:
     """Contracts x with one factor and then with the other."""
-    rank, wide = leaf.w.ndim + x.ndim, leaf.scale.dtype
+    rank = leaf.w.ndim + x.ndim
+    # As in the dense product: x as w if it has no fractions, the factors at least as exact as w.
+    with standard_promotion():
+        common = jnp.promote_types(x.dtype, leaf.w.dtype)
+    total = wide(common, leaf.scale.dtype)
     factors = [_named(leaf, leaf.a, rank), _named(leaf, leaf.b, rank)]
     # The first factor is the one with more of the axes that are summed over.
     summed = {i for i in names if i not in out}
@@ -212,14 +239,14 @@ def _thin(leaf: Any, x: jax.Array, names: list[int], out: list[int], precision: 
     kept = {*of_second, *out, rank}
     between = [i for i in dict.fromkeys([*names, *of_first]) if i in kept]
     t = jnp.einsum(
-        *(x, names, first.astype(x.dtype), of_first, between),
+        *(x.astype(common), names, first.astype(common), of_first, between),
         precision=precision,
-        preferred_element_type=wide,
+        preferred_element_type=total,
     )
     scale, of_scale = _named(leaf, leaf.scale[..., None], rank)
     scale = scale[..., 0].transpose([of_scale.index(i) for i in between if i in of_scale[:-1]])
     t = t * jnp.expand_dims(scale, [k for k, i in enumerate(between) if i not in of_scale[:-1]])
-    return jnp.einsum(t, between, second.astype(wide), of_second, out, precision=precision)
+    return jnp.einsum(t, between, second.astype(total), of_second, out, precision=precision)
 
 
 def _named(leaf: Any, factor: jax.Array, rank: int) -> tuple[jax.Array, list[int]]:
@@ -256,7 +283,8 @@ def _convolution(primitive, values, params):
     last = jnp.moveaxis(t, spec.out_spec[1], -1)
     last = last.reshape(*last.shape[:-1], groups, rank)
     mixing = (mixing * leaf.scale[..., None]).reshape(groups, channels // groups, rank)
-    mixed = jnp.einsum("...gr,gcr->...gc", last.astype(mixing.dtype), mixing)
+    total = wide(last.dtype, mixing.dtype)
+    mixed = jnp.einsum("...gr,gcr->...gc", last.astype(total), mixing.astype(total))
     mixed = jnp.moveaxis(mixed.reshape(*mixed.shape[:-2], channels), -1, spec.out_spec[1])
     dense = primitive.bind(x, leaf.w, **params)
     return (dense.astype(mixed.dtype) + mixed).astype(dense.dtype)
@@ -276,13 +304,17 @@ RULES: dict[str, Callable[[Any, Sequence[Any], dict[str, Any]], Any]] = {
     "squeeze": _moves,
     "copy": _moves,
     "copy_p": _moves,
+    "name": _moves,
+    "rev": _moves,
     "stop_gradient": _moves,
     "pvary": _moves,
     "pcast": _moves,
     "reduce_sum": _summed,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,
+    "optimization_barrier": _barrier,
     "slice": _slice,
+    "split": _split,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
     "convert_element_type": _convert,
