@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import mistyped, raises
+from tests.helpers import mistyped, present, raises
 from tests.samplers import gaussian
 from tests.statistics import Samples
 from unrollgrad import samplers
@@ -79,7 +79,7 @@ def gradient(estimator, key, theta):
 
 
 def nonlinear(noise: samplers.flows.Noise = "memoryless"):
-    """A small network on two coordinates, with a curved reward."""
+    """A small network on two coordinates, with a curved reward and a penalty on its weights."""
 
     def network(theta, x, t):
         return theta["out"] @ jnp.tanh(theta["in"] @ x + t)
@@ -90,6 +90,10 @@ def nonlinear(noise: samplers.flows.Noise = "memoryless"):
         reward=lambda x: -jnp.sum((x - 1.0) ** 4) / 4 + x[0] * x[1],
         sample_shape=(2,),
         noise=noise,
+    )
+    reward = present(problem.evaluate)
+    problem = problem._replace(
+        evaluate=lambda key, theta, state: reward(key, theta, state) + jnp.sum(theta["out"] ** 2)
     )
     keys = jax.random.split(KEY)
     weights = {
@@ -140,6 +144,47 @@ def test_at_the_base_both_are_the_gradient_of_the_reward():
         assert_close(gradient(matching, KEY, base).grad, exact)
 
 
+def test_ddpm_is_controlled_in_all_steps_but_the_last():
+    """In closed form: a shift in every step of the exact denoiser of N(1/2, 1), for the reward x.
+
+    At the base the gradient is the one of ``bptt`` without the last step, which has no noise. Where
+    it vanishes the samples' mean has moved by the variance that the noise of the steps made.
+    """
+    num_steps, scale = 20, 3.0
+    alpha, sigma = gaussian.vp(np.linspace(1, 0, num_steps + 1))
+    a, b, g, h = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    noise = h / g * np.sqrt(g**2 - (a / b * h) ** 2)
+    move = np.sqrt(np.maximum(h**2 - noise**2, 0)) - b * g / a
+    through = b / a + move * g / (a**2 + g**2)  # what a step passes on of x
+    later = np.append(np.cumprod(through[::-1])[::-1][1:], 1.0)
+    law = functools.partial(
+        samplers.ddim,
+        schedule=gaussian.VP,
+        num_steps=num_steps,
+        reward=gaussian.linear,
+        sample_shape=(),
+        eta=1.0,
+    )
+
+    def network(theta, x, t):
+        k = jnp.round((1 - t) * num_steps).astype(jnp.int32)
+        return gaussian.noise(x, *gaussian.VP(t), 1.0) + theta[k]
+
+    problem, base = law(network), jnp.zeros(num_steps)
+    matching = samplers.adjoint_matching(problem, base, scale)
+    whole = gradient(ug.bptt(problem), KEY, base).grad
+    found = gradient(matching, KEY, base).grad
+    np.testing.assert_allclose(whole, -move * later, rtol=1e-4)
+    np.testing.assert_allclose(found[:-1], scale * whole[:-1], rtol=1e-4)
+    assert found[-1] == 0 != whole[-1]
+    best = np.append(scale * (noise**2 / move * later)[:-1], 0.0)
+    left = gradient(matching, KEY, jnp.asarray(best, jnp.float32)).grad
+    assert np.max(np.abs(left)) < 1e-4 * np.max(np.abs(found))
+    # The mean has moved by ``scale`` times the variance of the base's samples, which forgot x_T.
+    variance = np.sum((noise * later) ** 2) + np.prod(through) ** 2
+    assert np.sum(move * later * best) == pytest.approx(scale * variance, rel=1e-3)
+
+
 def test_some_steps_stand_for_all():
     """With 3 of 8 steps the mean over many draws is the whole gradient, and one draw is not.
 
@@ -161,6 +206,16 @@ def test_errors():
     problem, base = nonlinear()
     with raises(ValueError, "`adjoint_matching` needs a sampler with noise", "memoryless"):
         samplers.adjoint_matching(nonlinear("none")[0], base, 1.0)
+    still = samplers.ddim(
+        lambda theta, x, t: x,
+        gaussian.VP,
+        num_steps=1,
+        reward=gaussian.linear,
+        sample_shape=(),
+        eta=1.0,
+    )
+    with raises(ValueError, "no step of this one has any", "num_steps=1", "two steps or more"):
+        samplers.adjoint_matching(still, 0.0, 1.0)
     with raises(ValueError, '`adjoint` must be "lean" or "basic"', "'full'"):
         samplers.adjoint_matching(problem, base, 1.0, adjoint=mistyped("full"))
     with raises(ValueError, "`regression_steps`=9", "8 steps"):

@@ -5,7 +5,8 @@ x' = keep x + move output + noise z. So is the network's prediction of the sampl
 all that differs between samplers, and all that their estimators need besides the network.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
-from unrollgrad._core import unroll
+from unrollgrad._core import eager, unroll
 from unrollgrad.types import Key, Numeric, Segment, Theta, UnrolledProblem
 
 
@@ -78,7 +79,9 @@ class SamplerStep(NamedTuple):
 
     def output(self, theta: Theta, state: SamplerState, c: Coefficients) -> jax.Array:
         """The network's output, in x's dtype; raises ValueError if it has another shape."""
-        out = self.network(theta, state.x, c.time, state.condition)
+        given = {"x": state.x, "t": c.time, "condition": state.condition}
+        with explained("the network of a sampler", _CONDITION, **given):
+            out = self.network(theta, state.x, c.time, state.condition)
         if np.shape(out) != state.x.shape:
             raise ValueError(
                 f"the network must return the shape of x, {state.x.shape}; it returned "
@@ -90,6 +93,34 @@ class SamplerStep(NamedTuple):
     def predicted(self, theta: Theta, state: SamplerState, c: Coefficients) -> SamplerState:
         """The state with the network's prediction of the sample in place of x."""
         return state._replace(x=c.data_keep * state.x + c.data_move * self.output(theta, state, c))
+
+
+@contextlib.contextmanager
+def explained(called: str, advice: str, **given: Any) -> Iterator[None]:
+    """Adds to an error what a user's function was called with, and what may be changed."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        shown = [
+            f"{name}{jax.tree_util.keystr(path)}={arguments.describe(leaf)}"
+            for name, tree in given.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+        ]
+        error.add_note(f"{called} was called with {', '.join(shown)}. {advice}")
+        raise
+
+
+_CONDITION = (
+    "If it cannot take that, pass another `condition` to the sampler: the condition of one "
+    "episode, with a batch axis only if `sample_shape` has it."
+)
+
+
+def all_coefficients(step: SamplerStep) -> Coefficients:
+    """The numbers of all steps, in float32; tracers if they depend on what is traced."""
+    with jax.ensure_compile_time_eval():
+        rule = eager.compiled(jax.vmap(lambda t: step.coefficients(t, jnp.float32)))
+        return rule(np.arange(step.num_steps, dtype=np.int32))
 
 
 class Target(NamedTuple):
@@ -147,7 +178,9 @@ def sampler(step: SamplerStep, goal: Target, scale: Callable[[Any], Numeric]) ->
         return SamplerState(jnp.asarray(scale(x.dtype) * x), drawn)
 
     def evaluate(key, theta, state):
-        reward = goal.reward(state.x, state.condition)
+        given = {"x0": state.x, "condition": state.condition}
+        with explained("`reward` of a sampler", _CONDITION, **given):
+            reward = goal.reward(state.x, state.condition)
         if np.shape(reward) != ():
             raise ValueError(
                 f"`reward` must return a scalar; got {arguments.describe(reward)}. With a batch "
