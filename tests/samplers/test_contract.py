@@ -388,7 +388,7 @@ def test_errors_of_networks():
     def shifted(theta, x, t, condition):
         return x @ theta + condition
 
-    theta, prompts = jnp.eye(2), jnp.ones((3, 2))
+    theta, prompts = np.eye(2, dtype=np.float32), np.ones((3, 2), np.float32)
     for network, condition, expected in (
         (shifted, prompts, "x=float32[4,2], t=float32[], condition=float32[3,2]"),
         (samplers.guided(shifted, 2.0), prompts[0], "unconditional=None"),
@@ -414,17 +414,19 @@ def test_errors_of_adapters():
     with raises(ValueError, "`params` has no floating matrix"):
         samplers.lora({"b": jnp.ones(3)}, 2, KEY)
     theta, merge = samplers.lora(weights(), 2, KEY)
+    original = jax.tree.map(np.asarray, weights())
     with raises(ValueError, "`theta` has 1 updates for 2 leaves"):
         merge({"in": theta["in"]})
     with raises(ValueError, "params['w'] is empty: float32[3,0]", "Remove"):
-        samplers.lora({"w": jnp.ones((3, 0)), **weights()}, 2, KEY)
+        samplers.lora({"w": np.ones((3, 0), np.float32)}, 2, KEY)
     made = "must be LowRank(float32[6,2], float32[2,5]); got"
     with raises(ValueError, "theta['in']", made, "float32[6,5]"):
-        merge(theta | {"in": weights()["in"]})
+        merge(theta | {"in": original["in"]})
     with raises(ValueError, "theta['in']", made, "None"):  # W without its update, silently
         merge(theta | {"in": None})
     with raises(ValueError, "theta['in']", made, "LowRank(float32[2,6], float32[5,2])"):
-        merge(jax.tree.map(jnp.transpose, theta))
-    theta, merge = samplers.lora({"b": jnp.zeros(2), "w": jnp.ones((3, 2))}, 1, KEY)
+        merge(jax.tree.map(np.transpose, numbers(theta)))
+    bias = np.zeros(2, np.float32)
+    theta, merge = samplers.lora({"b": bias, **original}, 2, KEY)
     with raises(ValueError, "theta['b'] must be None; got float32[2]"):
-        merge(theta | {"b": jnp.ones(2)})
+        merge(theta | {"b": bias})

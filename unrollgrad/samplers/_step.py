@@ -118,9 +118,8 @@ _CONDITION = (
 
 def all_coefficients(step: SamplerStep) -> Coefficients:
     """The numbers of all steps, in float32; tracers if they depend on what is traced."""
-    with jax.ensure_compile_time_eval():
-        rule = eager.compiled(jax.vmap(lambda t: step.coefficients(t, jnp.float32)))
-        return rule(np.arange(step.num_steps, dtype=np.int32))
+    rule = jax.vmap(lambda t: step.coefficients(t, jnp.float32))
+    return eager.known(rule, np.arange(step.num_steps, dtype=np.int32))
 
 
 class Target(NamedTuple):

@@ -119,8 +119,7 @@ def _check_end(schedule: schedules.Schedule) -> None:
             "`schedule(t)` must return two scalars (alpha, sigma); got "
             f"{jax.tree.map(arguments.describe, shown)}. See samplers.vp."
         )
-    with jax.ensure_compile_time_eval():
-        alpha, _ = eager.compiled(schedule)(np.float32(1.0))
+    alpha, _ = eager.known(schedule, np.float32(1.0))
     if not isinstance(alpha, jax.core.Tracer) and not float(alpha) > 0:
         raise ValueError(
             f"`schedule(1.0)` has alpha={float(alpha)}; DDIM's prediction of the sample divides by "
