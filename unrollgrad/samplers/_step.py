@@ -117,9 +117,10 @@ _CONDITION = (
 
 
 def all_coefficients(step: SamplerStep) -> Coefficients:
-    """The numbers of all steps, in float32; tracers if they depend on what is traced."""
+    """The numbers of all steps, arrays of float32; tracers if they depend on what is traced."""
     rule = jax.vmap(lambda t: step.coefficients(t, jnp.float32))
-    return eager.known(rule, np.arange(step.num_steps, dtype=np.int32))
+    found = eager.known(rule, np.arange(step.num_steps, dtype=np.int32))
+    return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), found)
 
 
 class Target(NamedTuple):
