@@ -132,7 +132,7 @@ def run(settings: Settings, seed: int, folder: Path, write: Write, progress: Pro
     programs: dict[tuple[str, int], Callable[[], Any]] = {}
     for i, last in enumerate(settings.last):
         exact = None
-        kinds = {
+        kinds: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
             name: (estimator.estimate, (key, theta, estimator.init(key, theta)))
             for name, estimator in estimators(settings, last).items()
         }
@@ -194,15 +194,19 @@ def draw(records: list[Record], config: dict[str, Any]) -> Any:
     left.minorticks_off()
     left.set(xlabel="differentiated last steps K", ylabel="MiB of temporaries")
     left.set_title(f"{config['horizon']} denoising steps")
-    left.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    noted = set()  # one number for markers of the same height
     for i, (name, row) in enumerate(sizes.items()):
         if name in seconds:
             at = [1e3 * seconds[name][last] for last in row]
-            right.loglog(at, list(row.values()), "os^vDP"[i % 6], label=name)
+            right.semilogy(at, list(row.values()), "os^vDP"[i % 6], label=name)
             for place, (last, size) in zip(at, row.items(), strict=True):
                 note = {"textcoords": "offset points", "xytext": (5, 3), "fontsize": 8}
-                right.annotate(str(last), (place, size), **note)
+                if (last, round(size, 2)) not in noted:
+                    right.annotate(str(last), (place, size), **note)
+                noted.add((last, round(size, 2)))
     right.set(xlabel="milliseconds", ylabel="MiB of temporaries", title="numbers: K")
+    right.margins(x=0.12)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     return figure

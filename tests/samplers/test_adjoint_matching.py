@@ -215,7 +215,7 @@ def test_errors():
         eta=1.0,
     )
     with raises(ValueError, "no step of this one has any", "num_steps=1", "two steps or more"):
-        samplers.adjoint_matching(still, 0.0, 1.0)
+        samplers.adjoint_matching(still, np.zeros(1), 1.0)
     with raises(ValueError, '`adjoint` must be "lean" or "basic"', "'full'"):
         samplers.adjoint_matching(problem, base, 1.0, adjoint=mistyped("full"))
     with raises(ValueError, "`regression_steps`=9", "8 steps"):

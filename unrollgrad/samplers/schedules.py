@@ -15,7 +15,7 @@ Schedule = Callable[[Numeric], tuple[Numeric, Numeric]]
 """``schedule(t) -> (alpha, sigma)``: at time t in [0, 1] a latent is alpha data + sigma noise."""
 
 
-def vp(beta_min: Numeric = 0.1, beta_max: Numeric = 20.0) -> Schedule:
+def vp(beta_min: float | jax.Array = 0.1, beta_max: float | jax.Array = 20.0) -> Schedule:
     """The variance-preserving schedule, whose noise rate rises linearly from beta_min to beta_max.
 
     log alpha(t) = -t^2 (beta_max - beta_min)/4 - t beta_min/2 and sigma^2 = 1 - alpha^2: the data
