@@ -97,19 +97,29 @@ class SamplerStep(NamedTuple):
 
 @contextlib.contextmanager
 def explained(called: str, advice: str, **given: Any) -> Iterator[None]:
-    """Adds to an error what a user's function was called with, and what may be changed."""
+    """Adds to an error what a user's function was called with, and what may be changed.
+
+    The last thing given is the condition. An error that is not about it is left as it is: one
+    without a condition, one about the values of traced numbers, and one that is explained already.
+    """
     try:
         yield
     except (TypeError, ValueError, AttributeError) as error:
+        *_, condition = given.values()
+        explained_already = any(_CALLED in note for note in getattr(error, "__notes__", ()))
+        without = condition is None and "None" not in str(error)
+        if without or explained_already or isinstance(error, jax.errors.JAXTypeError):
+            raise
         shown = [
             f"{name}{jax.tree_util.keystr(path)}={arguments.describe(leaf)}"
             for name, tree in given.items()
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
         ]
-        error.add_note(f"{called} was called with {', '.join(shown)}. {advice}")
+        error.add_note(f"{called} {_CALLED} {', '.join(shown)}. {advice}")
         raise
 
 
+_CALLED = "was called with"
 _CONDITION = (
     "If it cannot take that, pass another `condition` to the sampler: the condition of one "
     "episode, with a batch axis only if `sample_shape` has it."
@@ -147,6 +157,8 @@ def target(num_steps: int, reward: Callable, sample_shape: Any, condition: Any) 
         )
     shape = tuple(arguments.positive_int("sample_shape", n) for n in sample_shape)
     steps = arguments.positive_int("num_steps", num_steps)
+    if callable(condition):
+        inner_loop.check_call("condition", condition, key=None)
     reward = conditional("reward", reward, condition, ("x0",))
     return Target(steps, reward, shape, condition)
 
