@@ -87,7 +87,8 @@ def ddim(
         if noisy:
             # In units of sigma_next: the noise of DDPM is sqrt(1 - less^2), and what is left of
             # the old noise 1 - eta^2 (1 - less^2), written so that it is less^2 for eta = 1.
-            amount, less = jnp.asarray(eta, dtype), alpha * sigma_next / (alpha_next * sigma)
+            amount = jnp.asarray(eta, dtype) if isinstance(eta, jax.Array) else float(eta)
+            less = alpha * sigma_next / (alpha_next * sigma)
             drawn = amount * schedules.root((1 - less) * (1 + less))
             noise = sigma_next * jnp.minimum(drawn, 1)
             along *= schedules.root((1 - amount) * (1 + amount) + (amount * less) ** 2)
