@@ -101,7 +101,7 @@ def methods(settings: Settings, problem: ug.UnrolledProblem, base: Theta) -> dic
     """The methods by name. What they evaluate is counted as the settings' help says."""
     steps, scale = settings.horizon, settings.reward_scale
     few = min(5, steps)
-    alignprop = samplers.alignprop_cutoff(steps, mean=0.84 * steps, std=0.1 * steps)
+    alignprop = samplers.alignprop_cutoff(steps)
     every = samplers.cutoff([1 / steps] * steps)
 
     def walked(law):  # the steps that are walked back are computed again

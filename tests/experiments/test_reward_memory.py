@@ -19,8 +19,11 @@ def test_smoke(tmp_path, capsys):
     assert "remat" in capsys.readouterr().out
     assert found["step", "8", "mebibytes"] < 0.5 * found["none", "8", "mebibytes"]
     assert found["reverse", "8", "mebibytes"] < found["step", "8", "mebibytes"]
-    for name in ("step", "log"):
+    for name in ("step", "log", "by hand"):
         assert found[name, "8", "error"] < 1e-5
     assert 1e-4 < found["reverse", "8", "error"] < 0.1  # the adjoint of the continuous process
     claims = reward_memory.EXPERIMENT.claims(results.read_summary(folder))
-    assert [claim.holds for claim in claims if "latents" in claim.says] == [True, True]
+    assert [claim.holds for claim in claims if "latents" in claim.says] == [True] * 3
+    assert any("4 and 8 steps" in claim.says for claim in claims)  # loops, of different lengths
+    ratio, median = found["by hand", "8", "ratio"], found["by hand", "8", "median_ratio"]
+    assert 0 < ratio == median

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import mistyped, raises
+from tests.helpers import mistyped, numbers, present, raises
 from tests.samplers import gaussian
 from tests.statistics import Samples
 from unrollgrad import samplers
@@ -66,11 +66,12 @@ def test_the_tilted_law(noise):
     assert samples.mean[0] == pytest.approx(expected, rel=0.01)
     assert samples.variance()[0] == pytest.approx(1.0, rel=0.02)
     # The control is lambda sigma s^2 t/V, and does not depend on x.
-    assert float(jnp.max(jnp.abs(result.theta["slope"]))) < 2e-3
+    found = numbers(result.theta)
+    assert np.max(np.abs(found["slope"])) < 2e-3
     if noise == "memoryless":
         t = np.arange(40, T - 40) / T
         exact = np.sqrt(2 * (1 - t) / t / T) * t / (t**2 + (1 - t) ** 2)
-        np.testing.assert_allclose(result.theta["shift"][40:-40], exact, rtol=0.02)
+        np.testing.assert_allclose(found["shift"][40:-40], exact, rtol=0.02)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -79,7 +80,7 @@ def gradient(estimator, key, theta):
 
 
 def nonlinear(noise: samplers.flows.Noise = "memoryless"):
-    """A small network on two coordinates, with a curved reward."""
+    """A small network on two coordinates, with a curved reward and a penalty on its weights."""
 
     def network(theta, x, t):
         return theta["out"] @ jnp.tanh(theta["in"] @ x + t)
@@ -90,6 +91,10 @@ def nonlinear(noise: samplers.flows.Noise = "memoryless"):
         reward=lambda x: -jnp.sum((x - 1.0) ** 4) / 4 + x[0] * x[1],
         sample_shape=(2,),
         noise=noise,
+    )
+    reward = present(problem.evaluate)
+    problem = problem._replace(
+        evaluate=lambda key, theta, state: reward(key, theta, state) + jnp.sum(theta["out"] ** 2)
     )
     keys = jax.random.split(KEY)
     weights = {
@@ -115,8 +120,8 @@ def regularised(problem, base, scale):
 
 
 def assert_close(a, b, rtol=1e-4):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(y))))
+    for x, y in zip(jax.tree.leaves(numbers(a)), jax.tree.leaves(numbers(b)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(np.max(np.abs(y))))
 
 
 def test_the_basic_adjoint_is_the_gradient_of_the_regularised_reward():
@@ -140,6 +145,47 @@ def test_at_the_base_both_are_the_gradient_of_the_reward():
         assert_close(gradient(matching, KEY, base).grad, exact)
 
 
+def test_ddpm_is_controlled_in_all_steps_but_the_last():
+    """In closed form: a shift in every step of the exact denoiser of N(1/2, 1), for the reward x.
+
+    At the base the gradient is the one of ``bptt`` without the last step, which has no noise. Where
+    it vanishes the samples' mean has moved by the variance that the noise of the steps made.
+    """
+    num_steps, scale = 20, 3.0
+    alpha, sigma = gaussian.vp(np.linspace(1, 0, num_steps + 1))
+    a, b, g, h = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    noise = h / g * np.sqrt(g**2 - (a / b * h) ** 2)
+    move = np.sqrt(np.maximum(h**2 - noise**2, 0)) - b * g / a
+    through = b / a + move * g / (a**2 + g**2)  # what a step passes on of x
+    later = np.append(np.cumprod(through[::-1])[::-1][1:], 1.0)
+    law = functools.partial(
+        samplers.ddim,
+        schedule=gaussian.VP,
+        num_steps=num_steps,
+        reward=gaussian.linear,
+        sample_shape=(),
+        eta=1.0,
+    )
+
+    def network(theta, x, t):
+        k = jnp.round((1 - t) * num_steps).astype(jnp.int32)
+        return gaussian.noise(x, *gaussian.VP(t), 1.0) + theta[k]
+
+    problem, base = law(network), np.zeros(num_steps, np.float32)
+    matching = samplers.adjoint_matching(problem, base, scale)
+    whole = numbers(gradient(ug.bptt(problem), KEY, base).grad)
+    found = numbers(gradient(matching, KEY, base).grad)
+    np.testing.assert_allclose(whole, -move * later, rtol=1e-4)
+    np.testing.assert_allclose(found[:-1], scale * whole[:-1], rtol=1e-4)
+    assert found[-1] == 0 != whole[-1]
+    best = np.append(scale * (noise**2 / move * later)[:-1], 0.0)
+    left = numbers(gradient(matching, KEY, best.astype(np.float32)).grad)
+    assert np.max(np.abs(left)) < 1e-4 * np.max(np.abs(found))
+    # The mean has moved by ``scale`` times the variance of the base's samples, which forgot x_T.
+    variance = np.sum((noise * later) ** 2) + np.prod(through) ** 2
+    assert np.sum(move * later * best) == pytest.approx(scale * variance, rel=1e-3)
+
+
 def test_some_steps_stand_for_all():
     """With 3 of 8 steps the mean over many draws is the whole gradient, and one draw is not.
 
@@ -150,7 +196,7 @@ def test_some_steps_stand_for_all():
     whole = gradient(samplers.adjoint_matching(problem, theta, 1.0), KEY, theta).grad["shift"]
     some = samplers.adjoint_matching(problem, theta, 1.0, regression_steps=3)
     keys = jax.random.split(KEY, 4000)
-    draws = jax.jit(jax.vmap(lambda key: gradient(some, key, theta).grad["shift"]))(keys)
+    draws = numbers(jax.jit(jax.vmap(lambda key: gradient(some, key, theta).grad["shift"]))(keys))
     assert np.all(np.sum(draws != 0, axis=1) == 3)
     samples = Samples(draws)
     assert samples.error_in_se(whole) < 4
@@ -161,6 +207,16 @@ def test_errors():
     problem, base = nonlinear()
     with raises(ValueError, "`adjoint_matching` needs a sampler with noise", "memoryless"):
         samplers.adjoint_matching(nonlinear("none")[0], base, 1.0)
+    still = samplers.ddim(
+        lambda theta, x, t: x,
+        gaussian.VP,
+        num_steps=1,
+        reward=gaussian.linear,
+        sample_shape=(),
+        eta=1.0,
+    )
+    with raises(ValueError, "no step of this one has any", "num_steps=1", "two steps or more"):
+        samplers.adjoint_matching(still, np.zeros(1), 1.0)
     with raises(ValueError, '`adjoint` must be "lean" or "basic"', "'full'"):
         samplers.adjoint_matching(problem, base, 1.0, adjoint=mistyped("full"))
     with raises(ValueError, "`regression_steps`=9", "8 steps"):

@@ -127,10 +127,15 @@ def test_the_variance_of_noised_copies(include_base, num_noised):
 def test_the_law_of_alignprop():
     """Drawn as its code draws it: int(N(42, 5^2)), again until it is in [1, 50)."""
     law = samplers.alignprop_cutoff(50)
+    assert law == samplers.alignprop_cutoff(50, mean=42.0, std=5.0)
     draws = np.random.default_rng(0).normal(42, 5, 1_000_000)
     counts = np.bincount(50 - draws[(draws >= 1) & (draws < 50)].astype(int), minlength=50)[1:]
     assert len(law.probabilities) == 49
     np.testing.assert_allclose(law.probabilities, counts / counts.sum(), atol=2e-3)
+    for num_steps in (20, 200):  # the same share of the steps, but for the whole part
+        shares = samplers.alignprop_cutoff(num_steps).probabilities
+        share = np.dot(np.arange(1, num_steps), shares) / num_steps
+        assert share == pytest.approx(counts @ np.arange(1, 50) / counts.sum() / 50, abs=0.02)
     drawn = jax.jit(jax.vmap(law))(jax.random.split(KEY, 50_000))
     assert (
         abs(np.mean(drawn) - np.dot(np.arange(1, 50), law.probabilities)) < 4 * np.std(drawn) / 223

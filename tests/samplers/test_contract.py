@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import unrollgrad as ug
-from tests.helpers import mistyped, numbers, raises
+from tests.helpers import mistyped, numbers, present, raises
 from tests.samplers import gaussian
 from tests.statistics import Samples
 from unrollgrad import samplers
@@ -46,7 +46,19 @@ def conditioned(network=network, num_steps=6, eta=1.0):
     )
 
 
-PROBLEM = conditioned()
+def penalised(problem):
+    """The reward less a penalty on theta itself."""
+    evaluate = present(problem.evaluate)
+
+    def penalty(theta):
+        return 0.1 * sum(jnp.sum(w**2) for w in jax.tree.leaves(theta))
+
+    return problem._replace(
+        evaluate=lambda key, theta, state: evaluate(key, theta, state) + penalty(theta)
+    )
+
+
+PROBLEM = penalised(conditioned())
 ESTIMATORS = {
     "draft": ug.bptt(PROBLEM, remat="step"),
     "draft-2": ug.bptt(PROBLEM, last=2),
@@ -188,34 +200,92 @@ def test_adapters_begin_at_the_model_and_learn():
     assert np.linalg.matrix_rank(moved, tol=1e-4) == 2
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_the_law_of_samples(eta):
-    """With the exact denoiser the samples have the mean and the variance of the linear steps."""
-    problem = samplers.ddim(
-        gaussian.denoiser,
-        gaussian.VP,
-        num_steps=40,
-        reward=gaussian.linear,
-        sample_shape=(),
-        eta=eta,
-    )
-    theta = {"s": jnp.float32(2.0), "shift": jnp.float32(0.0)}
-    keys = jax.random.split(KEY, 40_000)
-    draw = jax.jit(jax.vmap(lambda key: samplers.sample(problem, key, theta)))
-    samples = Samples(draw(keys))
-    t = np.arange(40, -1, -1) / 40
-    alpha, sigma = gaussian.vp(t)
+ETAS = (0.0, 1.0, 1.5, 5.0)
+"""Without noise, DDPM's, with all noise drawn anew in some steps, and in all of them."""
+
+
+def law_of_samples(eta, num_steps=50):
+    """The mean and the variance of the linear steps with the exact denoiser of N(1/2, 4)."""
+    alpha, sigma = gaussian.vp(np.linspace(1, 0, num_steps + 1))
     mean, variance = 0.0, 1.0
     for a, b, g, h in zip(alpha[:-1], alpha[1:], sigma[:-1], sigma[1:], strict=True):
-        added = eta**2 * h**2 / g**2 * (g**2 - (a / b) ** 2 * h**2)
+        added = min(eta**2 * h**2 / g**2 * (g**2 - (a / b) ** 2 * h**2), h**2)
         factor = np.sqrt(h**2 - added) - b * g / a
         gain = g / (4 * a**2 + g**2)
         mean = (b / a + factor * gain) * mean - factor * gain * a * gaussian.MU
         variance = (b / a + factor * gain) ** 2 * variance + added
-    assert samples.error_in_se(mean) < 4
-    found, se = samples.variance()
-    assert abs(found - variance) < 4 * se
-    assert variance == pytest.approx(4.0, rel=0.2)
+    return mean, variance
+
+
+def test_the_law_of_samples():
+    theta = {"s": jnp.float32(2.0), "shift": jnp.float32(0.0)}
+    problems = [
+        samplers.ddim(
+            gaussian.denoiser,
+            gaussian.VP,
+            num_steps=50,
+            reward=gaussian.linear,
+            sample_shape=(),
+            eta=eta,
+        )
+        for eta in ETAS
+    ]
+
+    @jax.jit
+    def draw(keys, steps):
+        def coefficients(t):
+            every = [_step.step_of("test", p).coefficients(t, jnp.float32) for p in problems]
+            return jnp.stack([c.move for c in every])
+
+        samples = jax.vmap(lambda key: [samplers.sample(p, key, theta) for p in problems])
+        return samples(keys), jax.vmap(coefficients)(steps)
+
+    draws, moves = draw(jax.random.split(KEY, 40_000), np.arange(50))
+    assert np.all(np.isfinite(moves))  # what is left of the old noise does not fall below 0
+    variances = []
+    for eta, x in zip(ETAS, draws, strict=True):
+        samples, (mean, variance) = Samples(x), law_of_samples(eta)
+        assert samples.error_in_se(mean) < 4
+        found, se = samples.variance()
+        assert abs(found - variance) < 4 * se
+        variances.append(variance)
+    assert variances[:2] == pytest.approx([4.0, 4.0], rel=0.2)
+    # Negative control: more noise than DDPM's makes another law.
+    assert variances[3] < 0.9 * variances[2] < 0.85 * variances[1]
+
+
+def test_derivatives_by_the_schedule_and_the_noise():
+    """Against differences, where the last step ends in sigma = 0 and where the noise is clipped."""
+    theta = {"s": np.float64(0.7), "shift": np.float64(0.1)}
+    table = samplers.tabulated(np.cumprod(1 - np.linspace(1e-3, 0.2, 20)))
+
+    def loss(schedule, eta):
+        problem = samplers.ddim(
+            lambda theta, x, t: jnp.tanh(gaussian.denoiser(theta, x, t)),
+            schedule,
+            num_steps=5,
+            reward=lambda x: -jnp.sum((x - 1) ** 2),
+            sample_shape=(2,),
+            eta=eta,
+        )
+        return ug.episode_loss(problem, OTHER, theta)
+
+    def values(p):
+        rate, time, *etas = p  # of the schedule, of the table, and amounts of noise
+        rates = samplers.vp(0.1, rate)
+        noisy = jax.vmap(lambda eta: loss(rates, eta))(jnp.stack(etas))
+        return jnp.append(noisy, loss(rates, 0.0) + loss(lambda t: table(time * t), 0.0))
+
+    @jax.jit
+    def both(p, h):
+        shifts = jax.vmap(lambda by: (values(p + by) - values(p - by)) / (2 * h))(h * jnp.eye(5))
+        return jax.jacrev(values)(p), shifts.T
+
+    with jax.enable_x64(True):
+        p = np.array([15.0, 0.93, 0.5, 1.0, 1.075])  # the last one clips two of four steps
+        derivatives, differences = numbers(both(p, np.float64(1e-6)))
+    np.testing.assert_allclose(derivatives, differences, rtol=1e-6, atol=1e-7)
+    assert np.count_nonzero(derivatives) == 4 + 3 + 1  # each by what it depends on
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -244,7 +314,8 @@ def test_strict_promotion():
 
 def test_a_table_of_noise_levels():
     table = np.cumprod(1 - np.linspace(1e-4, 0.02, 100))
-    alpha, sigma = samplers.tabulated(table)(jnp.array([0.0, 0.01, 0.5, 1.0]))
+    times = np.array([0.0, 0.01, 0.5, 1.0], np.float32)
+    alpha, sigma = numbers(jax.jit(samplers.tabulated(table))(times))
     np.testing.assert_allclose(alpha, np.sqrt(np.append(1.0, table)[[0, 1, 50, 100]]), rtol=1e-6)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
     with raises(ValueError, "`alphas_cumprod` must be", "decrease"):
@@ -269,6 +340,8 @@ def test_errors_of_samplers():
         make(reward=lambda x: jnp.sum(x), condition=jnp.ones(3))
     with raises(TypeError, "`sample_shape` must be a tuple", "64 (int)"):
         make(sample_shape=mistyped(64))
+    with raises(TypeError, "`condition", "cannot be called", "key"):
+        make(condition=mistyped(lambda: jnp.ones(3)))
     with raises(ValueError, "`num_steps` must be at least 1"):
         make(num_steps=0)
     with raises(ValueError, "`eta` must be at least 0"):
@@ -308,17 +381,61 @@ def test_errors_of_estimators():
         samplers.skip_path(problem, 1, early_stop=1.0)
     with raises(ValueError, "`num_noised` must be at least 1"):
         samplers.draft_lv(problem, 0)
-    forgetful = samplers.flow(
-        lambda theta, x, t: theta * x,
-        num_steps=4,
-        reward=jnp.sum,
-        sample_shape=(),
-        noise="memoryless",
+    for noise, step in (("memoryless", 0), (2**0.5, 4), (2.0, 3)):
+        forgetful = samplers.flow(
+            lambda theta, x, t: theta * x,
+            num_steps=5,
+            reward=jnp.sum,
+            sample_shape=(),
+            noise=noise,
+        )
+        with raises(ValueError, f"step {step} of", "0 to 4", "forgets x", 'remat="step"'):
+            samplers.inverse(forgetful)
+
+
+def test_errors_of_networks():
+    def shifted(theta, x, t, condition):
+        return x @ theta + condition
+
+    theta, prompts = np.eye(2, dtype=np.float32), np.ones((3, 2), np.float32)
+    for network, condition, expected in (
+        (shifted, prompts, "x=float32[4,2], t=float32[], condition=float32[3,2]"),
+        (samplers.guided(shifted, 2.0), prompts[0], "unconditional=None"),
+        (samplers.guided(shifted, 2.0, unconditional=0.0), None, "condition=None"),
+        (lambda theta, x, t, c: x + c["a"][0], {"a": [prompts]}, "condition['a'][0]=float32[3,2]"),
+    ):
+        problem = make(
+            network, sample_shape=(4, 2), condition=condition, reward=lambda x, c: jnp.sum(x)
+        )
+        with raises((TypeError, ValueError), expected, "pass another"):
+            ug.episode_loss(problem, KEY, theta)
+    problem = make(
+        lambda theta, x, t, c: x,
+        sample_shape=(4, 2),
+        condition=prompts,
+        reward=lambda x, c: jnp.sum(x - c),
     )
-    with raises(ValueError, "forgets x", 'remat="step"'):
-        samplers.inverse(forgetful)
+    with raises(TypeError, "`reward` of a sampler", "x0=float32[4,2], condition=float32[3,2]"):
+        ug.episode_loss(problem, KEY, theta)
+
+
+def test_errors_of_adapters():
     with raises(ValueError, "`params` has no floating matrix"):
         samplers.lora({"b": jnp.ones(3)}, 2, KEY)
     theta, merge = samplers.lora(weights(), 2, KEY)
+    original = jax.tree.map(np.asarray, weights())
     with raises(ValueError, "`theta` has 1 updates for 2 leaves"):
         merge({"in": theta["in"]})
+    with raises(ValueError, "params['w'] is empty: float32[3,0]", "Remove"):
+        samplers.lora({"w": np.ones((3, 0), np.float32)}, 2, KEY)
+    made = "must be LowRank(float32[6,2], float32[2,5]); got"
+    with raises(ValueError, "theta['in']", made, "float32[6,5]"):
+        merge(theta | {"in": original["in"]})
+    with raises(ValueError, "theta['in']", made, "None"):  # W without its update, silently
+        merge(theta | {"in": None})
+    with raises(ValueError, "theta['in']", made, "LowRank(float32[2,6], float32[5,2])"):
+        merge(jax.tree.map(np.transpose, numbers(theta)))
+    bias = np.zeros(2, np.float32)
+    theta, merge = samplers.lora({"b": bias, **original}, 2, KEY)
+    with raises(ValueError, "theta['b'] must be None; got float32[2]"):
+        merge(theta | {"b": bias})

@@ -102,6 +102,14 @@ def compiled(function: Callable[..., Out]) -> Callable[..., Out]:
     return call
 
 
+def known(function: Callable[..., Out], *args: Any) -> Out:
+    """The function of numbers, computed now even inside ``jit``; tracers if it closes over them."""
+    program, constants, shape = traced(function, *args)
+    with jax.ensure_compile_time_eval():
+        found = _run(program, constants, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _run_over(
     program: Program, constants: list[jax.Array], first: list[jax.Array], leaves: list[jax.Array]

@@ -5,7 +5,8 @@ x' = keep x + move output + noise z. So is the network's prediction of the sampl
 all that differs between samplers, and all that their estimators need besides the network.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
-from unrollgrad._core import unroll
+from unrollgrad._core import eager, unroll
 from unrollgrad.types import Key, Numeric, Segment, Theta, UnrolledProblem
 
 
@@ -78,7 +79,9 @@ class SamplerStep(NamedTuple):
 
     def output(self, theta: Theta, state: SamplerState, c: Coefficients) -> jax.Array:
         """The network's output, in x's dtype; raises ValueError if it has another shape."""
-        out = self.network(theta, state.x, c.time, state.condition)
+        given = {"x": state.x, "t": c.time, "condition": state.condition}
+        with explained("the network of a sampler", _CONDITION, **given):
+            out = self.network(theta, state.x, c.time, state.condition)
         if np.shape(out) != state.x.shape:
             raise ValueError(
                 f"the network must return the shape of x, {state.x.shape}; it returned "
@@ -90,6 +93,44 @@ class SamplerStep(NamedTuple):
     def predicted(self, theta: Theta, state: SamplerState, c: Coefficients) -> SamplerState:
         """The state with the network's prediction of the sample in place of x."""
         return state._replace(x=c.data_keep * state.x + c.data_move * self.output(theta, state, c))
+
+
+@contextlib.contextmanager
+def explained(called: str, advice: str, **given: Any) -> Iterator[None]:
+    """Adds to an error what a user's function was called with, and what may be changed.
+
+    The last thing given is the condition. An error that is not about it is left as it is: one
+    without a condition, one about the values of traced numbers, and one that is explained already.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        *_, condition = given.values()
+        explained_already = any(_CALLED in note for note in getattr(error, "__notes__", ()))
+        without = condition is None and "None" not in str(error)
+        if without or explained_already or isinstance(error, jax.errors.JAXTypeError):
+            raise
+        shown = [
+            f"{name}{jax.tree_util.keystr(path)}={arguments.describe(leaf)}"
+            for name, tree in given.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+        ]
+        error.add_note(f"{called} {_CALLED} {', '.join(shown)}. {advice}")
+        raise
+
+
+_CALLED = "was called with"
+_CONDITION = (
+    "If it cannot take that, pass another `condition` to the sampler: the condition of one "
+    "episode, with a batch axis only if `sample_shape` has it."
+)
+
+
+def all_coefficients(step: SamplerStep) -> Coefficients:
+    """The numbers of all steps, arrays of float32; tracers if they depend on what is traced."""
+    rule = jax.vmap(lambda t: step.coefficients(t, jnp.float32))
+    found = eager.known(rule, np.arange(step.num_steps, dtype=np.int32))
+    return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), found)
 
 
 class Target(NamedTuple):
@@ -116,6 +157,8 @@ def target(num_steps: int, reward: Callable, sample_shape: Any, condition: Any) 
         )
     shape = tuple(arguments.positive_int("sample_shape", n) for n in sample_shape)
     steps = arguments.positive_int("num_steps", num_steps)
+    if callable(condition):
+        inner_loop.check_call("condition", condition, key=None)
     reward = conditional("reward", reward, condition, ("x0",))
     return Target(steps, reward, shape, condition)
 
@@ -147,7 +190,9 @@ def sampler(step: SamplerStep, goal: Target, scale: Callable[[Any], Numeric]) ->
         return SamplerState(jnp.asarray(scale(x.dtype) * x), drawn)
 
     def evaluate(key, theta, state):
-        reward = goal.reward(state.x, state.condition)
+        given = {"x0": state.x, "condition": state.condition}
+        with explained("`reward` of a sampler", _CONDITION, **given):
+            reward = goal.reward(state.x, state.condition)
         if np.shape(reward) != ():
             raise ValueError(
                 f"`reward` must return a scalar; got {arguments.describe(reward)}. With a batch "

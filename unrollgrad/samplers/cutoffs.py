@@ -56,17 +56,21 @@ def cutoff(probabilities: Any) -> Cutoff:
     return Cutoff(tuple(float(x) for x in weights / weights.sum()))
 
 
-def alignprop_cutoff(num_steps: int = 50, *, mean: float = 42.0, std: float = 5.0) -> Cutoff:
+def alignprop_cutoff(
+    num_steps: int = 50, *, mean: float | None = None, std: float | None = None
+) -> Cutoff:
     """AlignProp's law of the number of differentiated steps.
 
     The number of steps without a gradient is the whole part of a normal draw, drawn again until it
-    is in [1, ``num_steps``); the rest are differentiated, 9 of 50 on average. No draw
+    is in [1, ``num_steps``); the rest are differentiated, 9 of 50 on average, and the same share of
+    another number of steps. No draw
     differentiates all steps, so this law cannot be combined with ``unbiased=True``.
 
     Args:
         num_steps: Sampling steps (T).
-        mean: The mean of the normal law, in steps; 42 belongs to 50 steps.
-        std: Its standard deviation, in steps.
+        mean: The mean of the normal law, in steps. Default: 0.84 ``num_steps``, AlignProp's 42 for
+            50 steps.
+        std: Its standard deviation, in steps. Default: 0.1 ``num_steps``, AlignProp's 5.
 
     Raises:
         ValueError: If the law gives no probability to [1, num_steps), or num_steps is below 2.
@@ -83,13 +87,15 @@ def alignprop_cutoff(num_steps: int = 50, *, mean: float = 42.0, std: float = 5.
     """
     if arguments.positive_int("num_steps", num_steps) < 2:
         raise ValueError(f"`num_steps` must be at least 2; got {num_steps}.")
+    mean = 0.84 * num_steps if mean is None else mean
+    std = 0.1 * num_steps if std is None else std
     if not std > 0:
         raise ValueError(f"`std` must be positive; got {std}.")
     below = [0.5 * math.erfc((mean - n) / std / 2**0.5) for n in range(1, num_steps + 1)]
     without = np.diff(below)  # of 1, ..., num_steps - 1 steps without a gradient
-    if not without.any():
+    if not np.any(without > 0):
         raise ValueError(
             f"a normal law of mean {mean} and std {std} gives no probability to [1, {num_steps}). "
-            "Scale `mean` to `num_steps`: 0.84 of it in AlignProp."
+            "Leave `mean` and `std` out for 0.84 and 0.1 of `num_steps`, as in AlignProp."
         )
     return cutoff(without[::-1])

@@ -31,8 +31,9 @@ def ddim(
     t = k/num_steps to (k - 1)/num_steps: with e = denoiser(theta, x, t, condition), the predicted
     noise, and x0 = (x - sigma e)/alpha, the predicted sample, the next x is alpha' x0 +
     sqrt(sigma'^2 - s^2) e + s z. Here s = eta sigma'/sigma sqrt(sigma^2 - (alpha/alpha')^2
-    sigma'^2), at most sigma'. So eta = 0 is deterministic (Euler steps of the probability-flow ODE
-    in x/alpha against sigma/alpha) and eta = 1 the DDPM sampler, which forgets its initial noise.
+    sigma'^2), at most sigma', where a large eta draws all noise anew. So eta = 0 is deterministic
+    (Euler steps of the probability-flow ODE in x/alpha against sigma/alpha) and eta = 1 the DDPM
+    sampler, which forgets its initial noise.
 
     J(theta) = -E[reward]; the step losses are zero. ``bptt`` of this problem is DRaFT, and the
     manual's page on reward gradients has a table of all methods. One episode costs ``num_steps``
@@ -84,10 +85,13 @@ def ddim(
         alpha_next, sigma_next = schedules.at(schedule, later, dtype)
         noise, along = None, sigma_next
         if noisy:
-            added = jnp.maximum(sigma**2 - (alpha / alpha_next * sigma_next) ** 2, 0)
-            noise = jnp.asarray(eta, dtype) * sigma_next / sigma * jnp.sqrt(added)
-            noise = jnp.minimum(noise, sigma_next)
-            along = jnp.sqrt(sigma_next**2 - noise**2)
+            # In units of sigma_next: the noise of DDPM is sqrt(1 - less^2), and what is left of
+            # the old noise 1 - eta^2 (1 - less^2), written so that it is less^2 for eta = 1.
+            amount = jnp.asarray(eta, dtype) if isinstance(eta, jax.Array) else float(eta)
+            less = alpha * sigma_next / (alpha_next * sigma)
+            drawn = amount * schedules.root((1 - less) * (1 + less))
+            noise = sigma_next * jnp.minimum(drawn, 1)
+            along *= schedules.root((1 - amount) * (1 + amount) + (amount * less) ** 2)
         keep = alpha_next / alpha
         return _step.Coefficients(
             time=time,
@@ -116,8 +120,7 @@ def _check_end(schedule: schedules.Schedule) -> None:
             "`schedule(t)` must return two scalars (alpha, sigma); got "
             f"{jax.tree.map(arguments.describe, shown)}. See samplers.vp."
         )
-    with jax.ensure_compile_time_eval():
-        alpha, _ = eager.compiled(schedule)(np.float32(1.0))
+    alpha, _ = eager.known(schedule, np.float32(1.0))
     if not isinstance(alpha, jax.core.Tracer) and not float(alpha) > 0:
         raise ValueError(
             f"`schedule(1.0)` has alpha={float(alpha)}; DDIM's prediction of the sample divides by "

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from unrollgrad._checks import arguments
+from unrollgrad._checks import arguments, inner_loop
 from unrollgrad.samplers import _step
 from unrollgrad.types import Numeric, UnrolledProblem
 
@@ -100,6 +100,7 @@ def _rule(noise: Noise) -> Callable[[jax.Array, jax.Array], tuple[Numeric, Numer
             )
         return rules[noise]
     if callable(noise):
+        inner_loop.check_call("noise", noise, t=None)
         return _euler_maruyama(noise)
     arguments.number("noise", noise)
     return _euler_maruyama(lambda t: noise)

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
 from unrollgrad._core import mesh_axes, unroll
@@ -42,7 +43,12 @@ def adjoint_matching(
     The basic adjoint adds the derivatives of u: a <- d/dx (1/2 |u|^2 + a^T m_theta). Then ``grad``
     is the gradient of -reward_scale reward + 1/2 sum_k |u_k|^2 along the episode. It has the same
     fixed point, and a larger variance away from it. At theta = base both are ``reward_scale`` times
-    the gradient of ``bptt``.
+    the gradient of ``bptt`` through the steps that have noise. A step without noise is not trained:
+    its output stays the base's. In ``flow(noise="memoryless")`` every step has noise; in
+    ``ddim(eta=1)`` all but the last have, if sigma(0) = 0.
+
+    A dependence of ``problem.evaluate`` on theta itself, such as a penalty, counts ``reward_scale``
+    times too.
 
     Time: T network evaluations; T of the base (basic: and of theta) with a backward pass through x;
     ``regression_steps`` with one through theta. Memory: 3 T latents and one evaluation.
@@ -63,8 +69,9 @@ def adjoint_matching(
 
     Raises:
         TypeError: If the problem was not made by a sampler.
-        ValueError: If its steps have no noise, ``adjoint`` is another word, ``regression_steps`` is
-            outside 1 to T, or ``base`` differs from theta in structure or shapes.
+        ValueError: If none of its steps has noise, ``adjoint`` is another word,
+            ``regression_steps`` is outside 1 to T, or ``base`` differs from theta in structure or
+            shapes.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -83,14 +90,15 @@ def adjoint_matching(
     arguments.number("reward_scale", reward_scale)
 
     def run(segment, theta, carried):
-        def terminal(x):
+        def terminal(theta, x):
             return unroll.evaluate(problem, segment.episode, theta, last._replace(x=x))
 
         last, latents = _step.trajectory(segment, theta)
         names = mesh_axes.axes((segment.episode.key, theta))
         with backprop.no_while_loop("adjoint_matching"):
-            loss, slope = jax.value_and_grad(terminal)(last.x)
-            slope = mesh_axes.over(names, jnp.asarray(reward_scale, slope.dtype) * slope)
+            loss, slopes = jax.value_and_grad(terminal, argnums=(0, 1))(theta, last.x)
+            slopes = jax.tree.map(lambda g: jnp.asarray(reward_scale, g.dtype) * g, slopes)
+            direct, slope = mesh_axes.over(names, slopes)
             walk = functools.partial(_ADJOINTS[adjoint], step, (theta, base), last)
             _, matched = jax.lax.scan(
                 walk, slope, (jnp.arange(horizon, dtype=jnp.int32), latents), reverse=True
@@ -100,7 +108,7 @@ def adjoint_matching(
                 places = jax.random.choice(key, horizon, (chosen,), replace=False)
                 matched = jax.tree.map(lambda x: x[places], matched)
             grad = _regression(step, theta, last, matched, names)
-        grad = jax.tree.map(lambda g: (horizon / chosen * g).astype(g.dtype), grad)
+        grad = jax.tree.map(lambda d, g: d + (horizon / chosen * g).astype(g.dtype), direct, grad)
         return estimate_of(grad, loss, horizon), None
 
     def check(theta):
@@ -190,11 +198,12 @@ def _per_noise(c: _step.Coefficients) -> jax.Array:
 
 def _checked(step, base, adjoint, regression_steps, horizon):
     """The base parameters as arrays, and the number of regression steps."""
-    first = jax.eval_shape(lambda: step.coefficients(0, jnp.float32))
-    if first.noise is None:
+    noise = _step.all_coefficients(step).noise
+    if noise is None or not (isinstance(noise, jax.core.Tracer) or np.any(noise)):
         raise ValueError(
-            "`adjoint_matching` needs a sampler with noise, since the steps of this one have none. "
-            'Use ddim(eta=1.0) or flow(noise="memoryless"); other noise reaches a part of the tilt.'
+            "`adjoint_matching` needs a sampler with noise, since no step of this one has any "
+            f"(num_steps={step.num_steps}). Use ddim(eta=1.0), whose last step has none, with two "
+            'steps or more, or flow(noise="memoryless"); other noise reaches a part of the tilt.'
         )
     if adjoint not in _ADJOINTS:
         raise ValueError(f'`adjoint` must be "lean" or "basic"; got {adjoint!r}.')

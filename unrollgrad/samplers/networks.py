@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unrollgrad._checks import arguments
+from unrollgrad.samplers import _step
 from unrollgrad.types import ArrayTree, Key, Numeric
 
 __all__ = ["LowRank", "guided", "lora"]
@@ -50,7 +51,14 @@ def guided(
 
     def push(theta, x, t, condition):
         toward = network(theta, x, t, condition)
-        away = network(theta, x, t, unconditional)
+        with _step.explained(
+            "the network of `guided`",
+            "If it cannot take that, pass another `unconditional` to `guided`: the condition that "
+            "stands for none, such as zeros of a condition's shape.",
+            x=x,
+            unconditional=unconditional,
+        ):
+            away = network(theta, x, t, unconditional)
         if detach_unconditional:
             away = jax.lax.stop_gradient(away)
         return away + scale * (toward - away)
@@ -93,7 +101,8 @@ def lora(
         other leaves, and ``merge(theta)`` returns the weights, in the dtypes of ``params``.
 
     Raises:
-        ValueError: If no leaf is a floating matrix, or the rank is below one.
+        ValueError: If no leaf is a floating matrix, a matrix is empty, or the rank is below one;
+            by ``merge`` if its theta has other leaves or shapes.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -106,8 +115,12 @@ def lora(
         Hu et al., LoRA: Low-rank adaptation of large language models, ICLR 2022, arXiv:2106.09685.
     """
     rank, key = arguments.positive_int("rank", rank), arguments.typed_key(key)
-    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: x is None)
-    thetas = [_factors(jax.random.fold_in(key, i), x, rank) for i, x in enumerate(leaves)]
+    paths, leaves = _with_paths(params)
+    structure = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    thetas = [
+        _factors(f"params{path}", jax.random.fold_in(key, i), x, rank)
+        for i, (path, x) in enumerate(zip(paths, leaves, strict=True))
+    ]
     if all(x is None for x in thetas):
         raise ValueError(
             "`params` has no floating matrix to adapt; got leaves of shapes "
@@ -115,26 +128,58 @@ def lora(
         )
 
     def merge(theta):
-        # None stands for a leaf without an update; by itself JAX takes it for an empty tree.
-        updates = jax.tree.leaves(theta, is_leaf=lambda x: x is None or isinstance(x, LowRank))
+        _, updates = _with_paths(theta)
         if len(updates) != len(leaves):
             raise ValueError(
                 f"`theta` has {len(updates)} updates for {len(leaves)} leaves of `params`; pass "
                 "the theta of the same call of lora, or one of its structure."
             )
+        for path, made, update in zip(paths, thetas, updates, strict=True):
+            _check_update(f"theta{path}", made, update)
         merged = [_merged(x, u, scale) for x, u in zip(leaves, updates, strict=True)]
         return jax.tree.unflatten(structure, merged)
 
     return jax.tree.unflatten(structure, thetas), merge
 
 
-def _factors(key: Key, x: Any, rank: int) -> LowRank | None:
+def _with_paths(tree: ArrayTree) -> tuple[list[str], list[Any]]:
+    """The leaves and their paths; None, which JAX takes for an empty tree, is a leaf here."""
+    found = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: x is None or isinstance(x, LowRank)
+    )
+    return [jax.tree_util.keystr(path) for path, _ in found], [x for _, x in found]
+
+
+def _factors(path: str, key: Key, x: Any, rank: int) -> LowRank | None:
     if np.ndim(x) < 2 or not jnp.issubdtype(arguments.dtype_of(x), jnp.floating):
         return None
+    if np.size(x) == 0:
+        raise ValueError(f"{path} is empty: {arguments.describe(x)}. Remove the leaf.")
     columns = np.shape(x)[-1]
     dtype = jnp.promote_types(jnp.float32, arguments.dtype_of(x))
     down = jax.random.normal(key, (np.size(x) // columns, rank), dtype) / rank
     return LowRank(down, jnp.zeros((rank, columns), dtype))
+
+
+def _check_update(path: str, made: LowRank | None, update: Any) -> None:
+    """Raises ValueError unless the update is of the kind and shape that ``lora`` made."""
+    if made is None or not isinstance(update, LowRank):
+        fits = made is None and update is None
+    else:  # of any rank
+        down, up = np.shape(update.down), np.shape(update.up)
+        fits = (*down[:-1], *up[1:]) == (made.down.shape[0], made.up.shape[1])
+        fits = fits and len(down) == len(up) == 2 and down[1] == up[0]
+    if not fits:
+        raise ValueError(
+            f"{path} must be {_form(made)}; got {_form(update)}. Pass the theta of the same call "
+            "of lora, or one of its structure and shapes."
+        )
+
+
+def _form(x: Any) -> str:
+    if isinstance(x, LowRank):
+        return f"LowRank({arguments.describe(x.down)}, {arguments.describe(x.up)})"
+    return "None" if x is None else arguments.describe(x)
 
 
 def _merged(x: Any, update: LowRank | None, scale: Numeric) -> Any:

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unrollgrad._checks import arguments, inner_loop
-from unrollgrad._core import eager, unroll
+from unrollgrad._core import unroll
 from unrollgrad.samplers import _step
 from unrollgrad.types import Key, Segment, Theta, UnrolledProblem
 
@@ -57,7 +56,8 @@ def inverse(problem: UnrolledProblem, iterations: int = 1) -> Callable[..., Any]
     Costs ``iterations`` evaluations of the network per step.
 
     Args:
-        problem: A sampler's problem. A memoryless flow has no inverse at its first step.
+        problem: A sampler's problem. Every step must keep a part of x: the first one of a
+            memoryless flow keeps none, and a later one may keep none if there is much noise.
         iterations: Fixed-point iterations (n).
 
     Returns:
@@ -65,7 +65,8 @@ def inverse(problem: UnrolledProblem, iterations: int = 1) -> Callable[..., Any]
 
     Raises:
         TypeError: If the problem was not made by a sampler.
-        ValueError: If a step does not depend on x, or ``iterations`` is below one.
+        ValueError: If a step keeps no part of x, or one of the size of float32's rounding
+            (``FAINT``); or ``iterations`` is below one. Traced numbers are not checked.
 
     Example:
         >>> import jax, jax.numpy as jnp, unrollgrad as ug
@@ -95,11 +96,18 @@ def inverse(problem: UnrolledProblem, iterations: int = 1) -> Callable[..., Any]
     return before
 
 
+FAINT = 3e-4
+"""About sqrt(eps): dividing by a smaller ``keep`` leaves less than half of float32's digits."""
+
+
 def _check_invertible(step: _step.SamplerStep) -> None:
-    with jax.ensure_compile_time_eval():
-        keep = eager.compiled(lambda t: step.coefficients(t, jnp.float32).keep)(np.int32(0))
-    if not isinstance(keep, jax.core.Tracer) and float(keep) == 0:
+    keep = _step.all_coefficients(step).keep
+    if isinstance(keep, jax.core.Tracer):
+        return
+    lost = np.flatnonzero(~(np.abs(keep) >= FAINT))
+    if lost.size:
         raise ValueError(
-            "the first step of this sampler forgets x (keep = 0), so it has no inverse. Use "
+            f"step {lost[0]} of this sampler's steps 0 to {step.num_steps - 1} forgets x: it keeps "
+            f"{float(keep[lost[0]]):.1g} of it, so that it has no inverse. Use "
             'bptt(problem, remat="step"), whose memory grows by one latent per step.'
         )

@@ -15,7 +15,7 @@ Schedule = Callable[[Numeric], tuple[Numeric, Numeric]]
 """``schedule(t) -> (alpha, sigma)``: at time t in [0, 1] a latent is alpha data + sigma noise."""
 
 
-def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+def vp(beta_min: float | jax.Array = 0.1, beta_max: float | jax.Array = 20.0) -> Schedule:
     """The variance-preserving schedule, whose noise rate rises linearly from beta_min to beta_max.
 
     log alpha(t) = -t^2 (beta_max - beta_min)/4 - t beta_min/2 and sigma^2 = 1 - alpha^2: the data
@@ -26,7 +26,8 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
         beta_max: The noise rate at t = 1.
 
     Raises:
-        ValueError: If not 0 <= beta_min <= beta_max, or beta_max is 0.
+        ValueError: If not 0 <= beta_min <= beta_max, or beta_max is 0. Traced rates, by which one
+            differentiates, are not checked.
 
     Example:
         >>> from unrollgrad import samplers
@@ -37,7 +38,8 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
     References:
         Song et al., Score-based generative modeling through SDEs, ICLR 2021, arXiv:2011.13456.
     """
-    if not 0 <= beta_min <= beta_max or beta_max == 0:
+    known = not any(isinstance(x, jax.core.Tracer) for x in (beta_min, beta_max))
+    if known and (not 0 <= beta_min <= beta_max or beta_max == 0):
         raise ValueError(
             "`beta_min` and `beta_max` must satisfy 0 <= beta_min <= beta_max with beta_max > 0; "
             f"got beta_min={beta_min} and beta_max={beta_max}."
@@ -45,7 +47,7 @@ def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 
     def schedule(t):
         log_alpha = -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
-        return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
+        return jnp.exp(log_alpha), root(-jnp.expm1(2 * log_alpha))
 
     return schedule
 
@@ -85,9 +87,20 @@ def tabulated(alphas_cumprod: Any) -> Schedule:
     def schedule(t):
         place = jnp.asarray(t, jnp.result_type(float)) * table.size
         square = jnp.interp(place, np.arange(values.size), values)
-        return jnp.sqrt(square), jnp.sqrt(1 - square)
+        return jnp.sqrt(square), root(1 - square)
 
     return schedule
+
+
+def root(x: Numeric) -> jax.Array:
+    """The square root of a variance that is 0 at an end, or below 0 by rounding.
+
+    There it is 0 with derivative 0, where sqrt would have an infinite derivative or NaN. So the
+    derivative by a parameter is right wherever the variance is positive, and where the parameter
+    leaves it at 0. A NaN stays one.
+    """
+    none = jnp.asarray(x) <= 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, x)))
 
 
 def at(schedule: Schedule, t: Numeric, dtype: Any) -> tuple[jax.Array, jax.Array]:
