@@ -41,6 +41,7 @@ def test_smoke(tmp_path, capsys):
     after = {name: summary.find("return", estimator=name)["mean"] for name in settings.estimators}
     assert after["nres"] > first  # its workers are in the middle of their second episodes
     assert all(after[name] > 0.3 * first for name in after if name != "nres")  # minus a loss
+    # Cart-pole amplifies rounding: another division of XLA's code moved "nres" by a tenth.
     expect("control experiment", {"before": first, **after})
 
 
