@@ -48,7 +48,8 @@ def predict(theta, params, rows, key):
         return jnp.tanh(x + hidden @ params["memory"]), None
 
     hidden, _ = jax.lax.scan(step, jnp.zeros((x.shape[0], 5)), jnp.swapaxes(x, 0, 1))
-    hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), hidden, params["layers"])
+    layers = jnp.swapaxes(params["layers"], 1, 2)
+    hidden, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), hidden, layers)
     hidden = (params["out"].T @ hidden.T).T
     return hidden @ params["left"].astype(jnp.float32) + params["bias"], params
 

@@ -76,21 +76,22 @@ def described(factory: Callable[P, Made]) -> Callable[P, Made]:
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> Made:
         made = factory(*args, **kwargs)
-        first: Any = next(iter((*args, *kwargs.values())), None)
-        if not isinstance(made, GradientEstimator):
-            first = object()  # all arguments are shown
+        law = not isinstance(made, GradientEstimator)
+        first: Any = None if law else next(iter((*args, *kwargs.values())), None)
         shown = [_text(x) for x in args if x is not first or not isinstance(x, UnrolledProblem)]
-        shown += [f"{k}={_text(x)}" for k, x in kwargs.items() if x is not first]
-        problem = first if isinstance(first, UnrolledProblem) else _problem_of(first)
-        name = getattr(factory, "__name__", "estimator")
-        call = f"{name}({', '.join(shown)})"
-        own = about(made)._replace(text=call, problem=problem)
-        if not isinstance(made, GradientEstimator):
-            own = own._replace(settings=f"{name}({', '.join(_settings(factory, args, kwargs))})")
-        made.init.about = own  # type: ignore[attr-defined]
+        shown += [f"{k}={_text(x)}" for k, x in kwargs.items() if law or x is not first]
+        made.init.about = about(made)._replace(  # type: ignore[attr-defined]
+            text=_call(factory, shown),
+            problem=first if isinstance(first, UnrolledProblem) else _problem_of(first),
+            settings=_call(factory, _settings(factory, args, kwargs)) if law else "",
+        )
         return made
 
     return make
+
+
+def _call(factory: Callable, shown: list[str]) -> str:
+    return f"{getattr(factory, '__name__', 'estimator')}({', '.join(shown)})"
 
 
 def settings_of(law: _Begun) -> str:

@@ -36,7 +36,7 @@ def mixed_value_and_grad(loss: Callable[..., jax.Array]) -> Callable[..., tuple[
     deep nets whose layers are in a ``scan``: they keep the gradient of every step whose state they
     keep, and do not compute it again. For eight scanned layers of a transformer the temporaries
     are about 0.7 of those of ``jax.value_and_grad``; see ``python -m experiments mixed_mode``. It
-    costs memory where layers are not scanned, and in ``dodge`` and ``uoro``.
+    costs memory where layers are not scanned, and in ``dodge``.
 
     ``jax.value_and_grad`` itself handles losses with effects (``jax.debug.print``) or with a
     ``custom_vjp``, which may not support forward over reverse, and losses inside ``shard_map``

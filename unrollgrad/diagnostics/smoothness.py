@@ -296,7 +296,7 @@ def _check_sizes(step: float | Sequence[float]) -> None:
         sizes = np.asarray(step, np.float64)
     except (ValueError, TypeError) as error:
         raise TypeError(
-            f"`step` must be a positive number, or several; got {step!r}, such as 1e-3."
+            f"`step` must be a positive number such as 1e-3, or several; got {step!r}."
         ) from error
     if not sizes.size or not np.all(np.isfinite(sizes) & (sizes > 0)):
         raise ValueError(

@@ -55,7 +55,7 @@ def is_low_rank(x: object) -> bool:
 
 
 def of(other: Any, w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> Any:
-    """Makes a leaf of ``other``'s name, or a plain array if that is no larger than its factors."""
+    """Makes a leaf of ``other``'s name, or a plain array if its factors are as large."""
     made = low_rank_type()(w, a, b, scale, other.name)
     return added_up(made) if w.size <= a.size + b.size else made
 

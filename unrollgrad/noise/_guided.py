@@ -41,8 +41,7 @@ def guided(subspace: ArrayTree, share: Numeric, floor: float = 1e-3) -> Noise:
 
     Args:
         subspace: A tree like theta whose leaves have a leading axis k, one direction each. Traced
-            arrays are welcome: make the estimator inside your jitted update. (When they may change
-            is said above.)
+            arrays are welcome: make the estimator inside your jitted update.
         share: rho, a number between 0 and 1.
         floor: The least ratio s1 / s2, and its inverse the greatest, for shares near 1 and 0;
             above 0 and at most 1.

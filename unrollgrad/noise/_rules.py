@@ -134,7 +134,7 @@ def _gather(primitive, values, params):
         at = indices * mask.reshape((1,) * (indices.ndim - 1) + (-1,))
         new = {**params, "slice_sizes": sizes}
         if x is not leaf.w:
-            new["fill_value"] = 0  # there is no noise on what is filled in
+            new["fill_value"] = 0  # rows that are filled in are not perturbed
         return primitive.bind(x, at, **new)
 
     return _each(change, leaf)

@@ -37,7 +37,7 @@ class Coefficients(NamedTuple):
         time: The time that the network is told, in [0, 1].
         keep: The factor of x in the new x.
         move: The factor of the network's output in the new x.
-        noise: The standard deviation of the noise in the new x; None if there is none.
+        noise: The standard deviation of the noise in the new x; None if no step adds any.
         data_keep: The factor of x in the prediction of the sample.
         data_move: The factor of the network's output in the prediction of the sample.
         alpha: The share of data in x: x = alpha data + sigma noise.

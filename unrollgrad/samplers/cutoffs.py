@@ -62,8 +62,7 @@ def alignprop_cutoff(
     """AlignProp's law of the number of differentiated steps.
 
     The number of steps without a gradient is the whole part of a normal draw, drawn again until it
-    is in [1, ``num_steps``); the rest are differentiated, 9 of 50 on average, and the same share of
-    another number of steps. No draw
+    is in [1, ``num_steps``); the rest are differentiated, by default about 9 of 50. No draw
     differentiates all steps, so this law cannot be combined with ``unbiased=True``.
 
     Args:

@@ -86,7 +86,7 @@ def _apply(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any
 def _transpose(primitive, values, params):
     (leaf,) = values
     w, r, s = (primitive.bind(x, **params) for x in (leaf.w, leaf.r, leaf.s))
-    return scaled_type()(w, r, s, leaf.linear)
+    return scaled(w, r, s, leaf.linear)
 
 
 def _convert(primitive, values, params):
@@ -94,7 +94,7 @@ def _convert(primitive, values, params):
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         return None
     w, r = (primitive.bind(x, **params) for x in (leaf.w, leaf.r))
-    return scaled_type()(w, r, leaf.s, leaf.linear)
+    return scaled(w, r, leaf.s, leaf.linear)
 
 
 def _plus(dense: jax.Array, s: jax.Array, moved: jax.Array) -> jax.Array:

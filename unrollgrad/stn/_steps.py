@@ -226,11 +226,15 @@ def _draw(chosen: Settings, key: Key, theta: Theta) -> Draw:
 def _train(chosen: Settings, method: Method, theta: Theta, carried: SelfTuning, draw: Draw):
     """One training step of the weights and of the response."""
     grad, of_response, losses = method.gradients(chosen, theta, carried, draw)
-    inner, of_weights = chosen.inner_optimizer, (grad, carried.optimizer, carried.params)
-    params, optimizer = _moved(inner, *of_weights, losses[0])
-    state = carried.response_optimizer
+    params, optimizer = _moved(
+        chosen.inner_optimizer, grad, carried.optimizer, carried.params, losses[0]
+    )
     response, response_optimizer = _moved(
-        _of_response(chosen), of_response, state, carried.response, losses[1]
+        _of_response(chosen),
+        of_response,
+        carried.response_optimizer,
+        carried.response,
+        losses[1],
     )
     return carried._replace(
         params=params,
